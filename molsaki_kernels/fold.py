@@ -1,0 +1,41 @@
+"""Fold the gradient of the log-sum-exp into O, for attention backwards that drop it.
+
+A flash backward uses O only to form D = rowsum(dO * O), and its dS is P * (dP - D). The full one is
+P * (dP - (D - dlse)), so it is enough to hand over an O' with rowsum(dO * O') = D - dlse:
+
+    O'[i] = O[i] - dlse[i] / |dO[i]|^2 * dO[i]
+
+Exact up to rounding. A row whose dO vanishes (a masked label in the last layer) has nothing to be folded along: its dO
+is first replaced by a constant too small to add anything to dP or dv.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VANISHED = 1e-15  # |dO| below this: its square is still a normal float32
+TINY = 1e-20  # what takes its place; float16 has no such number, and must not come here
+
+
+def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """O' and the dO to go with it, so that ``rowsum(dO' * O') = rowsum(dO * O) - dlse``.
+
+    Args:
+        out, dout: ``(B, H, M, D)`` in bfloat16, float32 or float64. dlse: ``(B, H, M)``.
+
+    Returns:
+        ``(O', dO')`` in the dtypes of ``out`` and ``dout``; ``dO'`` is ``dout`` itself where no row vanished (known on
+        the host only for CPU tensors).
+    """
+    if torch.float16 in (out.dtype, dout.dtype):
+        raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(dout, dim=-1, keepdim=True, dtype=dtype)
+    dlse = dlse.to(dtype)[..., None]
+    vanished = norm < VANISHED
+    if dout.device.type == "cpu" and not vanished.any():
+        return torch.addcmul(out.to(dtype), dout.to(dtype), dlse / norm.square(), value=-1).to(out.dtype), dout
+    dout = torch.where(vanished, TINY, dout)
+    step = torch.where(vanished, dlse / (TINY * dout.shape[-1]), dout * (dlse / norm.square()))
+    return (out - step).to(out.dtype), dout

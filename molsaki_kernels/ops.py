@@ -1,0 +1,210 @@
+"""The custom operators: schemas, fakes and autograd of attention with its map, and of the map alone.
+
+``attention.py`` checks everything before it calls one. An operator is told by name which engine or backend to run, so
+that its backward runs the same one. Every output is a fresh tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import stepmap
+from .call import Options, PlanTensors
+from .engines import eager, sdpa
+
+ENGINES = {engine.NAME: engine for engine in (sdpa, eager)}
+
+
+@torch.library.custom_op("molsaki::stepwise_attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    steps: Tensor,
+    tokens: Tensor,
+    word_of_token: Tensor,
+    num_words: int,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    per_head: bool,
+    engine: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out ``(B, Hq, M, D)``, the map ``(N, [Hq,] S, W)`` and lse ``(B, Hq, M)``."""
+    options = Options(causal, scale, window, softcap)
+    plan = PlanTensors(steps, tokens, word_of_token, num_words)
+    out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
+    return out, _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
+
+
+@attention.register_fake
+def _(q, k, v, steps, tokens, word_of_token, num_words, sinks, cu_seqlens, causal, scale, window, softcap, per_head,
+      engine, backend):  # fmt: skip
+    maps = _fake_map(q, steps, num_words, per_head)
+    return torch.empty_like(q), maps, q.new_empty(q.shape[:3], dtype=maps.dtype)
+
+
+@torch.library.custom_op("molsaki::stepwise_attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor | None,
+    dmaps: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    steps: Tensor,
+    tokens: Tensor,
+    word_of_token: Tensor,
+    num_words: int,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    engine: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dsinks (empty without sinks)."""
+    options = Options(causal, scale, window, softcap)
+    plan = PlanTensors(steps, tokens, word_of_token, num_words)
+    dq_map, dk_map = None, None
+    if dmaps is not None:
+        dq_map, dk_map, dlse_map = stepmap.backward(dmaps, q, k, lse, plan, options, cu_seqlens)
+        dlse = dlse_map if dlse is None else dlse_map.add_(dlse)
+    no_dout = dout is None
+    if no_dout:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = ENGINES[engine].backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, options)
+    if no_dout:
+        dv = torch.zeros_like(v)  # the fold may have left a trace of its tiny dO
+    if dq_map is not None:
+        dq.add_(dq_map)
+        stepmap.add_key_gradient(dk, dk_map, plan, cu_seqlens)
+    dsinks = q.new_empty(0)
+    if sinks is not None:
+        # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows
+        delta = (dout.to(lse.dtype) * out).sum(-1)
+        delta = -delta if dlse is None else dlse - delta
+        dsinks = ((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks
+
+
+@attention_backward.register_fake
+def _(dout, dmaps, dlse, q, k, v, out, lse, steps, tokens, word_of_token, num_words, sinks, *rest):
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, steps, tokens, word_of_token, num_words, sinks, cu_seqlens, *options, _, engine, backend = inputs
+    out, _, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, steps, tokens, word_of_token, sinks, cu_seqlens)
+    ctx.num_words, ctx.options, ctx.engine, ctx.backend = num_words, options, engine, backend
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx, dout, dmaps, dlse):
+    nothing = (None,) * 13
+    if dout is None and dmaps is None and dlse is None:
+        return None, None, None, *nothing
+    q, k, v, out, lse, steps, tokens, word_of_token, sinks, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_backward(
+        dout, dmaps, dlse, q, k, v, out, lse, steps, tokens, word_of_token, ctx.num_words, sinks, cu_seqlens,
+        *ctx.options, ctx.engine, ctx.backend,
+    )  # fmt: skip
+    return dq, dk, dv, None, None, None, None, dsinks if sinks is not None else None, *nothing[5:]
+
+
+attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+@torch.library.custom_op("molsaki::stepwise_map", mutates_args=())
+def stepwise_map(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    steps: Tensor,
+    tokens: Tensor,
+    word_of_token: Tensor,
+    num_words: int,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    per_head: bool,
+    backend: str,
+) -> Tensor:
+    """The map ``(N, [Hq,] S, W)``."""
+    options = Options(causal, scale, window, softcap)
+    plan = PlanTensors(steps, tokens, word_of_token, num_words)
+    return _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend)
+
+
+@stepwise_map.register_fake
+def _(q, k, lse, steps, tokens, word_of_token, num_words, cu_seqlens, causal, scale, window, softcap, per_head, backend):
+    return _fake_map(q, steps, num_words, per_head)
+
+
+@torch.library.custom_op("molsaki::stepwise_map_backward", mutates_args=())
+def stepwise_map_backward(
+    dmaps: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    steps: Tensor,
+    tokens: Tensor,
+    word_of_token: Tensor,
+    num_words: int,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dlse."""
+    options = Options(causal, scale, window, softcap)
+    plan = PlanTensors(steps, tokens, word_of_token, num_words)
+    dq, dk_tokens, dlse = stepmap.backward(dmaps, q, k, lse, plan, options, cu_seqlens)
+    dk = torch.zeros_like(k)
+    stepmap.add_key_gradient(dk, dk_tokens, plan, cu_seqlens)
+    return dq.to(q.dtype), dk, dlse.to(lse.dtype)
+
+
+@stepwise_map_backward.register_fake
+def _(dmaps, q, k, lse, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(lse)
+
+
+def _map_setup(ctx, inputs, output):
+    q, k, lse, steps, tokens, word_of_token, num_words, cu_seqlens, *options, _, backend = inputs
+    ctx.save_for_backward(q, k, lse, steps, tokens, word_of_token, cu_seqlens)
+    ctx.num_words, ctx.options, ctx.backend = num_words, options, backend
+
+
+def _map_backward(ctx, dmaps):
+    *tensors, cu_seqlens = ctx.saved_tensors
+    grads = stepwise_map_backward(dmaps, *tensors, ctx.num_words, cu_seqlens, *ctx.options, ctx.backend)
+    return *grads, *(None,) * 11
+
+
+stepwise_map.register_autograd(_map_backward, setup_context=_map_setup)
+
+
+def _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend):
+    return stepmap.forward(q, k, lse, plan, options, cu_seqlens, per_head)
+
+
+def _fake_map(q: Tensor, steps: Tensor, num_words: int, per_head: bool) -> Tensor:
+    heads = (q.shape[1],) if per_head else ()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((steps.shape[0], *heads, steps.shape[1], num_words), dtype=dtype)

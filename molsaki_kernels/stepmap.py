@@ -1,0 +1,236 @@
+"""The stepwise map in plain PyTorch, forward and backward (backend "torch").
+
+With P[i, j] = exp(s[i, j] - lse[i]) on the key columns j (s the scaled, softcapped, masked score; Eq. 2 and 3):
+
+    A[s, w]  = sum_{i in step s} sum_{j in word w} P[i, j]                     (N, S, W), the mean over heads
+    dS[i, j] = P[i, j] dA[step(i), word(j)]                                     key columns only
+    dq[i]    = scale sum_j dS[i, j] k[j]         dk[j] = scale sum_i dS[i, j] q[i]
+    dlse[i]  = - sum_j dS[i, j]
+
+(softcap multiplies dS by 1 - tanh^2 before dq and dk.) The rows are walked in blocks small enough to stay in cache;
+a block's columns are cut to those that one of its rows can see. Nothing of size M x C reaches memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .call import Options, PlanTensors
+
+TILE_ELEMENTS = 1 << 19  # of a block's weights (2 MiB in float32): stays in a core's L2 and amortises the op calls
+MIN_ROWS, MAX_ROWS = 16, 512
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: PlanTensors,
+    options: Options,
+    cu_seqlens: Tensor | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """The map, ``(N, S, W)`` or per head ``(N, Hq, S, W)``, float32 (float64 for float64 inputs).
+
+    Args:
+        q: ``(B, Hq, M, D)``. k: ``(B, Hkv, M, D)``. lse: ``(B, Hq, M)``, natural logarithm, sinks counted.
+    """
+    N, S = plan.steps.shape[:2]
+    heads = (q.shape[1],) if per_head else ()
+    maps = torch.zeros(N, *heads, S, plan.num_words, dtype=_accumulator(q), device=q.device)
+    for part in _parts(q, k, lse, plan, cu_seqlens):
+        columns = maps.new_zeros(part.size, *heads, S, plan.tokens.shape[1])
+        for block in _blocks(part, options):
+            weights, _ = _weights(part, block, options)
+            if not per_head:
+                weights = weights.sum(1)
+            in_step = part.rows_in_steps(block).to(weights.dtype)
+            in_step = in_step if not per_head else in_step[:, None]
+            columns[..., block.steps, block.columns] += in_step @ weights
+        words = part.token_words(plan.num_words, maps.dtype)
+        maps[part.sequences] = columns @ (words[:, None] if per_head else words)
+    return maps if per_head else maps.div_(max(q.shape[1], 1))
+
+
+def backward(
+    dmaps: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: PlanTensors,
+    options: Options,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the map: dq ``(B, Hq, M, D)``, dk ``(N, Hkv, C, D)`` of the key tokens, dlse ``(B, Hq, M)``.
+
+    All in float32 (float64 for float64 inputs). ``dmaps`` is ``(N, S, W)``, or ``(N, Hq, S, W)`` for per-head maps.
+    Entries of dk at padding tokens are zero; :func:`add_key_gradient` puts dk where it belongs.
+    """
+    B, Hq, M, D = q.shape
+    Hkv = k.shape[1]
+    dtype = _accumulator(q)
+    per_head = dmaps.dim() == 4
+    dmaps = dmaps.to(dtype) if per_head else (dmaps / max(Hq, 1)).to(dtype)
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
+    dk = torch.zeros(plan.tokens.shape[0], Hkv, plan.tokens.shape[1], D, dtype=dtype, device=q.device)
+    for part in _parts(q, k, lse, plan, cu_seqlens):
+        words = part.token_words(plan.num_words, dtype).transpose(-1, -2)
+        dcolumns = dmaps[part.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
+        part_dk = dk.new_zeros(part.size, Hq, plan.tokens.shape[1], D)
+        part_dq, part_dlse = part.slice_of(dq), part.slice_of(dlse)
+        for block in _blocks(part, options):
+            weights, slope = _weights(part, block, options)
+            in_step = part.rows_in_steps(block).to(dtype).transpose(-1, -2)
+            upstream = dcolumns[..., block.steps, block.columns]
+            upstream = in_step[:, None] @ upstream if per_head else (in_step @ upstream)[:, None]
+            dscores = weights.mul_(upstream)  # (n, Hq, m, c)
+            part_dlse[:, :, block.rows] = dscores.sum(-1).neg_()
+            if slope is not None:
+                dscores.mul_(slope)
+            keys = part.keys[:, :, block.columns]
+            part_dq[:, :, block.rows] = (dscores @ keys).mul_(options.scale)
+            part_dk[:, :, block.columns] += dscores.transpose(-1, -2) @ part.q[:, :, block.rows].to(dtype)
+        part_dk.mul_(options.scale)
+        dk[part.sequences] = part_dk.view(part.size, Hkv, Hq // Hkv, -1, D).sum(2) if Hq != Hkv else part_dk
+    return dq, dk, dlse
+
+
+def add_key_gradient(dk: Tensor, dk_tokens: Tensor, plan: PlanTensors, cu_seqlens: Tensor | None) -> None:
+    """Add the key tokens' gradient ``(N, Hkv, C, D)`` into ``dk (B, Hkv, M, D)`` in place.
+
+    Deterministic: a token is in one word, and padding adds zeros.
+    """
+    tokens = plan.tokens
+    if cu_seqlens is not None:
+        tokens = (tokens + cu_seqlens[:-1, None].to(tokens)).view(1, -1)
+        dk_tokens = dk_tokens.transpose(0, 1).flatten(1, 2)[None]
+        valid = (plan.word_of_token >= 0).view(-1)
+        tokens, dk_tokens = tokens[:, valid], dk_tokens[:, :, valid]
+    if dk_tokens.numel():
+        dk.scatter_add_(2, tokens[:, None, :, None].expand(dk_tokens.shape), dk_tokens.to(dk.dtype))
+
+
+class _Block(NamedTuple):
+    rows: slice
+    columns: slice
+    steps: slice
+    masked: int  # columns from this one on may be hidden from a row by causality
+    windowed: bool  # a column may be hidden from a row by the window
+
+
+class _Part:
+    """Some sequences of one length: views of their q, k, lse and their slice of the plan."""
+
+    def __init__(self, sequences: slice, rows: slice | None, q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors):
+        self.sequences, self.rows = sequences, rows
+        steps, tokens, words = (t[sequences] for t in plan[:3])
+        self.size, self.length = steps.shape[0], q.shape[2]
+        self.tokens, self.word_of_token = tokens, words
+        self.starts, self.stops = steps[..., :1], steps[..., 1:]
+        dtype = _accumulator(q)
+        Hkv, G = k.shape[1], q.shape[1] // k.shape[1]
+        index = tokens[:, None, :, None].expand(-1, Hkv, -1, k.shape[3])
+        self.keys = k.gather(2, index).to(dtype).repeat_interleave(G, dim=1)  # (n, Hq, C, D)
+        self.q = q
+        # A row in no step must not be able to add even inf * 0: its lse is inf and its weights are 0.
+        in_step = self.rows_in_steps(slice(0, self.length), slice(None)).any(1)
+        self.lse = lse.to(dtype).masked_fill(~in_step[:, None], float("inf"))
+        if q.device.type == "cpu":  # on the host the plan's numbers are free to look at
+            self.host_steps = steps.tolist()
+            self.host_tokens = [
+                [t for t, w in zip(t_row, w_row, strict=True) if w >= 0]
+                for t_row, w_row in zip(tokens.tolist(), words.tolist(), strict=True)
+            ]
+
+    def rows_in_steps(self, block: _Block | slice, steps: slice | None = None) -> Tensor:
+        """``(n, s, m)`` bool: is row i of the block in step s?"""
+        rows, steps = (block.rows, block.steps) if isinstance(block, _Block) else (block, steps)
+        row = torch.arange(rows.start, rows.stop, device=self.tokens.device)
+        return (row >= self.starts[:, steps]) & (row < self.stops[:, steps])
+
+    def token_words(self, num_words: int, dtype: torch.dtype) -> Tensor:
+        """``(n, C, W)``: one-hot words of the key tokens, zero for padding."""
+        word = torch.arange(num_words, device=self.tokens.device)
+        return (self.word_of_token[..., None] == word).to(dtype)
+
+    def slice_of(self, tensor: Tensor) -> Tensor:
+        """This part's view of a ``(B, H, M, ...)`` tensor."""
+        return tensor[self.sequences] if self.rows is None else tensor[:, :, self.rows]
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _parts(q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, cu_seqlens: Tensor | None) -> Iterator[_Part]:
+    """Few enough sequences at a time that MIN_ROWS rows of each fit a tile; packed sequences one by one."""
+    N, C = plan.tokens.shape
+    if 0 in (N, C, plan.steps.shape[1], plan.num_words, q.shape[1], q.shape[2]):
+        return
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if b > a:
+                yield _Part(slice(n, n + 1), slice(a, b), q[:, :, a:b], k[:, :, a:b], lse[:, :, a:b], plan)
+        return
+    size = max(1, TILE_ELEMENTS // (q.shape[1] * min(q.shape[2], MAX_ROWS) * C))
+    for n in range(0, N, size):
+        part = slice(n, min(n + size, N))
+        yield _Part(part, None, q[part], k[part], lse[part], plan)
+
+
+def _blocks(part: _Part, options: Options) -> Iterator[_Block]:
+    """Row blocks that hold a row of a step, with the steps and columns they touch."""
+    M, C = part.length, part.tokens.shape[1]
+    size = min(max(TILE_ELEMENTS // (part.size * part.q.shape[1] * C), MIN_ROWS), MAX_ROWS)
+    for start in range(0, M, size):
+        rows = slice(start, min(start + size, M))
+        if part.q.device.type != "cpu":
+            yield _Block(rows, slice(0, C), slice(None), 0, options.window is not None)
+            continue
+        touched = [
+            s for row in part.host_steps for s, (a, b) in enumerate(row) if max(a, rows.start) < min(b, rows.stop)
+        ]
+        low = 0 if options.window is None else rows.start - options.window + 1
+        high = rows.stop if options.causal else M
+        first = min(bisect.bisect_left(tokens, low) for tokens in part.host_tokens)
+        last = max(bisect.bisect_left(tokens, high) for tokens in part.host_tokens)
+        if not touched or first >= last:
+            continue
+        masked = last
+        if options.causal:
+            masked = max(first, min(bisect.bisect_right(tokens, rows.start) for tokens in part.host_tokens))
+        windowed = options.window is not None and rows.stop - options.window > min(
+            (tokens[first] for tokens in part.host_tokens if first < len(tokens)), default=M
+        )
+        yield _Block(rows, slice(first, last), slice(min(touched), max(touched) + 1), masked - first, windowed)
+
+
+def _weights(part: _Part, block: _Block, options: Options) -> tuple[Tensor, Tensor | None]:
+    """A block's attention weights ``(n, Hq, m, c)`` and, with a softcap, the slope of its tanh."""
+    q = part.q[:, :, block.rows].to(part.keys.dtype)
+    keys = part.keys[:, :, block.columns].transpose(-1, -2)
+    lse = part.lse[:, :, block.rows, None]
+    slope = None
+    if options.softcap is None:
+        flat = torch.baddbmm(lse.flatten(0, 1), q.flatten(0, 1), keys.flatten(0, 1), beta=-1, alpha=options.scale)
+        weights = flat.exp_().unflatten(0, q.shape[:2])
+    else:
+        capped = (q @ keys).mul_(options.scale / options.softcap).tanh_()
+        slope = 1 - capped.square()
+        weights = capped.mul_(options.softcap).sub_(lse).exp_()
+    if block.masked < weights.shape[3] or block.windowed:
+        first = 0 if block.windowed else block.masked
+        row = torch.arange(block.rows.start, block.rows.stop, device=q.device)[:, None]
+        column = part.tokens[:, None, block.columns][..., first:]
+        hidden = column > row if options.causal else torch.zeros_like(column > row)
+        if block.windowed:
+            hidden |= column <= row - options.window
+        weights[..., first:].masked_fill_(hidden[:, None], 0)
+    return weights, slope
