@@ -1,0 +1,1 @@
+"""The project's own kernels: fused flash attention with the stepwise map, the map alone, and pooled values."""

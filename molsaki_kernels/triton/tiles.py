@@ -1,0 +1,318 @@
+"""Jit helpers used by two kernels or more: where a tile lies, what it loads, its scores, its steps and its columns.
+
+Units: ``factor`` turns a score tile into log2 units, so that ``P = exp2(t * factor - lse2)`` with ``lse2 = lse * log2(e)``.
+Without a softcap ``t = q.k`` and ``factor = scale * log2(e)``; with one ``t = tanh(q.k * inner)``, ``inner = scale /
+softcap`` and ``factor = softcap * log2(e)``. The host makes both numbers (:func:`score_factors`).
+
+Addresses are 64 bit: every index is widened before it meets a stride.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+# Sizes that change from batch to batch: a kernel compiled for one of them must serve all.
+RAGGED = ["M", "N", "S", "C", "W", "num_slots", "window", "groups", "heads_per_program", "splits"]
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """``(factor, inner)`` of the module's docstring."""
+    if softcap is None:
+        return scale * math.log2(math.e), 0.0
+    return softcap * math.log2(math.e), scale / softcap
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Full float32 for float32 inputs, unless PyTorch's own TF32 switch is on."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def locate(i_g, cu_seqlens, M, N, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """Tile ``i_g`` of the whole batch -> sequence, batch row, tile within the sequence, first row, length.
+
+    Packed sequence n owns the tiles from ``cu_seqlens[n] // ROWS + n`` on: never fewer than it needs, so a grid of
+    ``total // ROWS + N`` tiles covers any lengths without asking the device for them. Tiles past its end do nothing.
+    """
+    if PACKED:
+        before = i_g * 0
+        for n0 in tl.range(0, N, 128, num_stages=1):
+            n = n0 + tl.arange(0, 128)
+            first = tl.load(cu_seqlens + n, mask=n < N, other=0) // ROWS + n
+            before += tl.sum(((n < N) & (first <= i_g)).to(tl.int32), 0)
+        i_n = before - 1
+        bos = tl.load(cu_seqlens + i_n).to(tl.int32)
+        length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
+        i_t = i_g - (bos // ROWS + i_n)
+        i_b = i_n * 0
+    else:
+        tiles = tl.cdiv(M, ROWS)
+        i_n = i_g // tiles
+        i_t = i_g % tiles
+        bos = i_n * 0
+        length = bos + M
+        i_b = i_n
+    return i_n, i_b, i_t, bos, length
+
+
+@triton.jit
+def first_tile(i_n, bos, M, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """Sequence ``i_n``'s first tile in the whole batch: what :func:`locate` inverts."""
+    if PACKED:
+        return bos // ROWS + i_n
+    else:
+        return i_n * tl.cdiv(M, ROWS)
+
+
+@triton.jit
+def load_rows(p, rows, length, D: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr):
+    """A ``[len(rows), BD]`` tile; dims from D on, and with CHECK rows from ``length`` on, are zeros."""
+    d = tl.arange(0, BD)
+    if CHECK:
+        if D == BD:
+            return tl.load(p, mask=(rows < length)[:, None], other=0.0)
+        else:
+            return tl.load(p, mask=(rows < length)[:, None] & (d < D)[None, :], other=0.0)
+    else:
+        if D == BD:
+            return tl.load(p)
+        else:
+            return tl.load(p, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p, x, rows, length, D: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    tl.store(p, x.to(p.dtype.element_ty), mask=(rows < length)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in float32. NumPy has no bfloat16, so the interpreter multiplies in float32."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """To float32 rounding (Cephes): an odd polynomial near zero, where ``1 - 2 / (exp(2x) + 1)`` cancels."""
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    near = near * z * x + x
+    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, far)
+
+
+@triton.jit
+def capped(s, inner, HAS_SOFTCAP: tl.constexpr):
+    if HAS_SOFTCAP:
+        return tanh(s * inner)
+    else:
+        return s
+
+
+@triton.jit
+def seen(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """May query ``rows`` see key ``columns``? The arguments broadcast; within one sequence."""
+    visible = (rows >= 0) & (columns >= 0)
+    if CAUSAL:
+        visible = visible & (columns <= rows)
+    if HAS_WINDOW:
+        visible = visible & (columns > rows - window)
+    return visible
+
+
+@triton.jit
+def key_range(m0, length, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Keys that rows ``[m0, m0 + BM)`` see: masked in ``[lo, a)`` and ``[b, hi)``, all of them in ``[a, b)``."""
+    lo = m0 * 0
+    hi = length
+    full = length
+    a = m0 * 0
+    if CAUSAL:
+        hi = tl.minimum(length, m0 + BM)
+        full = tl.minimum(length, m0 + 1)
+    if HAS_WINDOW:
+        lo = tl.maximum(m0 - window + 1, 0) // BN * BN
+        a = tl.minimum(tl.cdiv(tl.maximum(m0 + BM - window, 0), BN), tl.cdiv(hi, BN)) * BN
+    b = tl.maximum(a, full // BN * BN)
+    return lo, a, b, hi
+
+
+@triton.jit
+def query_range(n0, length, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Queries that see keys ``[n0, n0 + BN)``: masked in ``[lo, a)`` and ``[b, hi)``, all of them in ``[a, b)``."""
+    lo = n0 * 0
+    hi = length
+    full = length
+    a = n0 * 0
+    if HAS_WINDOW:
+        hi = tl.minimum(length, n0 + BN - 1 + window)
+        full = tl.minimum(length, n0 + window)
+    if CAUSAL:
+        lo = n0 // BM * BM
+        a = tl.minimum(tl.cdiv(n0 + BN - 1, BM), tl.cdiv(hi, BM)) * BM
+    b = tl.maximum(a, full // BM * BM)
+    return lo, a, b, hi
+
+
+@triton.jit
+def load_steps(steps, s, S):
+    """``[start, stop)`` of steps ``s`` of one sequence; (0, 0) from S on."""
+    start = tl.load(steps + 2 * s, mask=s < S, other=0).to(tl.int32)
+    stop = tl.load(steps + 2 * s + 1, mask=s < S, other=0).to(tl.int32)
+    return start, stop
+
+
+@triton.jit
+def steps_in(steps, S, first, stop):
+    """The steps ``[lo, hi)`` that own a row of ``[first, stop)``; ``hi = 0`` if none does."""
+    lo = first * 0 + S
+    hi = first * 0
+    for s0 in tl.range(0, S, 128, num_stages=1):
+        s = s0 + tl.arange(0, 128)
+        s_start, s_stop = load_steps(steps, s, S)
+        hit = (s_stop > first) & (s_start < stop) & (s_stop > s_start)
+        lo = tl.minimum(lo, tl.min(tl.where(hit, s, S), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(hit, s + 1, 0), 0))
+    return lo, hi
+
+
+@triton.jit
+def step_of(steps, S, rows, s_lo, s_hi, BS: tl.constexpr):
+    """The step that owns each row, -1 if none does: int32, shaped as ``rows``."""
+    step = rows * 0 - 1
+    for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
+        s = s0 + tl.arange(0, BS)
+        start, stop = load_steps(steps, s, S)
+        inside = (rows[:, None] >= start[None, :]) & (rows[:, None] < stop[None, :])  # [BM, BS]
+        step = tl.maximum(step, tl.max(tl.where(inside, s[None, :], -1), 1))
+    return step
+
+
+@triton.jit
+def columns_in(tokens, words, C, first, last):
+    """The key tokens ``[lo, hi)`` with a position in ``[first, last]``; positions ascend. ``hi = 0`` if none has."""
+    lo = first * 0 + C
+    hi = first * 0
+    for c0 in tl.range(0, C, 128, num_stages=1):
+        c = c0 + tl.arange(0, 128)
+        token = tl.load(tokens + c, mask=c < C, other=0).to(tl.int32)
+        word = tl.load(words + c, mask=c < C, other=-1).to(tl.int32)
+        hit = (word >= 0) & (token >= first) & (token <= last)
+        lo = tl.minimum(lo, tl.min(tl.where(hit, c, C), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(hit, c + 1, 0), 0))
+    return lo, hi
+
+
+@triton.jit
+def load_columns(tokens, words, c, c_hi, length):
+    """Position and word of key tokens ``c``; the word is -1 for padding, past ``c_hi`` and past the sequence."""
+    word = tl.load(words + c, mask=c < c_hi, other=-1).to(tl.int32)
+    token = tl.load(tokens + c, mask=c < c_hi, other=0).to(tl.int32)
+    inside = (word >= 0) & (token < length)
+    return tl.where(inside, token, 0), tl.where(inside, word, -1)
+
+
+@triton.jit
+def gather_keys(p_k, stride_km, token, word, D: tl.constexpr, BD: tl.constexpr):
+    """The key vectors of the key tokens: ``[BC, BD]``."""
+    d = tl.arange(0, BD)
+    p = p_k + token.to(tl.int64)[:, None] * stride_km + d[None, :]
+    return tl.load(p, mask=(word >= 0)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def one_hot(index, BS: tl.constexpr, EXACT: tl.constexpr):
+    """``[len(index), BS]``, row i one at ``index[i]``; zeros where that is outside ``[0, BS)``."""
+    e = index[:, None] == tl.arange(0, BS)[None, :]
+    if EXACT:
+        return e.to(tl.float32)
+    else:
+        return e.to(tl.bfloat16)
+
+
+@triton.jit
+def dot_one_hot(x, e, acc):
+    """``acc + x @ e``, float32 x, one-hot e. A bfloat16 e takes x in two halves on the tensor cores: 16 bits of x."""
+    if e.dtype == tl.float32:
+        return dot(x, e, acc, "ieee")
+    else:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        acc = dot(high, e, acc, "ieee")
+        return dot(low, e, acc, "ieee")
+
+
+@triton.jit
+def column_weights(
+    k, q, lse2, token, word, rows, length, factor, inner, window,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Transposed weights of the key columns ``[BC, BM]`` and the score tile they come from."""
+    t = capped(dot(k, tl.trans(q), None, PRECISION), inner, HAS_SOFTCAP)  # [BC, BM]
+    visible = seen(rows[None, :], token[:, None], window, CAUSAL, HAS_WINDOW)
+    visible = visible & (word >= 0)[:, None] & (rows < length)[None, :]
+    return tl.where(visible, tl.exp2(t * factor - lse2[None, :]), 0.0), t
+
+
+@triton.jit
+def step_sums(
+    q, lse2, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words, partial, C, factor, inner, window,
+    D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head's map of one row tile: ``partial[s, c] = sum of P[i, token c]`` over the tile's rows i of step s.
+
+    q ``[BM, BD]`` is in registers, partial points at the tile's slot of step 0, with C floats a slot.
+    """
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
+        c = c0 + tl.arange(0, BC)
+        token, word = load_columns(tokens, words, c, c_hi, length)
+        k = gather_keys(p_k, stride_km, token, word, D, BD)
+        p, _ = column_weights(
+            k, q, lse2, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+        )
+        for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
+            sums = dot_one_hot(p, one_hot(step - s0, BS, EXACT), tl.zeros([BC, BS], tl.float32))  # [BC, BS]
+            s = s0 + tl.arange(0, BS)
+            p_partial = partial + s.to(tl.int64)[None, :] * C + c[:, None]
+            tl.store(p_partial, sums, mask=(c < c_hi)[:, None] & (s < s_hi)[None, :])
+
+
+@triton.jit
+def column_gradient(
+    q, lse2, dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps, W, weight, factor, inner, window,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The key columns' part of dq (added to ``dq [BM, BD]``, without the scale) and ``dlse [BM] = -sum_j P g``."""
+    dlse = tl.zeros([BM], tl.float32)
+    for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
+        c = c0 + tl.arange(0, BC)
+        token, word = load_columns(tokens, words, c, c_hi, length)
+        k = gather_keys(p_k, stride_km, token, word, D, BD)  # [BC, BD]
+        t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
+        visible = seen(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
+        visible = visible & (word >= 0)[None, :] & (step >= 0)[:, None]
+        g = tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=visible, other=0.0) * weight
+        ds = tl.where(visible, tl.exp2(t * factor - lse2[:, None]), 0.0) * g
+        dlse -= tl.sum(ds, 1)
+        if HAS_SOFTCAP:
+            ds *= 1.0 - t * t
+        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+    return dq, dlse
