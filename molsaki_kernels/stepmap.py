@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .call import Options, PlanTensors
 
-TILE_ELEMENTS = 1 << 19  # of a block's weights (2 MiB in float32): stays in a core's L2 and amortises the op calls
+TILE_ELEMENTS = 1 << 19  # of a block's weights (1 MiB in float32): they stay in L2 from the product to the sum
 MIN_ROWS, MAX_ROWS = 16, 512
 
 
@@ -43,10 +43,11 @@ def forward(
     N, S = plan.steps.shape[:2]
     heads = (q.shape[1],) if per_head else ()
     maps = torch.zeros(N, *heads, S, plan.num_words, dtype=_accumulator(q), device=q.device)
-    for part in _parts(q, k, lse, plan, cu_seqlens):
+    for part in _parts(q, k, lse, plan, options, cu_seqlens):
         columns = maps.new_zeros(part.size, *heads, S, plan.tokens.shape[1])
+        tile = part.tile()
         for block in _blocks(part, options):
-            weights, _ = _weights(part, block, options)
+            weights, _ = _weights(part, block, options, tile)
             if not per_head:
                 weights = weights.sum(1)
             in_step = part.rows_in_steps(block).to(weights.dtype)
@@ -79,13 +80,14 @@ def backward(
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
     dk = torch.zeros(plan.tokens.shape[0], Hkv, plan.tokens.shape[1], D, dtype=dtype, device=q.device)
-    for part in _parts(q, k, lse, plan, cu_seqlens):
+    for part in _parts(q, k, lse, plan, options, cu_seqlens):
         words = part.token_words(plan.num_words, dtype).transpose(-1, -2)
         dcolumns = dmaps[part.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
         part_dk = dk.new_zeros(part.size, Hq, plan.tokens.shape[1], D)
         part_dq, part_dlse = part.slice_of(dq), part.slice_of(dlse)
+        tile, product = part.tile(), part.tile(D)
         for block in _blocks(part, options):
-            weights, slope = _weights(part, block, options)
+            weights, slope = _weights(part, block, options, tile)
             in_step = part.rows_in_steps(block).to(dtype).transpose(-1, -2)
             upstream = dcolumns[..., block.steps, block.columns]
             upstream = in_step[:, None] @ upstream if per_head else (in_step @ upstream)[:, None]
@@ -93,9 +95,8 @@ def backward(
             part_dlse[:, :, block.rows] = dscores.sum(-1).neg_()
             if slope is not None:
                 dscores.mul_(slope)
-            keys = part.keys[:, :, block.columns]
-            part_dq[:, :, block.rows] = (dscores @ keys).mul_(options.scale)
-            part_dk[:, :, block.columns] += dscores.transpose(-1, -2) @ part.q[:, :, block.rows].to(dtype)
+            part_dq[:, :, block.rows] = _matmul(dscores, part.keys[:, :, block.columns], product)
+            part_dk[:, :, block.columns] += _matmul(dscores.transpose(-1, -2), part.q_rows(block), product)
         part_dk.mul_(options.scale)
         dk[part.sequences] = part_dk.view(part.size, Hkv, Hq // Hkv, -1, D).sum(2) if Hq != Hkv else part_dk
     return dq, dk, dlse
@@ -127,17 +128,21 @@ class _Block(NamedTuple):
 class _Part:
     """Some sequences of one length: views of their q, k, lse and their slice of the plan."""
 
-    def __init__(self, sequences: slice, rows: slice | None, q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors):
+    def __init__(
+        self, sequences: slice, rows: slice | None, q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, scale: float
+    ):
         self.sequences, self.rows = sequences, rows
         steps, tokens, words = (t[sequences] for t in plan[:3])
         self.size, self.length = steps.shape[0], q.shape[2]
         self.tokens, self.word_of_token = tokens, words
         self.starts, self.stops = steps[..., :1], steps[..., 1:]
+        self.row = torch.arange(self.length, device=q.device)
         dtype = _accumulator(q)
-        Hkv, G = k.shape[1], q.shape[1] // k.shape[1]
-        index = tokens[:, None, :, None].expand(-1, Hkv, -1, k.shape[3])
-        self.keys = k.gather(2, index).to(dtype).repeat_interleave(G, dim=1)  # (n, Hq, C, D)
+        keys = torch.stack([k_n.index_select(1, row) for k_n, row in zip(k, tokens, strict=True)]).to(dtype)
+        self.keys = keys.mul_(scale).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (n, Hq, C, D), scaled
         self.q = q
+        rows_per_tile = TILE_ELEMENTS // (self.size * q.shape[1] * tokens.shape[1])
+        self.block_rows = min(max(rows_per_tile, MIN_ROWS), MAX_ROWS, self.length)
         # A row in no step must not be able to add even inf * 0: its lse is inf and its weights are 0.
         in_step = self.rows_in_steps(slice(0, self.length), slice(None)).any(1)
         self.lse = lse.to(dtype).masked_fill(~in_step[:, None], float("inf"))
@@ -151,13 +156,23 @@ class _Part:
     def rows_in_steps(self, block: _Block | slice, steps: slice | None = None) -> Tensor:
         """``(n, s, m)`` bool: is row i of the block in step s?"""
         rows, steps = (block.rows, block.steps) if isinstance(block, _Block) else (block, steps)
-        row = torch.arange(rows.start, rows.stop, device=self.tokens.device)
+        row = self.row[rows]
         return (row >= self.starts[:, steps]) & (row < self.stops[:, steps])
+
+    def q_rows(self, block: _Block) -> Tensor:
+        """``(n, Hq, m, D)``: the block's queries in the accumulator's dtype."""
+        return self.q[:, :, block.rows].to(self.keys.dtype)
 
     def token_words(self, num_words: int, dtype: torch.dtype) -> Tensor:
         """``(n, C, W)``: one-hot words of the key tokens, zero for padding."""
         word = torch.arange(num_words, device=self.tokens.device)
         return (self.word_of_token[..., None] == word).to(dtype)
+
+    def tile(self, width: int = 0) -> Tensor:
+        """Memory for a block's weights, or for its products of that width."""
+        C = self.tokens.shape[1]
+        rows = max(self.block_rows, C) if width else self.block_rows
+        return self.keys.new_empty(self.size * self.q.shape[1] * rows * (width or C))
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """This part's view of a ``(B, H, M, ...)`` tensor."""
@@ -168,7 +183,9 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _parts(q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, cu_seqlens: Tensor | None) -> Iterator[_Part]:
+def _parts(
+    q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, options: Options, cu_seqlens: Tensor | None
+) -> Iterator[_Part]:
     """Few enough sequences at a time that MIN_ROWS rows of each fit a tile; packed sequences one by one."""
     N, C = plan.tokens.shape
     if 0 in (N, C, plan.steps.shape[1], plan.num_words, q.shape[1], q.shape[2]):
@@ -177,20 +194,20 @@ def _parts(q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, cu_seqlens: Ten
         bounds = cu_seqlens.tolist()
         for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             if b > a:
-                yield _Part(slice(n, n + 1), slice(a, b), q[:, :, a:b], k[:, :, a:b], lse[:, :, a:b], plan)
+                tensors = (t[:, :, a:b] for t in (q, k, lse))
+                yield _Part(slice(n, n + 1), slice(a, b), *tensors, plan, options.scale)
         return
     size = max(1, TILE_ELEMENTS // (q.shape[1] * min(q.shape[2], MAX_ROWS) * C))
     for n in range(0, N, size):
         part = slice(n, min(n + size, N))
-        yield _Part(part, None, q[part], k[part], lse[part], plan)
+        yield _Part(part, None, q[part], k[part], lse[part], plan, options.scale)
 
 
 def _blocks(part: _Part, options: Options) -> Iterator[_Block]:
     """Row blocks that hold a row of a step, with the steps and columns they touch."""
     M, C = part.length, part.tokens.shape[1]
-    size = min(max(TILE_ELEMENTS // (part.size * part.q.shape[1] * C), MIN_ROWS), MAX_ROWS)
-    for start in range(0, M, size):
-        rows = slice(start, min(start + size, M))
+    for start in range(0, M, part.block_rows):
+        rows = slice(start, min(start + part.block_rows, M))
         if part.q.device.type != "cpu":
             yield _Block(rows, slice(0, C), slice(None), 0, options.window is not None)
             continue
@@ -212,25 +229,31 @@ def _blocks(part: _Part, options: Options) -> Iterator[_Block]:
         yield _Block(rows, slice(first, last), slice(min(touched), max(touched) + 1), masked - first, windowed)
 
 
-def _weights(part: _Part, block: _Block, options: Options) -> tuple[Tensor, Tensor | None]:
-    """A block's attention weights ``(n, Hq, m, c)`` and, with a softcap, the slope of its tanh."""
-    q = part.q[:, :, block.rows].to(part.keys.dtype)
-    keys = part.keys[:, :, block.columns].transpose(-1, -2)
-    lse = part.lse[:, :, block.rows, None]
+def _weights(part: _Part, block: _Block, options: Options, tile: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A block's attention weights ``(n, Hq, m, c)`` (in ``tile``'s memory) and, with a softcap, its tanh's slope."""
+    scores = _matmul(part.q_rows(block), part.keys[:, :, block.columns].transpose(-1, -2), tile)
     slope = None
-    if options.softcap is None:
-        flat = torch.baddbmm(lse.flatten(0, 1), q.flatten(0, 1), keys.flatten(0, 1), beta=-1, alpha=options.scale)
-        weights = flat.exp_().unflatten(0, q.shape[:2])
-    else:
-        capped = (q @ keys).mul_(options.scale / options.softcap).tanh_()
-        slope = 1 - capped.square()
-        weights = capped.mul_(options.softcap).sub_(lse).exp_()
+    if options.softcap is not None:
+        scores.div_(options.softcap).tanh_()
+        slope = 1 - scores.square()
+        scores.mul_(options.softcap)
+    weights = scores.sub_(part.lse[:, :, block.rows, None]).exp_()
     if block.masked < weights.shape[3] or block.windowed:
         first = 0 if block.windowed else block.masked
-        row = torch.arange(block.rows.start, block.rows.stop, device=q.device)[:, None]
+        row = part.row[block.rows, None]
         column = part.tokens[:, None, block.columns][..., first:]
         hidden = column > row if options.causal else torch.zeros_like(column > row)
         if block.windowed:
             hidden |= column <= row - options.window
         weights[..., first:].masked_fill_(hidden[:, None], 0)
     return weights, slope
+
+
+def _matmul(a: Tensor, b: Tensor, memory: Tensor) -> Tensor:
+    """``a @ b`` of two ``(n, H, ., .)``, written into ``memory``.
+
+    Fresh megabytes cost a CPU more in page faults than the product of thin matrices itself.
+    """
+    shape = (a.shape[0] * a.shape[1], a.shape[2], b.shape[3])
+    out = memory[: shape[0] * shape[1] * shape[2]].view(shape)
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out).unflatten(0, a.shape[:2])

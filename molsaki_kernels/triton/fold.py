@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
 from .tiles import RAGGED
 
 VANISHED = tl.constexpr(1e-15)
@@ -72,11 +73,35 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     folded_out, folded_dout = torch.empty_like(out), torch.empty_like(dout)
     if out.numel() == 0:
         return folded_out, folded_dout
-    columns = triton.next_power_of_2(D)
-    rows = max(TILE_ELEMENTS // columns, 1)
+    rows, columns = tile(D)
     with torch.cuda.device_of(out):
         fold_kernel[(B * H * triton.cdiv(M, rows),)](
             out, dout, dlse, folded_out, folded_dout, *out.stride()[:3], *dout.stride()[:3], *dlse.stride(),
             *folded_out.stride()[:3], *folded_dout.stride()[:3], H, M, D=D, BD=columns, BM=rows, num_warps=4,
+            num_stages=1,
         )  # fmt: skip
     return folded_out, folded_dout
+
+
+def tile(D: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile."""
+    columns = triton.next_power_of_2(D)
+    return max(TILE_ELEMENTS // columns, 1), columns
+
+
+def variants(arch: str) -> list[configs.Variant]:
+    """What :mod:`molsaki_kernels.aot` compiles."""
+    found = []
+    for dtype, D in (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)):
+        rows, columns = tile(D)
+        constexprs = dict(D=D, BD=columns, BM=rows, stride_lm=1)
+        types = dict.fromkeys(("out", "dout", "folded_out", "folded_dout"), f"*{dtype}") | {"dlse": "*fp32"}
+        types |= dict.fromkeys(constexprs, "constexpr")
+        types = {arg: types.get(arg, "i32") for arg in fold_kernel.arg_names}
+        attrs = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (arg, type_) in enumerate(types.items())
+            if type_[0] == "*" or (arg.startswith("stride_") and type_ == "i32")
+        }
+        found.append(configs.Variant(f"fold-{dtype}-d{D}", fold_kernel, types, constexprs, attrs, 4, 1, False))
+    return found

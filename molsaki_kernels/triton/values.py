@@ -17,6 +17,8 @@ which a program looks its sequence up: a grid of N x (tiles of the longest possi
 many. The last sequence's tiles run on to the end of v, so rows behind it, if any, get their zeros too.
 """
 
+from __future__ import annotations
+
 import dataclasses
 
 import torch
@@ -24,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
 from .tiles import RAGGED, first_tile, locate
 
 TILE_ELEMENTS = 4096  # of a block of rows: 32 floats a thread in 4 warps, twice (the block and its running sum)
@@ -182,18 +185,19 @@ def pool_values_forward(
         return torch.zeros(N, width, dtype=torch.float32, device=v.device)
     lengths = None if lengths is None else lengths.contiguous()
     config = values_config(B * M, width)
-    tiles = num_tiles(M, N, packed, config.rows)
+    tiles = configs.num_tiles(M, N, packed, config.rows)
     partial = torch.empty(tiles, width, dtype=torch.float32, device=v.device)
     pooled = torch.empty(N, width, dtype=torch.float32, device=v.device)
     with torch.cuda.device_of(v):
         pool_tiles_kernel[(tiles,)](
             v, partial, cu_seqlens, lengths, *v.stride()[:3], N, M, eps,
             D=D, WIDTH=width, HEADS=Hkv if mean_heads else 1, ROWS=config.rows, BM=config.block, BW=config.columns,
-            PACKED=packed, num_warps=config.warps,
+            PACKED=packed, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
         add_tiles_kernel[(N, triton.cdiv(width, ADD_COLUMNS))](
             partial, pooled, cu_seqlens, lengths, M,
             WIDTH=width, MEAN=mean, ROWS=config.rows, BT=ADD_TILES, BW=ADD_COLUMNS, PACKED=packed, num_warps=4,
+            num_stages=1,
         )  # fmt: skip
     return pooled
 
@@ -218,13 +222,50 @@ def pool_values_backward(
     config = values_config(B * M, width)
     dv = torch.empty_like(v)
     with torch.cuda.device_of(v):
-        pool_backward_kernel[(num_tiles(M, N, packed, config.rows),)](
+        pool_backward_kernel[(configs.num_tiles(M, N, packed, config.rows),)](
             dpooled.contiguous(), v, dv, cu_seqlens, lengths, *v.stride()[:3], *dv.stride()[:3], N, M, eps,
             D=D, WIDTH=width, HEADS=Hkv if mean_heads else 1, MEAN=mean, ROWS=config.rows, BM=config.block,
-            BW=config.columns, PACKED=packed, num_warps=config.warps,
+            BW=config.columns, PACKED=packed, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
     return dv
 
 
-def num_tiles(M: int, N: int, packed: bool, rows: int) -> int:
-    return M // rows + N if packed else N * triton.cdiv(M, rows)
+def variants(arch: str) -> list[configs.Variant]:
+    """What :mod:`molsaki_kernels.aot` compiles: the widths of small and large models, and each option once."""
+    found = []
+    for dtype, Hkv, D, mean_heads, packed, ragged in (
+        ("bf16", 3, 64, False, False, True),
+        ("bf16", 8, 128, False, False, True),
+        ("bf16", 8, 128, False, False, False),
+        ("bf16", 8, 128, True, False, True),
+        ("bf16", 8, 128, False, True, False),
+        ("bf16", 5, 80, False, False, True),
+        ("bf16", 64, 128, False, False, True),
+        ("fp16", 8, 128, False, False, True),
+        ("fp32", 8, 128, False, False, True),
+    ):
+        width = D if mean_heads else Hkv * D
+        config = values_config(16 * 512, width)
+        name = f"{dtype}-h{Hkv}-d{D}" + "-heads" * mean_heads + "-packed" * packed + "-ragged" * ragged
+        types = dict.fromkeys(("v", "dv"), f"*{dtype}") | dict.fromkeys(("partial", "pooled", "dpooled"), "*fp32")
+        absent = {} if packed else {"cu_seqlens": None}
+        absent |= {} if ragged else {"lengths": None}
+        rows = dict(ROWS=config.rows, PACKED=packed, WIDTH=width, **absent)
+        block = dict(D=D, HEADS=Hkv if mean_heads else 1, BM=config.block, BW=config.columns)
+        found += [
+            _variant(f"pool_tiles-{name}", pool_tiles_kernel, types, config.warps, **rows, **block),
+            _variant(f"add_tiles-{name}", add_tiles_kernel, types, 4, **rows, MEAN=True, BT=ADD_TILES, BW=ADD_COLUMNS),
+            _variant(f"pool_backward-{name}", pool_backward_kernel, types, config.warps, **rows, **block, MEAN=True),
+        ]
+    return found
+
+
+def _variant(name: str, kernel, types: dict[str, str], warps: int, **constexprs) -> configs.Variant:
+    types = types | {"cu_seqlens": "*i32", "lengths": "*i64", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
+    types = {arg: types.get(arg, "i32") for arg in kernel.arg_names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (arg, type_) in enumerate(types.items())
+        if type_[0] == "*" or arg.startswith("stride_")
+    }
+    return configs.Variant(name, kernel, types, constexprs, attrs, warps, 1, False)
