@@ -9,8 +9,8 @@ What each column says and where it comes from:
     shared      bytes of shared memory a program takes, the pipeline's buffers counted
     wgmma       Hopper's warp-group matrix instructions are in the PTX (tcgen05 is Blackwell's, mfma AMD's)
 
-The exit status is 1, with a line for each, if a variant does not compile, takes more shared memory than the chip has, spills
-at a head dimension of 64 or 128, or should use wgmma on Hopper and does not.
+The exit status is 1, with a line for each, if a variant does not compile, takes more shared memory than the chip has,
+spills at a head dimension of 64 or 128, or should use wgmma on Hopper and does not.
 
 Triton keeps what it compiled in its cache, so a second run takes seconds.
 """

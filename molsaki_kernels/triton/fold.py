@@ -2,7 +2,8 @@
 
 For each row i of out, dout (B, H, M, D) and dlse (B, H, M), with D[i] = rowsum(dO[i] * O[i]), in float32 and then cast:
 
-    a = max_d |dO[i]|,   n = dO[i] / a,   O'[i] = O[i] - dlse[i] / (a |n|^2) n      =>  rowsum(dO[i] * O'[i]) = D[i] - dlse[i]
+    a = max_d |dO[i]|,   n = dO[i] / a,   O'[i] = O[i] - dlse[i] / (a |n|^2) n
+    rowsum(dO[i] * O'[i]) = D[i] - dlse[i]
 
 A row with a < 1e-15 has no direction to fold along: its dO is replaced first by the constant 1e-20, too small to be
 seen in dP and dv. With a divided out, |n|^2 lies between 1 and the head dimension, and no square leaves float32.

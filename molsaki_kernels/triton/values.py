@@ -12,8 +12,8 @@ A program owns a tile: up to ROWS tokens of one sequence over the whole width. F
 `partial` (tiles, w) and a second kernel adds a sequence's tiles up in ascending order, so no atomics. Backward writes
 every row of dv, zeros where the row does not count.
 
-Packed sequences have lengths that only the device knows. The grid is the bound `total // ROWS + N` of `tiles.locate`, in
-which a program looks its sequence up: a grid of N x (tiles of the longest possible sequence) would launch N times as
+Packed sequences have lengths that only the device knows. The grid is the bound `total // ROWS + N` of `tiles.locate`,
+in which a program looks its sequence up: a grid of N x (tiles of the longest possible sequence) would launch N times as
 many. The last sequence's tiles run on to the end of v, so rows behind it, if any, get their zeros too.
 """
 
