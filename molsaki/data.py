@@ -1,0 +1,345 @@
+"""JSON lines to :class:`Example`, examples to token ids and plans, and those to batches.
+
+Every example is two texts for the student, the two tasks of distilling step by step: *explain* (question, rationale,
+end token; the map lies on this one) and *predict* (question, answer, end token). Labels lie on the rationale or the
+answer and the end token.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from molsaki.answers import same_answer
+from molsaki.config import PREDICT_TEMPLATE, TextOptions
+from molsaki.segment import Spans, segment
+from molsaki.tokens import Encoded, TooLong, encode, fit, prompt
+from molsaki_kernels import StepPlan
+
+IGNORE = -100  # the label of a token that is not predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question with its rationale and answer.
+
+    ``answer`` is the gold answer where the data has one. ``is_right`` is False where the data has, besides, another
+    answer that the rationale ended in.
+    """
+
+    id: str
+    question: str
+    rationale: str
+    answer: str
+    keywords: tuple[str, ...] | None = None
+    choices: tuple[str, ...] | None = None
+    is_right: bool = True
+
+
+def read_examples(path: str | Path, rationale: bool = True) -> list[Example]:
+    """Read JSON lines with ``question``, ``answer`` or ``gold``, ``rationale``, and maybe ``id, keywords, choices``.
+
+    Numbers are taken as answers too. Blank lines are left out. A missing ``id`` becomes the line's number.
+
+    Args:
+        rationale: whether a line without a ``rationale`` is an error; an empty one never is (see :func:`prepare`).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError, TypeError: the file is empty, a line is not a JSON object, a field is missing, blank or of the
+            wrong type, or an id is there twice; the message names the file, the line and the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    examples, lines = [], {}
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not valid JSON: {error.msg} at character {error.pos + 1}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            example = _example(row, where, str(number), rationale)
+            if example.id in lines:
+                raise ValueError(f"{where}: id {example.id!r} is line {lines[example.id]}'s already")
+            lines[example.id] = number
+            examples.append(example)
+    if not examples:
+        raise ValueError(f"{path}: holds no examples")
+    return examples
+
+
+def _example(row: dict, where: str, default_id: str, rationale: bool) -> Example:
+    has_both = row.get("gold") is not None and "answer" in row
+    return Example(
+        id=_text(row, "id", where, default_id),
+        question=_text(row, "question", where),
+        rationale=_text(row, "rationale", where, None if rationale and "rationale" not in row else ""),
+        answer=_text(row, "answer" if row.get("gold") is None else "gold", where),
+        keywords=_texts(row, "keywords", where),
+        choices=_texts(row, "choices", where),
+        is_right=not has_both or same_answer(_text(row, "answer", where, ""), _text(row, "gold", where)),
+    )
+
+
+def _text(row: dict, field: str, where: str, default: str | None = None) -> str:
+    """A field as text; ``default`` for a missing, null or blank one, which without it is an error."""
+    value = row.get(field)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{where}: {field}: expected a text, got {type(value).__name__}")
+    if value is not None and value.strip():
+        return value
+    if default is None:
+        raise ValueError(f"{where}: {field}: " + ("missing" if value is None else "expected a text, got a blank one"))
+    return default
+
+
+def _texts(row: dict, field: str, where: str) -> tuple[str, ...] | None:
+    value = row.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
+        raise TypeError(f"{where}: {field}: expected a list of texts that are not blank, got {value!r}")
+    return tuple(value)
+
+
+def spans_of(example: Example, options: TextOptions) -> Spans:
+    """The steps and key words of one example's question and rationale."""
+    key = "numbers" if options.key == "numbers" else example.keywords or ()
+    return segment(example.question, example.rationale, key, options.splitter, options.number_words)
+
+
+def encode_predict(example: Example, tokenizer, template: str, predict_template: str) -> Encoded:
+    """The tokens of the answer task; ``target_start`` is the answer's."""
+    question, template = _predict_task(example, template, predict_template)
+    return encode(segment(question, example.answer, key=()), tokenizer, template=template)
+
+
+def predict_prompt(example: Example, tokenizer, template: str, predict_template: str) -> list[int]:
+    """The token ids after which the answer is generated."""
+    question, template = _predict_task(example, template, predict_template)
+    return prompt(question, tokenizer, template=template)
+
+
+def _predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
+    head, found, tail = predict_template.partition("{answer}")
+    if not found or "{question}" not in head or (tail and template == "chat"):
+        raise ValueError(
+            f"predict_template: expected a text with {{question}} and then {{answer}}, got {predict_template!r}"
+        )
+    if template == "chat":
+        return head.replace("{question}", example.question), "chat"
+    return example.question, head + "{rationale}" + tail
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What cuts texts for one model: its tokenizer, its template and the most tokens it takes (None: no limit)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    max_length: int | None
+
+
+def cut(
+    examples: Sequence[Example], options: TextOptions, sides: Sequence[Side], skipped: collections.Counter
+) -> Iterator[tuple[Example, Spans, list[Encoded], bool]]:
+    """Cut examples into steps and key words and tokenize them for every side.
+
+    Args:
+        skipped: counts the examples left out, by reason.
+
+    Yields:
+        the example, its spans, its tokens on each side, and whether its end was cut off.
+
+    Raises:
+        ValueError: every example is left out.
+    """
+    left = 0
+    for example in tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2):
+        if not example.rationale.strip():
+            skipped["no rationale"] += 1
+            continue
+        if options.drop_wrong and not example.is_right:
+            skipped["wrong answer"] += 1
+            continue
+        whole = spans_of(example, options)
+        try:
+            spans = fit(whole, *((side.tokenizer, side.template, side.max_length) for side in sides))
+        except TooLong:
+            skipped["question longer than max_length"] += 1
+            continue
+        if spans != whole and options.too_long == "skip":
+            skipped["text longer than max_length"] += 1
+            continue
+        left += 1
+        yield example, spans, [encode(spans, side.tokenizer, template=side.template) for side in sides], spans != whole
+    if not left:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise ValueError(f"all {len(examples)} examples were left out: {reasons}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example, tokenized. ``teacher`` is None without a teacher's tokenizer.
+
+    ``explain_ids`` and ``predict_ids`` are int32 with labels from ``explain_target`` and ``predict_target`` on.
+    """
+
+    id: str
+    spans: Spans
+    explain_ids: np.ndarray
+    explain_target: int
+    predict_ids: np.ndarray
+    predict_target: int
+    steps: list[tuple[int, int]]
+    words: list[list[int]]
+    teacher: Encoded | None
+
+
+class DistillDataset(Dataset):
+    """Tokenized examples, with the teacher's stored maps where there is a store. Picklable.
+
+    Attributes:
+        rows: the examples that are used.
+        skipped: how many were left out, by reason.
+        without_words: how many of ``rows`` have no key word: they train the two tasks, but have no map.
+    """
+
+    def __init__(self, rows: list[Row], skipped: collections.Counter, store=None):
+        self.rows = rows
+        self.skipped = skipped
+        self.without_words = sum(not row.words for row in rows)
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Row, object]:
+        row = self.rows[index]
+        return row, None if self.store is None else self.store[row.id]
+
+    def summary(self) -> str:
+        """One line: examples used, without key words, left out and why."""
+        parts = [f"{len(self)} examples", f"{self.without_words} without key words"]
+        return ", ".join(parts + [f"{count} left out: {reason}" for reason, count in self.skipped.items()])
+
+
+def prepare(
+    examples: Sequence[Example],
+    options: TextOptions,
+    student: Side,
+    teacher: Side | None = None,
+    predict_template: str = PREDICT_TEMPLATE,
+    store=None,
+) -> DistillDataset:
+    """Tokenize examples for both tasks of the student and for the teacher.
+
+    Examples without key words are kept and counted. Left out and counted are those without a rationale, those too long
+    for a side (unless ``options.too_long == "cut"``) and, if ``options.drop_wrong``, those with a wrong rationale.
+
+    Args:
+        teacher: needed for a live teacher, and with ``too_long="cut"``.
+        store: the teacher's stored maps.
+
+    Raises:
+        ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
+    """
+    skipped = collections.Counter()
+    sides = [dataclasses.replace(student, max_length=student.max_length and student.max_length - 1)]  # the end token's
+    sides += [] if teacher is None else [teacher]
+    end = student.tokenizer.eos_token_id
+    rows = []
+    for example, spans, encoded, is_cut in cut(examples, options, sides, skipped):
+        explain = encoded[0]
+        predict = encode_predict(example, student.tokenizer, student.template, predict_template)
+        predict_ids = _closed(predict.input_ids, predict.target_start, end)
+        if student.max_length is not None and len(predict_ids) > student.max_length:
+            skipped["answer task longer than max_length"] += 1
+            continue
+        body = max(stop for _, stop in explain.steps)
+        ids = explain.input_ids[:body] if is_cut else _closed(explain.input_ids, body, end)
+        rows.append(
+            Row(
+                id=example.id,
+                spans=spans,
+                explain_ids=np.array(ids, np.int32),
+                explain_target=explain.target_start,
+                predict_ids=np.array(predict_ids, np.int32),
+                predict_target=predict.target_start,
+                steps=explain.steps,
+                words=explain.words,
+                teacher=encoded[1] if teacher is not None else None,
+            )
+        )
+    return DistillDataset(rows, skipped, store)
+
+
+def _closed(ids: list[int], body: int, end: int) -> list[int]:
+    """The ids up to the first end token after ``body``, which is added if there is none."""
+    return ids[: ids.index(end, body) + 1] if end in ids[body:] else ids + [end]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collator:
+    """Rows to a batch: a dict of right-padded tensors.
+
+    ``explain``, ``predict`` and, with a live teacher, ``teacher`` are dicts of ``input_ids, attention_mask, labels
+    (N, M)`` and ``positions (P,)``, where logits are needed: position p predicts the label at p + 1. ``teacher`` has
+    its own ``plan``. ``plan`` is the student's, over ``explain``. With a store there is ``teacher_map (N, K, S, W)`` and
+    ``teacher_weights (N, K, Lt)``.
+    """
+
+    student_pad: int
+    teacher_pad: int | None = None
+
+    def __call__(self, items: Sequence[tuple[Row, object]]) -> dict:
+        rows, stored = zip(*items, strict=True)
+        batch = {
+            "explain": _task([r.explain_ids for r in rows], [r.explain_target for r in rows], self.student_pad),
+            "predict": _task([r.predict_ids for r in rows], [r.predict_target for r in rows], self.student_pad),
+            "plan": StepPlan.from_spans([r.steps for r in rows], [r.words for r in rows]),
+        }
+        if stored[0] is not None:
+            batch["teacher_map"] = _pad_maps([maps for _, maps in stored])
+            batch["teacher_weights"] = torch.stack([weights for weights, _ in stored])
+        elif rows[0].teacher is not None:
+            sides = [r.teacher for r in rows]
+            batch["teacher"] = _task([s.input_ids for s in sides], [s.target_start for s in sides], self.teacher_pad)
+            batch["teacher"]["plan"] = StepPlan.from_spans([s.steps for s in sides], [s.words for s in sides])
+        return batch
+
+
+def _task(ids: Sequence[Sequence[int]], targets: Sequence[int], pad: int) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(row) for row in ids])
+    input_ids = torch.full((len(ids), int(lengths.max())), pad)
+    for n, row in enumerate(ids):
+        input_ids[n, : len(row)] = torch.as_tensor(row)
+    column = torch.arange(input_ids.shape[1])
+    mask = column < lengths[:, None]
+    labels = input_ids.masked_fill(~mask | (column < torch.tensor(targets)[:, None]), IGNORE)
+    positions = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
+    return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels, "positions": positions}
+
+
+def _pad_maps(maps: Sequence[Tensor]) -> Tensor:
+    """``(K, S_n, W_n)`` each to ``(N, K, S, W)``."""
+    steps, words = max(m.shape[1] for m in maps), max(m.shape[2] for m in maps)
+    return torch.stack([torch.nn.functional.pad(m, (0, words - m.shape[2], 0, steps - m.shape[1])) for m in maps])

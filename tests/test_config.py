@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from molsaki.config import DistillConfig, EvaluateConfig, ExtractConfig, parse, require
+
+CONFIGS = [DistillConfig, ExtractConfig, EvaluateConfig]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_every_field_has_a_help_text(config_class):
+    assert [f.name for f in dataclasses.fields(config_class) if f.init and not f.metadata.get("help")] == []
+
+
+def test_flags_override_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "alpha: 0.2\nbeta: 3\nlearning_rate: 1e-4\nresume: true\nlora_targets: [q_proj, v_proj]\neval_file: null\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: false}\nuse_cpu: true\npredict_template: '{question} = {answer}'\n"
+    )
+    config = parse(DistillConfig, ["--config", str(path), "--alpha", "0.4", "--output_dir", str(tmp_path / "o")])
+    assert (config.alpha, config.beta, config.learning_rate, config.resume) == (0.4, 3.0, 1e-4, True)
+    assert config.lora_targets == ["q_proj", "v_proj"]
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert config.eval_file is None
+    assert config.predict_template == "{question} = {answer}"
+
+
+def test_defaults():
+    config = DistillConfig(use_cpu=True)
+    assert (config.objective, config.mixture, config.alpha, config.beta) == ("molsaki", "mixture", 0.5, 1.0)
+    assert (config.tau_t, config.tau_s, config.report_to) == (0.1, 0.5, [])
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    other = DistillConfig(use_cpu=True)
+    assert other.gradient_checkpointing_kwargs is not config.gradient_checkpointing_kwargs
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("alfa: 0.2\n", "c.yaml: alfa: no such key; did you mean alpha?"),
+        ("alpha: many\n", "c.yaml: argument --alpha: invalid float value: 'many'"),
+        ("objective: best\n", "invalid choice: 'best'"),
+        ("- alpha\n", "expected `name: value` lines, got list"),
+        ("alpha: [1\n", "c.yaml: not valid YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, lines, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(lines)
+    with pytest.raises(ValueError) as error:
+        parse(DistillConfig, ["--config", str(path)])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "--lerning_rate: no such flag; did you mean --learning_rate?"),
+        (["--alpha", "3"], "alpha: expected a number from 0 to 1, got 3.0"),
+        (["--temperature", "0"], "temperature: expected a positive number"),
+        (["--mixture", "all"], "invalid choice: 'all'"),
+        (["stray"], "stray: no such flag"),
+    ],
+)
+def test_bad_flags(argv, message):
+    with pytest.raises(ValueError) as error:
+        parse(DistillConfig, argv)
+    assert message in str(error.value)
+
+
+def test_python_callers_get_the_same_checks():
+    with pytest.raises(ValueError, match="objective: expected one of vanilla, dss, mmi, logits, molsaki, got 'sft'"):
+        DistillConfig(objective="sft", use_cpu=True)
+    with pytest.raises(ValueError, match="mode: expected one of answer, rationale"):
+        EvaluateConfig(mode="both")
+
+
+def test_missing_file_and_required_fields(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        parse(EvaluateConfig, ["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(ValueError, match="--data_file: required"):
+        require(EvaluateConfig(model="m"), "model", "data_file")

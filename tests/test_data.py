@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import tiny
+import torch
+from molsaki.config import PREDICT_TEMPLATE, TextOptions
+from molsaki.data import Collator, DistillDataset, Example, Side, predict_prompt, prepare, read_examples
+from torch.utils.data import DataLoader
+
+TOKENIZER, OTHER = tiny.tokenizer(), tiny.tokenizer(60)
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def examples(count: int = 4) -> list[Example]:
+    return [Example(r["id"], r["question"], r["rationale"], r["answer"]) for r in tiny.problems(count)]
+
+
+def student(max_length: int | None = None, template: str = "plain") -> Side:
+    return Side(TOKENIZER, template, max_length)
+
+
+def labelled(task: dict, row: int = 0) -> str:
+    labels = task["labels"][row]
+    return TOKENIZER.decode(labels[labels != -100])
+
+
+def test_read(tmp_path):
+    rows = tiny.problems(2) + [{"question": "q", "rationale": "", "answer": 12, "gold": 12.0, "choices": ["a", "b"]}]
+    rows.append({"question": "q", "rationale": "r", "answer": "3", "gold": "4", "keywords": ["x"]})
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
+    path.write_text("\n" + path.read_text())
+    read = read_examples(path)
+    assert [e.id for e in read] == ["p0", "p1", "4", "5"]
+    assert read[2] == Example("4", "q", "", "12.0", None, ("a", "b"), is_right=True)
+    assert (read[3].answer, read[3].keywords, read[3].is_right) == ("4", ("x",), False)
+
+
+GOOD = {"id": "a", "question": "q", "rationale": "r", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", ValueError, "d.jsonl: holds no examples"),
+        (json.dumps(GOOD) + "\n{broken\n", ValueError, "d.jsonl:2: not valid JSON"),
+        ("[1]\n", ValueError, "d.jsonl:1: expected a JSON object, got list"),
+        (json.dumps({**GOOD, "question": None}), ValueError, "d.jsonl:1: question: missing"),
+        (json.dumps({**GOOD, "question": " "}), ValueError, "d.jsonl:1: question: expected a text, got a blank one"),
+        (json.dumps({**GOOD, "question": ["q"]}), TypeError, "d.jsonl:1: question: expected a text, got list"),
+        (json.dumps({"question": "q", "answer": "1"}), ValueError, "d.jsonl:1: rationale: missing"),
+        (json.dumps({"question": "q", "rationale": "r"}), ValueError, "d.jsonl:1: answer: missing"),
+        (json.dumps({**GOOD, "keywords": "one"}), TypeError, "d.jsonl:1: keywords: expected a list"),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD), ValueError, "d.jsonl:2: id 'a' is line 1's already"),
+    ],
+)
+def test_read_errors(tmp_path, text, error, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(text)
+    with pytest.raises(error) as caught:
+        read_examples(path)
+    assert message in str(caught.value)
+
+
+def test_read_without_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_examples(tmp_path / "none.jsonl")
+
+
+def test_labels_lie_on_the_rationale_and_the_answer():
+    data = prepare(examples(3), TextOptions(), student())
+    batch = Collator(TOKENIZER.pad_token_id)([data[i] for i in range(3)])
+    for n, example in enumerate(examples(3)):
+        assert labelled(batch["explain"], n) == " " + example.rationale + "<|end|>"
+        assert labelled(batch["predict"], n) == " " + example.answer + "<|end|>"
+    assert "teacher" not in batch
+    assert "teacher_map" not in batch
+
+
+def test_batch_is_right_padded_and_positions_predict_every_label():
+    data = prepare(examples(4), TextOptions(), student(), Side(OTHER, "plain", None))
+    batch = Collator(TOKENIZER.pad_token_id, OTHER.pad_token_id)([data[i] for i in range(4)])
+    for task in (batch["explain"], batch["predict"], batch["teacher"]):
+        ids, mask, labels = task["input_ids"], task["attention_mask"], task["labels"]
+        assert (mask.diff(dim=1) <= 0).all()
+        assert (ids[mask == 0] == 0).all()
+        assert (labels[mask == 0] == -100).all()
+        kept = labels != -100
+        assert (labels[kept] == ids[kept]).all()
+        assert (task["positions"] + 1).tolist() == kept.any(0).nonzero()[:, 0].tolist()
+    lengths = batch["explain"]["attention_mask"].sum(1)
+    assert batch["plan"].extents == tuple((lengths - 1).tolist())  # all but the end token
+
+
+def test_two_tokenizers_give_plans_of_one_shape():
+    data = prepare(examples(4), TextOptions(), student(), Side(OTHER, "plain", None))
+    batch = Collator(0, 0)([data[i] for i in range(4)])
+    mine, other = batch["plan"], batch["teacher"]["plan"]
+    assert (mine.step_mask.equal(other.step_mask), mine.word_mask.equal(other.word_mask)) == (True, True)
+    assert (mine.num_steps, mine.num_words) == (5, 9)
+    assert batch["explain"]["input_ids"].shape[1] > batch["teacher"]["input_ids"].shape[1]
+
+
+def test_prompt_is_what_training_saw():
+    for template in ("plain", "chat"):
+        TOKENIZER.chat_template = CHAT
+        row = prepare(examples(1), TextOptions(), student(template=template)).rows[0]
+        prompt = predict_prompt(examples(1)[0], TOKENIZER, template, PREDICT_TEMPLATE)
+        assert row.predict_ids[: row.predict_target].tolist() == prompt
+        assert TOKENIZER.decode(row.predict_ids).endswith("Answer: 5<|end|>" if template == "plain" else "5<|end|>")
+        assert row.explain_ids[-1] == TOKENIZER.eos_token_id
+        assert (row.explain_ids[row.explain_target :] == TOKENIZER.eos_token_id).sum() == 1
+
+
+def test_examples_left_out_are_counted():
+    many = examples(4)
+    many[0] = Example("no", many[0].question, " ", "1")
+    many[1] = Example("wrong", many[1].question, many[1].rationale, "1", is_right=False)
+    many[2] = Example("long", many[2].question, many[2].rationale * 5, "1")
+    data = prepare(many, TextOptions(drop_wrong=True), student(200))
+    assert [row.id for row in data.rows] == ["p3"]
+    assert data.skipped == {"no rationale": 1, "wrong answer": 1, "text longer than max_length": 1}
+    assert "1 left out: no rationale" in data.summary()
+
+
+def test_all_left_out_is_an_error():
+    with pytest.raises(ValueError, match="all 4 examples were left out: 4 text longer than max_length"):
+        prepare(examples(4), TextOptions(), student(80))
+
+
+def test_cutting_keeps_both_sides_alike():
+    options = TextOptions(too_long="cut")
+    data = prepare(examples(4), options, student(100), Side(OTHER, "plain", None))
+    whole = prepare(examples(4), options, student(None), Side(OTHER, "plain", None))
+    for row, full in zip(data.rows, whole.rows, strict=True):
+        assert len(row.explain_ids) <= 99
+        assert TOKENIZER.eos_token_id not in row.explain_ids
+        assert 0 < len(row.words) < len(full.words)
+        assert len(row.words) == len(row.teacher.words)
+        assert len(row.steps) == len(row.teacher.steps)
+
+
+def test_examples_without_key_words_are_kept_and_counted():
+    data = prepare(examples(3), TextOptions(key="keywords"), student())
+    assert (len(data), data.without_words) == (3, 3)
+    keyed = [Example("k", "Where do apples grow?", "Apples grow on a tree.", "tree", keywords=("apples", "tree"))]
+    data = prepare(examples(1) + keyed, TextOptions(key="keywords"), student())
+    assert [len(row.words) for row in data.rows] == [0, 3]
+    assert Collator(0)([data[0], data[1]])["plan"].word_mask.sum(1).tolist() == [0, 3]
+
+
+def test_dataset_pickles_and_loads_in_workers():
+    data = prepare(examples(8), TextOptions(), student())
+    assert isinstance(pickle.loads(pickle.dumps(data)), DistillDataset)
+    alone, workers = (list(DataLoader(data, 4, collate_fn=Collator(0), num_workers=n)) for n in (0, 1))
+    for a, b in zip(alone, workers, strict=True):
+        assert torch.equal(a["explain"]["input_ids"], b["explain"]["input_ids"])
+        assert torch.equal(a["plan"].tokens, b["plan"].tokens)
+
+
+@pytest.mark.parametrize("template", ["{question}", "{answer} {question}", "{question} {answer"])
+def test_bad_predict_template(template):
+    with pytest.raises(ValueError, match="predict_template: expected a text with"):
+        prepare(examples(1), TextOptions(), student(), predict_template=template)
