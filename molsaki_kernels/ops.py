@@ -39,7 +39,8 @@ def attention(
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
     out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
-    return out, _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
+    lse = lse.contiguous()
+    return _laid_out(out, q), _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
 
 
 @attention.register_fake
@@ -93,8 +94,9 @@ def attention_backward(
         # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows
         delta = (dout.to(lse.dtype) * out).sum(-1)
         delta = -delta if dlse is None else dlse - delta
-        dsinks = ((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dsinks
+        dsinks = ((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
+        dsinks = dsinks.to(sinks.dtype)
+    return _laid_out(dq, q), _laid_out(dk, k), _laid_out(dv, v), dsinks
 
 
 @attention_backward.register_fake
@@ -202,6 +204,13 @@ stepwise_map.register_autograd(_map_backward, setup_context=_map_setup)
 
 def _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend):
     return stepmap.forward(q, k, lse, plan, options, cu_seqlens, per_head)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x in the strides that the fake promised: those of ``torch.empty_like(like)``."""
+    if x.stride() == torch.empty_like(like, device="meta").stride():
+        return x
+    return torch.empty_like(like).copy_(x)
 
 
 def _fake_map(q: Tensor, steps: Tensor, num_words: int, per_head: bool) -> Tensor:
