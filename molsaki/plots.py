@@ -1,0 +1,269 @@
+"""The paper's pictures: maps, layer weights over training, losses, and how much attention key words get step by step.
+
+Every function takes numbers and texts, writes one file (its suffix says which kind: png, pdf, svg) and returns its
+path. Nothing here needs a display, and a file is either whole or not there.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+TEACHER, STUDENT, OTHER = "#1f5a99", "#d1672c", "#d9d9d9"
+WIDE = 24  # words from which maps stand one above the other instead of side by side
+ANNOTATED = 200  # cells up to which a map's values are written into it
+STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # what is left of a long step or word in a label
+
+
+def plot_map(
+    maps: Mapping[str, np.ndarray], steps: Sequence[str], words: Sequence[str], path: str | Path, title: str = ""
+) -> Path:
+    """Stepwise maps of one text as heatmaps on one colour scale, such as the teacher's beside the student's (Eq. 6).
+
+    Args:
+        maps: what each map is called, and its ``(S, W)`` values.
+        steps, words: the texts of the S steps and the W words; long ones are shortened.
+        path: the file to write.
+        title: stands above all maps.
+
+    Raises:
+        ValueError: there is no map, or one is not ``(S, W)``.
+    """
+    values = {name: np.asarray(value, dtype=float) for name, value in maps.items()}
+    S, W = len(steps), len(words)
+    _check_maps(values, (S, W))
+    top = max((v.max(initial=0.0) for v in values.values()), default=0.0) or 1.0
+    stacked = W > WIDE
+    width, height = 2.8 + (0.3 if stacked else 0.42) * max(W, 4), 1.1 + 0.46 * max(S, 2)
+    rows, columns = (len(values), 1) if stacked else (1, len(values))
+    labels_once = 0 if stacked else 2.4 * (len(values) - 1)
+    figure = Figure(figsize=(width * columns - labels_once + 0.9, height * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    colours = ScalarMappable(Normalize(0, top), "Blues")
+    for i, (ax, (name, value)) in enumerate(zip(axes, values.items(), strict=True)):
+        if value.size:
+            ax.imshow(value, cmap=colours.cmap, norm=colours.norm, aspect="auto", interpolation="nearest")
+        else:
+            _say_empty(ax)
+        ax.set_xlim(-0.5, max(W, 1) - 0.5)
+        ax.set_ylim(max(S, 1) - 0.5, -0.5)
+        ax.set_title(name, parse_math=False)
+        _label_words(ax, words)
+        _label_steps(ax, steps if stacked or i == 0 else None, S)
+        _separate_cells(ax, S, W)
+        if value.size <= ANNOTATED:
+            _annotate(ax, value, top)
+    bar = figure.colorbar(colours, ax=list(axes), fraction=0.04, pad=0.02)
+    bar.set_label("attention")
+    return _save(figure, path, title)
+
+
+def plot_attention_by_step(
+    maps: Mapping[str, np.ndarray], tokens: Mapping[str, Sequence[int]], steps: Sequence[str], path: str | Path,
+    title: str = "",
+) -> Path:  # fmt: skip
+    """How each step's attention is split between key words and all other tokens.
+
+    A row of attention weights adds up to one, so a step of n tokens has n to give; what its row of the map holds went
+    to key words.
+
+    Args:
+        maps: what each map is called, and its ``(S, W)`` values.
+        tokens: for each map, the number of tokens of each of the S steps (tokenizers may differ).
+        steps: the texts of the S steps.
+        path: the file to write.
+        title: stands above all panels.
+
+    Raises:
+        ValueError: there is no map, one has not S rows, or ``tokens`` has not S numbers for each.
+    """
+    values = {name: np.asarray(value, dtype=float) for name, value in maps.items()}
+    S = len(steps)
+    _check_maps(values, (S, next(iter(values.values())).shape[-1] if values else 0))
+    if set(tokens) != set(values) or any(len(counts) != S for counts in tokens.values()):
+        raise ValueError(f"tokens: expected {S} numbers for each of {list(values)}, got {dict(tokens)}")
+    figure = Figure(figsize=(3.0 + 2.8 * len(values), 1.6 + 0.46 * max(S, 2)), layout="constrained")
+    axes = figure.subplots(1, len(values), squeeze=False).ravel()
+    for i, (ax, (name, value)) in enumerate(zip(axes, values.items(), strict=True)):
+        given = np.maximum(np.asarray(tokens[name], dtype=float), 1e-9)
+        key = np.clip(value.sum(axis=1) / given, 0, 1) * 100
+        ax.barh(range(S), key, color=TEACHER, label="key words", height=0.7)
+        ax.barh(range(S), 100 - key, left=key, color=OTHER, label="other tokens", height=0.7)
+        for s, share in enumerate(key):
+            inside = share > 85
+            ax.text(
+                share + (-1.5 if inside else 1.5), s, f"{share:.0f}%", va="center", ha="right" if inside else "left",
+                color="white" if inside else "black", fontsize=8,
+            )  # fmt: skip
+        ax.set_xlim(0, 100)
+        ax.set_ylim(S - 0.5, -0.5)
+        ax.set_title(name, parse_math=False)
+        ax.set_xlabel("share of the step's attention (%)")
+        _label_steps(ax, None if i else steps, S)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return _save(figure, path, title)
+
+
+def plot_layer_weights(records: Sequence[Mapping], path: str | Path, title: str = "") -> Path:
+    """The layer weights of both sides over training: ``p_t`` (Eq. 4) and ``p_s`` (Eq. 5).
+
+    Above, a heatmap of layers over training steps; below, the first and the last weights against equal ones.
+
+    Args:
+        records: one mapping a logging step, ascending: ``step`` and, for each side, a list with a weight a layer
+            (``teacher`` and ``student``, the lines of ``layer_weights.jsonl``; a side may be missing from all).
+        path: the file to write.
+        title: stands above all panels.
+
+    Raises:
+        ValueError: there are no records or no weights in them, or a side's lists differ in length.
+    """
+    sides = {side: [r[side] for r in records if side in r] for side in ("teacher", "student")}
+    sides = {side: rows for side, rows in sides.items() if rows}
+    if not sides:
+        raise ValueError("records: expected at least one with layer weights, got none")
+    if any(len(rows) != len(records) or len({len(row) for row in rows}) > 1 for rows in sides.values()):
+        raise ValueError("records: expected the same sides and numbers of layers in every one")
+    steps = [r["step"] for r in records]
+    figure = Figure(figsize=(0.6 + 5.2 * len(sides), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(sides), squeeze=False, height_ratios=[3, 2])
+    for column, (side, rows) in zip(axes.T, sides.items(), strict=True):
+        colour = TEACHER if side == "teacher" else STUDENT
+        weights = np.asarray(rows, dtype=float)  # (records, L)
+        L = weights.shape[1]
+        over, below = column
+        image = over.imshow(weights.T, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
+        over.set_title(f"{side}: weight of each layer")
+        over.set_xlabel("training step")
+        over.set_ylabel("layer")
+        shown = range(0, len(steps), -(-len(steps) // 10))
+        over.set_xticks(shown, [f"{steps[i]:g}" for i in shown])
+        over.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=over, fraction=0.05, pad=0.02)
+
+        below.axhline(1 / L, color="grey", linewidth=1, linestyle="--", label="all equal")
+        if len(steps) > 1:
+            below.plot(weights[0], color=colour, alpha=0.4, marker="o", markersize=3, label=f"step {steps[0]:g}")
+        below.plot(weights[-1], color=colour, marker="o", markersize=4, label=f"step {steps[-1]:g}")
+        below.set_xlabel("layer")
+        below.set_ylabel("weight")
+        below.set_ylim(0, max(1.15 * weights[[0, -1]].max(), 1.5 / L))
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+        below.spines[["top", "right"]].set_visible(False)
+        below.legend(frameon=False, fontsize=8)
+    return _save(figure, path, title)
+
+
+def plot_losses(
+    log_history: Sequence[Mapping], curves: Mapping[str, Sequence[str]], path: str | Path, title: str = ""
+) -> Path:
+    """Logged numbers over training, a panel for each group of them.
+
+    Args:
+        log_history: as in ``trainer_state.json``: mappings with ``step`` and some of the names.
+        curves: what each panel is called, and the names in it; a name that was never logged is left out, and so is a
+            panel without names.
+        path: the file to write.
+        title: stands above all panels.
+
+    Raises:
+        ValueError: none of the names was logged.
+    """
+    series = {
+        name: [(r["step"], r[name]) for r in log_history if name in r] for names in curves.values() for name in names
+    }
+    panels = {panel: [name for name in names if series[name]] for panel, names in curves.items()}
+    panels = {panel: names for panel, names in panels.items() if names}
+    if not panels:
+        raise ValueError(f"log_history: expected one of {list(series)} to be logged, got none")
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(0.4 + 4.0 * columns, 3.2 * rows + 0.2), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax, (panel, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            x, y = np.asarray(series[name], dtype=float).T
+            ax.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=3)
+        ax.set_title(panel, parse_math=False)
+        ax.set_xlabel("training step")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1 or names != [panel]:
+            ax.legend(frameon=False, fontsize=8)
+    return _save(figure, path, title)
+
+
+def shorten(text: str, width: int, lines: int = 1) -> str:
+    """A text on at most ``lines`` lines of ``width`` characters, with an ellipsis for what is left out."""
+    wrapped = textwrap.wrap(" ".join(text.split()), width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
+    return "\n".join(wrapped)
+
+
+def _check_maps(values: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
+    if not values:
+        raise ValueError("maps: expected at least one, got none")
+    for name, value in values.items():
+        if value.shape != shape:
+            raise ValueError(f"maps[{name!r}]: expected (steps, words) = {shape}, got {value.shape}")
+
+
+def _label_words(ax: Axes, words: Sequence[str]) -> None:
+    labels = [word if len(word) <= WORD_CHARS else word[: WORD_CHARS - 1] + "…" for word in words]
+    slanted = max(map(len, labels), default=0) > (4 if len(words) <= WIDE else 2)
+    ax.set_xticks(range(len(words)), labels, rotation=60 if slanted else 0, ha="right" if slanted else "center",
+                  rotation_mode="anchor" if slanted else "default", fontsize=9, parse_math=False)  # fmt: skip
+    ax.tick_params(length=0)
+
+
+def _label_steps(ax: Axes, steps: Sequence[str] | None, count: int) -> None:
+    """Label the rows with their texts, or with nothing where the panel to the left has them."""
+    labels = [""] * count if steps is None else [shorten(step, STEP_CHARS, STEP_LINES) for step in steps]
+    ax.set_yticks(range(count), labels, fontsize=8, linespacing=1.1, parse_math=False)
+    ax.tick_params(axis="y", length=0)
+
+
+def _separate_cells(ax: Axes, S: int, W: int) -> None:
+    ax.set_xticks(np.arange(1, W) - 0.5, minor=True)
+    ax.set_yticks(np.arange(1, S) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=1)
+    ax.tick_params(which="minor", length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _annotate(ax: Axes, value: np.ndarray, top: float) -> None:
+    for (s, w), x in np.ndenumerate(value):
+        if x >= 0.005 * top:  # the rest is white
+            text = f"{x:.2f}" if top < 10 else f"{x:.0f}"
+            colour = "white" if x > 0.6 * top else "black"
+            ax.text(w, s, text.removeprefix("0") or "0", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _say_empty(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "no key words", transform=ax.transAxes, ha="center", va="center", color="grey")
+
+
+def _save(figure: Figure, path: str | Path, title: str) -> Path:
+    path = Path(path)
+    if title:
+        figure.suptitle(title, parse_math=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format=path.suffix.removeprefix(".") or "png", dpi=150)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
