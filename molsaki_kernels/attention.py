@@ -9,6 +9,9 @@ from . import checks, ops
 from .call import AttentionCall, Options
 from .plan import StepPlan
 
+# Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it.
+AUTO = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
+
 
 def stepwise_attention(
     q: Tensor,
@@ -156,7 +159,7 @@ def _choose(
         packed=cu_seqlens is not None,
         backward=torch.is_grad_enabled() and any(t.requires_grad for t in gradients),
     )
-    names = ops.ENGINES if engine == "auto" else [engine]
+    names = AUTO.get(q.device.type, ("eager",)) if engine == "auto" else (engine,)
     reasons = {}
     for name in names:
         reasons[name] = ops.ENGINES[name].available() or ops.ENGINES[name].why_not(call)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
+from .machine import why_no_triton
 from .plan import StepPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -109,30 +106,15 @@ def check_plan(plan: StepPlan, q: Tensor, cu_seqlens: Tensor | None) -> None:
             )
 
 
-@functools.cache
-def why_no_triton() -> str | None:
-    """Why Triton kernels cannot be compiled at all here, or None."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
-
-
-def why_not_triton(x: Tensor) -> str | None:
-    """Why the project's Triton kernels cannot run on ``x``, or None."""
-    if x.dtype == torch.float64:
-        return "the Triton kernels take bfloat16, float16 and float32, not float64"
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton kernels need a GPU (or TRITON_INTERPRET=1), got a tensor on {x.device}"
-    return why_no_triton()
-
-
 def choose_backend(backend: str, x: Tensor) -> str:
     """ "triton" or "torch"; "auto" takes Triton wherever there is a GPU for it."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
     if backend == "torch":
         return backend
+    reason = why_no_triton(x.device, x.dtype)
     if backend == "auto":
-        return "triton" if x.is_cuda and why_not_triton(x) is None else "torch"
-    reason = why_not_triton(x)
+        return "triton" if x.is_cuda and reason is None else "torch"
     if reason is not None:
         raise ValueError(f'backend: "triton" cannot serve this call: {reason}')
     return backend

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .machine import why_no_triton
+
 VANISHED = 1e-15  # |dO| below this: its square is still a normal float32
 TINY = 1e-20  # what takes its place; float16 has no such number, and must not come here
 
@@ -30,12 +32,17 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     """
     if torch.float16 in (out.dtype, dout.dtype):
         raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
+    if out.is_cuda and why_no_triton(out.device, out.dtype) is None:
+        from .triton.fold import fold as fold_in_one_pass
+
+        return fold_in_one_pass(out, dout, dlse)
     dtype = torch.promote_types(out.dtype, torch.float32)
     norm = torch.linalg.vector_norm(dout, dim=-1, keepdim=True, dtype=dtype)
     dlse = dlse.to(dtype)[..., None]
     vanished = norm < VANISHED
     if dout.device.type == "cpu" and not vanished.any():
         return torch.addcmul(out.to(dtype), dout.to(dtype), dlse / norm.square(), value=-1).to(out.dtype), dout
-    dout = torch.where(vanished, TINY, dout)
-    step = torch.where(vanished, dlse / (TINY * dout.shape[-1]), dout * (dlse / norm.square()))
+    tiny = torch.tensor(TINY, dtype=dout.dtype).item()  # the number that dO's dtype can hold
+    dout = torch.where(vanished, tiny, dout)
+    step = torch.where(vanished, dlse / (tiny * dout.shape[-1]), dout * (dlse / norm.square()))
     return (out - step).to(out.dtype), dout

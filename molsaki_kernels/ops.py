@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import stepmap
 from .call import Options, PlanTensors
-from .engines import eager, sdpa
+from .engines import eager, sdpa, triton
 
-ENGINES = {engine.NAME: engine for engine in (sdpa, eager)}
+ENGINES = {engine.NAME: engine for engine in (triton, sdpa, eager)}
 
 
 @torch.library.custom_op("molsaki::stepwise_attention", mutates_args=())
@@ -38,6 +38,9 @@ def attention(
     """out ``(B, Hq, M, D)``, the map ``(N, [Hq,] S, W)`` and lse ``(B, Hq, M)``."""
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
+    if engine == triton.NAME:
+        out, lse, maps = triton.forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
+        return _laid_out(out, q), maps, lse
     out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
     lse = lse.contiguous()
     return _laid_out(out, q), _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
@@ -76,19 +79,22 @@ def attention_backward(
     """dq, dk, dv and dsinks (empty without sinks)."""
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    dq_map, dk_map = None, None
+    if engine == triton.NAME:
+        grads = triton.backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
+        dq, dk, dv, dsinks = grads
+        return _laid_out(dq, q), _laid_out(dk, k), _laid_out(dv, v), q.new_empty(0) if dsinks is None else dsinks
+    gradient = None
     if dmaps is not None:
-        dq_map, dk_map, dlse_map = stepmap.backward(dmaps, q, k, lse, plan, options, cu_seqlens)
-        dlse = dlse_map if dlse is None else dlse_map.add_(dlse)
+        gradient = MapGradient(dmaps, q, k, lse, plan, options, cu_seqlens, backend)
+        dlse = gradient.dlse if dlse is None else gradient.dlse + dlse
     no_dout = dout is None
     if no_dout:
         dout = torch.zeros_like(out)
     dq, dk, dv = ENGINES[engine].backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, options)
     if no_dout:
         dv = torch.zeros_like(v)  # the fold may have left a trace of its tiny dO
-    if dq_map is not None:
-        dq.add_(dq_map)
-        stepmap.add_key_gradient(dk, dk_map, plan, cu_seqlens)
+    if gradient is not None:
+        gradient.add_to(dq, dk)
     dsinks = q.new_empty(0)
     if sinks is not None:
         # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows
@@ -176,10 +182,10 @@ def stepwise_map_backward(
     """dq, dk and dlse."""
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    dq, dk_tokens, dlse = stepmap.backward(dmaps, q, k, lse, plan, options, cu_seqlens)
-    dk = torch.zeros_like(k)
-    stepmap.add_key_gradient(dk, dk_tokens, plan, cu_seqlens)
-    return dq.to(q.dtype), dk, dlse.to(lse.dtype)
+    gradient = MapGradient(dmaps, q, k, lse, plan, options, cu_seqlens, backend)
+    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+    gradient.add_to(dq, dk)
+    return dq, dk, gradient.dlse.to(lse.dtype)
 
 
 @stepwise_map_backward.register_fake
@@ -202,8 +208,52 @@ def _map_backward(ctx, dmaps):
 stepwise_map.register_autograd(_map_backward, setup_context=_map_setup)
 
 
-def _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend):
+def _map_forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: PlanTensors,
+    options: Options,
+    cu_seqlens: Tensor | None,
+    per_head: bool,
+    backend: str,
+) -> Tensor:
+    if backend == "triton":
+        from .triton.map_forward import map_forward
+
+        return map_forward(_rows(q), _rows(k), lse, plan, options, cu_seqlens, per_head)
     return stepmap.forward(q, k, lse, plan, options, cu_seqlens, per_head)
+
+
+class MapGradient:
+    """The map's gradient in two halves: an engine's backward needs ``dlse`` before it, and what it returns gets the
+    key columns' part of dq and dk added in place. The Triton backend makes the weights again for the second half,
+    which costs it less than a dq of its own in memory; plain PyTorch makes both halves at once."""
+
+    def __init__(self, dmaps: Tensor, q: Tensor, k: Tensor, lse: Tensor, plan, options, cu_seqlens, backend: str):
+        self._plan, self._cu_seqlens, self._triton = plan, cu_seqlens, backend == "triton"
+        if self._triton:
+            from .triton.map_backward import map_dlse
+
+            self._arguments = (_rows(q), _rows(k), lse, dmaps, plan, options, cu_seqlens)
+            self.dlse = map_dlse(*self._arguments)
+        else:
+            self._dq, self._dk, self.dlse = stepmap.backward(dmaps, q, k, lse, plan, options, cu_seqlens)
+
+    def add_to(self, dq: Tensor, dk: Tensor) -> None:
+        """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
+        if self._triton:
+            from .triton.map_backward import map_backward
+
+            map_backward(*self._arguments, dq=dq, dk=dk)
+        else:
+            dq.add_(self._dq)
+            stepmap.add_key_gradient(dk, self._dk, self._plan, self._cu_seqlens)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With a contiguous last dimension, as the Triton kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

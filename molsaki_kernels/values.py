@@ -72,6 +72,10 @@ def _pool_values(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> Tensor:
+    if backend == "triton":
+        from .triton.values import pool_values_forward
+
+        return pool_values_forward(_rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
     return forward(v, lengths, eps, mean, mean_heads, cu_seqlens)
 
 
@@ -93,6 +97,11 @@ def _pool_values_backward(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> Tensor:
+    if backend == "triton":
+        from .triton.values import pool_values_backward
+
+        dv = pool_values_backward(dpooled, _rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
+        return dv if dv.stride() == v.stride() else torch.empty_like(v).copy_(dv)
     return backward(dpooled, v, lengths, eps, mean, mean_heads, cu_seqlens)
 
 
@@ -151,6 +160,11 @@ def backward(
             dx = dx.unflatten(-1, (v.shape[1], v.shape[3])).transpose(1, 2)
         dv[slice(None) if cu_seqlens is not None else n, :, rows] = dx.to(v.dtype)
     return dv
+
+
+def _rows(v: Tensor) -> Tensor:
+    """With a contiguous last dimension, as the Triton kernels read it."""
+    return v if v.stride(-1) == 1 else v.contiguous()
 
 
 def _blocks(v: Tensor, lengths: Tensor | None, mean_heads: bool, cu_seqlens: Tensor | None):

@@ -1,9 +1,14 @@
-"""Shared by all tests: few threads, so that a suite on a small machine is not slowed by its own parallelism."""
+"""Shared by all tests. Without a GPU the Triton kernels are interpreted, which Triton wants to know before its import."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

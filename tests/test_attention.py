@@ -335,6 +335,36 @@ def test_fake_and_meta_tensors():
     assert out.shape == q.shape and maps.shape == (3, 4, 4) and maps.device.type == "meta"
 
 
+TRITON = ["plain", "window", "softcap", "sinks", "heads", "packed, window, sinks"]
+
+
+@pytest.mark.parametrize("feature", TRITON)
+def test_triton_engine_through_the_door(feature):
+    """The kernels have a suite of their own; here the operators around them."""
+    compare("triton", "some empty", FEATURES[feature], torch.float32)
+
+
+def test_triton_map_on_another_engine(monkeypatch):
+    """On a GPU the map kernels ride on any engine: here interpreted, on the CPU flash operator."""
+    monkeypatch.setattr(mk.attention.checks, "choose_backend", lambda backend, x: "triton")
+    for feature in ("plain", "packed, window, sinks"):
+        compare("sdpa", "some empty", FEATURES[feature], torch.float32)
+
+
+def test_triton_backend_of_the_map_and_of_pooled_values():
+    (q, k, v), plan, _ = inputs("some empty", torch.float32)
+    _, lse = reference.attention_weights(q, k)
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, lse, v)]
+        maps = mk.stepwise_map(*leaves[:3], plan, backend=backend)
+        pooled = mk.pool_values(leaves[3], torch.tensor([20, 3, 0]), backend=backend)
+        value = (maps * torch.linspace(-1, 1, maps.numel()).view(maps.shape)).sum() + pooled.square().sum()
+        results.append((maps, pooled, *torch.autograd.grad(value, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_engines_and_choice():
     listed = mk.engines()
     assert listed["sdpa"] == listed["eager"] == "ready"
