@@ -28,13 +28,13 @@ from ..call import Options, PlanTensors
 from . import configs
 from .map_backward import dk_partials
 from .tiles import (
-    LOG2E,
     RAGGED,
     capped,
     column_gradient,
     columns_in,
     dot,
     dot_precision,
+    exp,
     key_range,
     load_columns,
     load_rows,
@@ -45,12 +45,13 @@ from .tiles import (
     step_of,
     steps_in,
     store_rows,
+    weights,
 )
 
 
 @triton.jit
 def stream_keys(
-    b_q, b_do, lse2, delta, dq, p_k, p_v, stride_km, stride_vm, rows, lo, hi, length, factor, inner, window,
+    b_q, b_do, lse, delta, dq, p_k, p_v, stride_km, stride_vm, rows, lo, hi, length, factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +63,7 @@ def stream_keys(
         b_k = load_rows(p_k, columns, length, D, BD, MASK)  # [BN, BD]
         b_v = load_rows(p_v, columns, length, D, BD, MASK)
         t = capped(dot(b_q, tl.trans(b_k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BN]
-        p = tl.exp2(t * factor - lse2[:, None])
+        p = weights(t, lse[:, None], factor, b_q.dtype == tl.float32)
         if MASK:
             visible = seen(rows[:, None], columns[None, :], window, CAUSAL, HAS_WINDOW) & (columns < length)[None, :]
             p = tl.where(visible, p, 0.0)
@@ -123,7 +124,7 @@ def flash_dq_kernel(
     b_do = load_rows(p_do, rows, length, D, BD, True)
     b_delta = tl.sum(b_do.to(tl.float32) * load_rows(p_o, rows, length, D, BD, True).to(tl.float32), 1)  # [BM]
     b_q = load_rows(p_q, rows, length, D, BD, True)
-    lse2 = tl.load(lse + p_row, mask=rows < length, other=float("inf")) * LOG2E
+    b_lse = tl.load(lse + p_row, mask=rows < length, other=float("inf"))
     b_dq = tl.zeros([BM, BD], tl.float32)
 
     if HAS_DLSE:
@@ -143,14 +144,14 @@ def flash_dq_kernel(
             c_hi = c_lo
         i_map = i_n.to(tl.int64) * heads + i_h if PER_HEAD else i_n.to(tl.int64)
         b_dq, b_dlse = column_gradient(
-            b_q, lse2, b_dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps + i_map * S * W, W,
+            b_q, b_lse, b_dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps + i_map * S * W, W,
             weight, factor, inner, window, D, BD, BM, BC, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
         b_delta -= b_dlse
     tl.store(delta + p_row, b_delta, mask=rows < length)
     if HAS_SINKS:
-        sink2 = tl.load(sinks + i_h).to(tl.float32) * LOG2E
-        tl.store(dsinks + i_h.to(tl.int64) * tl.num_programs(0) + i_g, -tl.sum(tl.exp2(sink2 - lse2) * b_delta, 0))
+        weight_of_sink = exp(tl.load(sinks + i_h).to(tl.float32) - b_lse)  # [BM]
+        tl.store(dsinks + i_h.to(tl.int64) * tl.num_programs(0) + i_g, -tl.sum(weight_of_sink * b_delta, 0))
 
     lo, a, b, hi = key_range(m0, length, window, BM, BN, CAUSAL, HAS_WINDOW)
     keys = tl.arange(0, BN).to(tl.int64)[:, None]
@@ -158,15 +159,15 @@ def flash_dq_kernel(
     p_v += keys * stride_vm + d[None, :]
     if HAS_WINDOW:
         b_dq = stream_keys(
-            b_q, b_do, lse2, b_delta, b_dq, p_k, p_v, stride_km, stride_vm, rows, lo, a, length, factor, inner, window,
+            b_q, b_do, b_lse, b_delta, b_dq, p_k, p_v, stride_km, stride_vm, rows, lo, a, length, factor, inner, window,
             D, BD, BN, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     b_dq = stream_keys(
-        b_q, b_do, lse2, b_delta, b_dq, p_k, p_v, stride_km, stride_vm, rows, a, b, length, factor, inner, window,
+        b_q, b_do, b_lse, b_delta, b_dq, p_k, p_v, stride_km, stride_vm, rows, a, b, length, factor, inner, window,
         D, BD, BN, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     b_dq = stream_keys(
-        b_q, b_do, lse2, b_delta, b_dq, p_k, p_v, stride_km, stride_vm, rows, b, hi, length, factor, inner, window,
+        b_q, b_do, b_lse, b_delta, b_dq, p_k, p_v, stride_km, stride_vm, rows, b, hi, length, factor, inner, window,
         D, BD, BN, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     p_dq = dq + i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh + offset * stride_dqm + d[None, :]
@@ -175,34 +176,47 @@ def flash_dq_kernel(
 
 @triton.jit
 def stream_queries(
-    b_k, b_v, dk, dv, p_q, p_do, p_lse, p_delta, stride_qm, stride_dom, columns, lo, hi, length, factor, inner, window,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr,
+    k, v, dk, dv, q, dout, lse, delta, stride_km, stride_vm, stride_qh, stride_qm, stride_doh, stride_dom,
+    n0, lo, hi, length, M, group_size, factor, inner, window,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dk`` (without the scale) and ``dv [BN, BD]`` plus what one head's rows ``[lo, hi)`` add to them."""
-    p_q += lo.to(tl.int64) * stride_qm
-    p_do += lo.to(tl.int64) * stride_dom
-    for m0 in tl.range(lo, hi, BM):
+    """``dk`` (without the scale) and ``dv [BN, BD]`` plus what the rows ``[lo, hi)`` of the group's heads add to them.
+
+    The pointers are to the sequence's first row, of the group's first head. Heads and tiles are one flat loop, and k and v
+    are read here, not by the caller: kept for the next call, they would take 64 registers a thread.
+    """
+    columns = n0 + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    k += columns.to(tl.int64)[:, None] * stride_km + d[None, :]
+    v += columns.to(tl.int64)[:, None] * stride_vm + d[None, :]
+    b_k = load_rows(k, columns, length, D, BD, True)  # [BN, BD]
+    b_v = load_rows(v, columns, length, D, BD, True)
+    q += tl.arange(0, BM).to(tl.int64)[:, None] * stride_qm + d[None, :]
+    dout += tl.arange(0, BM).to(tl.int64)[:, None] * stride_dom + d[None, :]
+    tiles = tl.cdiv(tl.maximum(hi - lo, 0), BM)
+    for i in tl.range(0, tiles * group_size):
+        i_h = tl.cast(i // tl.maximum(tiles, 1), tl.int64)
+        m0 = lo + i % tl.maximum(tiles, 1) * BM
         rows = m0 + tl.arange(0, BM)
-        b_q = load_rows(p_q, rows, length, D, BD, MASK)  # [BM, BD]
-        b_do = load_rows(p_do, rows, length, D, BD, MASK)
+        b_q = load_rows(q + i_h * stride_qh + tl.cast(m0, tl.int64) * stride_qm, rows, length, D, BD, MASK)  # [BM, BD]
+        b_do = load_rows(dout + i_h * stride_doh + tl.cast(m0, tl.int64) * stride_dom, rows, length, D, BD, MASK)
+        i_row = i_h * M + rows
         if MASK:
-            lse2 = tl.load(p_lse + rows, mask=rows < length, other=float("inf")) * LOG2E
-            delta = tl.load(p_delta + rows, mask=rows < length, other=0.0)
+            b_lse = tl.load(lse + i_row, mask=rows < length, other=float("inf"))
+            b_delta = tl.load(delta + i_row, mask=rows < length, other=0.0)
         else:
-            lse2 = tl.load(p_lse + rows) * LOG2E
-            delta = tl.load(p_delta + rows)
+            b_lse = tl.load(lse + i_row)
+            b_delta = tl.load(delta + i_row)
         t = capped(dot(b_k, tl.trans(b_q), None, PRECISION), inner, HAS_SOFTCAP)  # [BN, BM]
-        p = tl.exp2(t * factor - lse2[None, :])
+        p = weights(t, b_lse[None, :], factor, b_q.dtype == tl.float32)
         if MASK:
             p = tl.where(seen(rows[None, :], columns[:, None], window, CAUSAL, HAS_WINDOW), p, 0.0)
         dv = dot(p.to(b_do.dtype), b_do, dv, PRECISION)
-        ds = p * (dot(b_v, tl.trans(b_do), None, PRECISION) - delta[None, :])  # [BN, BM]
+        ds = p * (dot(b_v, tl.trans(b_do), None, PRECISION) - b_delta[None, :])  # [BN, BM]
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
         dk = dot(ds.to(b_q.dtype), b_q, dk, PRECISION)
-        p_q += BM * stride_qm
-        p_do += BM * stride_dom
     return dk, dv
 
 
@@ -235,37 +249,35 @@ def flash_dkv_kernel(
     if n0 >= length:
         return
 
-    columns = n0 + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    offset = (bos + columns).to(tl.int64)[:, None]
-    p_k = k + i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + offset * stride_km + d[None, :]
-    p_v = v + i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + offset * stride_vm + d[None, :]
-    b_k = load_rows(p_k, columns, length, D, BD, True)  # [BN, BD]
-    b_v = load_rows(p_v, columns, length, D, BD, True)
+    h0 = i_kv * group_size
+    p_q = q + i_b.to(tl.int64) * stride_qb + h0.to(tl.int64) * stride_qh + bos.to(tl.int64) * stride_qm
+    p_do = dout + i_b.to(tl.int64) * stride_dob + h0.to(tl.int64) * stride_doh + bos.to(tl.int64) * stride_dom
+    p_k = k + i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + bos.to(tl.int64) * stride_km
+    p_v = v + i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + bos.to(tl.int64) * stride_vm
+    i_row = (i_b.to(tl.int64) * heads + h0) * M + bos
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
     lo, a, b, hi = query_range(n0, length, window, BM, BN, CAUSAL, HAS_WINDOW)
-    queries = (bos + tl.arange(0, BM)).to(tl.int64)[:, None]
-    p_qt = q + i_b.to(tl.int64) * stride_qb + queries * stride_qm + d[None, :]
-    p_dot = dout + i_b.to(tl.int64) * stride_dob + queries * stride_dom + d[None, :]
-    for i_h in tl.range(i_kv * group_size, (i_kv + 1) * group_size, num_stages=1):
-        p_q = p_qt + i_h.to(tl.int64) * stride_qh
-        p_do = p_dot + i_h.to(tl.int64) * stride_doh
-        i_row = (i_b.to(tl.int64) * heads + i_h) * M + bos
-        if CAUSAL:
-            b_dk, b_dv = stream_queries(
-                b_k, b_v, b_dk, b_dv, p_q, p_do, lse + i_row, delta + i_row, stride_qm, stride_dom, columns, lo, a,
-                length, factor, inner, window, D, BD, BM, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-            )  # fmt: skip
+    if CAUSAL:
         b_dk, b_dv = stream_queries(
-            b_k, b_v, b_dk, b_dv, p_q, p_do, lse + i_row, delta + i_row, stride_qm, stride_dom, columns, a, b,
-            length, factor, inner, window, D, BD, BM, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            p_k, p_v, b_dk, b_dv, p_q, p_do, lse + i_row, delta + i_row, stride_km, stride_vm, stride_qh, stride_qm,
+            stride_doh, stride_dom, n0, lo, a, length, M, group_size, factor, inner, window,
+            D, BD, BM, BN, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
-        b_dk, b_dv = stream_queries(
-            b_k, b_v, b_dk, b_dv, p_q, p_do, lse + i_row, delta + i_row, stride_qm, stride_dom, columns, b, hi,
-            length, factor, inner, window, D, BD, BM, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
-        )  # fmt: skip
+    b_dk, b_dv = stream_queries(
+        p_k, p_v, b_dk, b_dv, p_q, p_do, lse + i_row, delta + i_row, stride_km, stride_vm, stride_qh, stride_qm,
+        stride_doh, stride_dom, n0, a, b, length, M, group_size, factor, inner, window,
+        D, BD, BM, BN, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+    b_dk, b_dv = stream_queries(
+        p_k, p_v, b_dk, b_dv, p_q, p_do, lse + i_row, delta + i_row, stride_km, stride_vm, stride_qh, stride_qm,
+        stride_doh, stride_dom, n0, b, hi, length, M, group_size, factor, inner, window,
+        D, BD, BM, BN, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
 
+    columns = n0 + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    offset = (bos + columns).to(tl.int64)[:, None]
     p_dv = dv + i_b.to(tl.int64) * stride_dvb + i_kv.to(tl.int64) * stride_dvh + offset * stride_dvm + d[None, :]
     store_rows(p_dv, b_dv, columns, length, D, BD)
     if HAS_MAP:
@@ -280,9 +292,9 @@ def flash_dkv_kernel(
             i_c = tl.maximum(i_c, tl.max(tl.where(here, c[None, :], -1), 1))
         if c_hi > 0:
             for i_split in tl.range(0, splits, num_stages=1):
-                i_row = ((i_split * N + i_n) * kv_heads + i_kv).to(tl.int64) * C + i_c
+                i_share = ((i_split * N + i_n) * kv_heads + i_kv).to(tl.int64) * C + i_c
                 mask = (i_c >= 0)[:, None] & (d < D)[None, :]
-                b_dk += tl.load(partial + i_row[:, None] * D + d[None, :], mask=mask, other=0.0)
+                b_dk += tl.load(partial + i_share[:, None] * D + d[None, :], mask=mask, other=0.0)
     p_dk = dk + i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh + offset * stride_dkm + d[None, :]
     store_rows(p_dk, b_dk * scale, columns, length, D, BD)
 

@@ -21,13 +21,13 @@ from ..call import Options, PlanTensors
 from . import configs
 from .map_forward import map_forward, new_maps, reduce_partials
 from .tiles import (
-    LN2,
     LOG2E,
     RAGGED,
     capped,
     columns_in,
     dot,
     dot_precision,
+    exp,
     key_range,
     load_rows,
     locate,
@@ -46,7 +46,11 @@ def attend(
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stream the keys ``[lo, hi)`` past the rows: ``acc [BM, BD]``, running maximum and sum (log2 units) ``[BM]``."""
+    """Stream the keys ``[lo, hi)`` past the rows: ``acc [BM, BD]``, running maximum and sum ``[BM]``.
+
+    The maximum is in log2 units and so is ``factor``, unless EXACT: then both are natural (see ``tiles.weights``).
+    """
+    EXACT: tl.constexpr = b_q.dtype == tl.float32
     p_k += lo.to(tl.int64) * stride_km
     p_v += lo.to(tl.int64) * stride_vm
     for n0 in tl.range(lo, hi, BN):
@@ -61,8 +65,10 @@ def attend(
         if MASK:
             # A row that has seen no key yet: exp2(-inf - 0) is the zero it should be.
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(t * factor - shift[:, None])
-        decay = tl.exp2(top - shift)
+        p = t * factor - shift[:, None]
+        decay = top - shift
+        p = exp(p) if EXACT else tl.exp2(p)
+        decay = exp(decay) if EXACT else tl.exp2(decay)
         total = total * decay + tl.sum(p, 1)
         b_v = load_rows(p_v, columns, length, D, BD, MASK)  # [BN, BD]
         acc = dot(p.to(b_v.dtype), b_v, acc * decay[:, None], PRECISION)
@@ -110,34 +116,35 @@ def flash_forward_kernel(
     p_v = v + i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + bos.to(tl.int64) * stride_vm
     b_q = load_rows(p_q, rows, length, D, BD, True)
 
+    unit = 1.0 if q.dtype.element_ty == tl.float32 else LOG2E
     acc = tl.zeros([BM, BD], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     if HAS_SINKS:
-        top = tl.zeros([BM], tl.float32) + tl.load(sinks + i_h).to(tl.float32) * LOG2E
+        top = tl.zeros([BM], tl.float32) + tl.load(sinks + i_h).to(tl.float32) * unit
         total += 1.0
     lo, a, b, hi = key_range(m0, length, window, BM, BN, CAUSAL, HAS_WINDOW)
     p_kt = p_k + keys * stride_km + d[None, :]
     p_vt = p_v + keys * stride_vm + d[None, :]
     if HAS_WINDOW:
         acc, top, total = attend(
-            b_q, acc, top, total, p_kt, p_vt, stride_km, stride_vm, rows, lo, a, length, factor, inner, window,
+            b_q, acc, top, total, p_kt, p_vt, stride_km, stride_vm, rows, lo, a, length, factor * unit, inner, window,
             D, BD, BN, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     acc, top, total = attend(
-        b_q, acc, top, total, p_kt, p_vt, stride_km, stride_vm, rows, a, b, length, factor, inner, window,
+        b_q, acc, top, total, p_kt, p_vt, stride_km, stride_vm, rows, a, b, length, factor * unit, inner, window,
         D, BD, BN, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     acc, top, total = attend(
-        b_q, acc, top, total, p_kt, p_vt, stride_km, stride_vm, rows, b, hi, length, factor, inner, window,
+        b_q, acc, top, total, p_kt, p_vt, stride_km, stride_vm, rows, b, hi, length, factor * unit, inner, window,
         D, BD, BN, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
 
-    lse2 = top + tl.log2(total)
+    b_lse = top / unit + tl.log(total)
     p_out = out + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + offset * stride_om + d[None, :]
     store_rows(p_out, acc / total[:, None], rows, length, D, BD)
     p_lse = lse + (i_b.to(tl.int64) * tl.num_programs(1) + i_h) * M + bos + rows
-    tl.store(p_lse, lse2 * LN2, mask=rows < length)
+    tl.store(p_lse, b_lse, mask=rows < length)
 
     if HAS_MAP:
         steps += i_n.to(tl.int64) * S * 2
@@ -151,7 +158,7 @@ def flash_forward_kernel(
             c_lo, c_hi = columns_in(tokens, words, C, first, last)
             slot = i_h.to(tl.int64) * num_slots + i_g + i_n.to(tl.int64) * S
             step_sums(
-                b_q, lse2, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words,
+                b_q, b_lse, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words,
                 partial + slot * C, C, factor, inner, window,
                 D, BD, BC, BS, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
             )  # fmt: skip

@@ -24,7 +24,6 @@ from torch import Tensor
 from ..call import Options, PlanTensors
 from . import configs
 from .tiles import (
-    LOG2E,
     RAGGED,
     column_gradient,
     column_weights,
@@ -89,13 +88,13 @@ def map_dq_kernel(
 
     b_dq = tl.zeros([BM, BD], tl.float32)
     p_lse = (i_b.to(tl.int64) * heads + i_h) * M + bos + rows
-    lse2 = tl.load(lse + p_lse, mask=rows < length, other=float("inf")) * LOG2E
+    b_lse = tl.load(lse + p_lse, mask=rows < length, other=float("inf"))
     offset = (bos + rows).to(tl.int64)[:, None]
     p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + offset * stride_qm + d[None, :]
     p_k = k + i_b.to(tl.int64) * stride_kb + (i_h // group_size).to(tl.int64) * stride_kh + bos.to(tl.int64) * stride_km
     b_q = load_rows(p_q, rows, length, D, BD, True)
     b_dq, b_dlse = column_gradient(
-        b_q, lse2, b_dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps, W, weight,
+        b_q, b_lse, b_dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps, W, weight,
         factor, inner, window, D, BD, BM, BC, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     tl.store(dlse + p_lse, b_dlse, mask=rows < length)
@@ -169,11 +168,11 @@ def map_dk_kernel(
         i_h = h0 + i % group_size
         rows = i // group_size * BM + tl.arange(0, BM)
         step = tl.load(p_step + rows, mask=rows < length, other=-1)
-        lse2 = tl.load(p_lse + i_h.to(tl.int64) * M + rows, mask=rows < length, other=float("inf")) * LOG2E
-        p_rows = p_q + i_h.to(tl.int64) * stride_qh + rows.to(tl.int64)[:, None] * stride_qm
+        b_lse = tl.load(p_lse + tl.cast(i_h, tl.int64) * M + rows, mask=rows < length, other=float("inf"))
+        p_rows = p_q + tl.cast(i_h, tl.int64) * stride_qh + rows.to(tl.int64)[:, None] * stride_qm
         b_q = load_rows(p_rows, rows, length, D, BD, True)  # [BM, BD]
         p, t = column_weights(
-            b_k, b_q, lse2, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+            b_k, b_q, b_lse, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
         )  # [BC, BM]
         i_map = i_n.to(tl.int64) * heads + i_h if PER_HEAD else i_n.to(tl.int64)
         p_g = dmaps + (i_map * S + step)[None, :] * W + word[:, None]

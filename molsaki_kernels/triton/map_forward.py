@@ -27,7 +27,6 @@ from torch import Tensor
 from ..call import Options, PlanTensors
 from . import configs
 from .tiles import (
-    LOG2E,
     RAGGED,
     column_weights,
     dot_one_hot,
@@ -101,11 +100,11 @@ def map_partials_kernel(
         e = one_hot(step - s0, BS, EXACT)  # [BM, BS]
         sums = tl.zeros([BC, BS], tl.float32)
         for i_h in tl.range(h_lo, h_hi):
-            b_q = load_rows(p_q + i_h.to(tl.int64) * stride_qh, rows, length, D, BD, True)  # [BM, BD]
-            b_k = gather_keys(p_k + (i_h // group_size).to(tl.int64) * stride_kh, stride_km, token, word, D, BD)
-            lse2 = tl.load(p_lse + i_h.to(tl.int64) * M, mask=rows < length, other=float("inf")) * LOG2E
+            b_q = load_rows(p_q + tl.cast(i_h, tl.int64) * stride_qh, rows, length, D, BD, True)  # [BM, BD]
+            b_k = gather_keys(p_k + tl.cast(i_h // group_size, tl.int64) * stride_kh, stride_km, token, word, D, BD)
+            b_lse = tl.load(p_lse + tl.cast(i_h, tl.int64) * M, mask=rows < length, other=float("inf"))
             p, _ = column_weights(
-                b_k, b_q, lse2, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+                b_k, b_q, b_lse, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
                 PRECISION,
             )  # fmt: skip
             sums = dot_one_hot(p, e, sums)
@@ -161,7 +160,7 @@ def map_reduce_kernel(
             if HAS_WINDOW:
                 written = written & (token > i_t * ROWS - window)
             for g0 in tl.range(0, groups, BG, num_stages=1):
-                slot = first + (g0 + i_g).to(tl.int64) * num_slots + i_t
+                slot = first + (i_g + g0).to(tl.int64) * num_slots + i_t
                 mask = (g0 + i_g < groups)[:, None] & written[None, :]
                 sums += tl.sum(tl.load(partial + slot[:, None] * C + c[None, :], mask=mask, other=0.0), 0)  # [BG, BC]
         total += tl.sum(tl.where(word[None, :] == w[:, None], sums[None, :], 0.0), 1)  # [BW, BC]

@@ -1,8 +1,8 @@
 """Jit helpers used by two kernels or more: where a tile lies, what it loads, its scores, its steps and its columns.
 
-Units: ``factor`` turns a score tile into log2 units, so that ``P = exp2(t * factor - lse2)`` with ``lse2 = lse * log2(e)``.
-Without a softcap ``t = q.k`` and ``factor = scale * log2(e)``; with one ``t = tanh(q.k * inner)``, ``inner = scale /
-softcap`` and ``factor = softcap * log2(e)``. The host makes both numbers (:func:`score_factors`).
+A score tile is ``t`` and a weight is ``exp(t * factor - lse)``. Without a softcap ``t = q.k`` and ``factor = scale``; with
+one ``t = tanh(q.k * inner)``, ``inner = scale / softcap`` and ``factor = softcap``. The host makes both numbers
+(:func:`score_factors`).
 
 Addresses are 64 bit: every index is widened before it meets a stride.
 """
@@ -17,7 +17,8 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
+LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: its product with a small whole number is exact
+LN2_LOW = tl.constexpr(math.log(2) - 0.693359375)
 
 # Sizes that change from batch to batch: a kernel compiled for one of them must serve all.
 RAGGED = ["M", "N", "S", "C", "W", "num_slots", "window", "groups", "heads_per_program", "splits"]
@@ -25,9 +26,7 @@ RAGGED = ["M", "N", "S", "C", "W", "num_slots", "window", "groups", "heads_per_p
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     """``(factor, inner)`` of the module's docstring."""
-    if softcap is None:
-        return scale * math.log2(math.e), 0.0
-    return softcap * math.log2(math.e), scale / softcap
+    return (scale, 0.0) if softcap is None else (softcap, scale / softcap)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -122,6 +121,23 @@ def capped(s, inner, HAS_SOFTCAP: tl.constexpr):
         return tanh(s * inner)
     else:
         return s
+
+
+@triton.jit
+def exp(x):
+    """To float32 rounding, for x <= 88: the hardware's exp2 of ``x log2(e)`` alone is off by the rounding of the product."""
+    x = tl.maximum(x, -150.0)
+    n = tl.floor(x * LOG2E + 0.5)
+    return tl.exp2(n) * tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
+
+
+@triton.jit
+def weights(t, lse, factor, EXACT: tl.constexpr):
+    """``exp(t * factor - lse)``; lse broadcasts. One multiply-add and one exp2, unless EXACT (float32 inputs)."""
+    if EXACT:
+        return exp(t * factor - lse)
+    else:
+        return tl.exp2(t * (factor * LOG2E) - lse * LOG2E)
 
 
 @triton.jit
@@ -238,9 +254,9 @@ def gather_keys(p_k, stride_km, token, word, D: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def one_hot(index, BS: tl.constexpr, EXACT: tl.constexpr):
     """``[len(index), BS]``, row i one at ``index[i]``; zeros where that is outside ``[0, BS)``."""
-    e = index[:, None] == tl.arange(0, BS)[None, :]
+    e = (index[:, None] == tl.arange(0, BS)[None, :]).to(tl.float32)
     if EXACT:
-        return e.to(tl.float32)
+        return e
     else:
         return e.to(tl.bfloat16)
 
@@ -259,19 +275,19 @@ def dot_one_hot(x, e, acc):
 
 @triton.jit
 def column_weights(
-    k, q, lse2, token, word, rows, length, factor, inner, window,
+    k, q, lse, token, word, rows, length, factor, inner, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transposed weights of the key columns ``[BC, BM]`` and the score tile they come from."""
     t = capped(dot(k, tl.trans(q), None, PRECISION), inner, HAS_SOFTCAP)  # [BC, BM]
     visible = seen(rows[None, :], token[:, None], window, CAUSAL, HAS_WINDOW)
     visible = visible & (word >= 0)[:, None] & (rows < length)[None, :]
-    return tl.where(visible, tl.exp2(t * factor - lse2[None, :]), 0.0), t
+    return tl.where(visible, weights(t, lse[None, :], factor, q.dtype == tl.float32), 0.0), t
 
 
 @triton.jit
 def step_sums(
-    q, lse2, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words, partial, C, factor, inner, window,
+    q, lse, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words, partial, C, factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -285,7 +301,7 @@ def step_sums(
         token, word = load_columns(tokens, words, c, c_hi, length)
         k = gather_keys(p_k, stride_km, token, word, D, BD)
         p, _ = column_weights(
-            k, q, lse2, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+            k, q, lse, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
         )
         for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
             sums = dot_one_hot(p, one_hot(step - s0, BS, EXACT), tl.zeros([BC, BS], tl.float32))  # [BC, BS]
@@ -296,7 +312,7 @@ def step_sums(
 
 @triton.jit
 def column_gradient(
-    q, lse2, dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps, W, weight, factor, inner, window,
+    q, lse, dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps, W, weight, factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +326,7 @@ def column_gradient(
         visible = seen(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
         visible = visible & (word >= 0)[None, :] & (step >= 0)[:, None]
         g = tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=visible, other=0.0) * weight
-        ds = tl.where(visible, tl.exp2(t * factor - lse2[:, None]), 0.0) * g
+        ds = tl.where(visible, weights(t, lse[:, None], factor, q.dtype == tl.float32), 0.0) * g
         dlse -= tl.sum(ds, 1)
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t

@@ -1,0 +1,91 @@
+"""The map alone, from q, k and lse, against the float64 oracle."""
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_cases import Case, check_map, make, map_kernels, map_oracle, oracle
+from molsaki_kernels.triton.map_backward import map_backward, map_dlse
+from molsaki_kernels.triton.map_forward import map_forward
+
+CASES = [
+    Case("default", M=130, B=2),
+    Case("full", causal=False),
+    Case("window", M=111, window=24),
+    Case("full_window", causal=False, window=9),
+    Case("softcap", softcap=2.0),
+    Case("sinks", sinks=True),
+    Case("scale", scale=-0.3),
+    Case("packed", lengths=(17, 0, 63, 1, 40)),
+    Case("heads", per_head=True, B=2),
+    Case("heads_packed_window", per_head=True, lengths=(20, 33), window=12),
+    Case("mha", Hq=2, Hkv=2),
+    Case("group_of_seven", Hq=7, Hkv=1, M=40),
+    Case("many_groups", Hq=35, Hkv=5, M=17, D=16),
+    Case("transposed", layout="transposed", B=2),
+    Case("slice", layout="slice", Hkv=2),
+    Case("d80", D=80, M=40),
+    Case("d256", D=256, M=40),
+    Case("fp16", dtype=torch.float16),
+    Case("bf16", dtype=torch.bfloat16, window=30, softcap=3.0),
+    *(Case(f"rows_{M}", M=M) for M in (1, 17, 63)),
+    *(Case(f"plan_{plan}", plan=plan, M=50) for plan in ("whole", "rows", "no_steps", "no_words")),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_map_and_gradients(case):
+    check_map(case)
+
+
+def test_adds_to_gradients_in_place():
+    case = Case("add", M=40)
+    x = make(case)
+    lse = oracle(case, x, torch.float64, "out")["lse"].float()
+    plan, options = x.tensors(), case.options()
+    dq, dk, dlse = map_backward(x.q, x.k, lse, x.dmaps, plan, options)
+    sum_q, sum_k = x.dout.clone(), torch.ones_like(x.k)
+    same_q, same_k, again = map_backward(x.q, x.k, lse, x.dmaps, plan, options, dq=sum_q, dk=sum_k)
+    assert same_q is sum_q and same_k is sum_k
+    torch.testing.assert_close(sum_q, x.dout + dq)
+    torch.testing.assert_close(sum_k, 1 + dk)
+    assert torch.equal(dlse, again) and torch.equal(dlse, map_dlse(x.q, x.k, lse, x.dmaps, plan, options))
+
+
+def test_twice_is_bitwise_the_same():
+    case = Case("twice", M=63, B=2, Hq=4, Hkv=2)
+    x = make(case)
+    lse = torch.randn(2, 4, 63) + 4
+    first, second = map_kernels(case, x, lse), map_kernels(case, x, lse)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_strided_lse_and_gradient():
+    case = Case("strided", M=17)
+    x = make(case)
+    lse = oracle(case, x, torch.float64, "out")["lse"].float()
+    padded = torch.nn.functional.pad(lse, (0, 15))[..., :17]  # as the memory-efficient op hands it out
+    ones = dataclasses.replace(x, dmaps=torch.ones(()).expand(x.dmaps.shape))
+    found, plain = map_kernels(case, ones, padded), map_oracle(case, ones, lse, torch.float64)
+    for key in found:
+        torch.testing.assert_close(found[key].double(), plain[key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", ["batch", "rows"])
+def test_flat_index_past_int32(tmp_path, stride):
+    """q and k lie in a sparse file of more than 2**31 elements, of which only the pages touched exist."""
+    case = Case("int64", M=17, B=2, D=16, Hq=1, dtype=torch.float16)
+    x = make(case)
+    strides = {"batch": (2**31 + 64, 16, 16, 1), "rows": (16, 16, 2**27 + 64, 1)}[stride]
+    size = sum((n - 1) * s for n, s in zip(x.q.shape, strides, strict=True)) + 1
+    far = []
+    for name in ("q", "k"):
+        path = str(tmp_path / name)
+        far.append(torch.from_file(path, shared=True, size=size, dtype=torch.float16).as_strided(x.q.shape, strides))
+        far[-1].copy_(getattr(x, name))
+    lse = torch.full((2, 1, 17), 3.0)
+    plan, options = x.tensors(), case.options()
+    assert torch.equal(map_forward(*far, lse, plan, options), map_forward(x.q, x.k, lse, plan, options))
+    near = map_backward(x.q, x.k, lse, x.dmaps, plan, options)
+    found = map_backward(*far, lse, x.dmaps, plan, options, dq=torch.zeros_like(x.q), dk=torch.zeros_like(x.k))
+    assert all(torch.equal(a, b) for a, b in zip(near, found, strict=True))
