@@ -30,7 +30,7 @@ from . import configs
 from .tiles import RAGGED, first_tile, locate
 
 TILE_ELEMENTS = 4096  # of a block of rows: 32 floats a thread in 4 warps, twice (the block and its running sum)
-ADD_TILES, ADD_COLUMNS = 64, 32  # of the second stage: narrow columns, so that one long sequence still has programs
+ADD_TILES = 64  # of the second stage, at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +38,20 @@ class ValuesConfig:
     rows: int  # of a program's tile
     block: int  # rows at a time
     columns: int  # of a block: the width, up to a power of two
+    add_columns: int  # of a program of the second stage
     warps: int
 
 
-def values_config(tokens: int, width: int) -> ValuesConfig:
+def values_config(arch: str, tokens: int, width: int) -> ValuesConfig:
     """About a thousand programs, a few for each multiprocessor of any GPU. But no fewer than 16 rows each: the partial
-    sums are 4-byte floats, written once and read once, which is a quarter of the reads of 16 rows of 2-byte values."""
+    sums are 4-byte floats, written once and read once, which is a quarter of the reads of 16 rows of 2-byte values.
+    Narrow columns in the second stage, so that one long sequence still makes programs."""
     columns = triton.next_power_of_2(width)
+    if arch == "cpu":
+        return ValuesConfig(rows=32, block=16, columns=columns, add_columns=1024, warps=4)
     rows = min(max(triton.next_power_of_2(tokens) // 1024, 16), 256)
     block = min(max(TILE_ELEMENTS // columns, 1), rows)
-    return ValuesConfig(rows, block, columns, min(max(block * columns // 1024, 1), 16))
+    return ValuesConfig(rows, block, columns, add_columns=32, warps=min(max(block * columns // 1024, 1), 16))
 
 
 @triton.jit
@@ -184,7 +188,7 @@ def pool_values_forward(
     if 0 in (N, M, width, Hkv):
         return torch.zeros(N, width, dtype=torch.float32, device=v.device)
     lengths = None if lengths is None else lengths.contiguous()
-    config = values_config(B * M, width)
+    config = values_config(configs.arch_of(v), B * M, width)
     tiles = configs.num_tiles(M, N, packed, config.rows)
     partial = torch.empty(tiles, width, dtype=torch.float32, device=v.device)
     pooled = torch.empty(N, width, dtype=torch.float32, device=v.device)
@@ -194,9 +198,9 @@ def pool_values_forward(
             D=D, WIDTH=width, HEADS=Hkv if mean_heads else 1, ROWS=config.rows, BM=config.block, BW=config.columns,
             PACKED=packed, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
-        add_tiles_kernel[(N, triton.cdiv(width, ADD_COLUMNS))](
+        add_tiles_kernel[(N, triton.cdiv(width, config.add_columns))](
             partial, pooled, cu_seqlens, lengths, M,
-            WIDTH=width, MEAN=mean, ROWS=config.rows, BT=ADD_TILES, BW=ADD_COLUMNS, PACKED=packed, num_warps=4,
+            WIDTH=width, MEAN=mean, ROWS=config.rows, BT=ADD_TILES, BW=config.add_columns, PACKED=packed, num_warps=4,
             num_stages=1,
         )  # fmt: skip
     return pooled
@@ -219,7 +223,7 @@ def pool_values_backward(
     if 0 in (N, M, width, Hkv):
         return torch.zeros_like(v)
     lengths = None if lengths is None else lengths.contiguous()
-    config = values_config(B * M, width)
+    config = values_config(configs.arch_of(v), B * M, width)
     dv = torch.empty_like(v)
     with torch.cuda.device_of(v):
         pool_backward_kernel[(configs.num_tiles(M, N, packed, config.rows),)](
@@ -245,7 +249,7 @@ def variants(arch: str) -> list[configs.Variant]:
         ("fp32", 8, 128, False, False, True),
     ):
         width = D if mean_heads else Hkv * D
-        config = values_config(16 * 512, width)
+        config = values_config(arch, 16 * 512, width)
         name = f"{dtype}-h{Hkv}-d{D}" + "-heads" * mean_heads + "-packed" * packed + "-ragged" * ragged
         types = dict.fromkeys(("v", "dv"), f"*{dtype}") | dict.fromkeys(("partial", "pooled", "dpooled"), "*fp32")
         absent = {} if packed else {"cu_seqlens": None}
@@ -254,7 +258,9 @@ def variants(arch: str) -> list[configs.Variant]:
         block = dict(D=D, HEADS=Hkv if mean_heads else 1, BM=config.block, BW=config.columns)
         found += [
             _variant(f"pool_tiles-{name}", pool_tiles_kernel, types, config.warps, **rows, **block),
-            _variant(f"add_tiles-{name}", add_tiles_kernel, types, 4, **rows, MEAN=True, BT=ADD_TILES, BW=ADD_COLUMNS),
+            _variant(
+                f"add_tiles-{name}", add_tiles_kernel, types, 4, **rows, MEAN=True, BT=ADD_TILES, BW=config.add_columns
+            ),
             _variant(f"pool_backward-{name}", pool_backward_kernel, types, config.warps, **rows, **block, MEAN=True),
         ]
     return found
