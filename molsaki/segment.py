@@ -119,7 +119,9 @@ def segment(
     patterns = [] if by_number else _keyword_patterns(key)
 
     ends = _rule_ends if splitter == "rules" else _period_ends
-    text, steps, words, question_end = "", [], [], 0
+    text, question_end = "", 0
+    steps: list[Span] = []
+    words: list[Span] = []
     for i, piece in enumerate((question.strip(), rationale.strip())):
         if text and piece:
             text += " "
@@ -177,12 +179,17 @@ _STARTERS = _word_set(
 )
 
 
+def _skip(pattern: re.Pattern, text: str, at: int) -> int:
+    match = pattern.match(text, at)
+    return match.end() if match else at
+
+
 def _rule_ends(text: str) -> Iterator[int]:
     """The ends of the steps of a text that neither starts nor ends with white space."""
     start = 0
     for match in _BREAK.finditer(text):
         stop = match["stop"]
-        end = match.end() if stop is None else _SPACE.match(text, match.end()).end()
+        end = match.end() if stop is None else _skip(_SPACE, text, match.end())
         if start < end < len(text) and (stop is None or _ends_step(text, start, match, end)):
             yield end
             start = end
@@ -195,7 +202,7 @@ def _ends_step(text: str, start: int, match: re.Match, following: int) -> bool:
     stop, gap = match["stop"], text[match.end() : following]
     if any(c in _LINE_ENDS for c in gap) or stop[-1] in "。！？":
         return True
-    initial = _OPEN.match(text, following).end()
+    initial = _skip(_OPEN, text, following)
     head = text[initial : initial + 1]
     if not head or head.isspace() or head.islower() or head in _NO_START:
         return False
@@ -225,7 +232,7 @@ def _is_inner_period(text: str, start: int, period: int, following: int) -> bool
         return True
     if name in _BEFORE_NUMBER:
         return text[following].isdigit()
-    following_word = _WORD.match(text, following).group()
+    following_word = text[following : _skip(_WORD, text, following)]
     if following_word.lower() in _STARTERS:
         return False
     if name in ("a.m", "p.m"):

@@ -15,7 +15,7 @@ import string
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
@@ -257,7 +257,8 @@ def _format_frame(template: str) -> _Frame:
         raise ValueError(f"{expected}, got {template!r} ({error})") from None
     if fields != [("question", "", None), ("rationale", "", None)]:
         raise ValueError(f"{expected}, got {template!r}")
-    return _Frame(*literals, special_tokens=True)
+    before, between, after = literals
+    return _Frame(before, between, after, special_tokens=True)
 
 
 def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
@@ -268,7 +269,8 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
             f"once each, unchanged: {text!r}"
         )
     before, rest = text.split(_QUESTION)
-    return _Frame(before, *rest.split(_RATIONALE), special_tokens=False)
+    between, after = rest.split(_RATIONALE)
+    return _Frame(before, between, after, special_tokens=False)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, question: str, rationale: str) -> str:
@@ -276,7 +278,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, question: str, rationale: str) -> 
         raise ValueError(f'template: {_name(tokenizer)} has no chat template; use "plain" or a format string')
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": rationale}]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
     except TemplateError as error:
         raise ValueError(f"template: the chat template of {_name(tokenizer)} failed: {error}") from error
 
