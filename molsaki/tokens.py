@@ -97,7 +97,7 @@ def plan(
     Its indices count in ``encode(...).input_ids``, which under the plain template are
     ``tokenizer(spans.text).input_ids``. Arguments and errors as in :func:`encode`.
     """
-    batch = [spans] if isinstance(spans, Spans) else spans
+    batch = spans if isinstance(spans, Iterable) else [spans]
     encoded = [encode(s, tokenizer, template=template, max_length=max_length) for s in batch]
     return StepPlan.from_spans([e.steps for e in encoded], [e.words for e in encoded])
 

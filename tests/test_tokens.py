@@ -487,6 +487,8 @@ def test_bad_sides_and_questions(tokenizers):
         fit(segment("Why?", "So."), (tokenizers["gpt2"], "plain", -1))
     with pytest.raises(TypeError, match="spans: expected Spans"):
         plan(["Why?"], tokenizers["gpt2"])
+    with pytest.raises(TypeError, match="spans: expected Spans"):
+        plan(None, tokenizers["gpt2"])
     with pytest.raises(TypeError, match="question: expected a str"):
         prompt(None, tokenizers["gpt2"])
 
