@@ -18,7 +18,7 @@ Triton keeps what it compiled in its cache, so a second run takes seconds.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import importlib
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 KERNELS = ("map_forward", "map_backward", "flash_forward", "flash_backward", "values", "fold")
 SPILL_FREE_HEAD_DIMS = (64, 128)
@@ -81,47 +82,47 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, without the warning for every process
 
-    begin = time.perf_counter()
-    reports = compile_all(args.target, args.filter, max(args.jobs, 1))
+    begin, reports = time.perf_counter(), []
+    for report in compile_all(args.target, args.filter, max(args.jobs, 1)):
+        if not args.json:
+            print(_line(report) if reports else f"{_line()}\n{_line(report)}", flush=True)
+        for failure in report.failures:
+            print(f"FAILED {report.name}: {failure}", file=sys.stderr, flush=True)
+        reports.append(report)
     if not reports:
         print(f"no variant's name contains {args.filter!r}", file=sys.stderr)
         return 1
+    failed = sum(bool(r.failures) for r in reports)
     if args.json:
         print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
     else:
-        print(table(reports))
-        print(f"{len(reports)} variants for {args.target} in {time.perf_counter() - begin:.0f} s")
-    for report in reports:
-        for failure in report.failures:
-            print(f"FAILED {report.name}: {failure}", file=sys.stderr)
-    return int(any(r.failures for r in reports))
+        print(f"{len(reports)} variants for {args.target}, {failed} failed, {time.perf_counter() - begin:.0f} s")
+    return int(failed > 0)
 
 
-def compile_all(target: str, name: str = "", jobs: int = 1) -> list[Report]:
+def compile_all(target: str, name: str = "", jobs: int = 1) -> Iterator[Report]:
     """Compile the variants whose name contains ``name`` in ``jobs`` processes of their own."""
     with _pool(jobs) as pool:
         names = [n for n in pool.submit(variant_names, target).result() if name in n]
-        pending = {n: pool.submit(compile_variant, target, n) for n in names}
-        reports = {n: _result(future) for n, future in pending.items()}
-    for n in names:
-        if (
-            reports[n] is None
-        ):  # A compiler that crashes takes its process and the whole pool with it: once more, alone.
-            with _pool(1) as pool:
-                crashed = Report(n, "", target, failures=("the compiler crashed",))
-                reports[n] = _result(pool.submit(compile_variant, target, n)) or crashed
-    return list(reports.values())
+        pending = [(n, pool.submit(compile_variant, target, n)) for n in names]
+        for n, future in pending:
+            try:
+                yield future.result()
+            except concurrent.futures.process.BrokenProcessPool:
+                # A compiler that crashes takes its process with it, and the whole pool.
+                yield _compile_alone(target, n)
+
+
+def _compile_alone(target: str, name: str) -> Report:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(compile_variant, target, name).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            return Report(name, "", target, failures=("the compiler crashed",))
 
 
 def _pool(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-
-
-def _result(future: concurrent.futures.Future[Report]) -> Report | None:
-    try:
-        return future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        return None
 
 
 @functools.cache
@@ -196,16 +197,11 @@ def _matrix_instructions(compiled) -> str:
     return "none"
 
 
-def table(reports: list[Report]) -> str:
-    columns = ["name", "registers", "spills", "shared", "matrix", "warps", "stages", "seconds"]
-    rows = [columns] + [["-" if (x := getattr(r, c)) is None else str(x) for c in columns] for r in reports]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+def _line(report: Report | None = None) -> str:
+    """A report as a line of the table; without one, the table's head."""
+    columns = ("name", "registers", "spills", "shared", "matrix", "warps", "stages", "seconds")
+    cells = columns if report is None else ["-" if (x := getattr(report, c)) is None else str(x) for c in columns]
+    return f"{cells[0]:<42}" + "".join(f"{cell:>10}" for cell in cells[1:])
 
 
 if __name__ == "__main__":
