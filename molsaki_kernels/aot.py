@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, without the warning for every process
 
-    begin, reports = time.perf_counter(), []
+    begin = time.perf_counter()
+    reports: list[Report] = []
     for report in compile_all(args.target, args.filter, max(args.jobs, 1)):
         if not args.json:
             print(_line(report) if reports else f"{_line()}\n{_line(report)}", flush=True)
@@ -164,7 +165,7 @@ def compile_variant(target: str, name: str) -> Report:
 
 def _failures(report: Report, variant, chip: Target) -> list[str]:
     failures = []
-    if report.shared > chip.shared_limit:
+    if (report.shared or 0) > chip.shared_limit:
         failures.append(f"takes {report.shared} bytes of shared memory, {report.target} has {chip.shared_limit}")
     if report.spills and variant.constexprs.get("D") in SPILL_FREE_HEAD_DIMS:
         failures.append(f"spills {report.spills} registers")
@@ -181,7 +182,7 @@ def _nvidia_usage(compiled) -> tuple[int, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     return int(registers), int(stack) // 4
 
 

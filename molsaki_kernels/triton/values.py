@@ -183,7 +183,7 @@ def pool_values_forward(
     """
     B, Hkv, M, D = v.shape
     packed = cu_seqlens is not None
-    N = cu_seqlens.shape[0] - 1 if packed else B
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     width = D if mean_heads else Hkv * D
     if 0 in (N, M, width, Hkv):
         return torch.zeros(N, width, dtype=torch.float32, device=v.device)
@@ -218,7 +218,7 @@ def pool_values_backward(
     """dv in v's dtype and layout from dpooled ``(N, width)``; exact zeros in rows that do not count."""
     B, Hkv, M, D = v.shape
     packed = cu_seqlens is not None
-    N = cu_seqlens.shape[0] - 1 if packed else B
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     width = D if mean_heads else Hkv * D
     if 0 in (N, M, width, Hkv):
         return torch.zeros_like(v)
