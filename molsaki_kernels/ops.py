@@ -40,10 +40,10 @@ def attention(
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
     if engine == triton.NAME:
         out, lse, maps = triton.forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
-        return _laid_out(out, q), maps, lse
+        return _laid_out(out, _like(q)), maps, lse
     out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
     lse = lse.contiguous()
-    return _laid_out(out, q), _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
+    return _laid_out(out, _like(q)), _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
 
 
 @attention.register_fake
@@ -82,7 +82,8 @@ def attention_backward(
     if engine == triton.NAME:
         grads = triton.backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
         dq, dk, dv, dsinks = grads
-        return _laid_out(dq, q), _laid_out(dk, k), _laid_out(dv, v), q.new_empty(0) if dsinks is None else dsinks
+        dsinks = q.new_empty(0) if dsinks is None else dsinks
+        return *(_laid_out(g, _gradient_of(x, engine)) for g, x in ((dq, q), (dk, k), (dv, v))), dsinks
     gradient = None
     if dmaps is not None:
         gradient = MapGradient(dmaps, q, k, lse, plan, options, cu_seqlens, backend)
@@ -102,13 +103,13 @@ def attention_backward(
         delta = -delta if dlse is None else dlse - delta
         dsinks = ((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
         dsinks = dsinks.to(sinks.dtype)
-    return _laid_out(dq, q), _laid_out(dk, k), _laid_out(dv, v), dsinks
+    return *(_laid_out(g, _gradient_of(x, engine)) for g, x in ((dq, q), (dk, k), (dv, v))), dsinks
 
 
 @attention_backward.register_fake
 def _(dout, dmaps, dlse, q, k, v, out, lse, steps, tokens, word_of_token, num_words, sinks, *rest):
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+    return *(torch.empty_like(_gradient_of(x, rest[-2]), device=q.device) for x in (q, k, v)), dsinks
 
 
 def _attention_setup(ctx, inputs, output):
@@ -256,11 +257,22 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _like(x: Tensor) -> Tensor:
+    """The layout an output of x's shape is promised in, as a tensor without memory."""
+    return torch.empty_like(x, device="meta")
+
+
+def _gradient_of(x: Tensor, engine: str) -> Tensor:
+    """The layout of x's gradient: as x, but for the CPU flash operator, which makes ``(B, M, H, D)``."""
+    if engine == sdpa.NAME and x.device.type == "cpu":
+        B, H, M, D = x.shape
+        return torch.empty(B, M, H, D, dtype=x.dtype, device="meta").transpose(1, 2)
+    return _like(x)
+
+
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x in the strides that the fake promised: those of ``torch.empty_like(like)``."""
-    if x.stride() == torch.empty_like(like, device="meta").stride():
-        return x
-    return torch.empty_like(like).copy_(x)
+    """x in the strides of ``like``: what the fake promised."""
+    return x if x.stride() == like.stride() else torch.empty_like(like, device=x.device).copy_(x)
 
 
 def _fake_map(q: Tensor, steps: Tensor, num_words: int, per_head: bool) -> Tensor:

@@ -14,6 +14,7 @@ a block's columns are cut to those that one of its rows can see. Nothing of size
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from .call import Options, PlanTensors
 
 TILE_ELEMENTS = 1 << 19  # of a block's weights (1 MiB in float32): they stay in L2 from the product to the sum
 MIN_ROWS, MAX_ROWS = 16, 512
+LARGEST_EXPONENT = {torch.float32: 88.0, torch.float64: 709.0}  # exp of more is inf
 
 
 def forward(
@@ -77,7 +79,9 @@ def backward(
     dtype = _accumulator(q)
     per_head = dmaps.dim() == 4
     dmaps = dmaps.to(dtype) if per_head else (dmaps / max(Hq, 1)).to(dtype)
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if _is_empty(q, plan):
+        dq.zero_()
     dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
     dk = torch.zeros(plan.tokens.shape[0], Hkv, plan.tokens.shape[1], D, dtype=dtype, device=q.device)
     for part in _parts(q, k, lse, plan, options, cu_seqlens):
@@ -85,8 +89,11 @@ def backward(
         dcolumns = dmaps[part.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
         part_dk = dk.new_zeros(part.size, Hq, plan.tokens.shape[1], D)
         part_dq, part_dlse = part.slice_of(dq), part.slice_of(dlse)
-        tile, product = part.tile(), part.tile(D)
+        tile, product = part.tile(), dk.new_empty(part.size * Hq * max(part.block_rows, plan.tokens.shape[1]) * D)
+        done = 0
         for block in _blocks(part, options):
+            part_dq[:, :, done : block.rows.start] = 0
+            done = block.rows.stop
             weights, slope = _weights(part, block, options, tile)
             in_step = part.rows_in_steps(block).to(dtype).transpose(-1, -2)
             upstream = dcolumns[..., block.steps, block.columns]
@@ -95,8 +102,11 @@ def backward(
             part_dlse[:, :, block.rows] = dscores.sum(-1).neg_()
             if slope is not None:
                 dscores.mul_(slope)
-            part_dq[:, :, block.rows] = _matmul(dscores, part.keys[:, :, block.columns], product)
-            part_dk[:, :, block.columns] += _matmul(dscores.transpose(-1, -2), part.q_rows(block), product)
+            dscores = dscores.flatten(0, 1)
+            keys, queries = (t.flatten(0, 1) for t in (part.keys[:, :, block.columns], part.q_rows(block)))
+            _bmm_into(part_dq[:, :, block.rows], dscores, keys, product)
+            _bmm_into(part_dk[:, :, block.columns], dscores.transpose(1, 2), queries, product, add=True)
+        part_dq[:, :, done:] = 0
         part_dk.mul_(options.scale)
         dk[part.sequences] = part_dk.view(part.size, Hkv, Hq // Hkv, -1, D).sum(2) if Hq != Hkv else part_dk
     return dq, dk, dlse
@@ -168,11 +178,9 @@ class _Part:
         word = torch.arange(num_words, device=self.tokens.device)
         return (self.word_of_token[..., None] == word).to(dtype)
 
-    def tile(self, width: int = 0) -> Tensor:
-        """Memory for a block's weights, or for its products of that width."""
-        C = self.tokens.shape[1]
-        rows = max(self.block_rows, C) if width else self.block_rows
-        return self.keys.new_empty(self.size * self.q.shape[1] * rows * (width or C))
+    def tile(self) -> Tensor:
+        """Memory for a block's weights. Fresh megabytes cost more in page faults than the product of thin matrices."""
+        return self.keys.new_empty(self.size * self.q.shape[1] * self.block_rows * self.tokens.shape[1])
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """This part's view of a ``(B, H, M, ...)`` tensor."""
@@ -188,7 +196,7 @@ def _parts(
 ) -> Iterator[_Part]:
     """Few enough sequences at a time that MIN_ROWS rows of each fit a tile; packed sequences one by one."""
     N, C = plan.tokens.shape
-    if 0 in (N, C, plan.steps.shape[1], plan.num_words, q.shape[1], q.shape[2]):
+    if _is_empty(q, plan):
         return
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -231,29 +239,43 @@ def _blocks(part: _Part, options: Options) -> Iterator[_Block]:
 
 def _weights(part: _Part, block: _Block, options: Options, tile: Tensor) -> tuple[Tensor, Tensor | None]:
     """A block's attention weights ``(n, Hq, m, c)`` (in ``tile``'s memory) and, with a softcap, its tanh's slope."""
-    scores = _matmul(part.q_rows(block), part.keys[:, :, block.columns].transpose(-1, -2), tile)
+    q, keys = part.q_rows(block), part.keys[:, :, block.columns]
+    shape = (*q.shape[:3], keys.shape[2])
+    scores = tile[: math.prod(shape)].view(-1, *shape[2:])
+    torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=scores)
+    scores = scores.view(shape)
     slope = None
     if options.softcap is not None:
         scores.div_(options.softcap).tanh_()
         slope = 1 - scores.square()
         scores.mul_(options.softcap)
-    weights = scores.sub_(part.lse[:, :, block.rows, None]).exp_()
-    if block.masked < weights.shape[3] or block.windowed:
-        first = 0 if block.windowed else block.masked
-        row = part.row[block.rows, None]
-        column = part.tokens[:, None, block.columns][..., first:]
-        hidden = column > row if options.causal else torch.zeros_like(column > row)
-        if block.windowed:
-            hidden |= column <= row - options.window
-        weights[..., first:].masked_fill_(hidden[:, None], 0)
+    scores.sub_(part.lse[:, :, block.rows, None])
+    if block.masked == scores.shape[3] and not block.windowed:
+        return scores.exp_(), slope
+    # A hidden score may exceed its row's lse by anything: kept from overflowing, it is 0 after the product.
+    weights = scores.clamp_max_(LARGEST_EXPONENT[scores.dtype]).exp_()
+    first = 0 if block.windowed else block.masked
+    row = part.row[block.rows, None]
+    column = part.tokens[:, None, block.columns][..., first:]
+    seen = column <= row if options.causal else torch.ones_like(column <= row)
+    if block.windowed:
+        seen &= column > row - options.window
+    weights[..., first:].mul_(seen[:, None].to(weights.dtype))
     return weights, slope
 
 
-def _matmul(a: Tensor, b: Tensor, memory: Tensor) -> Tensor:
-    """``a @ b`` of two ``(n, H, ., .)``, written into ``memory``.
+def _bmm_into(target: Tensor, a: Tensor, b: Tensor, memory: Tensor, add: bool = False) -> None:
+    """``target (n, H, i, j) = a @ b``, or ``+=``, of ``(n H, i, l)`` and ``(n H, l, j)``; ``memory`` if it needs any."""
+    flat = target.flatten(0, 1) if target.is_contiguous() else memory[: target.numel()].view(-1, *target.shape[2:])
+    if target.is_contiguous() and add:
+        flat.baddbmm_(a, b)
+        return
+    torch.bmm(a, b, out=flat)
+    if not target.is_contiguous():
+        flat = flat.view(target.shape)
+        target.add_(flat) if add else target.copy_(flat)
 
-    Fresh megabytes cost a CPU more in page faults than the product of thin matrices itself.
-    """
-    shape = (a.shape[0] * a.shape[1], a.shape[2], b.shape[3])
-    out = memory[: shape[0] * shape[1] * shape[2]].view(shape)
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out).unflatten(0, a.shape[:2])
+
+def _is_empty(q: Tensor, plan: PlanTensors) -> bool:
+    """No row, key token, step or word anywhere: the map is zero and so is its gradient."""
+    return 0 in (*q.shape, *plan.steps.shape[:2], plan.tokens.shape[1], plan.num_words)

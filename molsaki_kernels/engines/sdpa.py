@@ -148,7 +148,7 @@ def _cpu_backward(
             return block
         if dq is None:  # blocks overlap in their keys: add them up in the accumulator's dtype
             dtype = torch.promote_types(q.dtype, torch.float32)
-            dq, dk, dv = torch.zeros_like(q), *(torch.zeros(t.shape, dtype=dtype) for t in (k, v))
+            dq, dk, dv = (torch.zeros(t.transpose(1, 2).shape, dtype=dtype).transpose(1, 2) for t in (q, k, v))
         dq[:, :, rows] = block[0]
         dk[:, :, keys] += block[1]
         dv[:, :, keys] += block[2]
