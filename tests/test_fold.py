@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molsaki_kernels.fold import fold
+from molsaki_kernels.fold import VANISHED, fold
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -26,7 +26,8 @@ def test_row_sums(dtype, rows):
     got = (folded.double() * along.double()).sum(-1)
     # each entry of O' is made in a few operations of at least float32 and rounded once to the working dtype
     rounding = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(dlse.dtype).eps
-    assert ((got - expected).abs() <= rounding * (folded.double() * along.double()).abs().sum(-1)).all()
+    allowed = rounding * (folded.double() * along.double()).abs().sum(-1) + VANISHED * out.double().norm(dim=-1)
+    assert ((got - expected).abs() <= allowed).all()
     kept = dout.double().norm(dim=-1) > 1e-15
     assert torch.equal(along[kept], dout[kept])
     assert along.double().abs()[~kept].sum() < 1e-15
