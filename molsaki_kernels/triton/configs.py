@@ -82,10 +82,13 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
     if dtype == torch.float32:
         # Full float32 products run on the vector units and hold whole operand rows in registers.
         return MapTile(rows=32, columns=32, warps=4, stages=1)
-    # The product is P^T [columns, rows]; 64 columns fill one warpgroup's wgmma. The paper's examples have 13 to 40 words.
     if arch == "gfx942" or head_dim > 128:
-        return MapTile(rows=64, columns=64, warps=4, stages=1 if arch in ("gfx942", "sm86") else 2)
-    return MapTile(rows=64, columns=64 if key_tokens <= 64 else 128, warps=4, stages=2)
+        return MapTile(rows=32, columns=64, warps=4, stages=1 if arch in ("gfx942", "sm86") else 2)
+    # The product is P^T [columns, rows]: 64 columns fill one warpgroup's wgmma, 128 two. The paper's examples have 13 to
+    # 40 words. Compiled: 64 rows beside 64 columns of 128 dims spill under Triton 3.6, and 128 columns need 8 warps.
+    if key_tokens <= 64:
+        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2)
+    return MapTile(rows=64, columns=128, warps=8, stages=2)
 
 
 def map_reduce(groups: int, key_tokens: int) -> ReduceTile:
@@ -102,8 +105,8 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
         return MapTile(rows=32, columns=16 if head_dim > 128 else 32, warps=4, stages=1)
-    # One read of q and, at most, a read and a write of dq: bandwidth, so many small programs.
-    return MapTile(rows=64, columns=32 if head_dim > 128 else 64, warps=4, stages=1)
+    # One read of q and, at most, a read and a write of dq: bandwidth, so many small programs. Compiled: 64 columns spill.
+    return MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
 
 
 def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
@@ -134,7 +137,7 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
         return FlashTile(rows=128, columns=64, key_columns=64, warps=4, stages=3)
     if head_dim <= 128:
         # 8 warps are two warpgroups of 64 rows. q 32 KB and two stages of k and v of 32 KB: two blocks a multiprocessor.
-        return FlashTile(rows=128, columns=64, key_columns=64, warps=8, stages=2)
+        return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=2)
     if arch in ("sm80", "sm86"):
         return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=1 if arch == "sm86" else 2)
     return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=2)

@@ -63,10 +63,10 @@ def stream_keys(
         b_k = load_rows(p_k, columns, length, D, BD, MASK)  # [BN, BD]
         b_v = load_rows(p_v, columns, length, D, BD, MASK)
         t = capped(dot(b_q, tl.trans(b_k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BN]
-        p = weights(t, lse[:, None], factor, b_q.dtype == tl.float32)
+        visible = None
         if MASK:
             visible = seen(rows[:, None], columns[None, :], window, CAUSAL, HAS_WINDOW) & (columns < length)[None, :]
-            p = tl.where(visible, p, 0.0)
+        p = weights(t, lse[:, None], factor, visible, b_q.dtype == tl.float32)
         ds = p * (dot(b_do, tl.trans(b_v), None, PRECISION) - delta[:, None])  # [BM, BN]
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
@@ -209,9 +209,10 @@ def stream_queries(
             b_lse = tl.load(lse + i_row)
             b_delta = tl.load(delta + i_row)
         t = capped(dot(b_k, tl.trans(b_q), None, PRECISION), inner, HAS_SOFTCAP)  # [BN, BM]
-        p = weights(t, b_lse[None, :], factor, b_q.dtype == tl.float32)
+        visible = None
         if MASK:
-            p = tl.where(seen(rows[None, :], columns[:, None], window, CAUSAL, HAS_WINDOW), p, 0.0)
+            visible = seen(rows[None, :], columns[:, None], window, CAUSAL, HAS_WINDOW)
+        p = weights(t, b_lse[None, :], factor, visible, b_q.dtype == tl.float32)
         dv = dot(p.to(b_do.dtype), b_do, dv, PRECISION)
         ds = p * (dot(b_v, tl.trans(b_do), None, PRECISION) - b_delta[None, :])  # [BN, BM]
         if HAS_SOFTCAP:

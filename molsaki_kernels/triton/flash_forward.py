@@ -140,7 +140,8 @@ def flash_forward_kernel(
         D, BD, BN, True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
 
-    b_lse = top / unit + tl.log(total)
+    # Rows past the end have no weights, and take no part in the sums of the steps.
+    b_lse = tl.where(rows < length, top / unit + tl.log(total), float("inf"))
     p_out = out + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + offset * stride_om + d[None, :]
     store_rows(p_out, acc / total[:, None], rows, length, D, BD)
     p_lse = lse + (i_b.to(tl.int64) * tl.num_programs(1) + i_h) * M + bos + rows

@@ -172,7 +172,7 @@ def map_dk_kernel(
         p_rows = p_q + tl.cast(i_h, tl.int64) * stride_qh + rows.to(tl.int64)[:, None] * stride_qm
         b_q = load_rows(p_rows, rows, length, D, BD, True)  # [BM, BD]
         p, t = column_weights(
-            b_k, b_q, b_lse, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+            b_k, b_q, b_lse, token, word, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
         )  # [BC, BM]
         i_map = i_n.to(tl.int64) * heads + i_h if PER_HEAD else i_n.to(tl.int64)
         p_g = dmaps + (i_map * S + step)[None, :] * W + word[:, None]

@@ -104,9 +104,8 @@ def map_partials_kernel(
             b_k = gather_keys(p_k + tl.cast(i_h // group_size, tl.int64) * stride_kh, stride_km, token, word, D, BD)
             b_lse = tl.load(p_lse + tl.cast(i_h, tl.int64) * M, mask=rows < length, other=float("inf"))
             p, _ = column_weights(
-                b_k, b_q, b_lse, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
-                PRECISION,
-            )  # fmt: skip
+                b_k, b_q, b_lse, token, word, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+            )
             sums = dot_one_hot(p, e, sums)
         s = s0 + tl.arange(0, BS)
         p_partial = partial + s.to(tl.int64)[None, :] * C + c[:, None]

@@ -132,23 +132,35 @@ def exp(x):
 
 
 @triton.jit
-def weights(t, lse, factor, EXACT: tl.constexpr):
-    """``exp(t * factor - lse)``; lse broadcasts. One multiply-add and one exp2, unless EXACT (float32 inputs)."""
-    if EXACT:
-        return exp(t * factor - lse)
-    else:
-        return tl.exp2(t * (factor * LOG2E) - lse * LOG2E)
+def weights(t, lse, factor, visible, EXACT: tl.constexpr):
+    """``exp(t * factor - lse)``, 0 where not ``visible`` (None: all are); lse broadcasts.
+
+    One multiply-add and one exp2, unless EXACT (float32 inputs).
+    """
+    x = t * factor - lse if EXACT else t * (factor * LOG2E) - lse * LOG2E
+    if visible is not None:
+        x = tl.where(visible, x, float("-inf"))
+    return exp(x) if EXACT else tl.exp2(x)
 
 
 @triton.jit
 def seen(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
     """May query ``rows`` see key ``columns``? The arguments broadcast; within one sequence."""
-    visible = (rows >= 0) & (columns >= 0)
+    visible = (rows == rows) & (columns == columns)
     if CAUSAL:
-        visible = visible & (columns <= rows)
+        visible = columns <= rows
     if HAS_WINDOW:
         visible = visible & (columns > rows - window)
     return visible
+
+
+@triton.jit
+def seen_words(rows, token, word, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """:func:`seen` for key tokens; padding (word -1) is seen by none. Under causality that costs no test of its own."""
+    if CAUSAL:
+        return seen(rows, tl.where(word >= 0, token, 2**30), window, CAUSAL, HAS_WINDOW)
+    else:
+        return seen(rows, token, window, CAUSAL, HAS_WINDOW) & (word >= 0)
 
 
 @triton.jit
@@ -275,14 +287,16 @@ def dot_one_hot(x, e, acc):
 
 @triton.jit
 def column_weights(
-    k, q, lse, token, word, rows, length, factor, inner, window,
+    k, q, lse, token, word, rows, factor, inner, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Transposed weights of the key columns ``[BC, BM]`` and the score tile they come from."""
+    """Transposed weights of the key columns ``[BC, BM]`` and the score tile they come from.
+
+    Rows past the end have lse = inf, so no weight.
+    """
     t = capped(dot(k, tl.trans(q), None, PRECISION), inner, HAS_SOFTCAP)  # [BC, BM]
-    visible = seen(rows[None, :], token[:, None], window, CAUSAL, HAS_WINDOW)
-    visible = visible & (word >= 0)[:, None] & (rows < length)[None, :]
-    return tl.where(visible, weights(t, lse[None, :], factor, q.dtype == tl.float32), 0.0), t
+    visible = seen_words(rows[None, :], token[:, None], word[:, None], window, CAUSAL, HAS_WINDOW)  # [BC, BM]
+    return weights(t, lse[None, :], factor, visible, q.dtype == tl.float32), t
 
 
 @triton.jit
@@ -301,7 +315,7 @@ def step_sums(
         token, word = load_columns(tokens, words, c, c_hi, length)
         k = gather_keys(p_k, stride_km, token, word, D, BD)
         p, _ = column_weights(
-            k, q, lse, token, word, rows, length, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+            k, q, lse, token, word, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
         )
         for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
             sums = dot_one_hot(p, one_hot(step - s0, BS, EXACT), tl.zeros([BC, BS], tl.float32))  # [BC, BS]
@@ -323,10 +337,10 @@ def column_gradient(
         token, word = load_columns(tokens, words, c, c_hi, length)
         k = gather_keys(p_k, stride_km, token, word, D, BD)  # [BC, BD]
         t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
-        visible = seen(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
-        visible = visible & (word >= 0)[None, :] & (step >= 0)[:, None]
+        visible = seen_words(rows[:, None], token[None, :], word[None, :], window, CAUSAL, HAS_WINDOW)
+        visible = visible & (step >= 0)[:, None]  # [BM, BC]
         g = tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=visible, other=0.0) * weight
-        ds = tl.where(visible, weights(t, lse[:, None], factor, q.dtype == tl.float32), 0.0) * g
+        ds = weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g
         dlse -= tl.sum(ds, 1)
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
