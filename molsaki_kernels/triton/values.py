@@ -51,7 +51,9 @@ def values_config(arch: str, tokens: int, width: int) -> ValuesConfig:
         return ValuesConfig(rows=32, block=16, columns=columns, add_columns=1024, warps=4)
     rows = min(max(triton.next_power_of_2(tokens) // 1024, 16), 256)
     block = min(max(TILE_ELEMENTS // columns, 1), rows)
-    return ValuesConfig(rows, block, columns, add_columns=32, warps=min(max(block * columns // 1024, 1), 16))
+    # A row wider than a tile: 16 warps, since at 8 some compilers spill (compiled, 8192 wide, sm80).
+    warps = max(block * columns // 1024, 1) if columns <= TILE_ELEMENTS else 16
+    return ValuesConfig(rows, block, columns, add_columns=32, warps=warps)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from molsaki_kernels.triton import fold
 from tests.budget import assert_within_budget
 
 DEVICE = "cpu" if fold.triton.knobs.runtime.interpret else "cuda"
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU, no interpreter")
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def case(dtype, M=130, D=80, B=2, H=3, zeros="half", magnitude=1.0):

@@ -12,7 +12,7 @@ from molsaki_kernels.triton import values
 from tests.budget import assert_within_budget
 
 DEVICE = "cpu" if values.triton.knobs.runtime.interpret else "cuda"
-pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU, no interpreter")
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 LENGTHS = (0, 17, 63, 130, 1)
 EPS = 1e-6
 
