@@ -62,8 +62,8 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     """O' and the dO to go with it, in the dtypes and layouts of ``out`` and ``dout``.
 
     Args:
-        out, dout: ``(B, H, M, D)`` in bfloat16 or float32, any strides with a contiguous last dimension.
-        dlse: ``(B, H, M)``, any strides.
+        out: ``(B, H, M, D)`` in bfloat16 or float32, any strides with a contiguous last dimension.
+        dout: the same, any strides. dlse: ``(B, H, M)``, any strides.
 
     Raises:
         TypeError: ``out`` or ``dout`` is float16, which has no number small enough for the rows without a direction.
@@ -71,6 +71,7 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     if torch.float16 in (out.dtype, dout.dtype):
         raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
     B, H, M, D = out.shape
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # the gradient of a sum is one number, expanded
     folded_out, folded_dout = torch.empty_like(out), torch.empty_like(dout)
     if out.numel() == 0:
         return folded_out, folded_dout

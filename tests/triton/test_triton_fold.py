@@ -13,7 +13,7 @@ DEVICE = "cpu" if fold.triton.knobs.runtime.interpret else "cuda"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
-def case(dtype, M=130, D=80, B=2, H=3, zeros="half", magnitude=1.0):
+def case(dtype, M=130, D=80, B=1, H=3, zeros="half", magnitude=1.0):
     generator = torch.Generator().manual_seed(0)
     out = torch.randn(B, H, M, D, generator=generator).to(dtype)
     dout = (torch.randn(B, H, M, D, generator=generator) * magnitude).to(dtype)
@@ -30,7 +30,7 @@ def check(out, dout, dlse):
     folded, upstream = fold.fold(out, dout, dlse)
     assert folded.dtype == out.dtype and upstream.dtype == dout.dtype
     wanted = delta(out, dout) - dlse.double()
-    eager, eager_upstream = torch_fold.fold(out, dout, dlse)
+    eager, eager_upstream = (t.to(DEVICE) for t in torch_fold.fold(out.cpu(), dout.cpu(), dlse.cpu()))
     assert_within_budget("D - dlse", delta(folded, upstream).to(out.dtype), wanted, delta(eager, eager_upstream))
     gone = dout.abs().amax(-1) < 1e-15
     assert torch.equal(upstream[~gone], dout[~gone])
@@ -71,14 +71,15 @@ def test_strides(dtype):
     one_row = dout[:, :, 1:2]
     folded = check(out, one_row.expand_as(out), dlse)
     assert torch.equal(folded[0], fold.fold(out, one_row.expand_as(out).contiguous(), dlse)[0])
+    check(out, torch.ones(1, dtype=dtype, device=DEVICE).expand_as(out), dlse)
 
 
 def test_gradient_of_the_scores():
     """What a flash backward makes of the pair is the gradient with dlse, also in rows whose dO was replaced."""
     out, dout, dlse = case(torch.float32, M=40, D=16, zeros="half")
     generator = torch.Generator().manual_seed(1)
-    scores = torch.randn(2, 3, 40, 40, generator=generator).double().to(DEVICE).requires_grad_()
-    v = torch.randn(2, 3, 40, 16, generator=generator).double().to(DEVICE).requires_grad_()
+    scores = torch.randn(1, 3, 40, 40, generator=generator).double().to(DEVICE).requires_grad_()
+    v = torch.randn(1, 3, 40, 16, generator=generator).double().to(DEVICE).requires_grad_()
     weights = scores.softmax(-1)
     out = weights @ v
     torch.autograd.backward([out, scores.logsumexp(-1)], [dout.double(), dlse.double()])
