@@ -48,7 +48,9 @@ print(torch.cuda.get_device_properties(0))'
 }
 
 tests() {
-  limited "$TESTS_SECONDS" tests tests.log "$PYTHON" -m pytest -m gpu -v --durations=15 -p no:cacheprovider tests
+  # A test file that needs a package this machine has not must not keep the others from running.
+  limited "$TESTS_SECONDS" tests tests.log \
+    "$PYTHON" -m pytest -m gpu -v --durations=15 --continue-on-collection-errors -p no:cacheprovider tests
 }
 
 sanitizer() {
