@@ -134,6 +134,9 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     lora_alpha: float = option(16.0, "Scale of the LoRA adapters.")
     lora_dropout: float = option(0.0, "Dropout of the LoRA adapters.")
     lora_targets: list[str] = option(["all-linear"], "Modules that get LoRA adapters: names, or all-linear.")
+    router_learning_rate: float | None = option(
+        None, "Learning rate of the student's router, if it is to differ from the student's."
+    )
     resume: bool = option(False, "Continue from the last whole checkpoint in output_dir, if there is one.")
     limit: int | None = option(None, "Use only the first so many training examples.")
 

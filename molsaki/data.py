@@ -157,6 +157,11 @@ class Side:
     template: str
     max_length: int | None
 
+    @property
+    def room(self) -> int | None:
+        """The most tokens of a text: one is kept for the end token."""
+        return self.max_length and self.max_length - 1
+
 
 def cut(
     examples: Sequence[Example], options: TextOptions, sides: Sequence[Side], skipped: collections.Counter
@@ -182,7 +187,7 @@ def cut(
             continue
         whole = spans_of(example, options)
         try:
-            spans = fit(whole, *((side.tokenizer, side.template, side.max_length) for side in sides))
+            spans = fit(whole, *((side.tokenizer, side.template, side.room) for side in sides))
         except TooLong:
             skipped["question longer than max_length"] += 1
             continue
@@ -197,21 +202,34 @@ def cut(
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One example, tokenized. ``teacher`` is None without a teacher's tokenizer.
+class Text:
+    """Token ids as int32, ended with the end token; labels lie on those from ``target_start`` on."""
 
-    ``explain_ids`` and ``predict_ids`` are int32 with labels from ``explain_target`` and ``predict_target`` on.
-    """
+    input_ids: np.ndarray
+    target_start: int
+    steps: list[tuple[int, int]]
+    words: list[list[int]]
+
+    @classmethod
+    def of(cls, encoded: Encoded, end: int, is_cut: bool = False) -> Text:
+        """Up to the first end token after the text, which is added if there is none; without one if cut off."""
+        ids, body = encoded.input_ids, max(stop for _, stop in encoded.steps)
+        if is_cut:
+            ids = ids[:body]
+        else:
+            ids = ids[: ids.index(end, body) + 1] if end in ids[body:] else ids + [end]
+        return cls(np.array(ids, np.int32), encoded.target_start, encoded.steps, encoded.words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example, tokenized: both tasks of the student, and ``explain`` for the teacher where it runs live."""
 
     id: str
     spans: Spans
-    explain_ids: np.ndarray
-    explain_target: int
-    predict_ids: np.ndarray
-    predict_target: int
-    steps: list[tuple[int, int]]
-    words: list[list[int]]
-    teacher: Encoded | None
+    explain: Text
+    predict: Text
+    teacher: Text | None
 
 
 class DistillDataset(Dataset):
@@ -226,7 +244,7 @@ class DistillDataset(Dataset):
     def __init__(self, rows: list[Row], skipped: collections.Counter, store=None):
         self.rows = rows
         self.skipped = skipped
-        self.without_words = sum(not row.words for row in rows)
+        self.without_words = sum(not row.explain.words for row in rows)
         self.store = store
 
     def __len__(self) -> int:
@@ -263,38 +281,17 @@ def prepare(
         ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
     """
     skipped = collections.Counter()
-    sides = [dataclasses.replace(student, max_length=student.max_length and student.max_length - 1)]  # the end token's
-    sides += [] if teacher is None else [teacher]
+    sides = [student] if teacher is None else [student, teacher]
     end = student.tokenizer.eos_token_id
     rows = []
     for example, spans, encoded, is_cut in cut(examples, options, sides, skipped):
-        explain = encoded[0]
-        predict = encode_predict(example, student.tokenizer, student.template, predict_template)
-        predict_ids = _closed(predict.input_ids, predict.target_start, end)
-        if student.max_length is not None and len(predict_ids) > student.max_length:
+        predict = Text.of(encode_predict(example, student.tokenizer, student.template, predict_template), end)
+        if student.max_length is not None and len(predict.input_ids) > student.max_length:
             skipped["answer task longer than max_length"] += 1
             continue
-        body = max(stop for _, stop in explain.steps)
-        ids = explain.input_ids[:body] if is_cut else _closed(explain.input_ids, body, end)
-        rows.append(
-            Row(
-                id=example.id,
-                spans=spans,
-                explain_ids=np.array(ids, np.int32),
-                explain_target=explain.target_start,
-                predict_ids=np.array(predict_ids, np.int32),
-                predict_target=predict.target_start,
-                steps=explain.steps,
-                words=explain.words,
-                teacher=encoded[1] if teacher is not None else None,
-            )
-        )
+        taught = None if teacher is None else Text.of(encoded[1], teacher.tokenizer.eos_token_id, is_cut)
+        rows.append(Row(example.id, spans, Text.of(encoded[0], end, is_cut), predict, taught))
     return DistillDataset(rows, skipped, store)
-
-
-def _closed(ids: list[int], body: int, end: int) -> list[int]:
-    """The ids up to the first end token after ``body``, which is added if there is none."""
-    return ids[: ids.index(end, body) + 1] if end in ids[body:] else ids + [end]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +301,7 @@ class Collator:
     ``explain``, ``predict`` and, with a live teacher, ``teacher`` are dicts of ``input_ids, attention_mask, labels
     (N, M)`` and ``positions (P,)``, where logits are needed: position p predicts the label at p + 1. ``teacher`` has
     its own ``plan``. ``plan`` is the student's, over ``explain``. With a store there is ``teacher_map (N, K, S, W)`` and
-    ``teacher_weights (N, K, Lt)``.
+    ``teacher_weights (N, K, Lt)``. ``ids`` are the examples' names.
     """
 
     student_pad: int
@@ -313,28 +310,33 @@ class Collator:
     def __call__(self, items: Sequence[tuple[Row, object]]) -> dict:
         rows, stored = zip(*items, strict=True)
         batch = {
-            "explain": _task([r.explain_ids for r in rows], [r.explain_target for r in rows], self.student_pad),
-            "predict": _task([r.predict_ids for r in rows], [r.predict_target for r in rows], self.student_pad),
-            "plan": StepPlan.from_spans([r.steps for r in rows], [r.words for r in rows]),
+            "explain": _task([row.explain for row in rows], self.student_pad),
+            "predict": _task([row.predict for row in rows], self.student_pad),
+            "plan": _plan([row.explain for row in rows]),
+            "ids": [row.id for row in rows],
         }
         if stored[0] is not None:
             batch["teacher_map"] = _pad_maps([maps for _, maps in stored])
             batch["teacher_weights"] = torch.stack([weights for weights, _ in stored])
         elif rows[0].teacher is not None:
-            sides = [r.teacher for r in rows]
-            batch["teacher"] = _task([s.input_ids for s in sides], [s.target_start for s in sides], self.teacher_pad)
-            batch["teacher"]["plan"] = StepPlan.from_spans([s.steps for s in sides], [s.words for s in sides])
+            texts = [row.teacher for row in rows]
+            batch["teacher"] = _task(texts, self.teacher_pad) | {"plan": _plan(texts)}
         return batch
 
 
-def _task(ids: Sequence[Sequence[int]], targets: Sequence[int], pad: int) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(row) for row in ids])
-    input_ids = torch.full((len(ids), int(lengths.max())), pad)
-    for n, row in enumerate(ids):
-        input_ids[n, : len(row)] = torch.as_tensor(row)
+def _plan(texts: Sequence[Text]) -> StepPlan:
+    return StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts])
+
+
+def _task(texts: Sequence[Text], pad: int) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(text.input_ids) for text in texts])
+    input_ids = torch.full((len(texts), int(lengths.max())), pad)
+    for n, text in enumerate(texts):
+        input_ids[n, : lengths[n]] = torch.from_numpy(text.input_ids)
     column = torch.arange(input_ids.shape[1])
     mask = column < lengths[:, None]
-    labels = input_ids.masked_fill(~mask | (column < torch.tensor(targets)[:, None]), IGNORE)
+    starts = torch.tensor([[text.target_start] for text in texts])
+    labels = input_ids.masked_fill(~mask | (column < starts), IGNORE)
     positions = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
     return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels, "positions": positions}
 

@@ -108,10 +108,10 @@ def test_prompt_is_what_training_saw():
         TOKENIZER.chat_template = CHAT
         row = prepare(examples(1), TextOptions(), student(template=template)).rows[0]
         prompt = predict_prompt(examples(1)[0], TOKENIZER, template, PREDICT_TEMPLATE)
-        assert row.predict_ids[: row.predict_target].tolist() == prompt
-        assert TOKENIZER.decode(row.predict_ids).endswith("Answer: 5<|end|>" if template == "plain" else "5<|end|>")
-        assert row.explain_ids[-1] == TOKENIZER.eos_token_id
-        assert (row.explain_ids[row.explain_target :] == TOKENIZER.eos_token_id).sum() == 1
+        assert row.predict.input_ids[: row.predict.target_start].tolist() == prompt
+        assert TOKENIZER.decode(row.predict.input_ids).endswith("Answer: 5<|end|>" if template == "plain" else "5<|end|>")
+        assert row.explain.input_ids[-1] == TOKENIZER.eos_token_id
+        assert (row.explain.input_ids[row.explain.target_start :] == TOKENIZER.eos_token_id).sum() == 1
 
 
 def test_examples_left_out_are_counted():
@@ -135,11 +135,11 @@ def test_cutting_keeps_both_sides_alike():
     data = prepare(examples(4), options, student(100), Side(OTHER, "plain", None))
     whole = prepare(examples(4), options, student(None), Side(OTHER, "plain", None))
     for row, full in zip(data.rows, whole.rows, strict=True):
-        assert len(row.explain_ids) <= 99
-        assert TOKENIZER.eos_token_id not in row.explain_ids
-        assert 0 < len(row.words) < len(full.words)
-        assert len(row.words) == len(row.teacher.words)
-        assert len(row.steps) == len(row.teacher.steps)
+        assert len(row.explain.input_ids) <= 99
+        assert TOKENIZER.eos_token_id not in row.explain.input_ids
+        assert 0 < len(row.explain.words) < len(full.explain.words)
+        assert len(row.explain.words) == len(row.teacher.words)
+        assert len(row.explain.steps) == len(row.teacher.steps)
 
 
 def test_examples_without_key_words_are_kept_and_counted():
@@ -147,7 +147,7 @@ def test_examples_without_key_words_are_kept_and_counted():
     assert (len(data), data.without_words) == (3, 3)
     keyed = [Example("k", "Where do apples grow?", "Apples grow on a tree.", "tree", keywords=("apples", "tree"))]
     data = prepare(examples(1) + keyed, TextOptions(key="keywords"), student())
-    assert [len(row.words) for row in data.rows] == [0, 3]
+    assert [len(row.explain.words) for row in data.rows] == [0, 3]
     assert Collator(0)([data[0], data[1]])["plan"].word_mask.sum(1).tolist() == [0, 3]
 
 

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from molsaki.config import DistillConfig
+from molsaki.data import Example
+from molsaki.trainer import ROUTER, DistillTrainer, checkpoints, last_checkpoint
+from safetensors.torch import load_file
+from tiny import one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+TOKENIZER, OTHER = tiny.tokenizer(), tiny.tokenizer(60)
+
+
+def examples(count: int = 8) -> list[Example]:
+    return [Example(r["id"], r["question"], r["rationale"], r["answer"]) for r in tiny.problems(count)]
+
+
+def config(folder: Path, **options) -> DistillConfig:
+    options = dict(
+        max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, save_steps=3, use_cpu=True,
+        disable_tqdm=True, seed=3, dataloader_num_workers=0,
+    ) | options  # fmt: skip
+    return DistillConfig(output_dir=str(folder), **options)
+
+
+def trainer(folder: Path, data=None, student=None, **options) -> DistillTrainer:
+    return DistillTrainer(
+        config(folder, **options), student or tiny.model(2), TOKENIZER, tiny.model(3, len(OTHER), seed=1), OTHER,
+        train_dataset=data or examples(),
+    )  # fmt: skip
+
+
+def logged(t: DistillTrainer, *names: str) -> list[tuple]:
+    return [tuple(entry[name] for name in names) for entry in t.state.log_history if "loss" in entry]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+LOSSES = ("step", "loss", "loss_pre", "loss_exp", "loss_att", "entropy_student", "grad_norm", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Six steps without interruption."""
+    t = trainer(tmp_path_factory.mktemp("straight"))
+    t.train()
+    t.save_model()
+    return t
+
+
+def same_files(a: Path, b: Path) -> bool:
+    x, y = load_file(a), load_file(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("fault", [None, "interrupted", "flipped byte", "truncated"])
+def test_resume_is_bitwise(straight, tmp_path, fault):
+    first = trainer(tmp_path, save_steps=1 if fault else 3, max_steps=6)
+    first.add_callback(StopAt(3))
+    first.train()
+    file = tmp_path / "checkpoint-3/model.safetensors"
+    if fault == "interrupted":
+        (tmp_path / "checkpoint-3/sealed.json").unlink()
+    elif fault == "flipped byte":
+        file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    elif fault == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    assert last_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-2" if fault else "checkpoint-3"))
+    resumed = trainer(tmp_path, resume=True)
+    resumed.train()
+    assert len(logged(straight, *LOSSES)) == 6
+    assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
+    whole = Path(straight.args.output_dir)
+    assert same_files(whole / "checkpoint-6/model.safetensors", tmp_path / "checkpoint-6/model.safetensors")
+    assert same_files(whole / "checkpoint-6" / ROUTER, tmp_path / "checkpoint-6" / ROUTER)
+    a, b = (torch.load(folder / "checkpoint-6/optimizer.pt")["state"] for folder in (whole, tmp_path))
+    assert all(torch.equal(value, b[k][name]) for k, state in a.items() for name, value in state.items())
+    assert (whole / "layer_weights.jsonl").read_text() == (tmp_path / "layer_weights.jsonl").read_text()
+
+
+def test_what_is_logged(straight):
+    names = [
+        "loss", "loss_pre", "loss_exp", "loss_att", "loss_att_uniform", "entropy_teacher", "entropy_student",
+        "steps_mean", "words_mean", "without_words",
+    ]  # fmt: skip
+    rows = logged(straight, *names)
+    for row in rows:
+        entry = dict(zip(names, row, strict=True))
+        assert entry["loss"] == pytest.approx(0.5 * entry["loss_pre"] + 0.5 * entry["loss_exp"] + entry["loss_att"], rel=1e-5)
+        assert (entry["steps_mean"], entry["words_mean"], entry["without_words"]) == (5, 9, 0)
+    first = dict(zip(names, rows[0], strict=True))
+    assert first["entropy_student"] == pytest.approx(torch.tensor(2.0).log().item())  # the router starts at zero
+    assert first["loss_att"] == pytest.approx(first["loss_att_uniform"])
+    assert dict(zip(names, rows[-1], strict=True))["entropy_student"] < first["entropy_student"] - 1e-3
+    weights = [json.loads(x) for x in Path(straight.args.output_dir, "layer_weights.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in weights] == [1, 2, 3, 4, 5, 6]
+    for row in weights:
+        assert (len(row["teacher"]), len(row["student"])) == (3, 2)
+        assert sum(row["teacher"]) == pytest.approx(1)
+        assert sum(row["student"]) == pytest.approx(1)
+
+
+def test_exported_student_is_a_plain_model(straight):
+    folder = Path(straight.args.output_dir)
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "distill.json"} <= names
+    assert not names & {ROUTER, "sealed.json"}
+    assert not [path for path in folder.iterdir() if path.name.startswith(".part")]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([TOKENIZER("Ann has 3 nuts.").input_ids])
+    straight.model.eval()
+    torch.testing.assert_close(model(ids).logits, straight.model.student(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|end|>"
+    assert {name.partition(".")[0] for name in load_file(folder / "checkpoint-6" / ROUTER)} != {"student"}
+    AutoModelForCausalLM.from_pretrained(folder / "checkpoint-6")
+
+
+def gradients(t: DistillTrainer) -> dict[str, torch.Tensor]:
+    """The gradient that the first optimizer step sees."""
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.update({n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None})
+
+    t.add_callback(Look())
+    t.train()
+    return seen
+
+
+def test_accumulation_gives_the_gradient_of_the_big_batch(tmp_path):
+    options = dict(max_steps=1, max_grad_norm=1e9, save_strategy="no")
+    big = gradients(trainer(tmp_path / "a", per_device_train_batch_size=8, **options))
+    for size, steps in ((2, 4), (3, 3)):  # 3 + 3 + 2: the short batch's examples count once, too
+        small = gradients(
+            trainer(
+                tmp_path / f"b{size}", per_device_train_batch_size=size, gradient_accumulation_steps=steps, **options
+            )
+        )
+        assert small.keys() == big.keys()
+        for name, value in big.items():
+            torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    options = dict(max_steps=1, save_strategy="no")
+    plain = gradients(trainer(tmp_path / "a", **options))
+    light = gradients(trainer(tmp_path / "b", gradient_checkpointing=True, **options))
+    assert light.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(light[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_autocast_is_near_float32(tmp_path):
+    options = dict(max_steps=2, save_strategy="no")
+    exact, mixed = (trainer(tmp_path / name, bf16=name == "b", **options) for name in "ab")
+    for t in (exact, mixed):
+        t.train()
+    for a, b in zip(logged(exact, "loss", "loss_att"), logged(mixed, "loss", "loss_att"), strict=True):
+        assert b == pytest.approx(a, rel=0.02)
+    assert mixed.model.student.dtype == torch.float32
+
+
+def test_no_gradient_reaches_the_teacher_side(straight, tmp_path):
+    t = trainer(tmp_path, save_strategy="no")
+    batch = t.data_collator([t.train_dataset[i] for i in range(2)])
+    assert not any(p.requires_grad for p in t.teacher.parameters())
+    out = t._forward(t.model, batch)
+    assert not out["teacher_weights"].requires_grad
+    out["loss"].sum().backward()
+    assert all(p.grad is None for p in t.teacher.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in t.model.parameters())
+
+
+def test_evaluation_counts_each_example_once(tmp_path):
+    t = DistillTrainer(
+        config(tmp_path, per_device_eval_batch_size=3, save_strategy="no"), tiny.model(2), TOKENIZER,
+        tiny.model(3, len(OTHER), seed=1), OTHER, train_dataset=examples(), eval_dataset=examples(7),
+    )  # fmt: skip
+    metrics = t.evaluate()
+    whole = t.data_collator([t.eval_dataset[i] for i in range(7)])
+    with torch.no_grad():
+        out = t._forward(t.model.eval(), whole)
+    for name in ("loss", "loss_pre", "loss_exp", "loss_att", "entropy_teacher", "words_mean"):
+        assert metrics[f"eval_{name}"] == pytest.approx(out[name].double().mean().item(), rel=1e-4)
+    assert metrics["eval_without_words"] == 0
+
+
+def test_best_checkpoint_is_loaded_with_its_router(tmp_path):
+    t = DistillTrainer(
+        config(tmp_path, max_steps=4, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_steps=1,
+               save_total_limit=1, load_best_model_at_end=True),
+        tiny.model(2), TOKENIZER, tiny.model(3, len(OTHER), seed=1), OTHER,
+        train_dataset=examples(), eval_dataset=examples(2),
+    )  # fmt: skip
+    t.train()
+    best = Path(t.state.best_model_checkpoint)
+    losses = {e["step"]: e["eval_loss"] for e in t.state.log_history if "eval_loss" in e}
+    assert best.name == f"checkpoint-{min(losses, key=losses.get)}"
+    assert len(checkpoints(tmp_path)) <= 2
+    router = load_file(best / ROUTER)
+    assert all(torch.equal(value, t.model.mixture.state_dict()[name]) for name, value in router.items())
+    embedding = load_file(best / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding, t.model.student.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("objective", ["vanilla", "dss", "mmi", "logits", "molsaki"])
+def test_objectives_train(tmp_path, objective):
+    t = DistillTrainer(
+        config(tmp_path, objective=objective, max_steps=4, save_strategy="no", per_device_train_batch_size=8),
+        tiny.model(2), TOKENIZER, tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(),
+    )  # fmt: skip
+    t.train()
+    rows = logged(t, "loss", "loss_pre")
+    assert rows[-1][1] < rows[0][1]
+    assert (t.model.mixture is None) == (objective != "molsaki")
+    assert (t.teacher is None) == (objective in ("vanilla", "dss", "mmi"))
+
+
+def test_examples_without_words_add_no_attention_loss(tmp_path):
+    wordless = Example("w", "Who has nuts?", "Ann has nuts. They are small.", "Ann")
+    t = trainer(tmp_path, data=examples(3) + [wordless], per_device_train_batch_size=4, max_steps=1, save_strategy="no")
+    out = t._forward(t.model, t.data_collator([t.train_dataset[i] for i in range(4)]))
+    assert out["loss_att"][3] == 0
+    assert (out["loss_att"][:3] > 0).all()
+    t.train()
+    assert logged(t, "without_words", "words_mean") == [(1, 27 / 4)]
+    alone = trainer(tmp_path / "b", data=[wordless], per_device_train_batch_size=1, max_steps=1, save_strategy="no")
+    alone.train()
+    assert logged(alone, "loss_att", "without_words") == [(0.0, 1)]
+
+
+def test_nan_stops_and_saves_the_batch(tmp_path):
+    t = trainer(tmp_path, save_steps=1, max_steps=3)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                next(t.model.student.parameters()).data.fill_(float("nan"))
+
+    t.add_callback(Break())
+    with pytest.raises(FloatingPointError, match=r"not finite after step 2, on example\(s\) p\d, p\d; the batch is saved"):
+        t.train()
+    (saved,) = tmp_path.glob("bad_batch_step2_rank0.pt")
+    batch = torch.load(saved, weights_only=False)
+    assert batch["inputs"]["explain"]["input_ids"].shape[0] == 2
+    assert not torch.isfinite(batch["losses"]["loss"]).all()
+
+
+def test_lora_trains_adapters_and_exports_a_merged_model(tmp_path):
+    pytest.importorskip("peft")
+    options = dict(lora_rank=2, max_steps=4, save_steps=2)
+    straight = trainer(tmp_path / "a", **options)
+    assert all("lora" in n or "mixture" in n for n, p in straight.model.named_parameters() if p.requires_grad)
+    straight.train()
+    assert (tmp_path / "a/checkpoint-4/adapter_model.safetensors").is_file()
+    first = trainer(tmp_path / "b", **options)
+    first.add_callback(StopAt(2))
+    first.train()
+    resumed = trainer(tmp_path / "b", resume=True, **options)
+    resumed.train()
+    assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
+    straight.save_model()
+    assert not (tmp_path / "a/adapter_model.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    ids = torch.tensor([TOKENIZER("Ann has 3 nuts.").input_ids])
+    expected = straight.model.student.eval()(input_ids=ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - tiny.model(2)(ids).logits).abs().max() > 1e-3
+
+
+def test_the_router_may_have_its_own_learning_rate(tmp_path):
+    t = trainer(tmp_path, router_learning_rate=0.0, max_steps=2, save_strategy="no")
+    before = {name: p.clone() for name, p in t.model.named_parameters()}
+    t.train()
+    for name, p in t.model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("mixture.")
+
+
+def test_freezing(tmp_path):
+    t = trainer(tmp_path, freeze=["embed_tokens", r"layers\.0\."], max_steps=1, save_strategy="no")
+    before = {name: p.clone() for name, p in t.model.student.named_parameters()}
+    t.train()
+    for name, p in t.model.student.named_parameters():
+        frozen = "embed_tokens" in name or "layers.0." in name
+        assert torch.equal(p, before[name]) == frozen
+    with pytest.raises(ValueError, match="--freeze: 'layer9' is the name of no parameter"):
+        trainer(tmp_path, freeze=["layer9"])
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(straight):
+    with pytest.raises(ValueError, match="holds the checkpoints of another run; continue it with --resume"):
+        trainer(Path(straight.args.output_dir)).train()
+
+
+def test_resume_with_nothing_to_resume_starts(tmp_path):
+    t = trainer(tmp_path, resume=True, max_steps=1, save_strategy="no")
+    t.train()
+    assert t.state.global_step == 1
+
+
+def test_a_checkpoint_of_another_student_is_refused(straight, tmp_path):
+    other = trainer(tmp_path, student=tiny.model(3))
+    shutil.copytree(Path(straight.args.output_dir, "checkpoint-3"), tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="the checkpoint is of another student: it lacks"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_bad_input(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match="config: expected a DistillConfig, got dict"):
+        DistillTrainer({})
+    with pytest.raises(ValueError, match="--student: required"):
+        DistillTrainer(config(tmp_path))
+    with pytest.raises(ValueError, match="--teacher: required"):
+        DistillTrainer(config(tmp_path), tiny.model(2), TOKENIZER, train_dataset=examples())
+    with pytest.raises(ValueError, match="--student: no such folder"):
+        DistillTrainer(config(tmp_path, student="/no/such/model"))
+    with pytest.raises(ValueError, match="objective: logits needs one vocabulary"):
+        trainer(tmp_path, objective="logits")
+    monkeypatch.setattr(DistillConfig, "n_gpu", 4)
+    with pytest.raises(ValueError, match="4 GPUs are visible to this one process; start one process a GPU"):
+        trainer(tmp_path)
