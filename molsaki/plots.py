@@ -6,6 +6,7 @@ path. Nothing here needs a display, and a file is either whole or not there.
 
 from __future__ import annotations
 
+import json
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,39 @@ TEACHER, STUDENT, OTHER = "#1f5a99", "#d1672c", "#d9d9d9"
 WIDE = 24  # words from which maps stand one above the other instead of side by side
 ANNOTATED = 200  # cells up to which a map's values are written into it
 STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # what is left of a long step or word in a label
+
+CURVES = {  # what a run logs, a panel each
+    "loss": ("loss",),
+    "cross-entropy": ("loss_pre", "loss_exp"),
+    "attention loss": ("loss_att", "loss_att_uniform"),
+    "between tasks or logits": ("loss_mmi", "loss_logits"),
+    "entropy of the layer weights": ("entropy_teacher", "entropy_student"),
+}
+
+
+def plot_run(run: str | Path, output_dir: str | Path) -> list[Path]:
+    """What a run of ``molsaki distill`` logged: ``losses.png`` and, if it has layer weights, ``layer_weights.png``.
+
+    Args:
+        run: folder of the run or of one of its checkpoints, with ``trainer_state.json``.
+        output_dir: folder for the pictures.
+
+    Returns:
+        The files made.
+
+    Raises:
+        FileNotFoundError: ``run`` has no ``trainer_state.json``.
+        ValueError: nothing was logged yet.
+    """
+    state, weights = Path(run) / "trainer_state.json", Path(run) / "layer_weights.jsonl"
+    if not state.is_file():
+        raise FileNotFoundError(f"{state}: no such file; expected the folder of a run of molsaki distill")
+    history = json.loads(state.read_text())["log_history"]
+    made = [plot_losses(history, CURVES, Path(output_dir) / "losses.png")]
+    if weights.is_file():
+        records = [json.loads(line) for line in weights.read_text().splitlines()]
+        made.append(plot_layer_weights(records, Path(output_dir) / "layer_weights.png"))
+    return made
 
 
 def plot_map(
@@ -186,7 +220,7 @@ def plot_losses(
     panels = {panel: names for panel, names in panels.items() if names}
     if not panels:
         raise ValueError(f"log_history: expected one of {list(series)} to be logged, got none")
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(0.4 + 4.0 * columns, 3.2 * rows + 0.2), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

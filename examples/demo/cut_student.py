@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher", help="folder or hub name of a Hugging Face causal language model")
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--layers", type=int, default=10, help="depth of the student")
+    parser.add_argument("--layers", type=int, default=20, help="depth of the student")
     args = parser.parse_args()
     if args.out.exists():
         return print(f"{args.out}: there already")

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to make, with train.jsonl and test.jsonl")
     parser.add_argument("--train", type=int, default=128, help="training problems")
     parser.add_argument("--test", type=int, default=32, help="test problems, of other texts")
-    parser.add_argument("--max-chars", type=int, default=300, help="longest question and rationale together")
+    parser.add_argument("--max-chars", type=int, default=230, help="longest question and rationale together")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same problems")
     args = parser.parse_args()
     if args.out.exists():

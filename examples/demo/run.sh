@@ -17,8 +17,8 @@ if [ "$teacher" = "$out/teacher" ]; then
   python $scripts/make_teacher.py "$teacher"
 fi
 
-say "The student: 10 of the teacher's layers"
-python $scripts/cut_student.py "$teacher" "$out/student" --layers 10
+say "The student: 20 of the teacher's layers"
+python $scripts/cut_student.py "$teacher" "$out/student" --layers 20
 
 say "The data: word problems with step-by-step rationales"
 python $scripts/make_data.py "$out/data" --train 128 --test 32
@@ -33,7 +33,7 @@ say "The student before training"
     --output_dir "$out/before"
 
 say "Distillation"
-[ -f "$out/distilled/model.safetensors" ] ||
+[ -f "$out/distilled/trainer_state.json" ] ||
   molsaki distill --config $scripts/distill.yaml --student "$out/student" --store "$out/store" \
     --train_file "$out/data/train.jsonl" --output_dir "$out/distilled" --resume
 
