@@ -80,12 +80,12 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
     if arch == "cpu":
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        # Full float32 products run on the vector units and hold whole operand rows in registers.
+        # Full float32 products run on the vector units and hold whole operand rows in registers: small tiles.
         return MapTile(rows=32, columns=32, warps=4, stages=1)
     if arch == "gfx942" or head_dim > 128:
         return MapTile(rows=32, columns=64, warps=4, stages=1 if arch in ("gfx942", "sm86") else 2)
-    # The product is P^T [columns, rows]: 64 columns fill one warpgroup's wgmma, 128 two. The paper's examples have 13 to
-    # 40 words. Compiled: 64 rows beside 64 columns of 128 dims spill under Triton 3.6, and 128 columns need 8 warps.
+    # The product is P^T [columns, rows]: 64 columns fill one warpgroup's wgmma, 128 two. The paper's examples have 13
+    # to 40 words. Compiled: 64 rows beside 64 columns of 128 dims spill under Triton 3.6; 128 columns need 8 warps.
     if key_tokens <= 64:
         return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2)
     return MapTile(rows=64, columns=128, warps=8, stages=2)
@@ -104,8 +104,8 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
     if arch == "cpu":
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return MapTile(rows=32, columns=16 if head_dim > 128 else 32, warps=4, stages=1)
-    # One read of q and, at most, a read and a write of dq: bandwidth, so many small programs. Compiled: 64 columns spill.
+        return MapTile(rows=16, columns=16, warps=8, stages=1)
+    # One read of q and, at most, a read and a write of dq: bandwidth, so many small programs. 64 columns spill.
     return MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
 
 
@@ -113,11 +113,12 @@ def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> Map
     if arch == "cpu":
         return MapTile(rows=16, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return MapTile(rows=32, columns=16 if head_dim > 128 else 32, warps=4, stages=1)
+        return MapTile(rows=16, columns=16, warps=8, stages=1)
     # The accumulator is [columns, head_dim] float32: 64 x 128 is 64 registers a thread in 4 warps.
     if head_dim > 128:
         return MapTile(rows=32, columns=64, warps=8, stages=1 if arch in ("gfx942", "sm86") else 2)
-    return MapTile(rows=64, columns=64, warps=4, stages=1 if arch == "gfx942" else 2)
+    # Compiled: 64 rows of 128 dims spill.
+    return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=1 if arch == "gfx942" else 2)
 
 
 def map_dk_add(head_dim: int) -> MapTile:
@@ -128,7 +129,7 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return FlashTile(rows=32, columns=32 if head_dim <= 128 else 16, key_columns=16, warps=4, stages=1)
+        return FlashTile(rows=32, columns=32 if head_dim <= 128 else 16, key_columns=16, warps=8, stages=1)
     if arch == "gfx942":
         return FlashTile(rows=128, columns=64 if head_dim <= 64 else 32, key_columns=32, warps=4, stages=1)
     if head_dim <= 64:
@@ -136,7 +137,7 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
         # that one's exponentials run beside another's products.
         return FlashTile(rows=128, columns=64, key_columns=64, warps=4, stages=3)
     if head_dim <= 128:
-        # 8 warps are two warpgroups of 64 rows. q 32 KB and two stages of k and v of 32 KB: two blocks a multiprocessor.
+        # 8 warps are two warpgroups of 64 rows; 128 key columns so that each has 64 of them too (64 in all spill).
         return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=2)
     if arch in ("sm80", "sm86"):
         return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=1 if arch == "sm86" else 2)
@@ -147,7 +148,8 @@ def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return FlashTile(rows=32, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=4, stages=1)
+        small = head_dim <= 64
+        return FlashTile(rows=32 if small else 16, columns=32 if small else 16, key_columns=16, warps=8, stages=1)
     if arch == "gfx942":
         return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=1)
     if head_dim <= 64:
@@ -163,7 +165,7 @@ def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return FlashTile(rows=32, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=4, stages=1)
+        return FlashTile(rows=32, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=8, stages=1)
     if arch == "gfx942":
         return FlashTile(rows=64, columns=32, key_columns=16, warps=4, stages=1)
     if head_dim <= 64:
@@ -203,7 +205,9 @@ _FLOATS = ("scale", "factor", "inner", "weight")
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")
 
 
-def variant(name: str, kernel, dtype: torch.dtype, tile, wants_wgmma: bool, absent: tuple[str, ...], **flags) -> Variant:
+def variant(
+    name: str, kernel, dtype: torch.dtype, tile, wants_wgmma: bool, absent: tuple[str, ...], **flags
+) -> Variant:  # fmt: skip
     """A variant whose arguments follow the kernels' naming; ``absent`` pointers are None."""
     signature, constexprs, attrs = {}, {}, {}
     for i, arg in enumerate(kernel.arg_names):
@@ -230,7 +234,7 @@ def variants(arch: str) -> list[Variant]:
 
 
 def cases() -> list[tuple[str, torch.dtype, int, dict[str, bool]]]:
-    """``(name, dtype, head_dim, features)``: the default features on every row of the configs, and every feature once."""
+    """``(name, dtype, head_dim, features)``: the default features on every row of the configs, every feature once."""
     default = dict(causal=True, window=False, softcap=False, sinks=False, packed=False, map=True, per_head=False)
     features = {
         "": {},

@@ -10,11 +10,11 @@
 
 No program writes what another writes, and nothing is added atomically:
 
-1. :func:`flash_dq_kernel`: a tile of rows of one head. The key tokens come first: they give dlse, so delta, and their own
-   part of dq. Then the keys stream past. It leaves delta and each row's step for the others.
+1. :func:`flash_dq_kernel`: a tile of rows of one head. The key tokens come first: they give dlse, so delta, and their
+   own part of dq. Then the keys stream past. It leaves delta and each row's step for the others.
 2. :func:`map_backward.map_dk_kernel`: the key tokens' own part of dk, in shares.
-3. :func:`flash_dkv_kernel`: a tile of keys of one key head; the rows of every query head of its group stream past. At the end
-   it adds the shares of the key tokens that lie in its tile.
+3. :func:`flash_dkv_kernel`: a tile of keys of one key head; the rows of every query head of its group stream past. At
+   the end it adds the shares of the key tokens that lie in its tile.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def stream_queries(
 ):  # fmt: skip
     """``dk`` (without the scale) and ``dv [BN, BD]`` plus what the rows ``[lo, hi)`` of the group's heads add to them.
 
-    The pointers are to the sequence's first row, of the group's first head. Heads and tiles are one flat loop, and k and v
-    are read here, not by the caller: kept for the next call, they would take 64 registers a thread.
+    The pointers are to the sequence's first row, of the group's first head. Heads and tiles are one flat loop, and k
+    and v are read here, not by the caller: kept for the next call, they would take 64 registers a thread.
     """
     columns = n0 + tl.arange(0, BN)
     d = tl.arange(0, BD)
@@ -333,7 +333,7 @@ def flash_backward(
         dout = q.new_zeros(D).expand(q.shape)
     elif dout.stride(3) != 1:  # what out.sum().backward() hands over
         dout = dout.contiguous()
-    has_map = plan is not None and dmaps is not None and 0 not in (*plan.steps.shape, *plan.tokens.shape, plan.num_words)
+    has_map = plan is not None and dmaps is not None and dmaps.numel() > 0 and plan.tokens.shape[1] > 0
     per_head = has_map and dmaps.ndim == 4
     S, C, W = (plan.steps.shape[1], plan.tokens.shape[1], plan.num_words) if has_map else (0, 0, 0)
     dmaps = dmaps.float().contiguous() if has_map else None

@@ -175,7 +175,7 @@ def flash_forward(
     cu_seqlens: Tensor | None = None,
     per_head: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``out (B, Hq, M, D)`` laid out as q, ``lse (B, Hq, M)`` float32, and the map as :func:`map_forward` (None without a plan).
+    """``out (B, Hq, M, D)`` laid out as q, ``lse (B, Hq, M)`` float32, and the map as map_forward's (None without a plan).
 
     Args:
         q, k, v: any strides with a contiguous last dimension; packed ``(1, H, total, D)`` with ``cu_seqlens (N + 1,)``.
@@ -233,7 +233,8 @@ def variants(arch: str) -> list[configs.Variant]:
                 f"flash_forward-{name}", flash_forward_kernel, dtype, tile, dtype != torch.float32, absent,
                 D=D, BD=triton.next_power_of_2(D), BM=tile.rows, BN=tile.columns,
                 BC=tile.key_columns, BS=configs.STEP_BLOCK, CAUSAL=on["causal"], HAS_WINDOW=on["window"],
-                HAS_SOFTCAP=on["softcap"], HAS_SINKS=on["sinks"], PACKED=on["packed"], HAS_MAP=on["map"], PRECISION="ieee",
+                HAS_SOFTCAP=on["softcap"], HAS_SINKS=on["sinks"], PACKED=on["packed"], HAS_MAP=on["map"],
+                PRECISION="ieee",
             )
         )  # fmt: skip
     return found

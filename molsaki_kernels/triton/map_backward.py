@@ -7,8 +7,8 @@
     dk[token] = scale sum_{h, i} dS[i, c] q[i]   summed over the query heads h of the key head
 
 :func:`map_dq_kernel`: a program owns one tile of rows of one head and walks over the key tokens it sees.
-:func:`map_dk_kernel`: a program owns one block of key tokens of one key head and walks over its share of the rows of every
-head of the group. Few key tokens make few programs, so the rows are split, and each split writes its own
+:func:`map_dk_kernel`: a program owns one block of key tokens of one key head and walks over its share of the rows of
+every head of the group. Few key tokens make few programs, so the rows are split, and each split writes its own
 ``partial (splits, N, Hkv, C, D)`` float32.
 :func:`map_dk_add_kernel`: adds the splits up in order, and adds the sum to dk in place; tokens are unique, so no two
 programs meet.
@@ -229,7 +229,7 @@ def map_dlse(
     options: Options,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """dlse ``(B, Hq, M)`` float32 alone: what an engine's backward needs before it starts. Arguments as map_backward."""
+    """dlse ``(B, Hq, M)`` float32 alone: what an engine's backward needs before it starts. Arguments as for map_backward."""
     dlse, _ = _row_gradients(q, k, lse, dmaps, plan, options, cu_seqlens, None, False)
     return dlse
 

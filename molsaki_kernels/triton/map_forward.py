@@ -4,9 +4,9 @@
     P[i, c]    = exp(scale q_i.k_token(c) - lse_i)                       0 where token c is hidden from row i
     A[s, w]    = sum over heads h, rows i of step s, key tokens c of word w of P[h, i, c], divided by Hq
 
-Stage 1, :func:`map_partials_kernel`: a program owns one tile of rows and one block of key tokens, and walks over the heads
-of its group with the step sums in registers. The rows of a tile are summed into their steps by a one-hot product on the
-tensor cores: ``P^T [BC, BM] @ E [BM, BS]``. It writes one number for each (step in the tile, key token):
+Stage 1, :func:`map_partials_kernel`: a program owns one tile of rows and one block of key tokens, and walks over the
+heads of its group with the step sums in registers. The rows of a tile are summed into their steps by a one-hot product
+on the tensor cores: ``P^T [BC, BM] @ E [BM, BS]``. It writes one number for each (step in the tile, key token):
 
     partial (groups, slots, C) float32,   slot = tile + n S + s
 
@@ -202,7 +202,7 @@ def map_forward(
         lse: ``(B, Hq, M)`` float32, natural log.
         cu_seqlens: ``(N + 1,)`` int32 if q and k are packed ``(1, H, total, D)``.
     """
-    B, Hq, M, D = q.shape
+    Hq, M, D = q.shape[1:]
     N, S = plan.steps.shape[:2]
     C = plan.tokens.shape[1]
     if 0 in (N, S, C, plan.num_words, M):
@@ -272,7 +272,8 @@ def variants(arch: str) -> list[configs.Variant]:
             tile = configs.map_forward(arch, dtype, D, key_tokens)
             found.append(
                 configs.variant(
-                    f"map_partials-{name}-c{key_tokens}", map_partials_kernel, dtype, tile, dtype != torch.float32, absent,
+                    f"map_partials-{name}-c{key_tokens}", map_partials_kernel, dtype, tile, dtype != torch.float32,
+                    absent,
                     D=D, BD=triton.next_power_of_2(D), BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK,
                     HAS_SOFTCAP=on["softcap"], PRECISION="ieee", **shared,
                 )

@@ -1,7 +1,7 @@
 """Jit helpers used by two kernels or more: where a tile lies, what it loads, its scores, its steps and its columns.
 
-A score tile is ``t`` and a weight is ``exp(t * factor - lse)``. Without a softcap ``t = q.k`` and ``factor = scale``; with
-one ``t = tanh(q.k * inner)``, ``inner = scale / softcap`` and ``factor = softcap``. The host makes both numbers
+A score tile is ``t`` and a weight is ``exp(t * factor - lse)``. Without a softcap ``t = q.k`` and ``factor = scale``;
+with one ``t = tanh(q.k * inner)``, ``inner = scale / softcap`` and ``factor = softcap``. The host makes both numbers
 (:func:`score_factors`).
 
 Addresses are 64 bit: every index is widened before it meets a stride.
@@ -125,7 +125,7 @@ def capped(s, inner, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """To float32 rounding, for x <= 88: the hardware's exp2 of ``x log2(e)`` alone is off by the rounding of the product."""
+    """To float32 rounding, for x <= 88: exp2 of ``x log2(e)`` alone would be off by the rounding of the product."""
     x = tl.maximum(x, -150.0)
     n = tl.floor(x * LOG2E + 0.5)
     return tl.exp2(n) * tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
@@ -301,7 +301,8 @@ def column_weights(
 
 @triton.jit
 def step_sums(
-    q, lse, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words, partial, C, factor, inner, window,
+    q, lse, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words, partial, C,
+    factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

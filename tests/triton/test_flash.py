@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from kernel_cases import Case, check_fused, kernels, make
 from molsaki_kernels.triton.flash_backward import flash_backward
 from molsaki_kernels.triton.flash_forward import flash_forward

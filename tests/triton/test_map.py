@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from kernel_cases import Case, check_map, make, map_kernels, map_oracle, oracle
 from molsaki_kernels.triton.map_backward import map_backward, map_dlse
 from molsaki_kernels.triton.map_forward import map_forward

@@ -1,0 +1,229 @@
+"""The Triton kernels on hardware: the interpreted cases again in every dtype, then real sizes up to 131,072 tokens.
+
+Large cases are checked against a float64 oracle that walks over blocks of rows, and eager's error is that of the same
+walk in the working dtype.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
+
+from kernel_cases import Case, Inputs, check, check_fused, check_map, kernels, make  # noqa: E402
+from molsaki_kernels import StepPlan, reference  # noqa: E402
+from molsaki_kernels.triton.flash_backward import flash_backward  # noqa: E402
+from molsaki_kernels.triton.flash_forward import flash_forward  # noqa: E402
+from molsaki_kernels.triton.map_backward import map_backward  # noqa: E402
+from molsaki_kernels.triton.map_forward import map_forward  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FEATURES = [
+    Case("default", M=1000, B=2, Hq=4, Hkv=2, D=64),
+    Case("full", M=511, D=64, causal=False),
+    Case("window", M=1000, D=64, window=200),
+    Case("full_window", M=511, D=64, causal=False, window=65),
+    Case("softcap", M=511, D=64, softcap=5.0),
+    Case("sinks", M=511, D=64, sinks=True),
+    Case("packed", D=64, lengths=(300, 0, 1, 700, 63)),
+    Case("everything", D=128, lengths=(130, 500), window=100, softcap=5.0, sinks=True, Hq=8, Hkv=2),
+    Case("heads", M=511, D=64, per_head=True, B=2),
+    Case("group_of_seven", M=255, D=64, Hq=7),
+    Case("transposed", M=511, D=128, Hq=4, Hkv=4, layout="transposed"),
+    Case("slice", M=511, D=128, layout="slice"),
+    *(Case(f"rows_{M}", M=M, D=128) for M in (1, 17, 63, 111, 130)),
+    *(Case(f"d{D}", M=300, D=D) for D in (16, 32, 80, 96, 112, 128, 256)),
+    *(Case(f"plan_{plan}", M=300, D=64, plan=plan) for plan in ("whole", "rows", "no_steps", "no_words")),
+]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(case, **changes):
+    return dataclasses.replace(case, device="cuda", **changes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in FEATURES])
+def test_features(case, dtype):
+    check_fused(on_gpu(case, dtype=dtype))
+    check_map(on_gpu(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("source", ["map", "out", "lse"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_gradient(dtype, source):
+    check_fused(Case("one_gradient", M=511, D=128, Hq=4, Hkv=2, sinks=True, dtype=dtype, device="cuda"), source)
+
+
+def long_inputs(M: int, Hq: int, Hkv: int, D: int, dtype: torch.dtype, words: int) -> Inputs:
+    """One sequence of steps of 10 to 50 rows, with ``words`` words of one or two tokens."""
+    generator = torch.Generator(device="cuda").manual_seed(3)
+    host = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    bounds = torch.randint(10, 50, (M // 10,), generator=host).cumsum(0)
+    bounds = [0, *bounds[bounds < M].tolist(), M]
+    picked = torch.randperm(M - 1, generator=host)[:words].sort().values.tolist()
+    groups = [[t, t + 1] if i % 3 == 0 and t + 1 not in picked else [t] for i, t in enumerate(picked)]
+    plan = StepPlan.from_spans([list(zip(bounds[:-1], bounds[1:], strict=True))], [groups], device="cuda")
+    q, dout = normal(1, Hq, M, D).to(dtype), normal(1, Hq, M, D).to(dtype)
+    k, v = normal(1, Hkv, M, D).to(dtype), normal(1, Hkv, M, D).to(dtype)
+    dmaps = normal(1, plan.num_steps, plan.num_words)
+    return Inputs(q, k, v, None, None, plan, dout, dmaps, normal(1, Hq, M))
+
+
+def walk(x: Inputs, dtype: torch.dtype, rows: int = 1024) -> dict[str, torch.Tensor]:
+    """What ``oracle`` gives for a causal call and both gradients, in ``dtype``, a block of rows of a head at a time."""
+    q, k, v, dout = (t.to(dtype)[0] for t in (x.q, x.k, x.v, x.dout))
+    Hq, M, D = q.shape
+    group, scale = Hq // k.shape[0], D**-0.5
+    wide = torch.promote_types(dtype, torch.float32)
+    steps = torch.full((M,), -1, device=q.device)
+    for s, (start, stop) in enumerate(x.plan.steps[0].tolist()):
+        steps[start:stop] = s
+    tokens, words = x.plan.tokens[0], x.plan.word_of_token[0]
+    weight = x.dmaps[0].to(wide) / Hq
+    found = {
+        "out": torch.empty_like(q), "lse": q.new_empty((Hq, M), dtype=wide),
+        "maps": torch.zeros_like(weight), "dq": torch.empty_like(q),
+        "dk": torch.zeros_like(k, dtype=wide), "dv": torch.zeros_like(v, dtype=wide),
+    }  # fmt: skip
+    for h in range(Hq):
+        for m0 in range(0, M, rows):
+            at = torch.arange(m0, min(m0 + rows, M), device=q.device)
+            n = int(at[-1]) + 1
+            k_n, v_n = k[h // group, :n], v[h // group, :n]
+            scores = ((q[h, at] @ k_n.T) * scale).to(wide)
+            scores.masked_fill_(~reference.visible(at, torch.arange(n, device=q.device), True, None), float("-inf"))
+            lse = scores.logsumexp(-1)
+            p = (scores - lse[:, None]).exp()
+            c = tokens < n
+            found["out"][h, at] = p.to(dtype) @ v_n
+            found["lse"][h, at] = lse
+            found["maps"].view(-1).index_add_(
+                0, (steps[at][:, None] * weight.shape[1] + words[c]).flatten(), p[:, tokens[c]].flatten() / Hq
+            )
+            dp = (dout[h, at] @ v_n.T).to(wide)
+            dp[:, tokens[c]] += weight[steps[at][:, None], words[c]]
+            ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(dtype) * scale
+            found["dq"][h, at] = ds @ k_n
+            found["dk"][h // group, :n] += ds.T @ q[h, at]
+            found["dv"][h // group, :n] += p.to(dtype).T @ dout[h, at]
+    return {key: value[None] for key, value in found.items()}
+
+
+@pytest.mark.parametrize("M", [4096, 32768])
+@pytest.mark.parametrize("D", [64, 128])
+def test_long(M, D):
+    x = long_inputs(M, Hq=4, Hkv=2, D=D, dtype=torch.bfloat16, words=M // 20)
+    torch.use_deterministic_algorithms(False)  # the walk's index_add_
+    exact, eager = walk(x, torch.float64), walk(x, torch.bfloat16)
+    check(f"long_{M}_{D}", kernels(Case("long", D=D), x, "both"), exact, eager)
+
+
+def test_131072_tokens():
+    """The whole forward and backward, with every 20th token a key word; sampled rows against float64."""
+    M, D = 131072, 128
+    x = long_inputs(M, Hq=4, Hkv=2, D=D, dtype=torch.bfloat16, words=M // 20)
+    found = kernels(Case("longest", D=D), x, "both")
+    assert all(t.isfinite().all() for t in found.values())
+    # Each row of the map sums to at most the rows of its step; the first step sees only its own words.
+    steps = x.plan.steps[0]
+    assert (found["maps"][0].sum(-1) <= (steps[:, 1] - steps[:, 0]) * 1.001).all()
+    rows = torch.randint(M, (64,), generator=torch.Generator().manual_seed(0)).cuda()
+    position = torch.arange(M, device="cuda")
+    for h in range(4):
+        scores = x.q[0, h, rows].double() @ x.k[0, h // 2].double().T * D**-0.5
+        scores.masked_fill_(~reference.visible(rows, position, True, None), float("-inf"))
+        torch.testing.assert_close(found["lse"][0, h, rows].double(), scores.logsumexp(-1), atol=1e-4, rtol=1e-5)
+        out = scores.softmax(-1) @ x.v[0, h // 2].double()
+        torch.testing.assert_close(found["out"][0, h, rows].double(), out, atol=1e-3, rtol=2e-2)
+    s = int(torch.randint(len(steps), (1,), generator=torch.Generator().manual_seed(1)))
+    start, stop = steps[s].tolist()
+    exact = torch.zeros(x.plan.num_words, dtype=torch.float64, device="cuda")
+    for h in range(4):
+        at = torch.arange(start, stop, device="cuda")
+        scores = x.q[0, h, at].double() @ x.k[0, h // 2].double().T * D**-0.5
+        p = scores.masked_fill(~reference.visible(at, position, True, None), float("-inf")).softmax(-1)
+        exact.index_add_(0, x.plan.word_of_token[0], p[:, x.plan.tokens[0]].sum(0) / 4)
+    torch.testing.assert_close(found["maps"][0, s].double(), exact, atol=1e-6, rtol=1e-3)
+
+
+def test_more_than_2_31_elements():
+    """q of 2.15 billion elements: the last sequence of the batch answers as it does alone."""
+    B, M, D = 2**31 // (2048 * 128) + 8, 2048, 128
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    last = [torch.randn((1, 1, M, D), generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    q, k, v = (torch.zeros((B, 1, M, D), device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    for whole, part in zip((q, k, v), last, strict=True):
+        whole[-1:] = part
+    plan = StepPlan.from_spans([[(0, M)]] * B, [[[3], [2000, 2001]]] * B, device="cuda")
+    case = Case("huge", D=D)
+    whole = Inputs(q, k, v, None, None, plan, q, torch.ones((B, 1, 2), device="cuda"), torch.empty(0))
+    alone = Inputs(*last, None, None, plan[B - 1], last[0], torch.ones((1, 1, 2), device="cuda"), torch.empty(0))
+    a, b = kernels(case, whole, "both"), kernels(case, alone, "both")
+    assert all(torch.equal(a[key][-1:], b[key]) for key in a if key != "dk")
+    torch.testing.assert_close(a["dk"][-1:], b["dk"])  # the shares of the rows differ with the batch
+
+
+def test_twice_is_bitwise_the_same():
+    x = long_inputs(4096, Hq=8, Hkv=2, D=128, dtype=torch.bfloat16, words=200)
+    case = Case("twice", D=128)
+    first = kernels(case, x, "both")
+    for _ in range(5):
+        again = kernels(case, x, "both")
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_the_map_alone_is_bitwise_the_same_twice():
+    x = long_inputs(4096, Hq=8, Hkv=2, D=128, dtype=torch.bfloat16, words=200)
+    options, plan = Case("twice", D=128).options(), x.tensors()
+    _, lse, _ = flash_forward(x.q, x.k, x.v, None, options)
+    maps, again = (map_forward(x.q, x.k, lse, plan, options) for _ in range(2))
+    assert torch.equal(maps, again)
+    for a, b in zip(*(map_backward(x.q, x.k, lse, x.dmaps, plan, options) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_extra_memory_is_that_of_the_map():
+    """Beyond plain flash attention: at most one more q, whatever the plan; here the shares are small beside it."""
+    x = long_inputs(32768, Hq=8, Hkv=2, D=128, dtype=torch.bfloat16, words=400)
+    options = Case("memory", D=128).options()
+
+    def peak(plan, dmaps):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse, maps = flash_forward(x.q, x.k, x.v, plan, options)
+        flash_backward(x.q, x.k, x.v, out, lse, x.dout, options, plan, dmaps)
+        return torch.cuda.max_memory_allocated() - before
+
+    q_bytes = x.q.numel() * x.q.element_size()
+    assert peak(x.tensors(), x.dmaps) - peak(None, None) <= q_bytes
+
+
+def test_tf32_only_if_asked():
+    case = Case("tf32", M=511, D=64, device="cuda")
+    check_fused(case)
+    x = make(case)
+    full = kernels(case, x, "both")["out"]
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        rounded = kernels(case, x, "both")["out"]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert not torch.equal(full, rounded)
+    torch.testing.assert_close(full, rounded, atol=1e-2, rtol=1e-2)
