@@ -1,0 +1,61 @@
+"""pytest-benchmark suite of one attention layer with its map on a CPU; prints each ratio beside its target.
+
+pytest benchmarks --benchmark-only
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from .contenders import contenders, step
+from .measure import interleaved, peak_memory, ratio
+from .shapes import CPU, CPU_MORE, Shape
+
+DEVICE = torch.device("cpu")
+LARGEST_EXTRA_MIB = 64  # of the map over plain attention at 8,192 tokens
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", CPU + CPU_MORE, ids=lambda s: s.name)
+def test_layer(benchmark, report, shape, backward):
+    """Times ours; in the same rounds plain attention and eager, for the ratios."""
+    tensors, plan = shape.inputs(DEVICE)
+    functions = {
+        c.name: lambda c=c: step(c, tensors, plan, backward) for c in contenders(DEVICE, shape) if c.kind != "eager"
+    }
+    times = interleaved(functions, DEVICE, seconds=15)
+    plain, ours = "sdpa, CPU flash", "molsaki, sdpa"
+    over = ratio(times[ours], times[plain])
+    benchmark.extra_info["over_plain"] = over
+    target = f"(target {shape.target})" if shape.target and backward else ""
+    report(f"{shape.name:38s} {'forward+backward' if backward else 'forward':17s} {over:.3f} x plain SDPA {target}")
+    benchmark.pedantic(functions[ours], rounds=min(len(times[ours]), 10), warmup_rounds=1)
+
+
+def test_against_eager(benchmark, report):
+    shape = CPU[-1]
+    tensors, plan = shape.inputs(DEVICE)
+    functions = {
+        c.name: lambda c=c: step(c, tensors, plan, True) for c in contenders(DEVICE, shape) if c.kind != "plain"
+    }
+    times = interleaved(functions, DEVICE, seconds=20)
+    faster = statistics.median(times["eager with weights"]) / statistics.median(times["molsaki, sdpa"])
+    benchmark.extra_info["times_faster_than_eager"] = faster
+    report(f"{shape.name:38s} forward+backward  {faster:.1f} x faster than eager with weights (target 8)")
+    benchmark.pedantic(functions["molsaki, sdpa"], rounds=3)
+
+
+def test_memory(benchmark, report):
+    shape = Shape(1, 8192, 200, 60)
+    peaks = {
+        name: benchmark.pedantic(peak_memory, (shape, name, True, DEVICE)) if name == "molsaki, sdpa"
+        else peak_memory(shape, name, True, DEVICE)
+        for name in ("sdpa, CPU flash", "molsaki, sdpa")
+    }  # fmt: skip
+    extra = peaks["molsaki, sdpa"] - peaks["sdpa, CPU flash"]
+    benchmark.extra_info["extra_mib"] = extra
+    report(f"{shape.name:38s} forward+backward  {extra:.1f} MiB beyond plain SDPA (limit {LARGEST_EXTRA_MIB})")
+    assert extra < LARGEST_EXTRA_MIB
