@@ -2,7 +2,7 @@
 # make test    the whole suite
 # make bench   the benchmarks
 # make check   lint, format, types
-# make plots   the demo's pictures again
+# make plots   the demo's pictures again (the demo reuses the rest)
 # Each makes its own environment in .venv first; `make test VENV=path` takes another one, PYTHON=... another Python.
 
 SHELL := bash
@@ -35,8 +35,7 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-plots: $(VENV)/.demo-installed
-	PATH="$(BIN):$$PATH" examples/demo/run.sh plots
+plots: demo
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

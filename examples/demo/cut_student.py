@@ -16,7 +16,7 @@ from atomic import new_folder
 def spread(depth: int, layers: int) -> list[int]:
     """``layers`` of ``depth`` indices: the first third, the last third, and the rest evenly between the two.
 
-    Whole ends cost less than even steps: 10 of SmolLM2-135M's 30 layers start at a loss of 9.3 in place of 12.8.
+    Whole ends cost less than even steps: 20 of SmolLM2-135M's 30 layers start at a loss of 5.5 in place of 9.6.
     """
     if not 2 <= layers <= depth:
         raise ValueError(f"layers: expected 2 to {depth}, got {layers}")
