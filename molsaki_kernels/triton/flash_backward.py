@@ -71,8 +71,8 @@ def stream_keys(
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
         dq = dot(ds.to(b_k.dtype), b_k, dq, PRECISION)
-        p_k += BN * stride_km
-        p_v += BN * stride_vm
+        p_k += tl.cast(stride_km, tl.int64) * BN
+        p_v += tl.cast(stride_vm, tl.int64) * BN
     return dq
 
 
@@ -339,6 +339,7 @@ def flash_backward(
     dmaps = dmaps.float().contiguous() if has_map else None
     dlse = None if dlse is None else dlse.float().contiguous()
     lse = lse.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     arch = configs.arch_of(q)
     delta = torch.empty_like(lse)
     step_of_row = q.new_empty((B, M), dtype=torch.int32) if has_map else None

@@ -73,8 +73,8 @@ def attend(
         b_v = load_rows(p_v, columns, length, D, BD, MASK)  # [BN, BD]
         acc = dot(p.to(b_v.dtype), b_v, acc * decay[:, None], PRECISION)
         top = new_top
-        p_k += BN * stride_km
-        p_v += BN * stride_vm
+        p_k += tl.cast(stride_km, tl.int64) * BN
+        p_v += tl.cast(stride_vm, tl.int64) * BN
     return acc, top, total
 
 
@@ -175,7 +175,7 @@ def flash_forward(
     cu_seqlens: Tensor | None = None,
     per_head: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``out (B, Hq, M, D)`` laid out as q, ``lse (B, Hq, M)`` float32, and the map as map_forward's (None without a plan).
+    """``out (B, Hq, M, D)`` laid out as q, ``lse (B, Hq, M)`` float32, map_forward's map (None without a plan).
 
     Args:
         q, k, v: any strides with a contiguous last dimension; packed ``(1, H, total, D)`` with ``cu_seqlens (N + 1,)``.
@@ -185,6 +185,7 @@ def flash_forward(
     if options.scale <= 0:
         raise ValueError(f"scale: the triton engine expects a positive number, got {options.scale}")
     B, Hq, M, D = q.shape
+    sinks = None if sinks is None else sinks.contiguous()
     out = torch.empty_like(q)
     lse = q.new_empty((B, Hq, M), dtype=torch.float32)
     packed = cu_seqlens is not None

@@ -229,7 +229,7 @@ def map_dlse(
     options: Options,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """dlse ``(B, Hq, M)`` float32 alone: what an engine's backward needs before it starts. Arguments as for map_backward."""
+    """dlse ``(B, Hq, M)`` float32 alone, which an engine needs before its backward starts; see :func:`map_backward`."""
     dlse, _ = _row_gradients(q, k, lse, dmaps, plan, options, cu_seqlens, None, False)
     return dlse
 

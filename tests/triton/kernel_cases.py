@@ -80,7 +80,7 @@ def spans(length: int, kind: str, rng: random.Random) -> tuple[list, list]:
     if kind == "no_words":
         return [(0, length)], []
     # Gaps, a step of no row, of one row, and one longer than a tile; words of one to three tokens in any order.
-    steps, at = [], rng.randrange(3)
+    steps, at = [], rng.randrange(min(3, length))
     for size in (min(5, length), 0, 1, length // 2, length):
         stop = min(at + size, length)
         if stop < at:
@@ -125,6 +125,16 @@ def make(case: Case) -> Inputs:
     if case.lengths:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(case.device, torch.int32)
     return Inputs(q, k, v, sinks, cu_seqlens, plan, dout, dmaps, dlse)
+
+
+FAR_STRIDES = {"batch": (2**31 + 64, 16, 16, 1), "rows": (16, 16, 2**27 + 64, 1)}
+
+
+def far_copy(x: torch.Tensor, strides: tuple[int, ...], folder) -> torch.Tensor:
+    """x in a sparse file with a flat index past 2**31: only the pages touched exist."""
+    size = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    path = str(folder / f"{len(list(folder.iterdir()))}")
+    return torch.from_file(path, shared=True, size=size, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
 
 
 def oracle(case: Case, x: Inputs, dtype: torch.dtype, source: str) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from kernel_cases import Case, check_fused, kernels, make
+from kernel_cases import FAR_STRIDES, Case, check_fused, far_copy, kernels, make
 from molsaki_kernels.triton.flash_backward import flash_backward
 from molsaki_kernels.triton.flash_forward import flash_forward
 
@@ -92,6 +92,15 @@ def test_twice_is_bitwise_the_same():
     x = make(case)
     first, second = kernels(case, x, "both"), kernels(case, x, "both")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("strides", FAR_STRIDES.values(), ids=FAR_STRIDES)
+def test_flat_index_past_int32(tmp_path, strides):
+    case = Case("int64", M=17, B=2, D=16, Hq=1, dtype=torch.float16)
+    x = make(case)
+    copies = {key: far_copy(getattr(x, key), strides, tmp_path) for key in ("q", "k", "v", "dout")}
+    near, far = kernels(case, x, "both"), kernels(case, dataclasses.replace(x, **copies), "both")
+    assert all(torch.equal(near[key], far[key]) for key in near)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 8, 16), (2, 2, 0, 16)])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from kernel_cases import Case, check_map, make, map_kernels, map_oracle, oracle
+from kernel_cases import FAR_STRIDES, Case, check_map, far_copy, make, map_kernels, map_oracle, oracle
 from molsaki_kernels.triton.map_backward import map_backward, map_dlse
 from molsaki_kernels.triton.map_forward import map_forward
 
@@ -72,21 +72,15 @@ def test_strided_lse_and_gradient():
         torch.testing.assert_close(found[key].double(), plain[key], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stride", ["batch", "rows"])
-def test_flat_index_past_int32(tmp_path, stride):
-    """q and k lie in a sparse file of more than 2**31 elements, of which only the pages touched exist."""
+@pytest.mark.parametrize("strides", FAR_STRIDES.values(), ids=FAR_STRIDES)
+def test_flat_index_past_int32(tmp_path, strides):
     case = Case("int64", M=17, B=2, D=16, Hq=1, dtype=torch.float16)
     x = make(case)
-    strides = {"batch": (2**31 + 64, 16, 16, 1), "rows": (16, 16, 2**27 + 64, 1)}[stride]
-    size = sum((n - 1) * s for n, s in zip(x.q.shape, strides, strict=True)) + 1
-    far = []
-    for name in ("q", "k"):
-        path = str(tmp_path / name)
-        far.append(torch.from_file(path, shared=True, size=size, dtype=torch.float16).as_strided(x.q.shape, strides))
-        far[-1].copy_(getattr(x, name))
+    q, k = (far_copy(t, strides, tmp_path) for t in (x.q, x.k))
+    dq, dk = (far_copy(torch.zeros_like(t), strides, tmp_path) for t in (x.q, x.k))
     lse = torch.full((2, 1, 17), 3.0)
     plan, options = x.tensors(), case.options()
-    assert torch.equal(map_forward(*far, lse, plan, options), map_forward(x.q, x.k, lse, plan, options))
+    assert torch.equal(map_forward(q, k, lse, plan, options), map_forward(x.q, x.k, lse, plan, options))
     near = map_backward(x.q, x.k, lse, x.dmaps, plan, options)
-    found = map_backward(*far, lse, x.dmaps, plan, options, dq=torch.zeros_like(x.q), dk=torch.zeros_like(x.k))
-    assert all(torch.equal(a, b) for a, b in zip(near, found, strict=True))
+    far = map_backward(q, k, lse, x.dmaps, plan, options, dq=dq, dk=dk)
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
