@@ -10,7 +10,8 @@ What each column says and where it comes from:
     wgmma       Hopper's warp-group matrix instructions are in the PTX (tcgen05 is Blackwell's, mfma AMD's)
 
 The exit status is 1, with a line for each, if a variant does not compile, takes more shared memory than the chip has,
-spills at a head dimension of 64 or 128, or should use wgmma on Hopper and does not.
+is a default one of head dimension 64 or 128 (no window, softcap, sinks or packing) and spills, or should use wgmma on
+Hopper and does not.
 
 Triton keeps what it compiled in its cache, so a second run takes seconds.
 """
@@ -34,6 +35,7 @@ from collections.abc import Iterator
 
 KERNELS = ("map_forward", "map_backward", "flash_forward", "flash_backward", "values", "fold")
 SPILL_FREE_HEAD_DIMS = (64, 128)
+FEATURES = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "PACKED", "PER_HEAD")  # a default variant has none of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,8 @@ def _failures(report: Report, variant, chip: Target) -> list[str]:
     failures = []
     if (report.shared or 0) > chip.shared_limit:
         failures.append(f"takes {report.shared} bytes of shared memory, {report.target} has {chip.shared_limit}")
-    if report.spills and variant.constexprs.get("D") in SPILL_FREE_HEAD_DIMS:
+    default = not any(variant.constexprs.get(feature) for feature in FEATURES)
+    if report.spills and default and variant.constexprs.get("D") in SPILL_FREE_HEAD_DIMS:
         failures.append(f"spills {report.spills} registers")
     if variant.wants_wgmma and chip.arch == "sm90" and not report.wgmma:
         failures.append("does not use wgmma")

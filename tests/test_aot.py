@@ -65,19 +65,20 @@ def test_failures_end_in_a_failing_exit_status(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, head_dim, target, words",
+    "change, flags, target, words",
     [
-        ({}, 64, "cuda:90", None),
-        (dict(spills=8), 128, "cuda:90", "spills 8"),
-        (dict(spills=8), 256, "cuda:90", None),
-        (dict(shared=227 * 1024 + 1), 256, "cuda:90", "232448"),
-        (dict(shared=65537), 64, "hip:gfx942", "65536"),
-        (dict(wgmma=False, matrix="mma"), 64, "cuda:90", "wgmma"),
-        (dict(wgmma=False, matrix="mma"), 64, "cuda:80", None),
+        ({}, dict(D=64), "cuda:90", None),
+        (dict(spills=8), dict(D=128, HAS_WINDOW=False), "cuda:90", "spills 8"),
+        (dict(spills=8), dict(D=128, HAS_WINDOW=True), "cuda:90", None),
+        (dict(spills=8), dict(D=256), "cuda:90", None),
+        (dict(shared=227 * 1024 + 1), dict(D=256, PACKED=True), "cuda:90", "232448"),
+        (dict(shared=65537), dict(D=64), "hip:gfx942", "65536"),
+        (dict(wgmma=False, matrix="mma"), dict(D=64), "cuda:90", "wgmma"),
+        (dict(wgmma=False, matrix="mma"), dict(D=64), "cuda:80", None),
     ],
 )
-def test_what_counts_as_a_failure(change, head_dim, target, words):
-    variant = types.SimpleNamespace(constexprs={"D": head_dim}, wants_wgmma=True)
+def test_what_counts_as_a_failure(change, flags, target, words):
+    variant = types.SimpleNamespace(constexprs=flags, wants_wgmma=True)
     report = dataclasses.replace(COMPILED, target=target, **change)
     failures = aot._failures(report, variant, aot.TARGETS[target])
     assert (words is None and not failures) or words in failures[0]
