@@ -1,0 +1,167 @@
+"""Every loss, a pure function of tensors that returns one number an example, ``(N,)``.
+
+Each example counts once: a loss is the mean over an example's own positions or steps, and the caller averages over
+examples, so that accumulation, batching and processes change nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molsaki_kernels import StepPlan
+
+IGNORE = -100  # of a position without a label
+NO_MASS = 1e-8  # normalise="sum": shares below this are taken for this
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, the mean over an example's labels; 0 for an example without any (L_pre, L_exp of Eq. 7).
+
+    Args:
+        logits: ``(N, P, V)``, any floating dtype; position p predicts ``labels[:, p]`` (shifting is the caller's).
+        labels: ``(N, P)``, -100 where there is none.
+    """
+    _check_logits("logits", logits, labels)
+    rows, label = _labelled(logits, labels)
+    return _per_example(F.cross_entropy(_at_least_float32(rows), label, reduction="none"), labels)
+
+
+def attention(
+    student: Tensor, teacher: Tensor, plan: StepPlan, normalise: str = "softmax", causal_words: bool = False
+) -> Tensor:
+    """Eq. 6: KL(teacher row || student row) of each step's distribution over words, the mean over steps and pairs K.
+
+    Args:
+        student, teacher: ``(N, K, S, W)`` mixed maps; the teacher gets no gradient.
+        plan: which steps and words are real. An example without words has loss 0.
+        normalise: "softmax" over the words (the paper's), or "sum", which divides by a row's mass; a step on which the
+            teacher puts no mass is left out then.
+        causal_words: leave out of a step's row the words that begin after its last token, and steps without any
+            other. The plan is the student's; both sides' words come in the same order in the text.
+    """
+    if student.shape != teacher.shape or student.dim() != 4:
+        raise ValueError(
+            f"student, teacher: expected (N, K, S, W) both, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if (student.shape[0], *student.shape[2:]) != (len(plan), plan.num_steps, plan.num_words):
+        raise ValueError(
+            f"plan: expected one of the maps' N, S, W {(student.shape[0], *student.shape[2:])}, "
+            f"got {(len(plan), plan.num_steps, plan.num_words)}"
+        )
+    if normalise not in ("softmax", "sum"):
+        raise ValueError(f'normalise: expected "softmax" or "sum", got {normalise!r}')
+    teacher = teacher.detach().to(student.dtype)
+    words = plan.step_mask[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): what takes part
+    if causal_words:
+        words = words & (first_tokens(plan)[:, None, :] < plan.steps[:, :, 1:])
+    words = words[:, None]
+    if normalise == "softmax":
+        divergence = _softmax_divergence(student, teacher, words)
+        steps = words.any(-1).expand(divergence.shape)  # (N, K, S)
+    else:
+        divergence, steps = _share_divergence(student, teacher, words)
+    total = torch.where(steps, divergence, 0).sum(2)
+    return (total / steps.sum(2).clamp_min(1)).mean(1)
+
+
+def _softmax_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> Tensor:
+    """``(N, K, S)``. A lowest number in place of -inf keeps rows without words, and their gradient, finite."""
+    lowest = torch.finfo(student.dtype).min
+    log_student, log_teacher = (x.masked_fill(~words, lowest).log_softmax(-1) for x in (student, teacher))
+    return torch.where(words, log_teacher.exp() * (log_teacher - log_student), 0).sum(-1)
+
+
+def _share_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """``(N, K, S)`` and which of them count."""
+    student, teacher = (torch.where(words, x, 0) for x in (student, teacher))
+    mass = teacher.sum(-1, keepdim=True)
+    p = teacher / mass.clamp_min(NO_MASS)
+    q = student / student.sum(-1, keepdim=True).clamp_min(NO_MASS)
+    return (torch.special.xlogy(p, p) - p * q.clamp_min(NO_MASS).log()).sum(-1), mass[..., 0] > NO_MASS
+
+
+def first_tokens(plan: StepPlan) -> Tensor:
+    """``(N, W)``: the position of each word's first token; past every position for a word without tokens."""
+    never = torch.iinfo(torch.int64).max
+    first = torch.full(plan.word_mask.shape, never, device=plan.device)
+    is_token = plan.word_of_token >= 0
+    position = plan.tokens.masked_fill(~is_token, never)
+    if first.numel() == 0 or position.numel() == 0:
+        return first
+    return first.scatter_reduce(1, plan.word_of_token.clamp_min(0), position, "amin")
+
+
+def mutual_information(
+    predict_logits: Tensor, predict_labels: Tensor, explain_logits: Tensor, explain_labels: Tensor
+) -> Tensor:
+    """Cross-entropy in nats between what the two tasks predict (Chen et al. 2024, arXiv 2403.03348).
+
+    The paper maximises the mutual information of the answer task and the rationale task by a cross-entropy between the
+    two predictions. Read here as: each task's distribution over the vocabulary, averaged over its labelled positions,
+    ``- sum_v p_predict[v] log p_explain[v]``.
+
+    Args:
+        predict_logits, explain_logits: ``(N, P, V)`` and ``(N, P', V)``. The labels: ``(N, P)`` and ``(N, P')``.
+    """
+    if predict_logits.shape[-1] != explain_logits.shape[-1]:
+        raise ValueError(
+            f"predict_logits, explain_logits: expected one vocabulary, got {predict_logits.shape[-1]} and "
+            f"{explain_logits.shape[-1]} tokens"
+        )
+    log_means = []
+    for name, logits, labels in (
+        ("predict_logits", predict_logits, predict_labels),
+        ("explain_logits", explain_logits, explain_labels),
+    ):
+        _check_logits(name, logits, labels)
+        mask = (labels != IGNORE)[..., None]
+        log_p = _at_least_float32(logits).log_softmax(-1)
+        log_p = log_p.masked_fill(~mask, torch.finfo(log_p.dtype).min)
+        log_means.append(log_p.logsumexp(1) - mask.sum(1).clamp_min(1).log())  # (N, V)
+    labelled = (predict_labels != IGNORE).any(1) & (explain_labels != IGNORE).any(1)
+    return torch.where(labelled, -(log_means[0].exp() * log_means[1]).sum(-1), 0)
+
+
+def logits(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 2.0) -> Tensor:
+    """KL(teacher || student) of softened predictions times T^2, the mean over labels (Mentor-KD, arXiv 2410.09037).
+
+    Args:
+        student, teacher: ``(N, P, V)`` over one vocabulary; the teacher gets no gradient.
+        labels: ``(N, P)``, -100 where nothing is compared.
+        temperature: T.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student, teacher: expected (N, P, V) over one vocabulary, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}"
+        )
+    _check_logits("student", student, labels)
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    rows = [_at_least_float32(_labelled(x, labels)[0] / temperature).log_softmax(-1) for x in (student, teacher.detach())]
+    divergence = F.kl_div(*rows, reduction="none", log_target=True).sum(-1)
+    return _per_example(divergence, labels) * temperature**2
+
+
+def _labelled(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labelled positions of all examples, ``(n, V)`` and ``(n,)``: the vocabulary is wide, the others are many."""
+    mask = labels != IGNORE
+    return x[mask], labels[mask]
+
+
+def _per_example(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean of the labelled positions' ``values (n,)`` over each example, ``(N,)``."""
+    mask = labels != IGNORE
+    spread = values.new_zeros(labels.shape).masked_scatter(mask, values)
+    return spread.sum(1) / mask.sum(1).clamp_min(1)
+
+
+def _check_logits(name: str, x: Tensor, labels: Tensor) -> None:
+    if x.dim() != 3 or x.shape[:2] != labels.shape:
+        raise ValueError(f"{name}: expected (N, P, V) with labels (N, P), got {tuple(x.shape)} and {tuple(labels.shape)}")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,216 @@
+"""Which layers of the teacher teach which of the student: the Mixture of Layers (Eq. 4 and 5) and its controls.
+
+Every kind is K pairs of weighted layers, ``p_t (N, K, Lt)`` and ``p_s (N, K, Ls)``, and the mixed maps are
+``A_k = sum_l p_kl A_l``. The paper's mixture has K = 1 and weights that depend on the example; the controls pair single
+layers, so their weights are one-hot and there is nothing to learn.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from molsaki_kernels import StepPlan
+
+KINDS = ("mixture", "single", "last", "uniform", "one_to_one", "reverse", "random")
+
+
+class MixtureOfLayers(nn.Module):
+    """Layer weights and mixed maps of both sides (MoLSAKI, arXiv 2604.15701, Eq. 4 and 5).
+
+    The teacher's weights have no parameters and get no gradient: ``G_l = mean_{s, w} |A_l[s, w+1] - A_l[s, w]|``,
+    ``p_t = softmax(G / tau_t)``. The student's are learnt from its pooled values: ``p_s = softmax((W H + b) / tau_s)``;
+    W and b start at zero, so ``p_s`` starts uniform.
+
+    Args:
+        num_teacher_layers, num_student_layers: Lt and Ls.
+        value_width: d, of a layer's pooled values.
+        kind: ``mixture`` (the paper's); ``single``, any one pair; ``last``, the last of both (MiniLM); ``uniform``,
+            student layer m to teacher layer m Lt / Ls, rounded, counting from 1 (TinyBERT); ``one_to_one``, equal
+            depths (MobileBERT); ``reverse``, uniform's teacher layers in reverse order; ``random``, a fixed draw.
+        router: ``joint``, one linear map from all layers' values ``(Ls d -> Ls)``; ``shared``, one ``(d -> 1)`` for
+            every layer and a bias for each.
+        tau_t, tau_s: temperatures.
+        teacher_scale: ``std`` divides G by its standard deviation over layers, so that tau_t means the same for
+            every teacher.
+        value_heads, pooling: how the values were pooled (``pool_values``); kept with the router, since it has learnt
+            from one kind.
+        teacher_layer, student_layer: of ``single``; negative ones count from the end.
+        seed: of ``random``.
+
+    Raises:
+        ValueError: an argument is out of range, or ``one_to_one`` and the depths differ.
+    """
+
+    def __init__(
+        self,
+        num_teacher_layers: int,
+        num_student_layers: int,
+        value_width: int,
+        kind: str = "mixture",
+        router: Literal["joint", "shared"] = "joint",
+        tau_t: float = 0.1,
+        tau_s: float = 0.5,
+        teacher_scale: Literal["none", "std"] = "none",
+        value_heads: Literal["concat", "mean"] = "concat",
+        pooling: Literal["sum", "mean"] = "sum",
+        teacher_layer: int = -1,
+        student_layer: int = -1,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for name, value, choices in (
+            ("kind", kind, KINDS),
+            ("router", router, ("joint", "shared")),
+            ("teacher_scale", teacher_scale, ("none", "std")),
+            ("value_heads", value_heads, ("concat", "mean")),
+            ("pooling", pooling, ("sum", "mean")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name, value in (
+            ("num_teacher_layers", num_teacher_layers),
+            ("num_student_layers", num_student_layers),
+            ("value_width", value_width),
+            ("tau_t", tau_t),
+            ("tau_s", tau_s),
+        ):
+            if not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        self.kind, self.tau_t, self.tau_s = kind, tau_t, tau_s
+        self.num_teacher_layers, self.num_student_layers = num_teacher_layers, num_student_layers
+        self.value_width, self.teacher_scale = value_width, teacher_scale
+        self.value_heads, self.pooling = value_heads, pooling
+        self.router: nn.Module | None = None
+        if kind == "mixture":
+            self.router = {"joint": _JointRouter, "shared": _SharedRouter}[router](num_student_layers, value_width)
+            return
+        pairs = layer_pairs(kind, num_teacher_layers, num_student_layers, teacher_layer, student_layer, seed)
+        one_hot = (torch.eye(num_teacher_layers), torch.eye(num_student_layers))
+        for name, eye, layers in zip(("_teacher_pairs", "_student_pairs"), one_hot, zip(*pairs, strict=True), strict=True):
+            self.register_buffer(name, eye[list(layers)], persistent=False)  # (K, L)
+
+    @torch.no_grad()
+    def teacher(self, maps: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Weights ``(N, K, Lt)`` and mixed maps ``(N, K, S, W)`` of the teacher, without gradient (Eq. 4 and 6).
+
+        Args:
+            maps: ``(N, Lt, S, W)``.
+            plan: of the teacher's batch. An example with fewer than two words has uniform weights.
+        """
+        self._check("maps", maps, self.num_teacher_layers, plan)
+        maps = _at_least_float32(maps)
+        if self.kind != "mixture":
+            weights = self._teacher_pairs.to(maps).expand(maps.shape[0], -1, -1)
+        else:
+            scores = layer_scores(maps, plan)
+            if self.teacher_scale == "std":
+                scores = scores / scores.std(-1, correction=0, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+            weights = (scores / self.tau_t).softmax(-1)[:, None]
+        return weights, _mix(weights, maps)
+
+    def student(self, maps: Tensor, values: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Weights ``(N, K, Ls)`` and mixed maps ``(N, K, S, W)`` of the student, differentiable (Eq. 5 and 6).
+
+        Args:
+            maps: ``(N, Ls, S, W)``. values: ``(N, Ls, d)`` pooled values.
+        """
+        self._check("maps", maps, self.num_student_layers, plan)
+        maps = _at_least_float32(maps)
+        if self.router is None:
+            weights = self._student_pairs.to(maps).expand(maps.shape[0], -1, -1)
+        else:
+            expected = (maps.shape[0], self.num_student_layers, self.value_width)
+            if values.shape != expected:
+                raise ValueError(f"values: expected (N, Ls, d) = {expected}, got {tuple(values.shape)}")
+            with torch.autocast(values.device.type, enabled=False):
+                logits = self.router(values.to(next(self.router.parameters()).dtype))
+            weights = (logits / self.tau_s).softmax(-1)[:, None]
+        return weights, _mix(weights, maps)
+
+    def uniform(self, maps: Tensor) -> Tensor:
+        """The student's ``(N, Ls, S, W)`` maps at uniform weights, ``(N, K, S, W)``: what L_att would be untrained."""
+        pairs = 1 if self.router is not None else self._student_pairs.shape[0]
+        return _at_least_float32(maps).mean(1, keepdim=True).expand(-1, pairs, -1, -1)
+
+    def _check(self, name: str, maps: Tensor, layers: int, plan: StepPlan) -> None:
+        expected = (len(plan), layers, plan.num_steps, plan.num_words)
+        if maps.shape != expected:
+            raise ValueError(f"{name}: expected (N, L, S, W) = {expected}, got {tuple(maps.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}, teacher={self.num_teacher_layers} layers, student={self.num_student_layers} layers"
+
+
+class _JointRouter(nn.Module):
+    """``logits = W concat(h_1 .. h_L) + b``, W ``(L, L d)``."""
+
+    def __init__(self, layers: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layers, layers * width))
+        self.bias = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(values.flatten(1), self.weight, self.bias)
+
+
+class _SharedRouter(nn.Module):
+    """``logits_l = w . h_l + b_l``, one w ``(d,)`` for every layer."""
+
+    def __init__(self, layers: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values @ self.weight + self.bias
+
+
+def layer_scores(maps: Tensor, plan: StepPlan) -> Tensor:
+    """Eq. 4's G, ``(N, L)``: the mean over steps and neighbouring words of ``|A[s, w+1] - A[s, w]|``; 0 without any.
+
+    Args:
+        maps: ``(N, L, S, W)``; only the plan's valid steps and words count.
+    """
+    if maps.shape[-1] < 2:
+        return maps.new_zeros(maps.shape[:2])
+    counts = plan.step_mask[:, :, None] & plan.word_mask[:, None, 1:]  # (N, S, W - 1): valid words come first
+    total = torch.where(counts[:, None], maps.diff(dim=-1).abs(), 0).sum((2, 3))
+    return total / counts.sum((1, 2)).clamp_min(1)[:, None]
+
+
+def layer_pairs(
+    kind: str, teacher: int, student: int, teacher_layer: int = -1, student_layer: int = -1, seed: int = 0
+) -> list[tuple[int, int]]:
+    """The pairs (teacher layer, student layer), from 0, of a kind other than ``mixture``."""
+    students = range(student)
+    if kind == "single":
+        return [(_layer("teacher_layer", teacher_layer, teacher), _layer("student_layer", student_layer, student))]
+    if kind == "last":
+        return [(teacher - 1, student - 1)]
+    if kind == "one_to_one":
+        if teacher != student:
+            raise ValueError(f"kind: one_to_one needs equal depths; the teacher has {teacher} layers, the student {student}")
+        return [(m, m) for m in students]
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(max(teacher, student), generator=generator)[:student] % teacher
+        return list(zip(drawn.tolist(), students, strict=True))
+    spread = [max((2 * m * teacher + student) // (2 * student), 1) - 1 for m in range(1, student + 1)]
+    return list(zip(spread if kind == "uniform" else spread[::-1], students, strict=True))
+
+
+def _layer(name: str, index: int, layers: int) -> int:
+    if not -layers <= index < layers:
+        raise ValueError(f"{name}: expected one of {layers} layers ({-layers} to {layers - 1}), got {index}")
+    return index % layers
+
+
+def _mix(weights: Tensor, maps: Tensor) -> Tensor:
+    return torch.einsum("nkl,nlsw->nksw", weights.to(maps.dtype), maps)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
