@@ -3,6 +3,41 @@
 Importing the package registers the attention implementation "molsaki" with transformers.
 """
 
-from .hooks import capture
+from __future__ import annotations
 
-__all__ = ["capture"]
+import importlib
+
+from . import losses
+from .hooks import capture
+from .mixture import MixtureOfLayers
+from .segment import Spans, segment
+from .tokens import encode, fit, plan
+
+# Imported when asked for: transformers' Trainer takes seconds, and who only wants maps never needs it.
+_LATER = {
+    "DistillConfig": "molsaki.config",
+    "DistillTrainer": "molsaki.trainer",
+    "Store": "molsaki.store",
+    "StoreWriter": "molsaki.store",
+}
+
+__all__ = [
+    "DistillConfig",
+    "DistillTrainer",
+    "MixtureOfLayers",
+    "Spans",
+    "Store",
+    "StoreWriter",
+    "capture",
+    "encode",
+    "fit",
+    "losses",
+    "plan",
+    "segment",
+]
+
+
+def __getattr__(name: str):
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
