@@ -88,7 +88,8 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
     # to 40 words. Compiled: 64 rows beside 64 columns of 128 dims spill under Triton 3.6; 128 columns need 8 warps.
     if key_tokens <= 64:
         return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2)
-    return MapTile(rows=64, columns=128, warps=8, stages=2)
+    roomy = head_dim <= 64 or arch == "sm90"  # elsewhere the scores' operands are in registers too
+    return MapTile(rows=64 if roomy else 32, columns=128, warps=8, stages=2)
 
 
 def map_reduce(groups: int, key_tokens: int) -> ReduceTile:
@@ -125,23 +126,32 @@ def map_dk_add(head_dim: int) -> MapTile:
     return MapTile(rows=0, columns=16 if head_dim > 128 else 32, warps=4, stages=1)
 
 
-def flash_forward(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
+def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
     if dtype == torch.float32:
         return FlashTile(rows=32, columns=32 if head_dim <= 128 else 16, key_columns=16, warps=8, stages=1)
     if arch == "gfx942":
         return FlashTile(rows=128, columns=64 if head_dim <= 64 else 32, key_columns=32, warps=4, stages=1)
+    if arch in ("sm80", "sm86"):
+        # mma.sync takes both operands from registers. Compiled: fewer warps or wider tiles spill.
+        if head_dim <= 64:
+            return FlashTile(rows=128, columns=64, key_columns=64, warps=8, stages=2)
+        if head_dim <= 128:
+            return FlashTile(rows=128, columns=32, key_columns=64, warps=8, stages=2)
+        return FlashTile(rows=64, columns=32, key_columns=32, warps=8, stages=1)
     if head_dim <= 64:
         # 128 x 64 in 4 warps: accumulator 64 and scores 64 registers a thread; two or three blocks a multiprocessor, so
-        # that one's exponentials run beside another's products.
+        # that one's exponentials run beside another's products. Compiled: the softcap's polynomial spills in 4 warps, and
+        # so does everything on Blackwell.
+        if softcap or arch == "sm100":
+            return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=3)
         return FlashTile(rows=128, columns=64, key_columns=64, warps=4, stages=3)
     if head_dim <= 128:
         # 8 warps are two warpgroups of 64 rows; 128 key columns so that each has 64 of them too (64 in all spill).
         return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=2)
-    if arch in ("sm80", "sm86"):
-        return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=1 if arch == "sm86" else 2)
-    return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=2)
+    # Compiled: 64 columns spill seven times as much.
+    return FlashTile(rows=128, columns=32, key_columns=32, warps=8, stages=2)
 
 
 def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
@@ -153,11 +163,11 @@ def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "gfx942":
         return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=1)
     if head_dim <= 64:
-        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=3)
-    if head_dim <= 128:
-        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=1 if arch == "sm86" else 2)
+        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=1 if arch == "sm86" else 3)
     if arch in ("sm80", "sm86"):
-        return FlashTile(rows=64, columns=32, key_columns=16, warps=8, stages=1)
+        return FlashTile(rows=64, columns=32, key_columns=16, warps=8, stages=2 if head_dim <= 128 else 1)
+    if head_dim <= 128:
+        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=2)
     return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=2)
 
 
@@ -165,15 +175,19 @@ def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return FlashTile(rows=32, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=8, stages=1)
+        # 8 waves leave an AMD lane 256 registers, which 64 dims overflow.
+        warps = 4 if arch == "gfx942" else 8
+        return FlashTile(rows=32, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=warps, stages=1)
     if arch == "gfx942":
         return FlashTile(rows=64, columns=32, key_columns=16, warps=4, stages=1)
     if head_dim <= 64:
-        return FlashTile(rows=128, columns=64, key_columns=16, warps=8, stages=2)
+        return FlashTile(rows=128, columns=64, key_columns=16, warps=8, stages=1 if arch == "sm86" else 2)
     if head_dim <= 128:
-        # dk and dv are 128 x 128 float32 each: 128 registers a thread in 8 warps, which leaves room for two 128 x 64
-        # score tiles (64 registers).
-        return FlashTile(rows=128, columns=64 if arch in ("sm90", "sm100") else 32, key_columns=16, warps=8, stages=2)
+        # dk and dv are 128 x 128 float32 each: 128 registers a thread in 8 warps. Compiled: two 128 x 64 score tiles
+        # beside them (64 registers) just fit under Triton 3.6 and spill under 3.9.
+        if arch in ("sm80", "sm86"):
+            return FlashTile(rows=64, columns=32, key_columns=16, warps=8, stages=2)
+        return FlashTile(rows=128, columns=32, key_columns=16, warps=8, stages=3)
     return FlashTile(rows=64, columns=32 if arch in ("sm90", "sm100") else 16, key_columns=16, warps=8, stages=1)
 
 

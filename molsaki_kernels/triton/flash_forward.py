@@ -193,7 +193,7 @@ def flash_forward(
     if 0 in (N, M):
         return out, lse, None if plan is None else new_maps(q, plan, per_head).zero_()
     S, C = (0, 0) if plan is None else (plan.steps.shape[1], plan.tokens.shape[1])
-    config = configs.flash_forward(configs.arch_of(q), q.dtype, D)
+    config = configs.flash_forward(configs.arch_of(q), q.dtype, D, options.softcap is not None)
     tiles = configs.num_tiles(M, N, packed, config.rows)
     slots = tiles + N * S
     # The shares of all heads are in memory at once; where they would not be small beside q, the map reads q again.
@@ -226,7 +226,7 @@ def variants(arch: str) -> list[configs.Variant]:
     for name, dtype, D, on in configs.cases():
         if on["per_head"]:
             continue
-        tile = configs.flash_forward(arch, dtype, D)
+        tile = configs.flash_forward(arch, dtype, D, on["softcap"])
         absent = (() if on["packed"] else ("cu_seqlens",)) + (() if on["sinks"] else ("sinks",))
         absent += () if on["map"] else ("steps", "tokens", "words", "partial")
         found.append(
