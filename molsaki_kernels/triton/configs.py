@@ -142,8 +142,8 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
         return FlashTile(rows=64, columns=32, key_columns=32, warps=8, stages=1)
     if head_dim <= 64:
         # 128 x 64 in 4 warps: accumulator 64 and scores 64 registers a thread; two or three blocks a multiprocessor, so
-        # that one's exponentials run beside another's products. Compiled: the softcap's polynomial spills in 4 warps, and
-        # so does everything on Blackwell.
+        # that one's exponentials run beside another's products. Compiled: the softcap's polynomial spills in 4 warps,
+        # and so does everything on Blackwell.
         if softcap or arch == "sm100":
             return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=3)
         return FlashTile(rows=128, columns=64, key_columns=64, warps=4, stages=3)

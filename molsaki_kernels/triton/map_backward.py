@@ -356,8 +356,8 @@ def variants(arch: str) -> list[configs.Variant]:
             if kind == "dq" or name in ("bf16-d64", "bf16-d128"):
                 found.append(
                     configs.variant(
-                        f"map_{kind}-{name}", map_dq_kernel, dtype, tile, wgmma, absent + (() if has_dq else ("dq",)),
-                        HAS_DQ=has_dq, ACCUMULATE=accumulate, **sizes, **flags,
+                        f"map_{kind}-{name}", map_dq_kernel, dtype, tile, wgmma and tile.rows >= 64,
+                        absent + (() if has_dq else ("dq",)), HAS_DQ=has_dq, ACCUMULATE=accumulate, **sizes, **flags,
                     )
                 )  # fmt: skip
         tile = configs.map_dk(arch, dtype, D, 256)
