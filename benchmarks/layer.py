@@ -49,7 +49,9 @@ def main() -> None:
                     write(path, rows)
 
 
-def measured(shape: Shape, device: torch.device, backward: bool, seconds: float, memory: bool, machine: dict) -> list[dict]:
+def measured(
+    shape: Shape, device: torch.device, backward: bool, seconds: float, memory: bool, machine: dict
+) -> list[dict]:
     """The rows of one shape and pass."""
     tensors, plan = shape.inputs(device)
     able = {}
@@ -60,7 +62,9 @@ def measured(shape: Shape, device: torch.device, backward: bool, seconds: float,
         except (RuntimeError, ValueError) as reason:
             print(f"{shape.name}: {contender.name} cannot: {str(reason).splitlines()[0]}")
     times = interleaved(
-        {name: lambda c=contender: step(c, tensors, plan, backward) for name, contender in able.items()}, device, seconds
+        {name: lambda c=contender: step(c, tensors, plan, backward) for name, contender in able.items()},
+        device,
+        seconds,
     )
     plain = {name: statistics.median(times[name]) for name, c in able.items() if c.kind == "plain"}
     fastest = min(plain, key=plain.get) if plain else None

@@ -15,7 +15,9 @@ from .contenders import contenders, step
 from .shapes import Shape
 
 
-def interleaved(functions: dict[str, Callable[[], None]], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    functions: dict[str, Callable[[], None]], device: torch.device, seconds: float
+) -> dict[str, list[float]]:
     """Seconds of every call, round after round, so that a slow spell of the machine falls on all of them."""
     for function in functions.values():
         function()

@@ -37,9 +37,7 @@ class Shape:
         g = torch.Generator().manual_seed(seed)
         heads = (self.q_heads, self.kv_heads, self.kv_heads, self.q_heads)
         dtype = getattr(torch, self.dtype)
-        tensors = [
-            torch.randn(self.batch, h, self.tokens, self.head_dim, generator=g).to(device, dtype) for h in heads
-        ]
+        tensors = [torch.randn(self.batch, h, self.tokens, self.head_dim, generator=g).to(device, dtype) for h in heads]
         for x in tensors[:3]:
             x.requires_grad_()
         steps, words = [], []

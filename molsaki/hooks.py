@@ -254,7 +254,9 @@ def _check_lengths(plan: StepPlan, lengths: Tensor) -> None:
         raise ValueError(f"step_plan: expected one entry for each of {lengths.shape[0]} sequences, got {len(plan)}")
     for n, (extent, length) in enumerate(zip(plan.extents, lengths.tolist(), strict=True)):
         if extent > length:
-            raise ValueError(f"step_plan: sequence {n} has {length} tokens before its padding; the plan reaches {extent}")
+            raise ValueError(
+                f"step_plan: sequence {n} has {length} tokens before its padding; the plan reaches {extent}"
+            )
 
 
 def _masked(

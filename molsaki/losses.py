@@ -140,8 +140,8 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float 
     _check_logits("student", student, labels)
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    rows = [_at_least_float32(_labelled(x, labels)[0] / temperature).log_softmax(-1) for x in (student, teacher.detach())]
-    divergence = F.kl_div(*rows, reduction="none", log_target=True).sum(-1)
+    student, teacher = (_at_least_float32(_labelled(x, labels)[0]) / temperature for x in (student, teacher.detach()))
+    divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     return _per_example(divergence, labels) * temperature**2
 
 
@@ -160,7 +160,8 @@ def _per_example(values: Tensor, labels: Tensor) -> Tensor:
 
 def _check_logits(name: str, x: Tensor, labels: Tensor) -> None:
     if x.dim() != 3 or x.shape[:2] != labels.shape:
-        raise ValueError(f"{name}: expected (N, P, V) with labels (N, P), got {tuple(x.shape)} and {tuple(labels.shape)}")
+        shapes = f"{tuple(x.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"{name}: expected (N, P, V) with labels (N, P), got {shapes}")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -70,15 +70,15 @@ class MixtureOfLayers(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-        for name, value in (
+        for name, number in (
             ("num_teacher_layers", num_teacher_layers),
             ("num_student_layers", num_student_layers),
             ("value_width", value_width),
             ("tau_t", tau_t),
             ("tau_s", tau_s),
         ):
-            if not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            if not number > 0:
+                raise ValueError(f"{name}: expected a positive number, got {number}")
         self.kind, self.tau_t, self.tau_s = kind, tau_t, tau_s
         self.num_teacher_layers, self.num_student_layers = num_teacher_layers, num_student_layers
         self.value_width, self.teacher_scale = value_width, teacher_scale
@@ -88,9 +88,13 @@ class MixtureOfLayers(nn.Module):
             self.router = {"joint": _JointRouter, "shared": _SharedRouter}[router](num_student_layers, value_width)
             return
         pairs = layer_pairs(kind, num_teacher_layers, num_student_layers, teacher_layer, student_layer, seed)
-        one_hot = (torch.eye(num_teacher_layers), torch.eye(num_student_layers))
-        for name, eye, layers in zip(("_teacher_pairs", "_student_pairs"), one_hot, zip(*pairs, strict=True), strict=True):
-            self.register_buffer(name, eye[list(layers)], persistent=False)  # (K, L)
+        teacher_layers, student_layers = ([pair[side] for pair in pairs] for side in (0, 1))
+        self.register_buffer(
+            "_teacher_pairs", torch.eye(num_teacher_layers)[teacher_layers], persistent=False
+        )  # (K, Lt)
+        self.register_buffer(
+            "_student_pairs", torch.eye(num_student_layers)[student_layers], persistent=False
+        )  # (K, Ls)
 
     @torch.no_grad()
     def teacher(self, maps: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
@@ -192,7 +196,9 @@ def layer_pairs(
         return [(teacher - 1, student - 1)]
     if kind == "one_to_one":
         if teacher != student:
-            raise ValueError(f"kind: one_to_one needs equal depths; the teacher has {teacher} layers, the student {student}")
+            raise ValueError(
+                f"kind: one_to_one needs equal depths; the teacher has {teacher} layers, the student {student}"
+            )
         return [(m, m) for m in students]
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)

@@ -76,7 +76,7 @@ class StoreWriter:
         path = self.folder / DESCRIPTION
         if path.exists():
             _compare(self.folder, json.loads(path.read_text()), self.description)
-        elif any(self.folder.glob("*.safetensors")):
+        elif any(self.folder.glob("*.safetensors")) and not path.exists():  # unless another process just made it
             raise ValueError(f"{self.folder}: holds files but no {DESCRIPTION}; choose an empty folder for the store")
         else:
             _write_json(path, self.description)
@@ -132,8 +132,9 @@ class StoreWriter:
             return False
         if (self.folder / INDEX).exists():
             return True
-        shards, keys, where, left_out = [], [], [], collections.Counter()
-        names = {}
+        shards, keys, where = [], [], []
+        left_out: collections.Counter[str] = collections.Counter()
+        seen = set()
         for shard in range(self.shards):
             path = self.folder / _shard_name(shard)
             shards.append({"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
@@ -141,9 +142,9 @@ class StoreWriter:
                 left_out.update(json.loads(file.metadata()["left_out"]).values())
                 for row, name in enumerate(_names(file)):
                     key = _key(name)
-                    if key in names:
+                    if key in seen:
                         raise ValueError(f"{self.folder}: example id {name!r} is there twice")
-                    names[key] = None
+                    seen.add(key)
                     keys.append(key)
                     where.append((shard, row))
         order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -275,8 +276,10 @@ class Store:
         listed = self.index["shards"][number]
         path = self.folder / listed["file"]
         if _sha256(path) != listed["sha256"]:
-            raise ValueError(f"{path}: its checksum is another than when it was written; delete it and {INDEX}, and run "
-                             "molsaki extract again")  # fmt: skip
+            raise ValueError(
+                f"{path}: its checksum is another than when it was written; delete it and {INDEX}, and run molsaki "
+                "extract again"
+            )
         try:
             file = safe_open(path, "pt").__enter__()
         except SafetensorError as error:

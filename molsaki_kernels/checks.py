@@ -36,7 +36,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor | None) -> None:
     if q.dtype not in DTYPES:
         raise TypeError(f"q: expected bfloat16, float16, float32 or float64, got {q.dtype}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q: expected a multiple of k's {k.shape[1]} heads, got {q.shape[1]} of shape {tuple(q.shape)}")
+        raise ValueError(f"q: expected a multiple of k's {k.shape[1]} heads, got {q.shape[1]} in {tuple(q.shape)}")
     if q.shape[3] == 0:
         raise ValueError(f"q: expected head_dim >= 1, got shape {tuple(q.shape)}")
 
@@ -102,7 +102,8 @@ def check_plan(plan: StepPlan, q: Tensor, cu_seqlens: Tensor | None) -> None:
     for n, (extent, length) in enumerate(zip(plan.extents, lengths, strict=True)):
         if extent > length:
             raise ValueError(
-                f"plan: expected indices within sequence {n}'s {length} tokens, but it reaches {extent} (q {tuple(q.shape)})"
+                f"plan: expected indices within sequence {n}'s {length} tokens, but it reaches {extent} "
+                f"(q {tuple(q.shape)})"
             )
 
 

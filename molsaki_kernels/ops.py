@@ -159,7 +159,9 @@ def stepwise_map(
 
 
 @stepwise_map.register_fake
-def _(q, k, lse, steps, tokens, word_of_token, num_words, cu_seqlens, causal, scale, window, softcap, per_head, backend):
+def _(
+    q, k, lse, steps, tokens, word_of_token, num_words, cu_seqlens, causal, scale, window, softcap, per_head, backend
+):
     return _fake_map(q, steps, num_words, per_head)
 
 

@@ -58,7 +58,9 @@ class StepPlan:
         """
         steps, words = list(steps), list(words)
         if len(steps) != len(words):
-            raise ValueError(f"steps and words: expected one entry a sequence in both, got {len(steps)} and {len(words)}")
+            raise ValueError(
+                f"steps and words: expected one entry a sequence in both, got {len(steps)} and {len(words)}"
+            )
         step_rows = [_checked_steps(n, s) for n, s in enumerate(steps)]
         word_rows = [_checked_words(n, w) for n, w in enumerate(words)]
         pairs = [sorted((token, w) for w, word in enumerate(row) for token in word) for row in word_rows]
@@ -165,7 +167,9 @@ def _checked_steps(n: int, steps: Sequence[tuple[int, int]]) -> list[tuple[int, 
         if start < 0 or stop < start:
             raise ValueError(f"{where}: expected 0 <= start <= stop, got ({start}, {stop})")
         if start < last:
-            raise ValueError(f"{where}: expected disjoint, ascending steps, but ({start}, {stop}) starts before row {last}")
+            raise ValueError(
+                f"{where}: expected disjoint, ascending steps, but ({start}, {stop}) starts before row {last}"
+            )
         last = stop
         rows.append((start, stop))
     return rows
@@ -183,7 +187,9 @@ def _checked_words(n: int, words: Sequence[Sequence[int]]) -> list[list[int]]:
             if token < 0:
                 raise ValueError(f"{where}: expected token indices >= 0, got {token}")
             if token in owner:
-                raise ValueError(f"{where}: token {token} is in word {owner[token]} already; a token belongs to one word")
+                raise ValueError(
+                    f"{where}: token {token} is in word {owner[token]} already; a token belongs to one word"
+                )
             owner[token] = w
         rows.append(row)
     return rows

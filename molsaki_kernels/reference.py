@@ -87,7 +87,7 @@ def stepwise_attention(
     heads: str = "mean",
     engine: str = "reference",
 ) -> tuple[Tensor, Tensor]:
-    """One attention layer and its stepwise map, as :func:`molsaki_kernels.stepwise_attention`; ``engine`` is ignored."""
+    """One attention layer and its map, as :func:`molsaki_kernels.stepwise_attention`; ``engine`` is ignored."""
     options = dict(causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks)
     outs, maps = [], []
     for n, (q_n, k_n, v_n) in enumerate(_sequences(cu_seqlens, q, k, v)):

@@ -265,7 +265,7 @@ def _weights(part: _Part, block: _Block, options: Options, tile: Tensor) -> tupl
 
 
 def _bmm_into(target: Tensor, a: Tensor, b: Tensor, memory: Tensor, add: bool = False) -> None:
-    """``target (n, H, i, j) = a @ b``, or ``+=``, of ``(n H, i, l)`` and ``(n H, l, j)``; ``memory`` if it needs any."""
+    """``target (n, H, i, j) = a @ b``, or ``+=``, of ``(n H, i, l)`` and ``(n H, l, j)``; ``memory`` if needed."""
     flat = target.flatten(0, 1) if target.is_contiguous() else memory[: target.numel()].view(-1, *target.shape[2:])
     if target.is_contiguous() and add:
         flat.baddbmm_(a, b)

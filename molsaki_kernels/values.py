@@ -1,8 +1,8 @@
 """Eq. 5's h: the value vectors, RMS-normalised over their width and added up over a sequence's tokens.
 
-    x_i = V_i (all heads side by side, width Hkv * D; or the mean of the heads, width D)
-    r_i = (mean(x_i^2) + eps)^-1/2,   y_i = r_i x_i,   h = sum_i y_i   (or the mean over the sequence)
-    dx_i = r_i (dh - y_i mean(dh * y_i))
+x_i = V_i (all heads side by side, width Hkv * D; or the mean of the heads, width D)
+r_i = (mean(x_i^2) + eps)^-1/2,   y_i = r_i x_i,   h = sum_i y_i   (or the mean over the sequence)
+dx_i = r_i (dh - y_i mean(dh * y_i))
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared by all tests. Without a GPU the Triton kernels are interpreted, which Triton wants to know before its import."""
+"""Shared by all tests. Without a GPU the Triton kernels are interpreted; Triton wants to know before its import."""
 
 from __future__ import annotations
 

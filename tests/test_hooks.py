@@ -172,7 +172,8 @@ def test_values_are_pooled_without_padding():
     inputs, plan = batch()
     seen = []
     handles = [
-        layer.self_attn.v_proj.register_forward_hook(lambda _, __, out: seen.append(out)) for layer in model.model.layers
+        layer.self_attn.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))
+        for layer in model.model.layers
     ]
     with molsaki.capture(model, plan, values=True) as record:
         model(**inputs)

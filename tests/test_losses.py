@@ -136,8 +136,9 @@ def test_gradients(name):
     labels = torch.tensor([[0, 1, -100], [3, -100, -100]])
     functions = {
         "cross_entropy": lambda x: losses.cross_entropy(x, labels),
-        "mutual_information": lambda x: losses.mutual_information(x, labels, y, labels)
-        + losses.mutual_information(y, labels, x, labels),
+        "mutual_information": lambda x: (
+            losses.mutual_information(x, labels, y, labels) + losses.mutual_information(y, labels, x, labels)
+        ),
         "logits": lambda x: losses.logits(x, y, labels, 1.5),
     }
     assert torch.autograd.gradcheck(functions[name], x.requires_grad_())

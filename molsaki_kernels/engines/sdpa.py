@@ -157,9 +157,7 @@ def _cpu_backward(
     return dq, dk, dv
 
 
-def _cpu_blocks(
-    q: Tensor, cu_seqlens: Tensor | None, options: Options
-) -> Iterator[tuple[slice, slice, Tensor | None]]:
+def _cpu_blocks(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """What the CPU operator is called on: rows, the keys they see, and the mask if causality alone does not say it."""
     B, H, M, _ = q.shape
     bounds = [0, M] if cu_seqlens is None else cu_seqlens.tolist()
