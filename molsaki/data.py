@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from molsaki.answers import same_answer
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.segment import Spans, segment
+from molsaki.store import Entry, Store, fingerprint_spans
 from molsaki.tokens import Encoded, TooLong, encode, fit, prompt
 from molsaki_kernels import StepPlan
 
@@ -163,42 +164,28 @@ class Side:
         return self.max_length and self.max_length - 1
 
 
-def cut(
-    examples: Sequence[Example], options: TextOptions, sides: Sequence[Side], skipped: collections.Counter
-) -> Iterator[tuple[Example, Spans, list[Encoded], bool]]:
-    """Cut examples into steps and key words and tokenize them for every side.
+class LeftOut(ValueError):
+    """An example that cannot be used; the message is the reason, short enough to be counted by."""
 
-    Args:
-        skipped: counts the examples left out, by reason.
 
-    Yields:
-        the example, its spans, its tokens on each side, and whether its end was cut off.
+def cut(example: Example, options: TextOptions, sides: Sequence[Side]) -> tuple[Spans, list[Encoded], bool]:
+    """An example's spans, its tokens on each side, and whether its end had to be cut off.
 
     Raises:
-        ValueError: every example is left out.
+        LeftOut: it has no rationale or a wrong one (``options.drop_wrong``), or is too long for a side.
     """
-    left = 0
-    for example in tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2):
-        if not example.rationale.strip():
-            skipped["no rationale"] += 1
-            continue
-        if options.drop_wrong and not example.is_right:
-            skipped["wrong answer"] += 1
-            continue
-        whole = spans_of(example, options)
-        try:
-            spans = fit(whole, *((side.tokenizer, side.template, side.room) for side in sides))
-        except TooLong:
-            skipped["question longer than max_length"] += 1
-            continue
-        if spans != whole and options.too_long == "skip":
-            skipped["text longer than max_length"] += 1
-            continue
-        left += 1
-        yield example, spans, [encode(spans, side.tokenizer, template=side.template) for side in sides], spans != whole
-    if not left:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        raise ValueError(f"all {len(examples)} examples were left out: {reasons}")
+    if not example.rationale.strip():
+        raise LeftOut("no rationale")
+    if options.drop_wrong and not example.is_right:
+        raise LeftOut("wrong answer")
+    whole = spans_of(example, options)
+    try:
+        spans = fit(whole, *((side.tokenizer, side.template, side.room) for side in sides))
+    except TooLong:
+        raise LeftOut("question longer than max_length") from None
+    if spans != whole and options.too_long == "skip":
+        raise LeftOut("text longer than max_length")
+    return spans, [encode(spans, side.tokenizer, template=side.template) for side in sides], spans != whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +228,7 @@ class DistillDataset(Dataset):
         without_words: how many of ``rows`` have no key word: they train the two tasks, but have no map.
     """
 
-    def __init__(self, rows: list[Row], skipped: collections.Counter, store=None):
+    def __init__(self, rows: list[Row], skipped: collections.Counter, store: Store | None = None):
         self.rows = rows
         self.skipped = skipped
         self.without_words = sum(not row.explain.words for row in rows)
@@ -250,7 +237,7 @@ class DistillDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Row, object]:
+    def __getitem__(self, index: int) -> tuple[Row, Entry | None]:
         row = self.rows[index]
         return row, None if self.store is None else self.store[row.id]
 
@@ -266,7 +253,7 @@ def prepare(
     student: Side,
     teacher: Side | None = None,
     predict_template: str = PREDICT_TEMPLATE,
-    store=None,
+    store: Store | None = None,
 ) -> DistillDataset:
     """Tokenize examples for both tasks of the student and for the teacher.
 
@@ -284,14 +271,41 @@ def prepare(
     sides = [student] if teacher is None else [student, teacher]
     end = student.tokenizer.eos_token_id
     rows = []
-    for example, spans, encoded, is_cut in cut(examples, options, sides, skipped):
-        predict = Text.of(encode_predict(example, student.tokenizer, student.template, predict_template), end)
-        if student.max_length is not None and len(predict.input_ids) > student.max_length:
-            skipped["answer task longer than max_length"] += 1
+    for example in tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2):
+        try:
+            spans, encoded, is_cut = cut(example, options, sides)
+            predict = Text.of(encode_predict(example, student.tokenizer, student.template, predict_template), end)
+            if student.max_length is not None and len(predict.input_ids) > student.max_length:
+                raise LeftOut("answer task longer than max_length")
+            if store is not None:
+                _check_stored(store, example.id, spans)
+        except LeftOut as reason:
+            skipped[str(reason)] += 1
             continue
         taught = None if teacher is None else Text.of(encoded[1], teacher.tokenizer.eos_token_id, is_cut)
         rows.append(Row(example.id, spans, Text.of(encoded[0], end, is_cut), predict, taught))
+    if not rows:
+        raise ValueError(all_left_out(skipped))
     return DistillDataset(rows, skipped, store)
+
+
+def all_left_out(skipped: collections.Counter) -> str:
+    """The error message where no example can be used."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    return f"all {skipped.total()} examples were left out: {reasons}"
+
+
+def _check_stored(store: Store, id: str, spans: Spans) -> None:
+    if id not in store:
+        raise ValueError(f"{store.folder}: holds no example {id!r}; extract this data set too")
+    entry = store[id]
+    if entry.text != fingerprint_spans(spans):
+        raise ValueError(
+            f"{store.folder}: example {id!r} has another text, other steps or other key words there: fingerprint "
+            f"{entry.text}, expected {fingerprint_spans(spans)}; extract again, or use the same data and options"
+        )
+    if entry.maps is None:
+        raise LeftOut(f"{entry.reason} (in the store)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,14 +314,15 @@ class Collator:
 
     ``explain``, ``predict`` and, with a live teacher, ``teacher`` are dicts of ``input_ids, attention_mask, labels
     (N, M)`` and ``positions (P,)``, where logits are needed: position p predicts the label at p + 1. ``teacher`` has
-    its own ``plan``. ``plan`` is the student's, over ``explain``. With a store there is ``teacher_map (N, K, S, W)`` and
-    ``teacher_weights (N, K, Lt)``. ``ids`` are the examples' names.
+    its own ``plan``. ``plan`` is the student's, over ``explain``. With a store there are ``teacher_map (N, K, S, W)``
+    and ``teacher_weights (N, K, Lt)`` or, if it holds all layers, ``teacher_layers (N, Lt, S, W)``. ``ids`` are the
+    examples' names.
     """
 
     student_pad: int
     teacher_pad: int | None = None
 
-    def __call__(self, items: Sequence[tuple[Row, object]]) -> dict:
+    def __call__(self, items: Sequence[tuple[Row, Entry | None]]) -> dict:
         rows, stored = zip(*items, strict=True)
         batch = {
             "explain": _task([row.explain for row in rows], self.student_pad),
@@ -316,8 +331,11 @@ class Collator:
             "ids": [row.id for row in rows],
         }
         if stored[0] is not None:
-            batch["teacher_map"] = _pad_maps([maps for _, maps in stored])
-            batch["teacher_weights"] = torch.stack([weights for weights, _ in stored])
+            maps = _pad_maps([entry.maps for entry in stored])
+            if stored[0].weights is None:
+                batch["teacher_layers"] = maps
+            else:
+                batch |= {"teacher_map": maps, "teacher_weights": torch.stack([entry.weights for entry in stored])}
         elif rows[0].teacher is not None:
             texts = [row.teacher for row in rows]
             batch["teacher"] = _task(texts, self.teacher_pad) | {"plan": _plan(texts)}

@@ -31,9 +31,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str = "tokenizer")
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def load_model(
-    name: str, flag: str = "model", dtype: str = "auto", device_map: str | None = None
-) -> PreTrainedModel:
+def load_model(name: str, flag: str = "model", dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
     """The causal language model of a folder or hub name, in evaluation mode; ``flag`` names it in error messages.
 
     Args:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_
 from molsaki import losses
 from molsaki.config import DistillConfig, require
 from molsaki.data import IGNORE, Collator, DistillDataset, Example, Side, prepare, read_examples
-from molsaki.extract import mixture_of, probe, teacher_maps
+from molsaki.extract import describe, mixture_of, probe, teacher_maps
 from molsaki.hooks import NAME, Record, capture
 from molsaki.mixture import MixtureOfLayers
 from molsaki.models import check_tokenizer, context_length, load_model, load_tokenizer
@@ -115,7 +115,9 @@ class Distiller(nn.Module):
             out["loss"] = out["loss"] + options.beta * out["loss_att"]
         return _detached(out)
 
-    def _attention(self, record: Record, plan: StepPlan, teacher_map: Tensor, teacher_weights: Tensor) -> dict[str, Tensor]:
+    def _attention(
+        self, record: Record, plan: StepPlan, teacher_map: Tensor, teacher_weights: Tensor
+    ) -> dict[str, Tensor]:
         """Eq. 5 and 6, and what is logged of them."""
         options = (self.options.normalise, self.options.causal_words)
         maps = record.maps
@@ -181,27 +183,34 @@ class DistillTrainer(Trainer):
         student_side = Side(tokenizer, config.student_template, config.max_length or context_length(student.config))
 
         is_taught = config.objective in ("molsaki", "logits")
-        store = store or (Store(config.store) if is_taught and config.store else None)
+        if is_taught and store is None and config.store is not None:
+            store = Store(config.store)
         teacher_side = None
-        if is_taught and store is None:
+        if is_taught and (store is None or teacher is not None or config.teacher is not None):
             teacher, teacher_tokenizer = _load(
                 teacher, teacher_tokenizer, config.teacher, "--teacher", config.teacher_dtype
             )
             check_tokenizer(teacher_tokenizer, "--teacher")
             limit = config.teacher_max_length or context_length(teacher.config)
             teacher_side = Side(teacher_tokenizer, config.teacher_template, limit)
-            teacher.to(config.device).eval().requires_grad_(False)
         if config.objective == "logits":
             _check_vocabulary(store, tokenizer, teacher_tokenizer)
 
         mixture = None
         if config.objective == "molsaki":
-            for model in (student, teacher) if store is None else (student,):
-                model.set_attn_implementation(NAME)
-            teacher_layers = store.num_layers if store is not None else probe(teacher)[0]
-            mixture = mixture_of(config, teacher_layers, *probe(student, config.value_heads))
+            student.set_attn_implementation(NAME)
+            student_layers, width = probe(student, config.value_heads)
+            if store is not None:
+                store.check(describe(config, store.num_layers, store.all_layers, student_layers, teacher, teacher_side))
+                teacher = None
+            teacher_layers = probe(teacher)[0] if store is None else store.num_layers
+            mixture = mixture_of(config, teacher_layers, student_layers, width)
+        if teacher is not None:
+            teacher.to(config.device).eval().requires_grad_(False)
+            if config.objective == "molsaki":
+                teacher.set_attn_implementation(NAME)
 
-        self.teacher = teacher if is_taught and store is None else None
+        self.teacher = teacher if is_taught else None
         self._sums: dict[str, Tensor] = {}
         self._is_in_checkpoint = False
         datasets = []
@@ -255,7 +264,7 @@ class DistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._sums:
-            metrics, weights = _means({name: self.accelerator.reduce(value, "sum") for name, value in self._sums.items()})
+            metrics, weights = _means(self.accelerator.reduce(self._sums, "sum"))
             self._sums = {}
             logs.update({name: value for name, value in metrics.items() if name != "loss"})
             if weights and self.is_world_process_zero():
@@ -265,7 +274,10 @@ class DistillTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: dict) -> dict[str, Tensor]:
         inputs = {name: value for name, value in inputs.items() if name != "ids"}
-        side = inputs.pop("teacher", None)
+        side = None if self.teacher is None else inputs.pop("teacher")
+        if "teacher_layers" in inputs:
+            maps = inputs.pop("teacher_layers").float()
+            inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, inputs["plan"])
         if side is not None and self.args.objective == "molsaki":
             maps = teacher_maps(self.teacher, side["input_ids"], side["attention_mask"], side["plan"])
             inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, side["plan"])
@@ -341,7 +353,7 @@ class DistillTrainer(Trainer):
                     shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the student, its tokenizer and, into a checkpoint, the router; each file appears whole or not at all."""
+        """Write the student, its tokenizer and, into a checkpoint, the router; a file is there whole or not at all."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         student, router = self.model.student, {}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from molsaki.config import DistillConfig, EvaluateConfig, ExtractConfig, parse, require
 
 CONFIGS = [DistillConfig, ExtractConfig, EvaluateConfig]
@@ -17,7 +18,8 @@ def test_flags_override_yaml(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
         "alpha: 0.2\nbeta: 3\nlearning_rate: 1e-4\nresume: true\nlora_targets: [q_proj, v_proj]\neval_file: null\n"
-        "gradient_checkpointing_kwargs: {use_reentrant: false}\nuse_cpu: true\npredict_template: '{question} = {answer}'\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: false}\nuse_cpu: true\n"
+        "predict_template: '{question} = {answer}'\n"
     )
     config = parse(DistillConfig, ["--config", str(path), "--alpha", "0.4", "--output_dir", str(tmp_path / "o")])
     assert (config.alpha, config.beta, config.learning_rate, config.resume) == (0.4, 3.0, 1e-4, True)

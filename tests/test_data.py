@@ -6,12 +6,13 @@ import pickle
 import pytest
 import tiny
 import torch
-from molsaki.config import PREDICT_TEMPLATE, TextOptions
-from molsaki.data import Collator, DistillDataset, Example, Side, predict_prompt, prepare, read_examples
 from torch.utils.data import DataLoader
 
+from molsaki.config import PREDICT_TEMPLATE, TextOptions
+from molsaki.data import Collator, DistillDataset, Example, Side, predict_prompt, prepare, read_examples
+
 TOKENIZER, OTHER = tiny.tokenizer(), tiny.tokenizer(60)
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
 
 
 def examples(count: int = 4) -> list[Example]:
@@ -109,7 +110,9 @@ def test_prompt_is_what_training_saw():
         row = prepare(examples(1), TextOptions(), student(template=template)).rows[0]
         prompt = predict_prompt(examples(1)[0], TOKENIZER, template, PREDICT_TEMPLATE)
         assert row.predict.input_ids[: row.predict.target_start].tolist() == prompt
-        assert TOKENIZER.decode(row.predict.input_ids).endswith("Answer: 5<|end|>" if template == "plain" else "5<|end|>")
+        assert TOKENIZER.decode(row.predict.input_ids).endswith(
+            "Answer: 5<|end|>" if template == "plain" else "5<|end|>"
+        )
         assert row.explain.input_ids[-1] == TOKENIZER.eos_token_id
         assert (row.explain.input_ids[row.explain.target_start :] == TOKENIZER.eos_token_id).sum() == 1
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import tiny
 import torch
+
 from molsaki.answers import find_choice, find_number, parse_number, same_answer
 from molsaki.config import EvaluateConfig
 from molsaki.data import Example, predict_prompt
@@ -17,8 +18,9 @@ from molsaki.tokens import prompt
     ("text", "value"),
     [
         ("12", 12), ("12.0", 12), ("1,200", 1200), ("$1,200.50", Fraction("1200.5")), ("-5", -5), ("−5", -5), ("+7", 7),
-        ("3/4", Fraction(3, 4)), ("1 1/2", Fraction(3, 2)), ("⅓", Fraction(1, 3)), ("1½", Fraction(3, 2)), (".5", Fraction(1, 2)),
-        ("5%", 5), ("1e3", 1000), ("12.", 12), ("1e99999999", None), ("1/0", None), ("twelve", None), ("1 2", None),
+        ("3/4", Fraction(3, 4)), ("1 1/2", Fraction(3, 2)), ("⅓", Fraction(1, 3)), ("1½", Fraction(3, 2)),
+        (".5", Fraction(1, 2)), ("5%", 5), ("1e3", 1000), ("12.", 12),
+        ("1e99999999", None), ("1/0", None), ("twelve", None), ("1 2", None),
         ("1,20", None), ("", None), ("5 apples", None),
     ],
 )  # fmt: skip
@@ -67,7 +69,10 @@ def test_score(reply, mode, gold, choices, prediction, right):
 
 def test_wilson_interval_by_hand():
     n, p, z = 40, 0.25, 1.959963985
-    center, half = (p + z * z / 2 / n) / (1 + z * z / n), z / (1 + z * z / n) * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
+    center, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5,
+    )
     assert wilson(10, 40) == pytest.approx((center - half, center + half), abs=1e-9)
 
 
@@ -87,7 +92,9 @@ def folder(tmp_path_factory):
 
 def test_batched_replies_are_those_of_one_at_a_time():
     model, tokenizer = tiny.model(2), tiny.tokenizer()
-    examples = [Example(r["id"], r["question"] + " Hm." * (i % 3), "", r["answer"]) for i, r in enumerate(tiny.problems(5))]
+    examples = [
+        Example(r["id"], r["question"] + " Hm." * (i % 3), "", r["answer"]) for i, r in enumerate(tiny.problems(5))
+    ]
     for mode in ("answer", "rationale"):
         config = EvaluateConfig(mode=mode, max_new_tokens=6, batch_size=3)
         replies, _ = generate(model, tokenizer, examples, config)
@@ -126,7 +133,9 @@ def test_bad_input(folder, tmp_path):
         evaluate(EvaluateConfig(**{**base, "model": "/no/model"}))
     with pytest.raises(ValueError, match="--output_dir: required"):
         evaluate(EvaluateConfig(**{**base, "output_dir": None}))
-    with pytest.raises(ValueError, match=r"example p0: \d+ tokens and a reply of 500 exceed the model's context of 512"):
+    with pytest.raises(
+        ValueError, match=r"example p0: \d+ tokens and a reply of 500 exceed the model's context of 512"
+    ):
         evaluate(EvaluateConfig(**base, max_new_tokens=500))
     with pytest.raises(ValueError, match="not a predictions.jsonl"):
         evaluate(EvaluateConfig(**base, compare=str(data)))

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from molsaki.config import DistillConfig
-from molsaki.data import Example
-from molsaki.trainer import ROUTER, DistillTrainer, checkpoints, last_checkpoint
 from safetensors.torch import load_file
 from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from molsaki.config import DistillConfig
+from molsaki.data import Example
+from molsaki.trainer import ROUTER, DistillTrainer, checkpoints, last_checkpoint
 
 TOKENIZER, OTHER = tiny.tokenizer(), tiny.tokenizer(60)
 
@@ -98,7 +99,9 @@ def test_what_is_logged(straight):
     rows = logged(straight, *names)
     for row in rows:
         entry = dict(zip(names, row, strict=True))
-        assert entry["loss"] == pytest.approx(0.5 * entry["loss_pre"] + 0.5 * entry["loss_exp"] + entry["loss_att"], rel=1e-5)
+        assert entry["loss"] == pytest.approx(
+            0.5 * entry["loss_pre"] + 0.5 * entry["loss_exp"] + entry["loss_att"], rel=1e-5
+        )
         assert (entry["steps_mean"], entry["words_mean"], entry["without_words"]) == (5, 9, 0)
     first = dict(zip(names, rows[0], strict=True))
     assert first["entropy_student"] == pytest.approx(torch.tensor(2.0).log().item())  # the router starts at zero
@@ -251,7 +254,9 @@ def test_nan_stops_and_saves_the_batch(tmp_path):
                 next(t.model.student.parameters()).data.fill_(float("nan"))
 
     t.add_callback(Break())
-    with pytest.raises(FloatingPointError, match=r"not finite after step 2, on example\(s\) p\d, p\d; the batch is saved"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite after step 2, on example\(s\) p\d, p\d; the batch is saved"
+    ):
         t.train()
     (saved,) = tmp_path.glob("bad_batch_step2_rank0.pt")
     batch = torch.load(saved, weights_only=False)
