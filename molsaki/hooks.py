@@ -39,6 +39,7 @@ class Record:
         self._values, self._value_heads, self._pooling = values, value_heads, pooling
         self._open = False
         self._grad = False
+        self._ran = False
         self._layers: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     @property
@@ -54,15 +55,17 @@ class Record:
         return torch.stack([values.to(self._device()) for _, values in self._recorded()], dim=1)
 
     def _recorded(self) -> list[tuple[Tensor, Tensor | None]]:
-        if not self._layers:
+        if not self._ran:
             raise ValueError("capture: no forward of the model has run inside the block yet")
+        if not self._layers:
+            raise ValueError("capture: the model's forward hands no extra keywords to its attention, so no map was made")
         return [self._layers[index] for index in sorted(self._layers)]
 
     def _device(self) -> torch.device:
         return next(iter(self._layers.values()))[0].device
 
     def _start(self) -> None:
-        self._open, self._grad = True, torch.is_grad_enabled()
+        self._open, self._ran, self._grad = True, True, torch.is_grad_enabled()
         self._layers = {}
 
     def _stop(self) -> None:

@@ -10,6 +10,8 @@ import molsaki
 from molsaki_kernels import StepPlan
 from molsaki_kernels.reference import pool_values, reduce_weights
 
+TRANSFORMERS = int(transformers.__version__.split(".")[0])
+
 SMALL = dict(
     vocab_size=61,
     hidden_size=32,
@@ -54,9 +56,15 @@ def make(name: str, dtype: torch.dtype = torch.float64, **overrides):
     model = model(config).to(dtype)
     for parameter in model.parameters():  # norms and sinks away from their trivial initial values
         parameter.data.add_(0.2 * torch.randn_like(parameter))
-    if name == "GptOss" and dtype == torch.float64:
+    if name == "GptOss" and dtype == torch.float64 and TRANSFORMERS > 4:
         model.set_experts_implementation("eager")  # the grouped product takes no float64
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def skip_gpt2_before_transformers_5(request):
+    if TRANSFORMERS < 5 and "GPT2" in request.node.name and "generate" not in request.node.name:
+        pytest.skip("transformers 4's GPT-2 hands no extra keywords to its attention")
 
 
 def batch(lengths=(40, 29)):
