@@ -7,6 +7,7 @@ standard error and exit code 2; set ``MOLSAKI_TRACEBACK=1`` to see where it was 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 1 (store verify found faults), 2 (error), 130 (interrupted)."""
+    """Run one command; the exit code: 0, 1 (``store verify`` found faults), 2 (an error), 130 (interrupted)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="molsaki",
@@ -61,6 +62,42 @@ def _evaluate(argv: list[str]) -> None:
     _print(evaluate(parse(EvaluateConfig, argv, "molsaki evaluate")))
 
 
+def _plot(argv: list[str]) -> None:
+    """draw losses, layer weights and maps"""
+    from molsaki.config import PlotConfig, parse
+    from molsaki.figures import plot
+
+    for path in plot(parse(PlotConfig, argv, "molsaki plot")):
+        print(path)
+
+
+def _store(argv: list[str]) -> int:
+    """look at a store: verify, info or head"""
+    parser = argparse.ArgumentParser(prog="molsaki store")
+    parser.add_argument("action", choices=["verify", "info", "head"], help="check every file, describe, show examples")
+    parser.add_argument("folder", help="folder of the store")
+    parser.add_argument("-n", type=int, default=3, help="head: how many examples")
+    args = parser.parse_args(argv)
+    from molsaki.store import Store
+
+    store = Store(args.folder)
+    if args.action == "verify":
+        faults = store.verify()
+        print("\n".join(faults) or f"{len(store)} examples in {len(store.index['shards'])} shards, all whole")
+        return 1 if faults else 0
+    if args.action == "info":
+        size = sum(shard["bytes"] for shard in store.index["shards"])
+        counts = {"left_out": store.index["left_out"], "shards": len(store.index["shards"]), "bytes": size}
+        _print(store.description | counts | {"bytes_per_example": size / len(store)})
+        return 0
+    for entry in itertools.islice(store, args.n):
+        shape = f"left out: {entry.reason}" if entry.maps is None else "map " + " x ".join(map(str, entry.maps.shape))
+        print(f"{entry.id}: {shape}")
+        if entry.weights is not None:
+            print(f"  layer weights: {' '.join(f'{w:.3f}' for w in entry.weights.mean(0).tolist())}")
+    return 0
+
+
 def _doctor(argv: list[str]) -> None:
     """print versions, devices, engines, and why each is or is not ready"""
     parser = argparse.ArgumentParser(prog="molsaki doctor")
@@ -76,6 +113,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "extract": _extract,
     "distill": _distill,
     "evaluate": _evaluate,
+    "plot": _plot,
+    "store": _store,
     "doctor": _doctor,
 }
 CONTINUE = {

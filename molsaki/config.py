@@ -187,6 +187,26 @@ class EvaluateConfig:
         check_choices(self)
 
 
+@dataclasses.dataclass
+class PlotConfig(TextOptions, MixtureOptions):
+    """``molsaki plot``: draw a run's losses and layer weights, and maps of texts."""
+
+    run: str | None = option(
+        None, "Output folder of molsaki distill: its log is drawn, and its options and router are used for the maps."
+    )
+    data_file: str | None = option(None, "JSON lines file whose examples' maps are drawn.")
+    teacher: str | None = option(None, "Folder or hub name of the teacher, run live for its maps if there is no store.")
+    store: str | None = option(None, "Folder of the teacher's stored maps.")
+    student: str | None = option(None, "Folder or hub name of the student, or a checkpoint with its router.")
+    examples: int = option(3, "How many of the data's first examples to draw.")
+    ids: list[str] = option([], "Which examples to draw, in place of the first.")
+    output_dir: str | None = option(None, "Folder for the pictures; plots in the run's folder if unset.")
+    format: Literal["png", "pdf", "svg"] = option("png", "Kind of file.")
+
+    def __post_init__(self):
+        check_choices(self)
+
+
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: str | None = None) -> Config:
     """A config from the command line, on top of the YAML file that ``--config`` names.
 

@@ -38,7 +38,7 @@ def report() -> dict:
             "torch_threads": torch.get_num_threads(),
             "c_compiler": compiler or "none found (cc, gcc, clang or $CC); only torch.compile needs one",
         },
-        "packages": {name: _version(name) or "not installed" for name in ("molsaki", *REQUIRED)},
+        "packages": {name: _version(name) or "not installed" for name in ("molsaki-kernels", *REQUIRED)},
         "devices": _devices(torch),
         "engines": molsaki_kernels.engines(),
         "optional": {
