@@ -168,7 +168,7 @@ def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
         return FlashTile(rows=64, columns=32, key_columns=16, warps=8, stages=2 if head_dim <= 128 else 1)
     if head_dim <= 128:
         return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=2)
-    return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=2)
+    return FlashTile(rows=64, columns=32, key_columns=32, warps=8, stages=2)
 
 
 def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
