@@ -136,7 +136,7 @@ class MixtureOfLayers(nn.Module):
 
     def uniform(self, maps: Tensor) -> Tensor:
         """The student's ``(N, Ls, S, W)`` maps at uniform weights, ``(N, K, S, W)``: what L_att would be untrained."""
-        pairs = 1 if self.router is not None else self._student_pairs.shape[0]
+        pairs = 1 if self.router is not None else len(self._student_pairs)
         return _at_least_float32(maps).mean(1, keepdim=True).expand(-1, pairs, -1, -1)
 
     def _check(self, name: str, maps: Tensor, layers: int, plan: StepPlan) -> None:

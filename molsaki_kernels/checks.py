@@ -21,8 +21,8 @@ def check_tensor(x: Tensor, name: str, shape: str, dims: int) -> None:
 def check_attention(q: Tensor, k: Tensor, v: Tensor | None) -> None:
     """q ``(B, Hq, M, D)`` and k, v ``(B, Hkv, M, D)`` belong together."""
     check_tensor(q, "q", "(B, Hq, M, D)", 4)
-    others = {"k": k} if v is None else {"k": k, "v": v}
-    for name, x in others.items():
+    others: list[tuple[str, Tensor]] = [("k", k)] if v is None else [("k", k), ("v", v)]
+    for name, x in others:
         check_tensor(x, name, "(B, Hkv, M, D)", 4)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")

@@ -83,7 +83,7 @@ def attention_backward(
         grads = triton.backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
         dq, dk, dv, dsinks = grads
         dsinks = q.new_empty(0) if dsinks is None else dsinks
-        return *(_laid_out(g, _gradient_of(x, engine)) for g, x in ((dq, q), (dk, k), (dv, v))), dsinks
+        return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
     gradient = None
     if dmaps is not None:
         gradient = MapGradient(dmaps, q, k, lse, plan, options, cu_seqlens, backend)
@@ -103,7 +103,7 @@ def attention_backward(
         delta = -delta if dlse is None else dlse - delta
         dsinks = ((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
         dsinks = dsinks.to(sinks.dtype)
-    return *(_laid_out(g, _gradient_of(x, engine)) for g, x in ((dq, q), (dk, k), (dv, v))), dsinks
+    return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
 
 
 @attention_backward.register_fake
@@ -270,6 +270,12 @@ def _gradient_of(x: Tensor, engine: str) -> Tensor:
         B, H, M, D = x.shape
         return torch.empty(B, M, H, D, dtype=x.dtype, device="meta").transpose(1, 2)
     return _like(x)
+
+
+def _promised(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], engine: str) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the layouts that the fake promised."""
+    dq, dk, dv = (_laid_out(g, _gradient_of(x, engine)) for g, x in zip(gradients, inputs, strict=True))
+    return dq, dk, dv
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

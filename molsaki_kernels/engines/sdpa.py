@@ -80,14 +80,15 @@ def backward(
         q_, k_, v_, out, dout = _computed(q, k, v, out, dout)
         if dlse is not None:
             out, dout = fold(out, dout, dlse)
-        grads = _cpu_backward(dout, q_, k_, v_, out, lse, cu_seqlens, options)
-        return tuple(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
+        dq, dk, dv = _cpu_backward(dout, q_, k_, v_, out, lse, cu_seqlens, options)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     if dlse is not None and q.dtype == torch.float16:
         D = q.shape[-1]
         q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (q, k, v))
         out = torch.cat([out, (-dlse).to(out.dtype)[..., None], out.new_zeros(*out.shape[:-1], 7)], -1)
         dout = torch.cat([dout, torch.ones_like(dout[..., :1]), dout.new_zeros(*dout.shape[:-1], 7)], -1)
-        return tuple(g[..., :D] for g in _cuda_backward(dout, q, k, v, out, lse, cu_seqlens, options))
+        dq, dk, dv = _cuda_backward(dout, q, k, v, out, lse, cu_seqlens, options)
+        return dq[..., :D], dk[..., :D], dv[..., :D]
     if dlse is not None:
         out, dout = fold(out, dout, dlse)
     return _cuda_backward(dout, q, k, v, out, lse, cu_seqlens, options)
