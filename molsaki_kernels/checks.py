@@ -28,7 +28,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor | None) -> None:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected on q's device {q.device}, got {x.device}")
-        if x.shape != (q.shape[0], x.shape[1], q.shape[2], q.shape[3]) or x.shape[1] != k.shape[1]:
+        if x.shape != (q.shape[0], k.shape[1], *q.shape[2:]):
             raise ValueError(
                 f"{name}: expected (B, Hkv, M, D) with q's B, M, D and one Hkv for k and v, "
                 f"got {tuple(x.shape)} beside q {tuple(q.shape)} and k {tuple(k.shape)}"
