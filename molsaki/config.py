@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -149,6 +150,7 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     )
 
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         super().__post_init__()
         check_choices(self)
         if not 0 <= self.alpha <= 1:
