@@ -17,8 +17,8 @@ if [ "$teacher" = "$out/teacher" ]; then
   python $scripts/make_teacher.py "$teacher"
 fi
 
-say "The student: 20 of the teacher's layers"
-python $scripts/cut_student.py "$teacher" "$out/student" --layers 20
+say "The student: 12 of the teacher's layers"
+python $scripts/cut_student.py "$teacher" "$out/student" --layers 12
 
 say "The data: word problems with step-by-step rationales"
 python $scripts/make_data.py "$out/data" --train 128 --test 32
