@@ -5,20 +5,16 @@ walk in the working dtype.
 """
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "triton"))
-
-from kernel_cases import Case, Inputs, check, check_fused, check_map, kernels, make  # noqa: E402
-from molsaki_kernels import StepPlan, reference  # noqa: E402
-from molsaki_kernels.triton.flash_backward import flash_backward  # noqa: E402
-from molsaki_kernels.triton.flash_forward import flash_forward  # noqa: E402
-from molsaki_kernels.triton.map_backward import map_backward  # noqa: E402
-from molsaki_kernels.triton.map_forward import map_forward  # noqa: E402
+from kernel_cases import Case, Inputs, check, check_fused, check_map, kernels, make
+from molsaki_kernels import StepPlan, reference
+from molsaki_kernels.triton.flash_backward import flash_backward
+from molsaki_kernels.triton.flash_forward import flash_forward
+from molsaki_kernels.triton.map_backward import map_backward
+from molsaki_kernels.triton.map_forward import map_forward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
