@@ -124,6 +124,8 @@ CONTINUE = {
 
 
 def _print(result: dict) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     for name, value in result.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 

@@ -194,7 +194,7 @@ def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
     was_training = model.training
     model.eval()
     with capture(model, StepPlan.from_spans([[(0, 2)]], [[[0]]]), values=True, value_heads=value_heads) as record:
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     model.train(was_training)
     _, layers, width = record.values.shape
     return layers, width

@@ -180,5 +180,5 @@ def _student_map(spans: Spans, side: _Side, mixture: MixtureOfLayers, options: P
     ids, plan = side.tokens(spans)
     pooled = dict(value_heads=options.value_heads, pooling=options.pooling)
     with capture(side.model, plan, True, **pooled) as record:
-        side.model(input_ids=ids, logits_to_keep=1, use_cache=False)
+        side.model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
     return mixture.student(record.maps, record.values, plan)[1][0].mean(0)

@@ -420,6 +420,7 @@ def distill(config: DistillConfig) -> dict:
     metrics = trainer.train().metrics
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.end_training()
     return metrics | {"student": config.output_dir}
 
 

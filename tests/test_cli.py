@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 from tiny import one_thread  # noqa: F401
 
 from molsaki import evaluate as evaluate_module
@@ -39,7 +41,7 @@ def distill(folder: Path) -> list:
     config = folder / "distill.yaml"
     config.write_text(
         "max_steps: 6\nper_device_train_batch_size: 4\nlearning_rate: 3.0e-3\nlogging_steps: 1\nsave_steps: 3\n"
-        "use_cpu: true\ndisable_tqdm: true\nrouter_learning_rate: 1.0e-4\n"
+        "use_cpu: true\ndisable_tqdm: true\nrouter_learning_rate: 1.0e-4\nadam_epsilon: 1.0e-4\n"
     )
     files = ["--student", folder / "student", "--store", folder / "store", "--train_file", folder / "train.jsonl"]
     return ["distill", "--config", config, *files]
@@ -176,3 +178,18 @@ def test_killed_and_resumed_is_bitwise_the_same(work):
     assert [[e[n] for n in names] for e in history(folder)] == [[e[n] for n in names] for e in history(work / "run")]
     assert (folder / "model.safetensors").read_bytes() == (work / "run/model.safetensors").read_bytes()
     assert (folder / "layer_weights.jsonl").read_text() == (work / "run/layer_weights.jsonl").read_text()
+
+
+def test_two_processes_are_one_with_twice_the_batch(work):
+    """Two gloo processes under torchrun: the same losses, gradients and weights to rounding."""
+    folder = work / "two"
+    argv = [str(a) for a in [*distill(work), "--output_dir", folder, "--per_device_train_batch_size", 2]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "molsaki.cli", *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    process = subprocess.run(torchrun, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    names = ("loss", "loss_pre", "loss_exp", "loss_att", "entropy_teacher", "words_mean", "grad_norm")
+    for a, b in zip(history(folder), history(work / "run"), strict=True):
+        assert [a[n] for n in names] == pytest.approx([b[n] for n in names], rel=1e-4)
+    a, b = (load_file(path / "model.safetensors") for path in (folder, work / "run"))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-4) for name in b)

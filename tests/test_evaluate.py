@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import tiny
 import torch
+from tiny import one_thread  # noqa: F401
 
 from molsaki.answers import find_choice, find_number, parse_number, same_answer
 from molsaki.config import EvaluateConfig

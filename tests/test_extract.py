@@ -30,7 +30,7 @@ def config(folder: Path, rows: list[dict] | None = None, **options) -> ExtractCo
 
 def distill(folder: Path, store: Store | None, **options) -> DistillTrainer:
     options = dict(
-        max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, save_strategy="no", seed=3,
+        max_steps=3, adam_epsilon=1e-3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, save_strategy="no", seed=3,
         use_cpu=True, disable_tqdm=True, train_file=str(folder / "train.jsonl"), output_dir=str(folder / "out"),
     ) | options  # fmt: skip
     teacher = (TEACHER, OTHER) if store is None else (None, None)
@@ -89,9 +89,8 @@ def test_the_store_gives_the_live_loss(tmp_path, mixture, all_layers):
         *([[e[n] for n in names] for e in t.state.log_history if "loss" in e] for t in (live, stored)), strict=True
     ):
         assert b == pytest.approx(a, rel=tolerance)
-    if not all_layers:  # Adam's first steps turn a rounding of fp16 into a step of the other sign where gradients vanish
-        for a, b in zip(live.model.parameters(), stored.model.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-5)
+    for a, b in zip(live.model.parameters(), stored.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)
 
 
 def test_batching_and_padding_change_nothing(tmp_path):

@@ -41,10 +41,14 @@ def model(layers: int = 2, vocab: int = 258, seed: int = 0, **options) -> LlamaF
     options = dict(tie_word_embeddings=True, max_position_embeddings=512) | options
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=None, **options,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None, **options,
     )  # fmt: skip
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config).eval()
+    made = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)  # the same weights under every version of transformers
+    for _, parameter in sorted(made.named_parameters()):
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return made
 
 
 def problems(count: int) -> list[dict]:
