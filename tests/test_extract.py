@@ -30,7 +30,8 @@ def config(folder: Path, rows: list[dict] | None = None, **options) -> ExtractCo
 
 def distill(folder: Path, store: Store | None, **options) -> DistillTrainer:
     options = dict(
-        max_steps=3, adam_epsilon=1e-3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, save_strategy="no", seed=3,
+        max_steps=3, adam_epsilon=1e-3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, seed=3,
+        save_strategy="no",
         use_cpu=True, disable_tqdm=True, train_file=str(folder / "train.jsonl"), output_dir=str(folder / "out"),
     ) | options  # fmt: skip
     teacher = (TEACHER, OTHER) if store is None else (None, None)
