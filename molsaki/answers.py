@@ -34,7 +34,7 @@ def parse_number(text: str) -> Fraction | None:
     except (ValueError, ZeroDivisionError):
         return None
     is_mixed = len(values) == 2 and values[0].denominator == 1 and 0 < values[1] < 1
-    return sign * sum(values) if len(values) == 1 or is_mixed else None
+    return sign * sum(values, Fraction(0)) if len(values) == 1 or is_mixed else None
 
 
 def find_choice(text: str, choices: Sequence[str], last: bool = False) -> str | None:

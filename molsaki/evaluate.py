@@ -100,10 +100,10 @@ def generate(model, tokenizer, examples: Sequence[Example], config: EvaluateConf
         for first in range(0, len(order), config.batch_size):
             rows = order[first : first + config.batch_size]
             width = len(prompts[rows[0]])
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in rows])
+            input_ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in rows])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
             out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=new_tokens,
+                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=new_tokens,
                 do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
             )[:, width:]  # fmt: skip

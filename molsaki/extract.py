@@ -138,10 +138,11 @@ def _run(
     input_ids[mask] = torch.tensor([id for text in texts for id in text.input_ids])
     plan = StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts]).to(teacher.device)
     maps = teacher_maps(teacher, input_ids.to(teacher.device), mask.long().to(teacher.device), plan)
-    weights = [None] * len(texts)
+    weights: list[Tensor | None] = [None] * len(texts)
     if mixture is not None:
-        weights, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
-    return [m[:, : len(t.steps), : len(t.words)] for m, t in zip(maps.cpu(), texts, strict=True)], list(weights)
+        mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
+        weights = list(mixed)
+    return [m[:, : len(t.steps), : len(t.words)] for m, t in zip(maps.cpu(), texts, strict=True)], weights
 
 
 def describe(
