@@ -58,7 +58,7 @@ class Record:
         if not self._ran:
             raise ValueError("capture: no forward of the model has run inside the block yet")
         if not self._layers:
-            raise ValueError("capture: the model's forward hands no extra keywords to its attention, so no map was made")
+            raise ValueError("capture: the model's forward hands no extra keywords to its attention; no map was made")
         return [self._layers[index] for index in sorted(self._layers)]
 
     def _device(self) -> torch.device:

@@ -111,7 +111,7 @@ class MixtureOfLayers(nn.Module):
         else:
             scores = layer_scores(maps, plan)
             if self.teacher_scale == "std":
-                scores = scores / scores.std(-1, correction=0, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+                scores = scores / scores.std(-1, correction=0, keepdim=True).clamp_min(1e-6)  # alike: uniform weights
             weights = (scores / self.tau_t).softmax(-1)[:, None]
         return weights, _mix(weights, maps)
 
@@ -215,7 +215,8 @@ def _layer(name: str, index: int, layers: int) -> int:
 
 
 def _mix(weights: Tensor, maps: Tensor) -> Tensor:
-    return torch.einsum("nkl,nlsw->nksw", weights.to(maps.dtype), maps)
+    with torch.autocast(maps.device.type, enabled=False):
+        return torch.einsum("nkl,nlsw->nksw", weights.to(maps.dtype), maps)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from molsaki.segment import Spans
 VERSION = 1
 DESCRIPTION, INDEX, WHERE = "store.json", "index.json", "index.safetensors"
 OPEN_SHARDS = 16  # kept open for random access
+NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 
 
 class Entry(NamedTuple):
@@ -75,7 +76,7 @@ class StoreWriter:
         self.description = json.loads(json.dumps(size | description))
         path = self.folder / DESCRIPTION
         if path.exists():
-            _compare(self.folder, json.loads(path.read_text()), self.description)
+            _compare(self.folder, _read_json(path), self.description)
         elif any(self.folder.glob("*.safetensors")) and not path.exists():  # unless another process just made it
             raise ValueError(f"{self.folder}: holds files but no {DESCRIPTION}; choose an empty folder for the store")
         else:
@@ -88,8 +89,8 @@ class StoreWriter:
         return range(start, min(start + self.description["shard_size"], self.description["examples"]))
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet."""
-        return [shard for shard in range(self.shards) if not (self.folder / _shard_name(shard)).exists()]
+        """The shards that are not there yet, or not whole."""
+        return [shard for shard in range(self.shards) if not _is_whole(self.folder / _shard_name(shard))]
 
     def write(self, shard: int, entries: Sequence[Entry]) -> None:
         """Write one shard: an entry for each of `examples_of`, in order.
@@ -107,8 +108,12 @@ class StoreWriter:
                     raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
                 shapes.append((0, -1, -1))
                 continue
+            if (entry.weights is None) != self.description["all_layers"]:
+                raise ValueError(f"entries: {entry.id!r}: expected weights unless all layers are stored")
             shapes.append(tuple(entry.maps.shape))
             values.append(entry.maps.detach().cpu().to(dtype).flatten())
+            if not values[-1].isfinite().all():
+                raise ValueError(f"entries: the map of {entry.id!r} is not finite in {dtype}")
             if entry.weights is not None:
                 weights.append(entry.weights.detach().cpu().float())
         sizes = [pairs * steps * words for pairs, steps, words in shapes]
@@ -173,18 +178,20 @@ class Store:
         self.folder = Path(folder)
         if not (self.folder / DESCRIPTION).is_file():
             raise FileNotFoundError(f"{self.folder}: no store there (no {DESCRIPTION})")
-        self.description = json.loads((self.folder / DESCRIPTION).read_text())
+        self.description = _read_json(self.folder / DESCRIPTION)
         if self.description.get("version") != VERSION:
             raise ValueError(f"{self.folder}: version {self.description.get('version')}, this program reads {VERSION}")
         if not (self.folder / INDEX).is_file():
             raise FileNotFoundError(f"{self.folder}: the store is not finished; run molsaki extract again to continue")
-        self.index = json.loads((self.folder / INDEX).read_text())
+        self.index = _read_json(self.folder / INDEX)
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes, expected {shard['bytes']}"
                 raise ValueError(f"{path}: {state}; delete it and {INDEX}, and run molsaki extract again")
+        if not (self.folder / WHERE).is_file() or _sha256(self.folder / WHERE) != self.index["where_sha256"]:
+            raise ValueError(f"{self.folder / WHERE}: damaged; delete it and {INDEX}, and run molsaki extract again")
         with safe_open(self.folder / WHERE, "pt") as file:
             self._keys, self._where = file.get_tensor("keys"), file.get_tensor("where")
         self._open: collections.OrderedDict[int, dict] = collections.OrderedDict()
@@ -243,8 +250,6 @@ class Store:
                 faults.append(f"{path.name}: missing")
             elif _sha256(path) != shard["sha256"]:
                 faults.append(f"{path.name}: its checksum is another than when it was written")
-        if _sha256(self.folder / WHERE) != self.index["where_sha256"]:
-            faults.append(f"{WHERE}: its checksum is another than when it was written")
         if not faults and sum(1 for entry in self if entry.id in self) != len(self):
             faults.append(f"{INDEX}: it does not list every example")
         return faults
@@ -295,8 +300,9 @@ class Store:
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """A short name of a model's weights: each parameter's name, shape and a sample of up to 4,096 of its values."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A short name of a model: its config, and each parameter's name, shape and a sample of up to 4,096 values."""
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in NOT_THE_MODEL}
+    digest = hashlib.blake2b(_digest(config).encode(), digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().reshape(-1)
         sample = values[:: max(values.numel() // 4096, 1)][:4096]
@@ -307,7 +313,9 @@ def fingerprint_model(model: nn.Module) -> str:
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short name of what a fast tokenizer does to a text, its chat template included."""
-    return _digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["padding"] = state["truncation"] = None  # what the last call happened to ask for
+    return _digest([state, tokenizer.chat_template])
 
 
 def fingerprint_spans(spans: Spans) -> int:
@@ -317,7 +325,7 @@ def fingerprint_spans(spans: Spans) -> int:
 
 
 def _digest(value) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _compare(folder: Path, found: dict, expected: dict) -> None:
@@ -351,6 +359,28 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_whole(shard: Path) -> bool:
+    """A shard's length is in its head: one that was cut short does not open."""
+    try:
+        with safe_open(shard, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}; delete it and run molsaki extract again") from None
+
+
 def _write_json(path: Path, value: dict) -> None:
     with _new_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
@@ -364,11 +394,9 @@ def _new_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        for target in (temporary, path.parent):
-            descriptor = os.open(target, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
         temporary.chmod(0o644)
+        _flush(temporary)
         temporary.replace(path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,7 +5,7 @@
 What each column says and where it comes from:
 
     registers   a thread's: of the cubin (cuobjdump), of the AMD code object's notes (.vgpr_count)
-    spills      registers kept in memory for want of room: bytes of the cubin's stack / 4, or .vgpr_spill_count
+    spills      registers kept in memory for want of room: bytes of ptxas' spill stores / 4, or .vgpr_spill_count
     shared      bytes of shared memory a program takes, the pipeline's buffers counted
     wgmma       Hopper's warp-group matrix instructions are in the PTX (tcgen05 is Blackwell's, mfma AMD's)
 
@@ -186,7 +186,21 @@ def _nvidia_usage(compiled) -> tuple[int, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    return int(registers), int(stack) // 4
+    return int(registers), _spilt_bytes(compiled) // 4 if int(stack) else 0
+
+
+def _spilt_bytes(compiled) -> int:
+    """What ptxas says it stored for want of registers; the rest of a stack is the frame of a slow division's call."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    chip = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        ptxas = get_ptxas(compiled.metadata.target.arch).path
+        command = [ptxas, "-v", f"--gpu-name={chip}", file.name, "-o", os.devnull]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
 
 
 def _amd_usage(compiled) -> tuple[int, int]:

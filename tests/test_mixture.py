@@ -36,6 +36,12 @@ def test_teacher_weights_by_hand():
     torch.testing.assert_close(weights[0, 0], torch.tensor([p, 1 - p]))
 
 
+def test_scaled_scores_that_are_all_alike():
+    mixture, plan = MixtureOfLayers(2, 3, 4, teacher_scale="std"), plan_of((2, 3))
+    weights, _ = mixture.teacher(torch.ones(1, 2, 2, 3), plan)
+    torch.testing.assert_close(weights, torch.full((1, 1, 2), 0.5))
+
+
 def test_teacher_gets_no_gradient():
     maps = torch.rand(1, 2, 2, 3, requires_grad=True)
     weights, mixed = MixtureOfLayers(2, 3, 4).teacher(maps, plan_of((2, 3)))
@@ -82,9 +88,10 @@ def test_under_autocast_and_with_half_precision_maps():
     mixture, plan = MixtureOfLayers(2, 3, 4), plan_of((2, 3))
     mixture.router.weight.data.normal_()
     maps, values = torch.rand(1, 3, 2, 3), torch.randn(1, 3, 4)
-    expected = mixture.student(maps, values, plan)[0]
+    expected = mixture.student(maps, values, plan)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(mixture.student(maps, values, plan)[0], expected)
+        got = mixture.student(maps, values, plan)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(got, expected, strict=True))
     weights, mixed = mixture.teacher(torch.rand(1, 2, 2, 3).half(), plan)
     assert weights.dtype == mixed.dtype == torch.float32
 

@@ -196,6 +196,44 @@ def test_truncated_missing_and_flipped(tmp_path):
     assert Store(tmp_path).verify() == []
 
 
+def test_damage_to_the_small_files(tmp_path):
+    made = entries(10)
+    fill(tmp_path, made)
+    for name in ("index.json", "store.json"):
+        whole = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(whole[:-9])
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            Store(tmp_path)
+        (tmp_path / name).write_text(whole)
+    where = bytearray((tmp_path / "index.safetensors").read_bytes())
+    where[-3] ^= 4
+    (tmp_path / "index.safetensors").write_bytes(where)
+    with pytest.raises(ValueError, match="index.safetensors: damaged"):
+        Store(tmp_path)
+
+
+def test_a_shard_cut_short_before_the_index_is_made_again(tmp_path):
+    made = entries(10)
+    writer = StoreWriter(tmp_path, DESCRIPTION, 10, 4)
+    writer.write(0, made[:4])
+    shard = tmp_path / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert writer.missing() == [0, 1, 2]
+    fill(tmp_path, made)
+    assert Store(tmp_path).verify() == []
+
+
+def test_what_is_not_finite_is_refused(tmp_path):
+    writer = StoreWriter(tmp_path, DESCRIPTION, 1, 4)
+    with pytest.raises(ValueError, match="the map of 'a' is not finite"):
+        writer.write(0, [Entry("a", 0, torch.full((1, 2, 2), float("nan")), torch.rand(1, 6))])
+    with pytest.raises(ValueError, match="'a': expected weights"):
+        writer.write(0, [Entry("a", 0, torch.rand(1, 2, 2))])
+    layers = StoreWriter(tmp_path / "layers", DESCRIPTION | {"all_layers": True}, 1, 4)
+    with pytest.raises(ValueError, match="not finite in torch.float16"):
+        layers.write(0, [Entry("a", 0, torch.full((6, 2, 2), 1e5))])
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(FileNotFoundError, match="no store there"):
         Store(tmp_path / "nothing")
@@ -231,8 +269,13 @@ def test_fingerprints():
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     assert fingerprint_model(model) != first
+    again = tiny.model()
+    again.config.rms_norm_eps *= 2  # the same weights, another model
+    assert fingerprint_model(again) != first
     tokenizer = tiny.tokenizer()
     name = fingerprint_tokenizer(tokenizer)
+    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=1)
+    assert fingerprint_tokenizer(tokenizer) == name
     tokenizer.chat_template = "{{ messages }}"
     assert fingerprint_tokenizer(tokenizer) != name
     spans = segment("Ann has 3 apples.", "3 + 4 = 7.")

@@ -280,12 +280,12 @@ def variants(arch: str) -> list[configs.Variant]:
             )  # fmt: skip
     for name, packed, window in (("", False, False), ("-packed", True, False), ("-window", False, True)):
         for groups, key_tokens in ((1, 32), (32, 256)):
-            tile = configs.map_reduce(groups, key_tokens)
+            stage = configs.map_reduce(groups, key_tokens)
             found.append(
                 configs.variant(
                     f"map_reduce{name}-g{groups}-c{key_tokens}", map_reduce_kernel, torch.float32,
-                    configs.MapTile(0, 0, tile.warps, 1), False, () if packed else ("cu_seqlens",),
-                    ROWS=64, BG=tile.groups, BC=tile.columns, BW=tile.words,
+                    configs.MapTile(0, 0, stage.warps, 1), False, () if packed else ("cu_seqlens",),
+                    ROWS=64, BG=stage.groups, BC=stage.columns, BW=stage.words,
                     CAUSAL=True, HAS_WINDOW=window, PACKED=packed,
                 )
             )  # fmt: skip
