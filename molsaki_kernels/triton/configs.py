@@ -181,7 +181,9 @@ def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "gfx942":
         return FlashTile(rows=64, columns=32, key_columns=16, warps=4, stages=1)
     if head_dim <= 64:
-        return FlashTile(rows=128, columns=64, key_columns=16, warps=8, stages=1 if arch == "sm86" else 2)
+        # 64 rows at a time spill 8 bytes on sm80, where the accumulators share registers with the operands.
+        columns = 32 if arch in ("sm80", "sm86") else 64
+        return FlashTile(rows=128, columns=columns, key_columns=16, warps=8, stages=1 if arch == "sm86" else 2)
     if head_dim <= 128:
         # dk and dv are 128 x 128 float32 each: 128 registers a thread in 8 warps. Compiled: two 128 x 64 score tiles
         # beside them (64 registers) just fit under Triton 3.6 and spill under 3.9.
