@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .machine import why_no_triton
+from .scratch import scratch
 
 VANISHED = 1e-15  # |dO| below this: its square is still a normal float32
 TINY = 1e-20  # what takes its place; float16 has no such number, and must not come here
@@ -28,7 +29,7 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(O', dO')`` in the dtypes of ``out`` and ``dout``; ``dO'`` is ``dout`` itself where no row vanished (known on
-        the host only for CPU tensors).
+        the host only for CPU tensors). On a CPU O' may be scratch memory, valid until the next call.
     """
     if torch.float16 in (out.dtype, dout.dtype):
         raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
@@ -41,7 +42,11 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     dlse = dlse.to(dtype)[..., None]
     vanished = norm < VANISHED
     if dout.device.type == "cpu" and not vanished.any():
-        return torch.addcmul(out.to(dtype), dout.to(dtype), dlse / norm.square(), value=-1).to(out.dtype), dout
+        rows_first = out.transpose(1, 2) if out.transpose(1, 2).is_contiguous() else out  # laid out as out is
+        folded = scratch("folded out", tuple(rows_first.shape), dtype, out.device)
+        folded = folded if rows_first is out else folded.transpose(1, 2)
+        torch.addcmul(out.to(dtype), dout.to(dtype), dlse / norm.square(), value=-1, out=folded)
+        return folded.to(out.dtype), dout
     tiny = torch.tensor(TINY, dtype=dout.dtype).item()  # the number that dO's dtype can hold
     dout = torch.where(vanished, tiny, dout)
     step = torch.where(vanished, dlse / (tiny * dout.shape[-1]), dout * (dlse / norm.square()))

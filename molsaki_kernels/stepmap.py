@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .call import Options, PlanTensors
+from .scratch import scratch
 
 TILE_ELEMENTS = 1 << 19  # of a block's weights (1 MiB in float32): they stay in L2 from the product to the sum
 MIN_ROWS, MAX_ROWS = 16, 512
@@ -72,14 +73,15 @@ def backward(
     """Gradients of the map: dq ``(B, Hq, M, D)``, dk ``(N, Hkv, C, D)`` of the key tokens, dlse ``(B, Hq, M)``.
 
     All in float32 (float64 for float64 inputs). ``dmaps`` is ``(N, S, W)``, or ``(N, Hq, S, W)`` for per-head maps.
-    Entries of dk at padding tokens are zero; :func:`add_key_gradient` puts dk where it belongs.
+    Entries of dk at padding tokens are zero; :func:`add_key_gradient` puts dk where it belongs. On a CPU dq is scratch
+    memory, valid until the next call.
     """
     B, Hq, M, D = q.shape
     Hkv = k.shape[1]
     dtype = _accumulator(q)
     per_head = dmaps.dim() == 4
     dmaps = dmaps.to(dtype) if per_head else (dmaps / max(Hq, 1)).to(dtype)
-    dq = torch.empty(q.shape, dtype=dtype, device=q.device)
+    dq = scratch("map dq", tuple(q.shape), dtype, q.device)
     if _is_empty(q, plan):
         dq.zero_()
     dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
@@ -89,7 +91,9 @@ def backward(
         dcolumns = dmaps[part.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
         part_dk = dk.new_zeros(part.size, Hq, plan.tokens.shape[1], D)
         part_dq, part_dlse = part.slice_of(dq), part.slice_of(dlse)
-        tile, product = part.tile(), dk.new_empty(part.size * Hq * max(part.block_rows, plan.tokens.shape[1]) * D)
+        tile = part.tile()
+        product_size = part.size * Hq * max(part.block_rows, plan.tokens.shape[1]) * D
+        product = scratch("map product", (product_size,), dtype, q.device)
         done = 0
         for block in _blocks(part, options):
             part_dq[:, :, done : block.rows.start] = 0
@@ -179,8 +183,9 @@ class _Part:
         return (self.word_of_token[..., None] == word).to(dtype)
 
     def tile(self) -> Tensor:
-        """Memory for a block's weights. Fresh megabytes cost more in page faults than the product of thin matrices."""
-        return self.keys.new_empty(self.size * self.q.shape[1] * self.block_rows * self.tokens.shape[1])
+        """Memory for a block's weights."""
+        size = self.size * self.q.shape[1] * self.block_rows * self.tokens.shape[1]
+        return scratch("map tile", (size,), self.keys.dtype, self.keys.device)
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """This part's view of a ``(B, H, M, ...)`` tensor."""

@@ -290,23 +290,28 @@ def test_checkpointing():
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
-@pytest.mark.parametrize("feature", ["plain", "packed, window, sinks", "heads"])
-def test_opcheck(feature):
+@pytest.mark.parametrize(
+    "feature, engine",
+    [("plain", "sdpa"), ("packed, window, sinks", "sdpa"), ("heads", "sdpa"), ("packed, window, sinks", "triton")],
+)
+def test_opcheck(feature, engine):
     options = dict(FEATURES[feature])
     packed, with_sinks = options.pop("packed", False), options.pop("sinks", False)
-    tensors, plan, cu = inputs("ragged", torch.float32, packed=packed, sinks=with_sinks)
+    plan_name = "some empty" if engine == "triton" else "ragged"
+    tensors, plan, cu = inputs(plan_name, torch.float32, packed=packed, sinks=with_sinks)
     tensors = [t.requires_grad_() for t in tensors]
+    backend = "triton" if engine == "triton" else "torch"
     per_head = options.get("heads") == "none"
     q, k, v = tensors[:3]
     arguments = (q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words,
                  tensors[3] if with_sinks else None, cu, True, 0.25, options.get("window"), None, per_head,
-                 "sdpa", "torch")  # fmt: skip
+                 engine, backend)  # fmt: skip
     torch.library.opcheck(torch.ops.molsaki.stepwise_attention, arguments)
     lse = torch.randn(q.shape[:3]).requires_grad_()
     torch.library.opcheck(
         torch.ops.molsaki.stepwise_map,
         (q, k, lse, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, cu, True, 0.25,
-         options.get("window"), None, per_head, "torch"),
+         options.get("window"), None, per_head, backend),
     )  # fmt: skip
 
 
