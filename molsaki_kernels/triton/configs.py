@@ -179,7 +179,8 @@ def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
         warps = 4 if arch == "gfx942" else 8
         return FlashTile(rows=32, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=warps, stages=1)
     if arch == "gfx942":
-        return FlashTile(rows=64, columns=32, key_columns=16, warps=4, stages=1)
+        # 32 rows at a time spill 4 registers at head_dim 128 without causality.
+        return FlashTile(rows=64, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=4, stages=1)
     if head_dim <= 64:
         # 64 rows at a time spill 8 bytes on sm80, where the accumulators share registers with the operands.
         columns = 32 if arch in ("sm80", "sm86") else 64
