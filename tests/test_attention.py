@@ -263,6 +263,17 @@ def test_no_grad_and_one_input():
     assert dk.shape == k.shape and dk.abs().sum() > 0
 
 
+def test_gradients_after_inference_mode():
+    """Temporaries kept from a call in inference mode must be writable outside of it, and no result may lie in them."""
+    tensors, plan, _ = inputs("ragged", torch.float32)
+    with torch.inference_mode():
+        mk.stepwise_attention(*tensors, plan)
+    first = run(mk.stepwise_attention, tensors, plan, None, {}, torch.float32)
+    kept = {name: value.clone() for name, value in first.items()}
+    run(mk.stepwise_attention, [t + 1 for t in tensors], plan, None, {}, torch.float32)
+    assert all(torch.equal(first[name], kept[name]) for name in kept)
+
+
 def test_autocast_is_that_of_sdpa():
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
