@@ -40,10 +40,10 @@ def attention(
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
     if engine == triton.NAME:
         out, lse, maps = triton.forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
-        return _laid_out(out, _like(q)), maps, lse
+        return _laid_out(out, _strides(q)), maps, lse
     out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
     lse = lse.contiguous()
-    return _laid_out(out, _like(q)), _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
+    return _laid_out(out, _strides(q)), _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
 
 
 @attention.register_fake
@@ -109,7 +109,7 @@ def attention_backward(
 @attention_backward.register_fake
 def _(dout, dmaps, dlse, q, k, v, out, lse, steps, tokens, word_of_token, num_words, sinks, *rest):
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return *(torch.empty_like(_gradient_of(x, rest[-2]), device=q.device) for x in (q, k, v)), dsinks
+    return *(x.new_empty_strided(x.shape, _gradient_strides(x, rest[-2])) for x in (q, k, v)), dsinks
 
 
 def _attention_setup(ctx, inputs, output):
@@ -259,28 +259,29 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _like(x: Tensor) -> Tensor:
-    """The layout an output of x's shape is promised in, as a tensor without memory."""
-    return torch.empty_like(x, device="meta")
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """The layout that an output of x's shape is promised in: x's own, without its gaps if it has any."""
+    dense = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    return (x if dense else torch.empty_like(x, device="meta")).stride()
 
 
-def _gradient_of(x: Tensor, engine: str) -> Tensor:
-    """The layout of x's gradient: as x, but for the CPU flash operator, which makes ``(B, M, H, D)``."""
+def _gradient_strides(x: Tensor, engine: str) -> tuple[int, ...]:
+    """As x's, but for the CPU flash operator, which makes ``(B, M, H, D)``."""
     if engine == sdpa.NAME and x.device.type == "cpu":
         B, H, M, D = x.shape
-        return torch.empty(B, M, H, D, dtype=x.dtype, device="meta").transpose(1, 2)
-    return _like(x)
+        return M * H * D, D, H * D, 1
+    return _strides(x)
 
 
 def _promised(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], engine: str) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the layouts that the fake promised."""
-    dq, dk, dv = (_laid_out(g, _gradient_of(x, engine)) for g, x in zip(gradients, inputs, strict=True))
+    dq, dk, dv = (_laid_out(g, _gradient_strides(x, engine)) for g, x in zip(gradients, inputs, strict=True))
     return dq, dk, dv
 
 
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x in the strides of ``like``: what the fake promised."""
-    return x if x.stride() == like.stride() else torch.empty_like(like, device=x.device).copy_(x)
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x in the strides that the fake promised."""
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _fake_map(q: Tensor, steps: Tensor, num_words: int, per_head: bool) -> Tensor:

@@ -13,20 +13,18 @@ a block's columns are cut to those that one of its rows can see. Nothing of size
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .call import Options, PlanTensors
+from .layout import Block, Layout, layouts
 from .scratch import scratch
 
-TILE_ELEMENTS = 1 << 19  # of a block's weights (1 MiB in float32): they stay in L2 from the product to the sum
-MIN_ROWS, MAX_ROWS = 16, 512
-LARGEST_EXPONENT = {torch.float32: 88.0, torch.float64: 709.0}  # exp of more is inf
+# exp of more could be inf once summed over heads, and inf times a mask's 0 is not 0; exp of less is soon no normal
+# number, which costs up to 30 times as long and adds nothing to a sum.
+EXPONENT_LIMIT = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 def forward(
@@ -46,19 +44,22 @@ def forward(
     N, S = plan.steps.shape[:2]
     heads = (q.shape[1],) if per_head else ()
     maps = torch.zeros(N, *heads, S, plan.num_words, dtype=_accumulator(q), device=q.device)
-    for part in _parts(q, k, lse, plan, options, cu_seqlens):
-        columns = maps.new_zeros(part.size, *heads, S, plan.tokens.shape[1])
-        tile = part.tile()
-        for block in _blocks(part, options):
-            weights, _ = _weights(part, block, options, tile)
-            if not per_head:
+    if _is_empty(q, plan):
+        return maps
+    for layout in layouts(plan, q.shape[1:], maps.dtype, options, cu_seqlens, per_head):
+        part = _Part(layout, q, k, lse, options)
+        columns = maps.new_zeros(len(layout), *heads, S, plan.tokens.shape[1])
+        for block in layout.blocks():
+            weights, _ = part.weights(block)
+            in_step = block.in_step
+            if per_head:
+                in_step = in_step[:, None]
+            else:
                 weights = weights.sum(1)
-            in_step = part.rows_in_steps(block).to(weights.dtype)
-            in_step = in_step if not per_head else in_step[:, None]
             columns[..., block.steps, block.columns] += in_step @ weights
-        words = part.token_words(plan.num_words, maps.dtype)
-        maps[part.sequences] = columns @ (words[:, None] if per_head else words)
-    return maps if per_head else maps.div_(max(q.shape[1], 1))
+        words = layout.words[:, None] if per_head else layout.words
+        torch.matmul(columns, words, out=maps[layout.sequences])
+    return maps
 
 
 def backward(
@@ -76,44 +77,42 @@ def backward(
     Entries of dk at padding tokens are zero; :func:`add_key_gradient` puts dk where it belongs. On a CPU dq is scratch
     memory, valid until the next call.
     """
-    B, Hq, M, D = q.shape
-    Hkv = k.shape[1]
+    Hq, D = q.shape[1], q.shape[3]
+    N, C = plan.tokens.shape
     dtype = _accumulator(q)
     per_head = dmaps.dim() == 4
-    dmaps = dmaps.to(dtype) if per_head else (dmaps / max(Hq, 1)).to(dtype)
+    dmaps = dmaps.to(dtype)
     dq = scratch("map dq", tuple(q.shape), dtype, q.device)
+    dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
+    dk = torch.zeros(N, Hq, C, D, dtype=dtype, device=q.device)
     if _is_empty(q, plan):
         dq.zero_()
-    dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
-    dk = torch.zeros(plan.tokens.shape[0], Hkv, plan.tokens.shape[1], D, dtype=dtype, device=q.device)
-    for part in _parts(q, k, lse, plan, options, cu_seqlens):
-        words = part.token_words(plan.num_words, dtype).transpose(-1, -2)
-        dcolumns = dmaps[part.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
-        part_dk = dk.new_zeros(part.size, Hq, plan.tokens.shape[1], D)
-        part_dq, part_dlse = part.slice_of(dq), part.slice_of(dlse)
-        tile = part.tile()
-        product_size = part.size * Hq * max(part.block_rows, plan.tokens.shape[1]) * D
-        product = scratch("map product", (product_size,), dtype, q.device)
+        return dq, _over_groups(dk, k), dlse
+    for layout in layouts(plan, q.shape[1:], dtype, options, cu_seqlens, per_head):
+        part = _Part(layout, q, k, lse, options)
+        words = layout.words.transpose(1, 2)
+        dcolumns = dmaps[layout.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
+        part_dq, part_dlse, part_dk = layout.of(dq), layout.of(dlse), dk[layout.sequences]
+        memory = scratch("map product", (len(layout) * Hq * max(layout.block_rows, C) * D,), dtype, q.device)
         done = 0
-        for block in _blocks(part, options):
-            part_dq[:, :, done : block.rows.start] = 0
+        for block in layout.blocks():
+            if done < block.rows.start:
+                part_dq[:, :, done : block.rows.start] = 0
             done = block.rows.stop
-            weights, slope = _weights(part, block, options, tile)
-            in_step = part.rows_in_steps(block).to(dtype).transpose(-1, -2)
-            upstream = dcolumns[..., block.steps, block.columns]
+            weights, slope = part.weights(block)
+            upstream, in_step = dcolumns[..., block.steps, block.columns], block.in_step.transpose(1, 2)
             upstream = in_step[:, None] @ upstream if per_head else (in_step @ upstream)[:, None]
             dscores = weights.mul_(upstream)  # (n, Hq, m, c)
-            part_dlse[:, :, block.rows] = dscores.sum(-1).neg_()
+            torch.sum(dscores, -1, out=part_dlse[:, :, block.rows])
             if slope is not None:
                 dscores.mul_(slope)
             dscores = dscores.flatten(0, 1)
             keys, queries = (t.flatten(0, 1) for t in (part.keys[:, :, block.columns], part.q_rows(block)))
-            _bmm_into(part_dq[:, :, block.rows], dscores, keys, product)
-            _bmm_into(part_dk[:, :, block.columns], dscores.transpose(1, 2), queries, product, add=True)
-        part_dq[:, :, done:] = 0
-        part_dk.mul_(options.scale)
-        dk[part.sequences] = part_dk.view(part.size, Hkv, Hq // Hkv, -1, D).sum(2) if Hq != Hkv else part_dk
-    return dq, dk, dlse
+            _bmm_into(part_dq[:, :, block.rows], dscores, keys, memory)
+            _bmm_into(part_dk[:, :, block.columns], dscores.transpose(1, 2), queries, memory, add=True)
+        if done < part_dq.shape[2]:
+            part_dq[:, :, done:] = 0
+    return dq, _over_groups(dk.mul_(options.scale), k), dlse.neg_()
 
 
 def add_key_gradient(dk: Tensor, dk_tokens: Tensor, plan: PlanTensors, cu_seqlens: Tensor | None) -> None:
@@ -131,142 +130,56 @@ def add_key_gradient(dk: Tensor, dk_tokens: Tensor, plan: PlanTensors, cu_seqlen
         dk.scatter_add_(2, tokens[:, None, :, None].expand(dk_tokens.shape), dk_tokens.to(dk.dtype))
 
 
-class _Block(NamedTuple):
-    rows: slice
-    columns: slice
-    steps: slice
-    masked: int  # columns from this one on may be hidden from a row by causality
-    windowed: bool  # a column may be hidden from a row by the window
-
-
 class _Part:
-    """Some sequences of one length: views of their q, k, lse and their slice of the plan."""
+    """A layout's rows of q, k and lse."""
 
-    def __init__(
-        self, sequences: slice, rows: slice | None, q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, scale: float
-    ):
-        self.sequences, self.rows = sequences, rows
-        steps, tokens, words = (t[sequences] for t in plan[:3])
-        self.size, self.length = steps.shape[0], q.shape[2]
-        self.tokens, self.word_of_token = tokens, words
-        self.starts, self.stops = steps[..., :1], steps[..., 1:]
-        self.row = torch.arange(self.length, device=q.device)
-        dtype = _accumulator(q)
-        keys = torch.stack([k_n.index_select(1, row) for k_n, row in zip(k, tokens, strict=True)]).to(dtype)
-        self.keys = keys.mul_(scale).repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (n, Hq, C, D), scaled
-        self.q = q
-        rows_per_tile = TILE_ELEMENTS // (self.size * q.shape[1] * tokens.shape[1])
-        self.block_rows = min(max(rows_per_tile, MIN_ROWS), MAX_ROWS, self.length)
-        # A row in no step must not be able to add even inf * 0: its lse is inf and its weights are 0.
-        in_step = self.rows_in_steps(slice(0, self.length), slice(None)).any(1)
-        self.lse = lse.to(dtype).masked_fill(~in_step[:, None], float("inf"))
-        if q.device.type == "cpu":  # on the host the plan's numbers are free to look at
-            self.host_steps = steps.tolist()
-            self.host_tokens = [
-                [t for t, w in zip(t_row, w_row, strict=True) if w >= 0]
-                for t_row, w_row in zip(tokens.tolist(), words.tolist(), strict=True)
-            ]
+    def __init__(self, layout: Layout, q: Tensor, k: Tensor, lse: Tensor, options: Options):
+        q, k, lse = (layout.of(t) for t in (q, k, lse))
+        dtype = layout.words.dtype
+        # A row in no step must not be able to add even inf * 0, whatever its lse: padding may hold anything.
+        lse = lse.to(dtype) if layout.outside is None else lse.to(dtype).masked_fill(layout.outside, 0)
+        self.q, self.lse = q, lse[..., None]
+        keys = layout.key_rows(k).transpose(1, 2).to(dtype)
+        keys = torch.mul(keys, options.scale, out=torch.empty(keys.shape, dtype=dtype, device=q.device))
+        groups = q.shape[1] // k.shape[1]
+        self.keys = keys if groups == 1 else keys.repeat_interleave(groups, dim=1)  # (n, Hq, C, D), scaled
+        size = len(layout) * q.shape[1] * layout.block_rows * layout.tokens.shape[1]
+        self._tile = scratch("map tile", (size,), dtype, q.device)
+        self._softcap = options.softcap
 
-    def rows_in_steps(self, block: _Block | slice, steps: slice | None = None) -> Tensor:
-        """``(n, s, m)`` bool: is row i of the block in step s?"""
-        rows, steps = (block.rows, block.steps) if isinstance(block, _Block) else (block, steps)
-        row = self.row[rows]
-        return (row >= self.starts[:, steps]) & (row < self.stops[:, steps])
-
-    def q_rows(self, block: _Block) -> Tensor:
+    def q_rows(self, block: Block) -> Tensor:
         """``(n, Hq, m, D)``: the block's queries in the accumulator's dtype."""
         return self.q[:, :, block.rows].to(self.keys.dtype)
 
-    def token_words(self, num_words: int, dtype: torch.dtype) -> Tensor:
-        """``(n, C, W)``: one-hot words of the key tokens, zero for padding."""
-        word = torch.arange(num_words, device=self.tokens.device)
-        return (self.word_of_token[..., None] == word).to(dtype)
+    def weights(self, block: Block) -> tuple[Tensor, Tensor | None]:
+        """The block's attention weights ``(n, Hq, m, c)``, valid until the next call, and, with a softcap, its tanh's
+        slope. Those of a row in no step are finite, no more."""
+        q, keys = self.q_rows(block), self.keys[:, :, block.columns]
+        shape = (*q.shape[:3], keys.shape[2])
+        scores = self._tile[: math.prod(shape)].view(-1, *shape[2:])
+        torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=scores)
+        scores = scores.view(shape)
+        slope = None
+        if self._softcap is not None:
+            scores.div_(self._softcap).tanh_()
+            slope = 1 - scores.square()
+            scores.mul_(self._softcap)
+        limit = EXPONENT_LIMIT[scores.dtype]
+        weights = scores.sub_(self.lse[:, :, block.rows]).clamp_(-limit, limit).exp_()
+        if block.seen is not None:
+            weights[..., block.masked :].mul_(block.seen)
+        return weights, slope
 
-    def tile(self) -> Tensor:
-        """Memory for a block's weights."""
-        size = self.size * self.q.shape[1] * self.block_rows * self.tokens.shape[1]
-        return scratch("map tile", (size,), self.keys.dtype, self.keys.device)
 
-    def slice_of(self, tensor: Tensor) -> Tensor:
-        """This part's view of a ``(B, H, M, ...)`` tensor."""
-        return tensor[self.sequences] if self.rows is None else tensor[:, :, self.rows]
+def _over_groups(dk: Tensor, k: Tensor) -> Tensor:
+    """The gradient of each query head's keys ``(N, Hq, C, D)``, added up to ``(N, Hkv, C, D)``."""
+    N, Hq, C, D = dk.shape
+    Hkv = k.shape[1]
+    return dk if Hq == Hkv else dk.view(N, Hkv, Hq // Hkv, C, D).sum(2)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _parts(
-    q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, options: Options, cu_seqlens: Tensor | None
-) -> Iterator[_Part]:
-    """Few enough sequences at a time that MIN_ROWS rows of each fit a tile; packed sequences one by one."""
-    N, C = plan.tokens.shape
-    if _is_empty(q, plan):
-        return
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            if b > a:
-                tensors = (t[:, :, a:b] for t in (q, k, lse))
-                yield _Part(slice(n, n + 1), slice(a, b), *tensors, plan, options.scale)
-        return
-    size = max(1, TILE_ELEMENTS // (q.shape[1] * min(q.shape[2], MAX_ROWS) * C))
-    for n in range(0, N, size):
-        part = slice(n, min(n + size, N))
-        yield _Part(part, None, q[part], k[part], lse[part], plan, options.scale)
-
-
-def _blocks(part: _Part, options: Options) -> Iterator[_Block]:
-    """Row blocks that hold a row of a step, with the steps and columns they touch."""
-    M, C = part.length, part.tokens.shape[1]
-    for start in range(0, M, part.block_rows):
-        rows = slice(start, min(start + part.block_rows, M))
-        if part.q.device.type != "cpu":
-            yield _Block(rows, slice(0, C), slice(None), 0, options.window is not None)
-            continue
-        touched = [
-            s for row in part.host_steps for s, (a, b) in enumerate(row) if max(a, rows.start) < min(b, rows.stop)
-        ]
-        low = 0 if options.window is None else rows.start - options.window + 1
-        high = rows.stop if options.causal else M
-        first = min(bisect.bisect_left(tokens, low) for tokens in part.host_tokens)
-        last = max(bisect.bisect_left(tokens, high) for tokens in part.host_tokens)
-        if not touched or first >= last:
-            continue
-        masked = last
-        if options.causal:
-            masked = max(first, min(bisect.bisect_right(tokens, rows.start) for tokens in part.host_tokens))
-        windowed = options.window is not None and rows.stop - options.window > min(
-            (tokens[first] for tokens in part.host_tokens if first < len(tokens)), default=M
-        )
-        yield _Block(rows, slice(first, last), slice(min(touched), max(touched) + 1), masked - first, windowed)
-
-
-def _weights(part: _Part, block: _Block, options: Options, tile: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A block's attention weights ``(n, Hq, m, c)`` (in ``tile``'s memory) and, with a softcap, its tanh's slope."""
-    q, keys = part.q_rows(block), part.keys[:, :, block.columns]
-    shape = (*q.shape[:3], keys.shape[2])
-    scores = tile[: math.prod(shape)].view(-1, *shape[2:])
-    torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=scores)
-    scores = scores.view(shape)
-    slope = None
-    if options.softcap is not None:
-        scores.div_(options.softcap).tanh_()
-        slope = 1 - scores.square()
-        scores.mul_(options.softcap)
-    scores.sub_(part.lse[:, :, block.rows, None])
-    if block.masked == scores.shape[3] and not block.windowed:
-        return scores.exp_(), slope
-    # A hidden score may exceed its row's lse by anything: kept from overflowing, it is 0 after the product.
-    weights = scores.clamp_max_(LARGEST_EXPONENT[scores.dtype]).exp_()
-    first = 0 if block.windowed else block.masked
-    row = part.row[block.rows, None]
-    column = part.tokens[:, None, block.columns][..., first:]
-    seen = column <= row if options.causal else torch.ones_like(column <= row)
-    if block.windowed:
-        seen &= column > row - options.window
-    weights[..., first:].mul_(seen[:, None].to(weights.dtype))
-    return weights, slope
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _bmm_into(target: Tensor, a: Tensor, b: Tensor, memory: Tensor, add: bool = False) -> None:

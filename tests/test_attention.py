@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import molsaki_kernels as mk
-from molsaki_kernels import StepPlan, reference, stepmap
+from molsaki_kernels import StepPlan, layout, reference
 from molsaki_kernels.call import Options
 from molsaki_kernels.engines import eager, sdpa
 from tests.budget import assert_within_budget, error
@@ -152,7 +152,7 @@ def test_last_dimension_not_contiguous():
 
 def test_blocks_of_every_size(monkeypatch):
     """Tiles, window blocks and row blocks smaller than a step, so that every seam is crossed."""
-    monkeypatch.setattr(stepmap, "TILE_ELEMENTS", 700)
+    monkeypatch.setattr(layout, "TILE_ELEMENTS", 700)
     monkeypatch.setattr(sdpa, "WINDOW_BLOCK", 13)
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 5000)
     for feature in ("plain", "not causal", "window", "window, not causal", "packed, window, sinks", "heads"):
