@@ -60,6 +60,11 @@ class Distiller(nn.Module):
         """The student's model config, which trackers log and DeepSpeed reads."""
         return self.student.config
 
+    @property
+    def _no_split_modules(self):
+        """The student's decoder layers, which FSDP shards one by one."""
+        return self.student._no_split_modules
+
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         self.student.gradient_checkpointing_enable(**kwargs)
 
@@ -232,6 +237,9 @@ class DistillTrainer(Trainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if asked_for_fsdp and not self.is_fsdp_enabled:
+            logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
         self.add_callback(_LogBeforeSave())
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
@@ -358,6 +366,11 @@ class DistillTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         student, router = self.model.student, {}
         weights = None if state_dict is None else _part(state_dict, "student.")
+        if weights is not None:  # gathered from shards, weights that are tied are there twice
+            once = {name for name, _ in student.named_parameters()}
+            for name, _ in student.named_parameters(remove_duplicate=False):
+                if name not in once:
+                    weights.pop(name, None)
         if self._is_in_checkpoint and self.model.mixture is not None:
             router = self.model.mixture.state_dict() if state_dict is None else _part(state_dict, "mixture.")
         if not self._is_in_checkpoint and self.args.lora_rank:
