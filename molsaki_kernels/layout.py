@@ -32,6 +32,7 @@ class Block(NamedTuple):
     in_step: Tensor  # (n, s, m): 1 where row i is in step s
     masked: int  # columns from this one on may be hidden from a row
     seen: Tensor | None  # (n, 1, m, c - masked): 1 where row i sees column j; None: all of them
+    elements: int  # n m c
 
 
 class Layout:
@@ -41,7 +42,7 @@ class Layout:
         sequences: the plan's sequences; ``rows``: with packed ones their rows, else None.
         tokens: ``(n, C)``. words: ``(n, C, W)``, ``weight`` where token j is in word w, zero for padding.
         outside: ``(n, 1, M)``, True for a row in no step; None if there is none (known on a CPU only).
-        block_rows: rows of the largest block.
+        block_rows: rows of the largest block. elements: of all blocks.
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class Layout:
         self._row = torch.arange(length, device=tokens.device)
         outside = ~self._in_step(slice(None), slice(None)).any(1, keepdim=True)
         self.outside = outside if tokens.device.type != "cpu" or outside.any() else None
-        self._sequence = torch.arange(len(tokens), device=tokens.device)[:, None]
         self.block_rows = min(max(TILE_ELEMENTS // (len(tokens) * heads * tokens.shape[1]), MIN_ROWS), MAX_ROWS, length)
         self._bounds = list(self._bounds_on_host(steps, tokens, words))
+        self.elements = sum(self._elements(rows, columns) for rows, columns, *_ in self._bounds)
         self._kept: list[Block] = []
         size = 0
         for bound in self._bounds:
@@ -90,10 +91,6 @@ class Layout:
     def of(self, tensor: Tensor) -> Tensor:
         """These sequences' view of a ``(B, H, M, ...)`` tensor."""
         return tensor[self.sequences] if self.rows is None else tensor[:, :, self.rows]
-
-    def key_rows(self, k: Tensor) -> Tensor:
-        """``(n, C, Hkv, D)``: the key tokens of k ``(n, Hkv, M, D)``."""
-        return k[self._sequence, :, self.tokens]
 
     def _bounds_on_host(
         self, steps: Tensor, tokens: Tensor, words: Tensor
@@ -140,7 +137,11 @@ class Layout:
             if windowed:
                 seen &= column > row - self._options.window
             seen = seen.to(dtype)
-        return Block(rows, columns, steps, self._in_step(rows, steps).to(dtype), masked, seen)
+        in_step = self._in_step(rows, steps).to(dtype)
+        return Block(rows, columns, steps, in_step, masked, seen, self._elements(rows, columns))
+
+    def _elements(self, rows: slice, columns: slice) -> int:
+        return len(self) * (rows.stop - rows.start) * (columns.stop - columns.start)
 
     def _in_step(self, rows: slice, steps: slice) -> Tensor:
         """``(n, s, m)`` bool: is row i in step s?"""

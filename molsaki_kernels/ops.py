@@ -86,7 +86,7 @@ def attention_backward(
         return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
     gradient = None
     if dmaps is not None:
-        gradient = MapGradient(dmaps, q, k, lse, plan, options, cu_seqlens, backend)
+        gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
         dlse = gradient.dlse if dlse is None else gradient.dlse + dlse
     no_dout = dout is None
     if no_dout:
@@ -185,7 +185,7 @@ def stepwise_map_backward(
     """dq, dk and dlse."""
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    gradient = MapGradient(dmaps, q, k, lse, plan, options, cu_seqlens, backend)
+    gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
     dq, dk = torch.zeros_like(q), torch.zeros_like(k)
     gradient.add_to(dq, dk)
     return dq, dk, gradient.dlse.to(lse.dtype)
@@ -228,30 +228,22 @@ def _map_forward(
     return stepmap.forward(q, k, lse, plan, options, cu_seqlens, per_head)
 
 
-class MapGradient:
-    """The map's gradient in two halves: an engine's backward needs ``dlse`` before it, and what it returns gets the
-    key columns' part of dq and dk added in place. The Triton backend makes the weights again for the second half,
-    which costs it less than a dq of its own in memory; plain PyTorch makes both halves at once."""
+class _TritonGradient:
+    """As :class:`stepmap.Gradient`. The second half makes the weights again, which costs less than to keep them."""
 
-    def __init__(self, dmaps: Tensor, q: Tensor, k: Tensor, lse: Tensor, plan, options, cu_seqlens, backend: str):
-        self._plan, self._cu_seqlens, self._triton = plan, cu_seqlens, backend == "triton"
-        if self._triton:
-            from .triton.map_backward import map_dlse
+    def __init__(self, dmaps: Tensor, q: Tensor, k: Tensor, lse: Tensor, plan, options, cu_seqlens):
+        from .triton.map_backward import map_dlse
 
-            self._arguments = (_rows(q), _rows(k), lse, dmaps, plan, options, cu_seqlens)
-            self.dlse = map_dlse(*self._arguments)
-        else:
-            self._dq, self._dk, self.dlse = stepmap.backward(dmaps, q, k, lse, plan, options, cu_seqlens)
+        self._arguments = (_rows(q), _rows(k), lse, dmaps, plan, options, cu_seqlens)
+        self.dlse = map_dlse(*self._arguments)
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
-        """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
-        if self._triton:
-            from .triton.map_backward import map_backward
+        from .triton.map_backward import map_backward
 
-            map_backward(*self._arguments, dq=dq, dk=dk)
-        else:
-            dq.add_(self._dq)
-            stepmap.add_key_gradient(dk, self._dk, self._plan, self._cu_seqlens)
+        map_backward(*self._arguments, dq=dq, dk=dk)
+
+
+_GRADIENTS = {"torch": stepmap.Gradient, "triton": _TritonGradient}
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .call import Options, PlanTensors
 from .layout import Block, Layout, layouts
 from .scratch import scratch
 
+LARGEST_KEPT = 4 << 20  # numbers of dS kept from the first half of the gradient to the second (16 MiB in float32)
 # exp of more could be inf once summed over heads, and inf times a mask's 0 is not 0; exp of less is soon no normal
 # number, which costs up to 30 times as long and adds nothing to a sum.
 EXPONENT_LIMIT = {torch.float32: 80.0, torch.float64: 700.0}
@@ -50,7 +51,7 @@ def forward(
         part = _Part(layout, q, k, lse, options)
         columns = maps.new_zeros(len(layout), *heads, S, plan.tokens.shape[1])
         for block in layout.blocks():
-            weights, _ = part.weights(block)
+            weights, _ = part.weights(block, part.tile(block))
             in_step = block.in_step
             if per_head:
                 in_step = in_step[:, None]
@@ -62,60 +63,90 @@ def forward(
     return maps
 
 
-def backward(
-    dmaps: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    plan: PlanTensors,
-    options: Options,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the map: dq ``(B, Hq, M, D)``, dk ``(N, Hkv, C, D)`` of the key tokens, dlse ``(B, Hq, M)``.
+class Gradient:
+    """The map's gradient, in two halves: ``dlse`` at once, then :meth:`add_to` for the key columns' part of dq and dk.
 
-    All in float32 (float64 for float64 inputs). ``dmaps`` is ``(N, S, W)``, or ``(N, Hq, S, W)`` for per-head maps.
-    Entries of dk at padding tokens are zero; :func:`add_key_gradient` puts dk where it belongs. On a CPU dq is scratch
-    memory, valid until the next call.
+    In between, the attention's own backward takes dlse. dS is kept for the second half where it is small, else made
+    again.
+
+    Args:
+        dmaps: ``(N, S, W)``, or ``(N, Hq, S, W)`` for per-head maps. The rest as in :func:`forward`.
+
+    Attributes:
+        dlse: ``(B, Hq, M)`` float32 (float64 for float64 inputs).
     """
-    Hq, D = q.shape[1], q.shape[3]
-    N, C = plan.tokens.shape
-    dtype = _accumulator(q)
-    per_head = dmaps.dim() == 4
-    dmaps = dmaps.to(dtype)
-    dq = scratch("map dq", tuple(q.shape), dtype, q.device)
-    dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
-    dk = torch.zeros(N, Hq, C, D, dtype=dtype, device=q.device)
-    if _is_empty(q, plan):
-        dq.zero_()
-        return dq, _over_groups(dk, k), dlse
-    for layout in layouts(plan, q.shape[1:], dtype, options, cu_seqlens, per_head):
-        part = _Part(layout, q, k, lse, options)
-        words = layout.words.transpose(1, 2)
-        dcolumns = dmaps[layout.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
-        part_dq, part_dlse, part_dk = layout.of(dq), layout.of(dlse), dk[layout.sequences]
-        memory = scratch("map product", (len(layout) * Hq * max(layout.block_rows, C) * D,), dtype, q.device)
-        done = 0
-        for block in layout.blocks():
-            if done < block.rows.start:
-                part_dq[:, :, done : block.rows.start] = 0
-            done = block.rows.stop
-            weights, slope = part.weights(block)
-            upstream, in_step = dcolumns[..., block.steps, block.columns], block.in_step.transpose(1, 2)
-            upstream = in_step[:, None] @ upstream if per_head else (in_step @ upstream)[:, None]
-            dscores = weights.mul_(upstream)  # (n, Hq, m, c)
-            torch.sum(dscores, -1, out=part_dlse[:, :, block.rows])
-            if slope is not None:
-                dscores.mul_(slope)
-            dscores = dscores.flatten(0, 1)
-            keys, queries = (t.flatten(0, 1) for t in (part.keys[:, :, block.columns], part.q_rows(block)))
-            _bmm_into(part_dq[:, :, block.rows], dscores, keys, memory)
-            _bmm_into(part_dk[:, :, block.columns], dscores.transpose(1, 2), queries, memory, add=True)
-        if done < part_dq.shape[2]:
-            part_dq[:, :, done:] = 0
-    return dq, _over_groups(dk.mul_(options.scale), k), dlse.neg_()
+
+    def __init__(
+        self,
+        dmaps: Tensor,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        plan: PlanTensors,
+        options: Options,
+        cu_seqlens: Tensor | None = None,
+    ):
+        self._q, self._k, self._plan, self._options, self._cu_seqlens = q, k, plan, options, cu_seqlens
+        dtype = _accumulator(q)
+        self.dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
+        self._parts: list[tuple[_Part, Tensor]] = []
+        self._kept: list[Tensor] | None = []
+        if _is_empty(q, plan):
+            return
+        per_head = dmaps.dim() == 4
+        dmaps = dmaps.to(dtype)
+        covering = layouts(plan, q.shape[1:], dtype, options, cu_seqlens, per_head)
+        size = q.shape[1] * sum(layout.elements for layout in covering)
+        memory = scratch("map dS", (size,), dtype, q.device) if size <= LARGEST_KEPT else None
+        for layout in covering:
+            words = layout.words.transpose(1, 2)
+            dcolumns = dmaps[layout.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
+            part = _Part(layout, q, k, lse, options)
+            dlse = layout.of(self.dlse)
+            for block in layout.blocks():
+                tile = part.tile(block) if memory is None else memory[: part.size(block)]
+                dscores, slope = part.dscores(block, dcolumns, tile)
+                torch.sum(dscores, -1, out=dlse[:, :, block.rows])
+                if memory is not None:
+                    self._kept.append(dscores if slope is None else dscores.mul_(slope))
+                    memory = memory[part.size(block) :]
+            self._parts.append((part, dcolumns))
+        self.dlse.neg_()
+        if size > LARGEST_KEPT:
+            self._kept = None
+
+    def add_to(self, dq: Tensor, dk: Tensor) -> None:
+        """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
+        Hq, Hkv, D = self._q.shape[1], self._k.shape[1], self._q.shape[3]
+        N, C = self._plan.tokens.shape
+        dtype = self.dlse.dtype
+        dk_tokens = torch.zeros(N, Hq, C, D, dtype=dtype, device=dk.device)
+        kept = None if self._kept is None else iter(self._kept)
+        for part, dcolumns in self._parts:
+            layout = part.layout
+            part_dq, part_dk = layout.of(dq), dk_tokens[layout.sequences]
+            memory = scratch("map product", (len(layout) * Hq * max(layout.block_rows, C) * D,), dtype, dq.device)
+            for block in layout.blocks():
+                if kept is not None:
+                    dscores = next(kept)
+                else:
+                    dscores, slope = part.dscores(block, dcolumns, part.tile(block))
+                    dscores = dscores if slope is None else dscores.mul_(slope)
+                dscores = dscores.flatten(0, 1)
+                keys, queries = (t.flatten(0, 1) for t in (part.keys[:, :, block.columns], part.q_rows(block)))
+                part_dq[:, :, block.rows] += _bmm(dscores, keys, memory).view(len(layout), Hq, -1, D)
+                block_dk = part_dk[:, :, block.columns]
+                if block_dk.is_contiguous():
+                    block_dk.flatten(0, 1).baddbmm_(dscores.transpose(1, 2), queries)
+                else:
+                    block_dk += _bmm(dscores.transpose(1, 2), queries, memory).view(block_dk.shape)
+        dk_tokens.mul_(self._options.scale)
+        if Hq != Hkv:
+            dk_tokens = dk_tokens.view(N, Hkv, Hq // Hkv, C, D).sum(2)
+        _add_at_tokens(dk, dk_tokens, self._plan, self._cu_seqlens)
 
 
-def add_key_gradient(dk: Tensor, dk_tokens: Tensor, plan: PlanTensors, cu_seqlens: Tensor | None) -> None:
+def _add_at_tokens(dk: Tensor, dk_tokens: Tensor, plan: PlanTensors, cu_seqlens: Tensor | None) -> None:
     """Add the key tokens' gradient ``(N, Hkv, C, D)`` into ``dk (B, Hkv, M, D)`` in place.
 
     Deterministic: a token is in one word, and padding adds zeros.
@@ -134,31 +165,40 @@ class _Part:
     """A layout's rows of q, k and lse."""
 
     def __init__(self, layout: Layout, q: Tensor, k: Tensor, lse: Tensor, options: Options):
+        self.layout, self._softcap = layout, options.softcap
         q, k, lse = (layout.of(t) for t in (q, k, lse))
         dtype = layout.words.dtype
         # A row in no step must not be able to add even inf * 0, whatever its lse: padding may hold anything.
         lse = lse.to(dtype) if layout.outside is None else lse.to(dtype).masked_fill(layout.outside, 0)
         self.q, self.lse = q, lse[..., None]
-        keys = layout.key_rows(k).transpose(1, 2).to(dtype)
-        keys = torch.mul(keys, options.scale, out=torch.empty(keys.shape, dtype=dtype, device=q.device))
+        keys = torch.stack([k_n.index_select(1, row) for k_n, row in zip(k, layout.tokens, strict=True)])
+        keys = keys.to(dtype).mul_(options.scale)
         groups = q.shape[1] // k.shape[1]
         self.keys = keys if groups == 1 else keys.repeat_interleave(groups, dim=1)  # (n, Hq, C, D), scaled
-        size = len(layout) * q.shape[1] * layout.block_rows * layout.tokens.shape[1]
-        self._tile = scratch("map tile", (size,), dtype, q.device)
-        self._softcap = options.softcap
 
     def q_rows(self, block: Block) -> Tensor:
         """``(n, Hq, m, D)``: the block's queries in the accumulator's dtype."""
         return self.q[:, :, block.rows].to(self.keys.dtype)
 
-    def weights(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """The block's attention weights ``(n, Hq, m, c)``, valid until the next call, and, with a softcap, its tanh's
-        slope. Those of a row in no step are finite, no more."""
+    def size(self, block: Block) -> int:
+        """How many weights a block has."""
+        return self.q.shape[1] * block.elements
+
+    def tile(self, block: Block) -> Tensor:
+        """Memory for a block's weights, valid until the next block's."""
+        largest = self.q.shape[1] * len(self.layout) * self.layout.block_rows * self.layout.tokens.shape[1]
+        return scratch("map tile", (largest,), self.keys.dtype, self.keys.device)[: self.size(block)]
+
+    def weights(self, block: Block, tile: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The block's attention weights ``(n, Hq, m, c)`` in ``tile``'s memory and, with a softcap, its tanh's slope.
+        The weights of a row in no step are finite, no more."""
         q, keys = self.q_rows(block), self.keys[:, :, block.columns]
-        shape = (*q.shape[:3], keys.shape[2])
-        scores = self._tile[: math.prod(shape)].view(-1, *shape[2:])
-        torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=scores)
-        scores = scores.view(shape)
+        scores = torch.bmm(
+            q.flatten(0, 1),
+            keys.flatten(0, 1).transpose(1, 2),
+            out=tile.view(-1, q.shape[2], keys.shape[2]),
+        )
+        scores = scores.view(*q.shape[:3], keys.shape[2])
         slope = None
         if self._softcap is not None:
             scores.div_(self._softcap).tanh_()
@@ -170,28 +210,23 @@ class _Part:
             weights[..., block.masked :].mul_(block.seen)
         return weights, slope
 
-
-def _over_groups(dk: Tensor, k: Tensor) -> Tensor:
-    """The gradient of each query head's keys ``(N, Hq, C, D)``, added up to ``(N, Hkv, C, D)``."""
-    N, Hq, C, D = dk.shape
-    Hkv = k.shape[1]
-    return dk if Hq == Hkv else dk.view(N, Hkv, Hq // Hkv, C, D).sum(2)
+    def dscores(self, block: Block, dcolumns: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The block's ``dS`` before the softcap's slope, ``(n, Hq, m, c)`` in ``tile``'s memory, and that slope.
+        ``dcolumns``: ``(n, [Hq,] S, C)``."""
+        weights, slope = self.weights(block, tile)
+        upstream, in_step = dcolumns[..., block.steps, block.columns], block.in_step.transpose(1, 2)
+        upstream = in_step[:, None] @ upstream if dcolumns.dim() == 4 else (in_step @ upstream)[:, None]
+        return weights.mul_(upstream), slope
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _bmm_into(target: Tensor, a: Tensor, b: Tensor, memory: Tensor, add: bool = False) -> None:
-    """``target (n, H, i, j) = a @ b``, or ``+=``, of ``(n H, i, l)`` and ``(n H, l, j)``; ``memory`` if needed."""
-    flat = target.flatten(0, 1) if target.is_contiguous() else memory[: target.numel()].view(-1, *target.shape[2:])
-    if target.is_contiguous() and add:
-        flat.baddbmm_(a, b)
-        return
-    torch.bmm(a, b, out=flat)
-    if not target.is_contiguous():
-        flat = flat.view(target.shape)
-        target.add_(flat) if add else target.copy_(flat)
+def _bmm(a: Tensor, b: Tensor, memory: Tensor) -> Tensor:
+    """``(b, i, l) @ (b, l, j)`` in ``memory``, valid until the next call."""
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    return torch.bmm(a, b, out=memory[: math.prod(shape)].view(shape))
 
 
 def _is_empty(q: Tensor, plan: PlanTensors) -> bool:
