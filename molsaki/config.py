@@ -165,6 +165,12 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: expected 0, the losses are the paper's")
 
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains; with several on a CPU not ``cpu:0``, which ``torch.load`` does not know."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
 
 @dataclasses.dataclass
 class EvaluateConfig:
