@@ -98,10 +98,12 @@ def attention_backward(
         gradient.add_to(dq, dk)
     dsinks = q.new_empty(0)
     if sinks is not None:
-        # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows
-        delta = (dout.to(lse.dtype) * out).sum(-1)
+        # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows of terms of both signs. For float32
+        # inputs it is made in float64, or it would be further off than what it is made of.
+        wide = torch.float64 if q.dtype == torch.float32 else lse.dtype
+        delta = (dout.to(wide) * out).sum(-1)
         delta = -delta if dlse is None else dlse - delta
-        dsinks = ((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
+        dsinks = ((sinks.to(wide)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
         dsinks = dsinks.to(sinks.dtype)
     return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
 

@@ -215,7 +215,7 @@ class Variant:
 
 _POINTERS = {
     "lse": "fp32", "delta": "fp32", "dlse": "fp32", "maps": "fp32", "dmaps": "fp32", "partial": "fp32",
-    "dsinks": "fp32", "step_of_row": "i32", "cu_seqlens": "i32", "steps": "i64", "tokens": "i64", "words": "i64",
+    "dsinks": "fp64", "step_of_row": "i32", "cu_seqlens": "i32", "steps": "i64", "tokens": "i64", "words": "i64",
 }  # fmt: skip
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FLOATS = ("scale", "factor", "inner", "weight")
@@ -271,6 +271,7 @@ def cases() -> list[tuple[str, torch.dtype, int, dict[str, bool]]]:
     chosen = [(dtype, D, "") for dtype, D in rows]
     chosen += [(torch.bfloat16, D, name) for D in (64, 128) for name in features if name]
     chosen += [(torch.bfloat16, 256, name) for name in ("nomap", "gemma")]
+    chosen += [(torch.float32, 64, "gptoss")]
     return [
         ("-".join(filter(None, (_NAMES[dtype], f"d{D}", name))), dtype, D, {**default, **features[name]})
         for dtype, D, name in chosen

@@ -88,7 +88,7 @@ def flash_dq_kernel(
     delta,  # (B, Hq, M) float32
     dq,  # (B, Hq, M, D)
     sinks,  # (Hq,) or None
-    dsinks,  # (Hq, tiles) float32 or None
+    dsinks,  # (Hq, tiles) float64 or None
     cu_seqlens,  # (N + 1,) or None
     dmaps,  # (N, S, W) or, PER_HEAD, (N, Hq, S, W) float32, or None
     steps,  # (N, S, 2) or None
@@ -122,7 +122,10 @@ def flash_dq_kernel(
     p_v = v + i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + bos.to(tl.int64) * stride_vm
     p_row = (i_b.to(tl.int64) * heads + i_h) * M + bos + rows
     b_do = load_rows(p_do, rows, length, D, BD, True)
-    b_delta = tl.sum(b_do.to(tl.float32) * load_rows(p_o, rows, length, D, BD, True).to(tl.float32), 1)  # [BM]
+    # dsinks is a sum over all rows of terms of both signs. For float32 inputs it and its terms are made in float64, or
+    # it would be further off than what it is made of.
+    WIDE: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float32 else tl.float32
+    b_delta = tl.sum(b_do.to(WIDE) * load_rows(p_o, rows, length, D, BD, True).to(WIDE), 1)  # [BM]
     b_q = load_rows(p_q, rows, length, D, BD, True)
     b_lse = tl.load(lse + p_row, mask=rows < length, other=float("inf"))
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -148,10 +151,11 @@ def flash_dq_kernel(
             weight, factor, inner, window, D, BD, BM, BC, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
         b_delta -= b_dlse
-    tl.store(delta + p_row, b_delta, mask=rows < length)
     if HAS_SINKS:
-        weight_of_sink = exp(tl.load(sinks + i_h).to(tl.float32) - b_lse)  # [BM]
+        weight_of_sink = tl.exp(tl.load(sinks + i_h).to(WIDE) - b_lse.to(WIDE))  # [BM]
         tl.store(dsinks + i_h.to(tl.int64) * tl.num_programs(0) + i_g, -tl.sum(weight_of_sink * b_delta, 0))
+    b_delta = b_delta.to(tl.float32)
+    tl.store(delta + p_row, b_delta, mask=rows < length)
 
     lo, a, b, hi = key_range(m0, length, window, BM, BN, CAUSAL, HAS_WINDOW)
     keys = tl.arange(0, BN).to(tl.int64)[:, None]
@@ -353,7 +357,7 @@ def flash_backward(
 
     config = configs.flash_dq(arch, q.dtype, D)
     tiles = configs.num_tiles(M, N, packed, config.rows)
-    dsinks = None if sinks is None else q.new_zeros((Hq, tiles), dtype=torch.float32)
+    dsinks = None if sinks is None else q.new_zeros((Hq, tiles), dtype=torch.float64)
     with torch.cuda.device_of(q):
         flash_dq_kernel[(tiles, Hq)](
             q, k, v, out, dout, lse, dlse, delta, dq, sinks, dsinks, cu_seqlens, dmaps,

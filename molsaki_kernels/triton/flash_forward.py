@@ -141,7 +141,11 @@ def flash_forward_kernel(
     )  # fmt: skip
 
     # Rows past the end have no weights, and take no part in the sums of the steps.
-    b_lse = tl.where(rows < length, top / unit + tl.log(total), float("inf"))
+    if q.dtype.element_ty == tl.float32:  # rounded once: every weight of the backward pass is off by what lse is off
+        b_lse = (top.to(tl.float64) + tl.log(total.to(tl.float64))).to(tl.float32)
+    else:
+        b_lse = top / unit + tl.log(total)
+    b_lse = tl.where(rows < length, b_lse, float("inf"))
     p_out = out + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + offset * stride_om + d[None, :]
     store_rows(p_out, acc / total[:, None], rows, length, D, BD)
     p_lse = lse + (i_b.to(tl.int64) * tl.num_programs(1) + i_h) * M + bos + rows
