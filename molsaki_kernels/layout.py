@@ -31,7 +31,7 @@ class Block(NamedTuple):
     steps: slice
     in_step: Tensor  # (n, s, m): 1 where row i is in step s
     masked: int  # columns from this one on may be hidden from a row
-    seen: Tensor | None  # (n, 1, m, c - masked): 1 where row i sees column j; None: all of them
+    seen: Tensor | None  # (n, 1, c - masked, m): 1 where row i sees column j; None: all of them
     elements: int  # n m c
 
 
@@ -66,6 +66,7 @@ class Layout:
         self._row = torch.arange(length, device=tokens.device)
         outside = ~self._in_step(slice(None), slice(None)).any(1, keepdim=True)
         self.outside = outside if tokens.device.type != "cpu" or outside.any() else None
+        self._sequence = torch.arange(len(tokens), device=tokens.device)[:, None, None]
         self.block_rows = min(max(TILE_ELEMENTS // (len(tokens) * heads * tokens.shape[1]), MIN_ROWS), MAX_ROWS, length)
         self._bounds = list(self._bounds_on_host(steps, tokens, words))
         self.elements = sum(self._elements(rows, columns) for rows, columns, *_ in self._bounds)
@@ -91,6 +92,11 @@ class Layout:
     def of(self, tensor: Tensor) -> Tensor:
         """These sequences' view of a ``(B, H, M, ...)`` tensor."""
         return tensor[self.sequences] if self.rows is None else tensor[:, :, self.rows]
+
+    def key_rows(self, k: Tensor) -> Tensor:
+        """``(n, Hkv, C, D)``, a copy: the key tokens of k ``(n, Hkv, M, D)``."""
+        heads = torch.arange(k.shape[1], device=k.device)
+        return k[self._sequence, heads[:, None], self.tokens[:, None]]
 
     def _bounds_on_host(
         self, steps: Tensor, tokens: Tensor, words: Tensor
@@ -132,7 +138,7 @@ class Layout:
     def _block(self, rows: slice, columns: slice, steps: slice, masked: int, windowed: bool) -> Block:
         dtype, seen = self.words.dtype, None
         if masked < columns.stop - columns.start:
-            column, row = self.tokens[:, None, None, columns][..., masked:], self._row[rows, None]
+            column, row = self.tokens[:, None, columns][..., masked:, None], self._row[rows]
             seen = column <= row if self._options.causal else torch.ones_like(column <= row)
             if windowed:
                 seen &= column > row - self._options.window

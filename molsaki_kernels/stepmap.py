@@ -8,7 +8,8 @@ With P[i, j] = exp(s[i, j] - lse[i]) on the key columns j (s the scaled, softcap
     dlse[i]  = - sum_j dS[i, j]
 
 (softcap multiplies dS by 1 - tanh^2 before dq and dk.) The rows are walked in blocks small enough to stay in cache;
-a block's columns are cut to those that one of its rows can see. Nothing of size M x C reaches memory.
+a block's columns are cut to those that one of its rows can see. Nothing of size M x C reaches memory. Tiles are
+laid out (columns, rows): the products are thin in the columns, and a vector of rows is the wider one.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def forward(
                 in_step = in_step[:, None]
             else:
                 weights = weights.sum(1)
-            columns[..., block.steps, block.columns] += in_step @ weights
+            columns[..., block.steps, block.columns] += in_step @ weights.transpose(-1, -2)
         words = layout.words[:, None] if per_head else layout.words
         torch.matmul(columns, words, out=maps[layout.sequences])
     return maps
@@ -106,7 +107,7 @@ class Gradient:
             for block in layout.blocks():
                 tile = part.tile(block) if memory is None else memory[: part.size(block)]
                 dscores, slope = part.dscores(block, dcolumns, tile)
-                torch.sum(dscores, -1, out=dlse[:, :, block.rows])
+                torch.sum(dscores, -2, out=dlse[:, :, block.rows])
                 if memory is not None:
                     self._kept.append(dscores if slope is None else dscores.mul_(slope))
                     memory = memory[part.size(block) :]
@@ -120,7 +121,7 @@ class Gradient:
         Hq, Hkv, D = self._q.shape[1], self._k.shape[1], self._q.shape[3]
         N, C = self._plan.tokens.shape
         dtype = self.dlse.dtype
-        dk_tokens = torch.zeros(N, Hq, C, D, dtype=dtype, device=dk.device)
+        dk_tokens = scratch("map dk", (N, Hq, C, D), dtype, dk.device).zero_()
         kept = None if self._kept is None else iter(self._kept)
         for part, dcolumns in self._parts:
             layout = part.layout
@@ -134,12 +135,13 @@ class Gradient:
                     dscores = dscores if slope is None else dscores.mul_(slope)
                 dscores = dscores.flatten(0, 1)
                 keys, queries = (t.flatten(0, 1) for t in (part.keys[:, :, block.columns], part.q_rows(block)))
-                part_dq[:, :, block.rows] += _bmm(dscores, keys, memory).view(len(layout), Hq, -1, D)
+                rows = _bmm(dscores.transpose(1, 2), keys, memory)
+                part_dq[:, :, block.rows] += rows.view(len(layout), Hq, -1, D)
                 block_dk = part_dk[:, :, block.columns]
                 if block_dk.is_contiguous():
-                    block_dk.flatten(0, 1).baddbmm_(dscores.transpose(1, 2), queries)
+                    block_dk.flatten(0, 1).baddbmm_(dscores, queries)
                 else:
-                    block_dk += _bmm(dscores.transpose(1, 2), queries, memory).view(block_dk.shape)
+                    block_dk += _bmm(dscores, queries, memory).view(block_dk.shape)
         dk_tokens.mul_(self._options.scale)
         if Hq != Hkv:
             dk_tokens = dk_tokens.view(N, Hkv, Hq // Hkv, C, D).sum(2)
@@ -170,9 +172,8 @@ class _Part:
         dtype = layout.words.dtype
         # A row in no step must not be able to add even inf * 0, whatever its lse: padding may hold anything.
         lse = lse.to(dtype) if layout.outside is None else lse.to(dtype).masked_fill(layout.outside, 0)
-        self.q, self.lse = q, lse[..., None]
-        keys = torch.stack([k_n.index_select(1, row) for k_n, row in zip(k, layout.tokens, strict=True)])
-        keys = keys.to(dtype).mul_(options.scale)
+        self.q, self.lse = q, lse[:, :, None]
+        keys = layout.key_rows(k).to(dtype).mul_(options.scale)
         groups = q.shape[1] // k.shape[1]
         self.keys = keys if groups == 1 else keys.repeat_interleave(groups, dim=1)  # (n, Hq, C, D), scaled
 
@@ -190,32 +191,32 @@ class _Part:
         return scratch("map tile", (largest,), self.keys.dtype, self.keys.device)[: self.size(block)]
 
     def weights(self, block: Block, tile: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The block's attention weights ``(n, Hq, m, c)`` in ``tile``'s memory and, with a softcap, its tanh's slope.
+        """The block's attention weights ``(n, Hq, c, m)`` in ``tile``'s memory and, with a softcap, its tanh's slope.
         The weights of a row in no step are finite, no more."""
         q, keys = self.q_rows(block), self.keys[:, :, block.columns]
         scores = torch.bmm(
-            q.flatten(0, 1),
-            keys.flatten(0, 1).transpose(1, 2),
-            out=tile.view(-1, q.shape[2], keys.shape[2]),
+            keys.flatten(0, 1),
+            q.flatten(0, 1).transpose(1, 2),
+            out=tile.view(-1, keys.shape[2], q.shape[2]),
         )
-        scores = scores.view(*q.shape[:3], keys.shape[2])
+        scores = scores.view(*q.shape[:2], keys.shape[2], q.shape[2])
         slope = None
         if self._softcap is not None:
             scores.div_(self._softcap).tanh_()
             slope = 1 - scores.square()
             scores.mul_(self._softcap)
         limit = EXPONENT_LIMIT[scores.dtype]
-        weights = scores.sub_(self.lse[:, :, block.rows]).clamp_(-limit, limit).exp_()
+        weights = scores.sub_(self.lse[..., block.rows]).clamp_(-limit, limit).exp_()
         if block.seen is not None:
-            weights[..., block.masked :].mul_(block.seen)
+            weights[..., block.masked :, :].mul_(block.seen)
         return weights, slope
 
     def dscores(self, block: Block, dcolumns: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The block's ``dS`` before the softcap's slope, ``(n, Hq, m, c)`` in ``tile``'s memory, and that slope.
+        """The block's ``dS`` before the softcap's slope, ``(n, Hq, c, m)`` in ``tile``'s memory, and that slope.
         ``dcolumns``: ``(n, [Hq,] S, C)``."""
         weights, slope = self.weights(block, tile)
-        upstream, in_step = dcolumns[..., block.steps, block.columns], block.in_step.transpose(1, 2)
-        upstream = in_step[:, None] @ upstream if dcolumns.dim() == 4 else (in_step @ upstream)[:, None]
+        upstream, in_step = dcolumns[..., block.steps, block.columns].transpose(-1, -2), block.in_step
+        upstream = upstream @ in_step[:, None] if dcolumns.dim() == 4 else (upstream @ in_step)[:, None]
         return weights.mul_(upstream), slope
 
 
