@@ -14,8 +14,6 @@ laid out (columns, rows): the products are thin in the columns, and a vector of 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -65,7 +63,7 @@ def forward(
 
 
 class Gradient:
-    """The map's gradient, in two halves: ``dlse`` at once, then :meth:`add_to` for the key columns' part of dq and dk.
+    """The map's gradient, in two halves: ``dlse`` and dk of the key tokens at once, dq when :meth:`add_to` is called.
 
     In between, the attention's own backward takes dlse. dS is kept for the second half where it is small, else made
     again.
@@ -87,65 +85,48 @@ class Gradient:
         options: Options,
         cu_seqlens: Tensor | None = None,
     ):
-        self._q, self._k, self._plan, self._options, self._cu_seqlens = q, k, plan, options, cu_seqlens
-        dtype = _accumulator(q)
+        self._plan, self._cu_seqlens = plan, cu_seqlens
+        (N, C), (Hq, D), Hkv, dtype = plan.tokens.shape, q.shape[1::2], k.shape[1], _accumulator(q)
         self.dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
-        self._parts: list[tuple[_Part, Tensor]] = []
-        self._kept: list[Tensor] | None = []
-        if _is_empty(q, plan):
-            return
-        per_head = dmaps.dim() == 4
-        dmaps = dmaps.to(dtype)
-        covering = layouts(plan, q.shape[1:], dtype, options, cu_seqlens, per_head)
-        size = q.shape[1] * sum(layout.elements for layout in covering)
-        memory = scratch("map dS", (size,), dtype, q.device) if size <= LARGEST_KEPT else None
-        for layout in covering:
-            words = layout.words.transpose(1, 2)
-            dcolumns = dmaps[layout.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
-            part = _Part(layout, q, k, lse, options)
-            dlse = layout.of(self.dlse)
-            for block in layout.blocks():
-                tile = part.tile(block) if memory is None else memory[: part.size(block)]
-                dscores, slope = part.dscores(block, dcolumns, tile)
-                torch.sum(dscores, -2, out=dlse[:, :, block.rows])
-                if memory is not None:
-                    self._kept.append(dscores if slope is None else dscores.mul_(slope))
-                    memory = memory[part.size(block) :]
-            self._parts.append((part, dcolumns))
+        dk = scratch("map dk", (N, Hq, C, D), dtype, q.device).zero_()
+        self._walk: list[tuple[_Part, Tensor, list[Tensor] | None]] = []  # with dS of each block, if it is kept
+        if not _is_empty(q, plan):
+            per_head = dmaps.dim() == 4
+            dmaps = dmaps.to(dtype)
+            covering = layouts(plan, q.shape[1:], dtype, options, cu_seqlens, per_head)
+            size = Hq * sum(layout.elements for layout in covering)
+            memory = scratch("map dS", (size,), dtype, q.device) if size <= LARGEST_KEPT else None
+            for layout in covering:
+                words = layout.words.transpose(1, 2)
+                dcolumns = dmaps[layout.sequences] @ (words[:, None] if per_head else words)  # (n, [Hq,] S, C)
+                part, kept = _Part(layout, q, k, lse, options), []
+                dlse, part_dk = layout.of(self.dlse), dk[layout.sequences]
+                for block in layout.blocks():
+                    tile = part.tile(block) if memory is None else memory[: part.size(block)]
+                    dscores, slope = part.dscores(block, dcolumns, tile)
+                    torch.sum(dscores, -2, out=dlse[:, :, block.rows])
+                    dscores = dscores if slope is None else dscores.mul_(slope)
+                    part.add_dk(block, dscores, part_dk)
+                    if memory is not None:
+                        kept.append(dscores)
+                        memory = memory[part.size(block) :]
+                self._walk.append((part, dcolumns, None if memory is None else kept))
         self.dlse.neg_()
-        if size > LARGEST_KEPT:
-            self._kept = None
+        dk.mul_(options.scale)
+        self._dk = dk if Hq == Hkv else dk.view(N, Hkv, Hq // Hkv, C, D).sum(2)
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
         """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
-        Hq, Hkv, D = self._q.shape[1], self._k.shape[1], self._q.shape[3]
-        N, C = self._plan.tokens.shape
-        dtype = self.dlse.dtype
-        dk_tokens = scratch("map dk", (N, Hq, C, D), dtype, dk.device).zero_()
-        kept = None if self._kept is None else iter(self._kept)
-        for part, dcolumns in self._parts:
-            layout = part.layout
-            part_dq, part_dk = layout.of(dq), dk_tokens[layout.sequences]
-            memory = scratch("map product", (len(layout) * Hq * max(layout.block_rows, C) * D,), dtype, dq.device)
-            for block in layout.blocks():
+        for part, dcolumns, kept in self._walk:
+            part_dq = part.layout.of(dq)
+            for i, block in enumerate(part.layout.blocks()):
                 if kept is not None:
-                    dscores = next(kept)
+                    dscores = kept[i]
                 else:
                     dscores, slope = part.dscores(block, dcolumns, part.tile(block))
                     dscores = dscores if slope is None else dscores.mul_(slope)
-                dscores = dscores.flatten(0, 1)
-                keys, queries = (t.flatten(0, 1) for t in (part.keys[:, :, block.columns], part.q_rows(block)))
-                rows = _bmm(dscores.transpose(1, 2), keys, memory)
-                part_dq[:, :, block.rows] += rows.view(len(layout), Hq, -1, D)
-                block_dk = part_dk[:, :, block.columns]
-                if block_dk.is_contiguous():
-                    block_dk.flatten(0, 1).baddbmm_(dscores, queries)
-                else:
-                    block_dk += _bmm(dscores, queries, memory).view(block_dk.shape)
-        dk_tokens.mul_(self._options.scale)
-        if Hq != Hkv:
-            dk_tokens = dk_tokens.view(N, Hkv, Hq // Hkv, C, D).sum(2)
-        _add_at_tokens(dk, dk_tokens, self._plan, self._cu_seqlens)
+                part.add_dq(block, dscores, part_dq)
+        _add_at_tokens(dk, self._dk, self._plan, self._cu_seqlens)
 
 
 def _add_at_tokens(dk: Tensor, dk_tokens: Tensor, plan: PlanTensors, cu_seqlens: Tensor | None) -> None:
@@ -219,15 +200,29 @@ class _Part:
         upstream = upstream @ in_step[:, None] if dcolumns.dim() == 4 else (upstream @ in_step)[:, None]
         return weights.mul_(upstream), slope
 
+    def add_dq(self, block: Block, dscores: Tensor, dq: Tensor) -> None:
+        """Add the block's rows to dq ``(n, Hq, M, D)``."""
+        rows = self._product(dscores.flatten(0, 1).transpose(1, 2), self.keys[:, :, block.columns].flatten(0, 1))
+        target = dq[:, :, block.rows]
+        target += rows.view(target.shape)
+
+    def add_dk(self, block: Block, dscores: Tensor, dk: Tensor) -> None:
+        """Add the block's columns, without the scale, to dk ``(n, Hq, C, D)``."""
+        dscores, queries = dscores.flatten(0, 1), self.q_rows(block).flatten(0, 1)
+        target = dk[:, :, block.columns]
+        if target.is_contiguous():
+            target.flatten(0, 1).baddbmm_(dscores, queries)
+        else:
+            target += self._product(dscores, queries).view(target.shape)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``(b, i, l) @ (b, l, j)``, valid until the next call."""
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+        return torch.bmm(a, b, out=scratch("map product", shape, a.dtype, a.device))
+
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _bmm(a: Tensor, b: Tensor, memory: Tensor) -> Tensor:
-    """``(b, i, l) @ (b, l, j)`` in ``memory``, valid until the next call."""
-    shape = (a.shape[0], a.shape[1], b.shape[2])
-    return torch.bmm(a, b, out=memory[: math.prod(shape)].view(shape))
 
 
 def _is_empty(q: Tensor, plan: PlanTensors) -> bool:

@@ -34,7 +34,6 @@ from .tiles import (
     columns_in,
     dot,
     dot_precision,
-    exp,
     key_range,
     load_columns,
     load_rows,
