@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import auto, checks, ops
 from .call import AttentionCall, Options
 from .plan import StepPlan
 
-# Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it.
+# Which engine "auto" tries first where auto.py has no measured row. CPU: measured (docs/notes.md). CUDA: a guess.
 AUTO = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
 
 
@@ -159,7 +159,7 @@ def _choose(
         packed=cu_seqlens is not None,
         backward=torch.is_grad_enabled() and any(t.requires_grad for t in gradients),
     )
-    names = AUTO.get(q.device.type, ("eager",)) if engine == "auto" else (engine,)
+    names = auto.order(call, AUTO.get(q.device.type, ("eager",))) if engine == "auto" else (engine,)
     reasons = {}
     for name in names:
         reasons[name] = ops.ENGINES[name].available() or ops.ENGINES[name].why_not(call)
