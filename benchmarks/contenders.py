@@ -54,19 +54,18 @@ def with_lse(inputs: Inputs) -> Inputs:
     return inputs._replace(lse=lse.contiguous().requires_grad_())
 
 
-def step(contender: Contender, inputs: Inputs, backward: bool) -> None:
-    """One forward, or one forward and backward."""
+def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
+    """One forward, or one forward and backward: the result, and the gradients of the leaves."""
     if not backward:
         with torch.no_grad():
-            contender.run(inputs)
-        return
+            return contender.run(inputs), None
     result = contender.run(inputs)
     leaves, upstream = inputs[:3], (inputs.dout, inputs.dmaps)
     if contender.kind == "plain":
         upstream = upstream[:1]
     elif contender.kind == "map alone":
         leaves, upstream = (inputs.q, inputs.k, inputs.lse), upstream[1:]
-    torch.autograd.grad(result, leaves, upstream)
+    return result, torch.autograd.grad(result, leaves, upstream)
 
 
 def _plain(device: torch.device) -> list[Contender]:
