@@ -150,7 +150,7 @@ class Work:
 
     def fused(self) -> Layer:
         forward = self.flash_forward()
-        return Layer("fused", forward, (self.flash_dq(), self.map_dk(), self.flash_dkv()))
+        return Layer("fused", forward, (self.flash_dq(), self.map_dk(direct=False), self.flash_dkv()))
 
     def map_only(self) -> Layer:
         return Layer("map alone", self.map_alone(), (self.map_dlse("map_dq", 2, 2), *self.map_gradient()[1:]))
@@ -216,22 +216,23 @@ class Work:
         flops = 2 * products * touched * self.shape.q_heads * self.shape.head_dim
         return self.kernel(name, flops, passes * self.q + 2 * self.lse, self._keys(tile))
 
-    def map_gradient(self) -> tuple[Kernel, Kernel, Kernel]:
-        """What follows an engine's backward."""
+    def map_gradient(self) -> tuple[Kernel, ...]:
+        """What follows an engine's backward; one split of the rows is added to dk at once."""
         s = self.shape
         splits = self._splits()
         rows = s.batch * s.kv_heads * s.words * s.head_dim
         add = self.kernel("map_dk_add", 0, splits * rows * 4 + 2 * rows * self.size)
-        return self.map_dlse("map_dq_add", 2, 3), self.map_dk(), add
+        return self.map_dlse("map_dq_add", 2, 3), self.map_dk(), *((add,) if splits > 1 else ())
 
-    def map_dk(self) -> Kernel:
+    def map_dk(self, direct: bool = True) -> Kernel:
         s = self.shape
         tile = configs.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
         blocks = -(-s.words // tile.columns)
         walked = sum(s.tokens * (1 - b * tile.columns / s.words) for b in range(blocks)) * s.batch * s.q_heads
-        partial = self._splits() * s.batch * s.kv_heads * s.words * s.head_dim * 4
+        splits = self._splits()
+        result = s.batch * s.kv_heads * s.words * s.head_dim * (2 * self.size if direct and splits == 1 else 4 * splits)
         flops = 4 * walked * tile.columns * s.head_dim
-        return self.kernel("map_dk", flops, self.q + self.lse + partial, walked * s.head_dim * self.size)
+        return self.kernel("map_dk", flops, self.q + self.lse + result, walked * s.head_dim * self.size)
 
     def fold(self) -> Kernel:
         return self.kernel("fold", 0, 4 * self.q + self.lse)

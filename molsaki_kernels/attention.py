@@ -9,7 +9,7 @@ from . import auto, checks, ops
 from .call import AttentionCall, Options
 from .plan import StepPlan
 
-# Which engine "auto" tries first where auto.py has no measured row. CPU: measured (docs/notes.md). CUDA: a guess.
+# Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it.
 AUTO = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
 
 
