@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import json
 import os
@@ -95,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         for path, write in ((arguments.csv, write_csv), (arguments.json, write_json)):
             if path:
                 write(path, rows)
-    print(*failed, sep="\n", file=sys.stderr)
+    for said in failed:
+        print(said, file=sys.stderr)
     return int(bool(failed))
 
 
@@ -112,26 +114,26 @@ def measured(
     sets = make_sets(shape, device)
     rows = []
     for mode in modes(shape, device):
-        calls: dict[str, list[Callable[[], None]]] = {}
-        kinds = {}
+        calls, functions, kinds = {}, {}, {}
         for contender in contenders(device, shape):
+            name, kind = contender.name, contender.kind
             if mode == "compile":
-                if any(word in contender.name for word in SLOW_TO_BUILD) or contender.kind not in ("plain", "map"):
+                if any(word in name for word in SLOW_TO_BUILD) or kind not in ("plain", "map"):
                     continue
                 contender = compiled(contender)
+            each = [lambda c=contender, x=x: step(c, x, backward) for x in sets]
             try:
-                step(contender, sets[0], backward)
+                each[0]()
+                functions[name] = captured(each) if mode == "graph" else lambda each=each: [call() for call in each]
             except Exception as reason:  # whatever one contender raises is not the end of the others
-                said = f"{shape.name}: {contender.name} ({mode}) cannot: {(str(reason).splitlines() or ['?'])[0]}"
+                said = f"{shape.name}: {name} ({mode}) cannot: {(str(reason).splitlines() or ['?'])[0]}"
                 print(said)
-                if contender.kind in ("map", "map alone") and not str(reason).startswith("engine:"):
+                if kind in ("map", "map alone") and not str(reason).startswith("engine:"):
                     failed.append(said)
                 continue
-            kinds[contender.name] = contender.kind
-            calls[contender.name] = [lambda c=contender, x=x: step(c, x, backward) for x in sets]
-        functions = {}
-        for name, each in calls.items():
-            functions[name] = captured(each) if mode == "graph" else lambda each=each: [call() for call in each]
+            calls[name], kinds[name] = each, kind
+        if not functions:
+            continue
         times = interleaved(functions, device, seconds, len(sets))
         plain = {name: statistics.median(times[name]) for name, kind in kinds.items() if kind == "plain"}
         fastest = min(plain, key=plain.get) if plain else None
@@ -159,8 +161,9 @@ def modes(shape: Shape, device: torch.device) -> list[str]:
     return ["eager", "graph", *(["compile"] if shape.slow_to_build else [])]
 
 
-def compiled(contender: Contender) -> Contender:
-    return Contender(contender.name, contender.kind, torch.compile(contender.run, fullgraph=True, dynamic=False))
+def compiled(contender: Contender, backend: str = "inductor") -> Contender:
+    run = torch.compile(contender.run, fullgraph=True, dynamic=False, backend=backend)
+    return dataclasses.replace(contender, run=run)
 
 
 def row_of(
@@ -293,7 +296,7 @@ def observe(shape: Shape, device: torch.device, backward: bool, folder: Path | N
         profile = profiled(call, device)
         name = re.sub(r"[^\w.-]+", "-", f"{shape.name} {pass_name(backward)} {contender.name}")
         profile.export_chrome_trace(str(folder / f"{name}.json"))
-        key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
         (folder / f"{name}.txt").write_text(table)
     if device.type == "cuda":

@@ -79,9 +79,14 @@ def test_inputs_go_around_more_than_a_cache(cache):
     assert Shape(1, 131072, 16, 5, 32, 32, 128, "bfloat16").sets(60 << 20) == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("contender", contenders(CPU_DEVICE, SMALL), ids=lambda c: c.name)
-def test_contenders_agree(contender):
+def test_contenders_agree(contender, compiled):
     """Every contender's result and gradients are those of eager attention."""
+    if compiled:
+        if contender.kind not in ("plain", "map"):
+            pytest.skip("not measured through torch.compile")
+        contender = layer.compiled(contender, "aot_eager")
     inputs = with_lse(SMALL.inputs(CPU_DEVICE))
     result, none = step(contender, inputs, False)
     assert none is None
