@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> None:
 def draw(rows: list[dict], folder: Path, stem: str, suffix: str = "png") -> list[Path]:
     """Every picture that the rows allow; the files made."""
     made = []
-    if any("median_ms" in row and "contender" in row and "tokens" in row for row in rows):
+    if "quantity" in rows[0]:
+        made.append(save(step_bars(rows), folder / f"{stem}.{suffix}", "A whole training step", rows))
+    elif "contender" not in rows[0]:
+        raise ValueError(f"rows: expected those of benchmarks.layer or benchmarks.step, got the columns {[*rows[0]]}")
+    else:
         for (dtype, q_heads, kv_heads, head_dim), some in by(rows, "dtype", "q_heads", "kv_heads", "head_dim"):
             name = f"{stem}-{dtype}-H{q_heads}-{kv_heads}-D{head_dim}"
             what = f"{q_heads} query and {kv_heads} key heads of {head_dim}, {dtype}"
@@ -58,8 +62,6 @@ def draw(rows: list[dict], folder: Path, stem: str, suffix: str = "png") -> list
                 figure = draws(some)
                 if figure is not None:
                     made.append(save(figure, folder / f"{name}-{picture}.{suffix}", f"{title}: {what}", some))
-    else:
-        made.append(save(step_bars(rows), folder / f"{stem}-step.{suffix}", "A whole training step", rows))
     return made
 
 
@@ -138,35 +140,32 @@ def memory_over_tokens(rows: list[dict]) -> Figure | None:
 
 
 def step_bars(rows: list[dict]) -> Figure:
-    """Time and memory of whole training steps, a group of bars for each model.
-
-    The rows need ``model``, ``step`` (what was run), ``median_ms`` and ``peak_mib``; ``mode`` is added to the name.
-    """
-    needed = ("model", "step", "median_ms", "peak_mib")
-    missing = [name for name in needed if name not in rows[0]]
-    if missing:
-        raise ValueError(f"rows: expected those of benchmarks.layer or of whole steps, {missing} is missing")
-    figure, axes = panels(2)
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    names = list(dict.fromkeys(step_name(row) for row in rows))
-    width = 0.8 / len(names)
-    for ax, key, unit in zip(axes, ("median_ms", "peak_mib"), ("milliseconds a step", "MiB at the peak"), strict=True):
+    """Time and memory of whole training steps, rows of ``benchmarks.step``: a group of bars a student and batch."""
+    quantities = {"seconds": "seconds a step", "peak MiB with weights and optimizer": "MiB at the peak"}
+    shown = [name for name in quantities if any(row["quantity"] == name for row in rows)]
+    if not shown:
+        raise ValueError(
+            f"rows: expected a quantity of {list(quantities)}, got {sorted({r['quantity'] for r in rows})}"
+        )
+    figure, axes = panels(len(shown))
+    for ax, quantity in zip(axes, shown, strict=True):
+        values = {(step_group(row), row["contender"]): row["value"] for row in rows if row["quantity"] == quantity}
+        groups, names = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+        width = 0.8 / len(names)
         for i, name in enumerate(names):
-            heights = [
-                next((row[key] or 0 for row in rows if row["model"] == model and step_name(row) == name), 0)
-                for model in models
-            ]
-            at = np.arange(len(models)) + (i - (len(names) - 1) / 2) * width
-            bars = ax.bar(at, heights, width, label=name, color=(*OURS, *PLAIN)[i % 10])
-            ax.bar_label(bars, [f"{h:.3g}" if h else "" for h in heights], fontsize=7)
-        ax.set_xticks(range(len(models)), models)
-        finish(ax, "", unit)
+            heights = [values.get((group, name), 0) for group in groups]
+            at = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
+            bars = ax.bar(at, heights, width, label=name, color="black" if name == "eager" else (*OURS, *PLAIN)[i % 10])
+            ax.bar_label(bars, [f"{h:.3g}" if h else "" for h in heights], fontsize=6)
+        ax.set_xticks(range(len(groups)), groups)
+        finish(ax, "", quantities[quantity])
     legend(figure, axes)
     return figure
 
 
-def step_name(row: dict) -> str:
-    return f"{row['step']}, {row['mode']}" if row.get("mode") else str(row["step"])
+def step_group(row: dict) -> str:
+    compiled = ", compiled" if str(row["compiled"]) == "True" else ""
+    return f"{row['student']}\n{row['batch']}{compiled}"
 
 
 def usual(rows: Iterable[dict]) -> list[dict]:

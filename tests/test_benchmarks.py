@@ -182,6 +182,33 @@ def test_what_of_ours_fails_ends_in_the_exit_status(monkeypatch, tmp_path, capsy
     assert run_layer(monkeypatch, tmp_path) == 0
 
 
+def test_graph_and_compile_rows(monkeypatch):
+    """Ratios are to the fastest plain attention of the same mode; what cannot be captured is left out and told."""
+    captured = []
+
+    def capture(calls):
+        captured.append(len(calls))
+        if len(captured) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: [call() for call in calls]
+
+    machinery = layer.compiled
+    monkeypatch.setattr(layer, "modes", lambda *_: ["eager", "graph", "compile"])
+    monkeypatch.setattr(layer, "captured", capture)
+    monkeypatch.setattr(layer, "compiled", lambda contender: machinery(contender, "aot_eager"))
+    failed = []
+    rows = layer.measured(SMALL, CPU_DEVICE, True, 0.01, False, MACHINE, failed)
+    kinds = {mode: [row["kind"] for row in rows if row["mode"] == mode] for mode in ("eager", "graph", "compile")}
+    everything = [c.kind for c in contenders(CPU_DEVICE, SMALL)]
+    without_map = list(everything)
+    without_map.remove("map")
+    assert kinds == {"eager": everything, "graph": without_map, "compile": ["plain", "map"]}
+    assert len(failed) == 1 and "molsaki, sdpa (graph) cannot" in failed[0]
+    assert [row["over_plain"] for row in rows if row["kind"] == "plain"] == [1.0] * 3
+    over = {(row["mode"], row["kind"]): row["predicted_over_plain"] for row in rows}
+    assert over["eager", "plain"] == 1.0 and over["compile", "map"] == over["eager", "map"] > 1
+
+
 def test_traces(monkeypatch, tmp_path):
     assert run_layer(monkeypatch, tmp_path, "--only", "48", "--profile", str(tmp_path / "traces")) == 0
     tables = {path.stem: path.read_text() for path in (tmp_path / "traces").glob("*.txt")}
@@ -380,17 +407,25 @@ def test_pictures_of_the_committed_cpu_rows(tmp_path):
 
 
 def test_pictures_of_whole_steps(tmp_path):
+    """Rows as ``benchmarks.step`` writes them: a row for each quantity."""
     rows = [
-        {"model": model, "step": name, "mode": mode, "median_ms": 10.0 * i, "peak_mib": 100.0, **MACHINE}
-        for i, (model, name, mode) in enumerate(
-            (m, s, x) for m in ("135M", "1B") for s in ("DSS", "MoLSAKI") for x in ("eager", "compile")
+        {"teacher": "t", "student": student, "batch": "1x1024", "compiled": compiled, "contender": name,
+         "quantity": quantity, "value": value + i, "target": None, **MACHINE}
+        for i, (student, compiled, name) in enumerate(
+            (s, c, n) for s in ("135M", "1b") for c in (False, True) for n in ("dss", "molsaki, stored maps")
         )
-    ]
-    bars = plots.step_bars(rows).axes[0].patches
-    assert [bar.get_height() for bar in bars] == [0, 40, 10, 50, 20, 60, 30, 70]
-    assert plots.draw(rows, tmp_path, "step")[0].name == "step-step.png"
-    with pytest.raises(ValueError, match="model"):
-        plots.step_bars([{"x": 1}])
+        for quantity, value in (("seconds", 1.5), ("peak MiB with weights and optimizer", 100.0), ("loss", 9.0))
+    ]  # fmt: skip
+    layer.write_csv(tmp_path / "step.csv", rows)
+    rows = layer.read_rows(tmp_path / "step.csv")
+    time_, memory = plots.step_bars(rows).axes
+    assert [bar.get_height() for bar in time_.patches] == [1.5, 3.5, 5.5, 7.5, 2.5, 4.5, 6.5, 8.5]
+    assert [text.get_text() for text in memory.get_xticklabels()][1] == "135M\n1x1024, compiled"
+    assert [path.name for path in plots.draw(rows, tmp_path, "step")] == ["step.png"]
+    with pytest.raises(ValueError, match="quantity"):
+        plots.step_bars([row for row in rows if row["quantity"] == "loss"])
+    with pytest.raises(ValueError, match="benchmarks.layer"):
+        plots.draw([{"gpu": "H200"}], tmp_path, "predicted")
 
 
 def test_targets_and_cpu_shapes_are_the_specifications():
