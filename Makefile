@@ -2,7 +2,7 @@
 # make test    the whole suite
 # make bench   the benchmarks
 # make check   lint, format, types
-# make plots   the demo's pictures again (the demo reuses the rest)
+# make plots   the demo's pictures again (the demo reuses the rest), and those of the benchmarks' results
 # Each makes its own environment in .venv first; `make test VENV=path` takes another one, PYTHON=... another Python.
 
 SHELL := bash
@@ -36,6 +36,8 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff format .
 
 plots: demo
+	$(BIN)/python -m benchmarks.plots --output-dir benchmarks/results/plots \
+	  $(filter-out benchmarks/results/predicted-%,$(wildcard benchmarks/results/*.csv))
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -11,45 +12,68 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import molsaki_kernels as mk
-from molsaki_kernels import StepPlan, reference
+from molsaki_kernels import reference
+from molsaki_kernels.call import Options
+from molsaki_kernels.ops import ENGINES
 
-from .shapes import Shape
+from .shapes import Inputs, Shape
+
+SLOW_TO_BUILD = ("Flex", "flex")  # compiled anew for every shape, half a minute for both passes
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """``run(q, k, v, plan) -> out`` or ``(out, map)``; ``kind`` is plain, map or eager."""
+    """``run(inputs) -> out``, ``(out, map)`` or the map; ``kind`` is plain, map, "map alone" or eager."""
 
     name: str
     kind: str
-    run: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    run: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]]
 
 
 def contenders(device: torch.device, shape: Shape) -> list[Contender]:
     """All that can do ``shape`` on ``device``, the plain ones first."""
-    found = [*_plain(device), *_with_map(device, shape)]
-    if shape.batch * shape.q_heads * shape.tokens**2 * 4 < (2 << 30 if device.type == "cpu" else 24 << 30):
+    found = [*_plain(device), *_with_map(device)]
+    found.append(Contender("the map alone", "map alone", lambda x: mk.stepwise_map(x.q, x.k, x.lse, x.plan)))
+    if fits_eager(shape, device):
         found.append(Contender("eager with weights", "eager", _eager))
+    if device.type == "cuda" and not shape.slow_to_build:
+        found = [c for c in found if not any(word in c.name for word in SLOW_TO_BUILD)]
     return found
 
 
-def step(contender: Contender, tensors: list[Tensor], plan: StepPlan, backward: bool) -> None:
-    """One forward, or one forward and backward."""
-    q, k, v, dout, dmaps = tensors
+def fits_eager(shape: Shape, device: torch.device) -> bool:
+    """Whether the weights of eager attention, in float32, leave room for the copies it makes of them."""
+    return shape.batch * shape.q_heads * shape.tokens**2 * 4 < (2 << 30 if device.type == "cpu" else 12 << 30)
+
+
+def with_lse(inputs: Inputs) -> Inputs:
+    """The inputs with the attention's log-sum-exp, which the map alone takes as it takes q and k."""
+    options = Options(causal=True, scale=inputs.q.shape[-1] ** -0.5)
+    with torch.no_grad():
+        _, lse = ENGINES["sdpa"].forward(inputs.q, inputs.k, inputs.v, None, None, options)
+    return inputs._replace(lse=lse.contiguous().requires_grad_())
+
+
+def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
+    """One forward, or one forward and backward: the result, and the gradients of the leaves."""
     if not backward:
         with torch.no_grad():
-            contender.run(q, k, v, plan)
-        return
-    result = contender.run(q, k, v, plan)
-    upstream = (dout, dmaps) if isinstance(result, tuple) else (dout,)
-    torch.autograd.grad(result, (q, k, v), upstream)
+            return contender.run(inputs), None
+    result = contender.run(inputs)
+    leaves, upstream = inputs[:3], (inputs.dout, inputs.dmaps)
+    if contender.kind == "plain":
+        upstream = upstream[:1]
+    elif contender.kind == "map alone":
+        leaves, upstream = (inputs.q, inputs.k, inputs.lse), upstream[1:]
+    return result, torch.autograd.grad(result, leaves, upstream)
 
 
 def _plain(device: torch.device) -> list[Contender]:
     def sdpa(backend):
-        def run(q, k, v, plan):
+        def run(x: Inputs) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+                grouped = x.q.shape[1] != x.k.shape[1]
+                return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, enable_gqa=grouped)
 
         return run
 
@@ -60,36 +84,41 @@ def _plain(device: torch.device) -> list[Contender]:
         Contender("sdpa, aten flash", "plain", sdpa(SDPBackend.FLASH_ATTENTION)),
         Contender("FlexAttention", "plain", _flex()),
     ]
-    try:
-        from flash_attn.cute import flash_attn_func
-    except ImportError:
-        return found
+    for name, module in (("flash-attn 4", "flash_attn.cute"), ("flash-attn 2", "flash_attn")):
+        try:
+            function = importlib.import_module(module).flash_attn_func
+        except (ImportError, AttributeError):  # flash-attn 4 installs a namespace without a flash_attn 2 in it
+            continue
+        found.append(Contender(name, "plain", _flash_attn(function)))
+    return found
 
-    def flash4(q, k, v, plan):
-        out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)
+
+def _flash_attn(function: Callable) -> Callable[[Inputs], Tensor]:
+    def run(x: Inputs) -> Tensor:
+        out = function(*(t.transpose(1, 2) for t in x[:3]), causal=True)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-    return [*found, Contender("flash-attn 4", "plain", flash4)]
+    return run
 
 
-def _flex() -> Callable[..., Tensor]:
+def _flex() -> Callable[[Inputs], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
     masks: dict[tuple, object] = {}
 
-    def run(q, k, v, plan):
-        M = q.shape[2]
-        if (M, q.device) not in masks:
-            masks[M, q.device] = create_block_mask(lambda b, h, i, j: j <= i, None, None, M, M, device=q.device)
-        return compiled(q, k, v, block_mask=masks[M, q.device], enable_gqa=q.shape[1] != k.shape[1])
+    def run(x: Inputs) -> Tensor:
+        M = x.q.shape[2]
+        if (M, x.q.device) not in masks:
+            masks[M, x.q.device] = create_block_mask(lambda b, h, i, j: j <= i, None, None, M, M, device=x.q.device)
+        return compiled(*x[:3], block_mask=masks[M, x.q.device], enable_gqa=x.q.shape[1] != x.k.shape[1])
 
     return run
 
 
-def _with_map(device: torch.device, shape: Shape) -> list[Contender]:
-    def ours(engine):
-        return lambda q, k, v, plan: mk.stepwise_attention(q, k, v, plan, engine=engine)
+def _with_map(device: torch.device) -> list[Contender]:
+    def ours(engine: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+        return lambda x: mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine=engine)
 
     names = [name for name, state in mk.engines().items() if state == "ready" and name != "eager"]
     if device.type == "cpu":
@@ -97,9 +126,9 @@ def _with_map(device: torch.device, shape: Shape) -> list[Contender]:
     return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
+def _eager(x: Inputs) -> tuple[Tensor, Tensor]:
     """As a model's eager attention with ``output_attentions``: weights in the inputs' dtype, then reduced."""
-    weights, _ = reference.attention_weights(q, k)
-    weights = weights.to(q.dtype)
-    out = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return out, reference.reduce_weights(weights.float(), plan)
+    weights, _ = reference.attention_weights(x.q, x.k)
+    weights = weights.to(x.q.dtype)
+    out = weights @ x.v.repeat_interleave(x.q.shape[1] // x.v.shape[1], dim=1)
+    return out, reference.reduce_weights(weights.float(), x.plan)

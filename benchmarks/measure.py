@@ -6,7 +6,7 @@ import concurrent.futures
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -14,22 +14,76 @@ import torch
 from .contenders import contenders, step
 from .shapes import Shape
 
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+
 
 def interleaved(
-    functions: dict[str, Callable[[], None]], device: torch.device, seconds: float
+    functions: dict[str, Callable[[], None]], device: torch.device, seconds: float, calls: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, round after round, so that a slow spell of the machine falls on all of them."""
-    for function in functions.values():
-        function()
-        function()
+    """Seconds of every call, round after round, so that a slow spell of the machine falls on all of them.
+
+    Args:
+        seconds: to spend, roughly; at least MIN_ROUNDS rounds are made, at most MAX_ROUNDS.
+        calls: how many a function makes, one for each set of inputs; the times are of one.
+    """
     clock = _cuda_clock if device.type == "cuda" else _clock
+    for function in functions.values():
+        if clock(function) < seconds / 4:  # else warm enough
+            function()
     first = {name: clock(function) for name, function in functions.items()}
-    rounds = min(max(int(seconds / sum(first.values())), 5), 200)
+    rounds = rounds_in(seconds, sum(first.values()))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(clock(function))
+            times[name].append(clock(function) / calls)
     return times
+
+
+def rounds_in(seconds: float, a_round: float) -> int:
+    """How many rounds to make; three where five would take more than five times as long as asked."""
+    least = MIN_ROUNDS if MIN_ROUNDS * a_round <= 5 * seconds else 3
+    return min(max(int(seconds / max(a_round, 1e-9)), least), MAX_ROUNDS)
+
+
+def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """One CUDA graph of all the calls. They run once on another stream first, as capturing asks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """What one call starts on a CUDA device: kernels, copies and fills. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return count_launches(profiled(call, device).events())
+
+
+def count_launches(events: Iterable) -> int:
+    """Of a profile's events, those that ran on the device itself; a user's annotation is no launch."""
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation for e in events)
+
+
+def profiled(call: Callable[[], object], device: torch.device) -> torch.profiler.profile:
+    """The profile of one call, which was made before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return profile
 
 
 def ratio(ours: list[float], plain: list[float]) -> float:
@@ -37,13 +91,21 @@ def ratio(ours: list[float], plain: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, plain, strict=True))
 
 
-def peak_memory(shape: Shape, name: str, backward: bool, device: torch.device) -> float:
-    """MiB above the inputs at the worst moment of one call."""
-    if device.type == "cuda":
-        return _cuda_peak(shape, name, backward, device)
+def peak_memory(shape: Shape, name: str, backward: bool) -> float:
+    """MiB above the inputs at the worst moment of one call on a CPU."""
     spawn = multiprocessing.get_context("spawn")  # a process of its own: freed memory is not always given back
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_cpu_peak, shape, name, backward).result()
+
+
+def cuda_peak(call: Callable[[], object], device: torch.device) -> float:
+    """MiB beyond what is allocated already at the worst moment of one call, which was made before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _clock(function: Callable[[], None]) -> float:
@@ -66,11 +128,11 @@ def _cpu_peak(shape: Shape, name: str, backward: bool) -> float:
     device = torch.device("cpu")
     small = Shape(1, 256, 4, 2, shape.q_heads, shape.kv_heads, shape.head_dim, shape.dtype)
     for each in (small, shape):
-        tensors, plan = each.inputs(device)
+        inputs = each.inputs(device)
         contender = next(c for c in contenders(device, each) if c.name == name)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (getrusage's never falls, even over exec)
         before = _status("VmRSS")
-        step(contender, tensors, plan, backward)
+        step(contender, inputs, backward)
     return _status("VmHWM") - before
 
 
@@ -78,14 +140,3 @@ def _status(field: str) -> float:
     """MiB that Linux reports of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
-def _cuda_peak(shape: Shape, name: str, backward: bool, device: torch.device) -> float:
-    tensors, plan = shape.inputs(device)
-    contender = next(c for c in contenders(device, shape) if c.name == name)
-    step(contender, tensors, plan, backward)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step(contender, tensors, plan, backward)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from molsaki_kernels import StepPlan
+
+
+class Inputs(NamedTuple):
+    """What one call takes: leaves that want gradients, the gradients of its results, and lse for the map alone."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dmaps: Tensor
+    lse: Tensor | None
+    plan: StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,31 +36,66 @@ class Shape:
     head_dim: int = 64
     dtype: str = "float32"
     target: float | None = None  # of forward + backward with the map over plain attention, where the spec names one
+    tier: int = 2  # 0: a target is judged by it; 1: shows a trend; 2: completes the grid
 
     @property
     def name(self) -> str:
         return f"{self.batch}x{self.tokens} H{self.q_heads}/{self.kv_heads} D{self.head_dim} W{self.words} {self.dtype}"
+
+    @property
+    def slow_to_build(self) -> bool:
+        """Is FlexAttention measured too, and ``torch.compile``? Each builds for seconds for every shape and pass."""
+        return self.tier == 0 and (self.words == 20 or (self.head_dim == 128 and self.q_heads == self.kv_heads))
 
     def flops(self, backward: bool) -> float:
         """Of causal attention alone: two products forward, five backward, half of the square."""
         products = 7 if backward else 2
         return products * self.batch * self.q_heads * self.tokens**2 * self.head_dim
 
-    def inputs(self, device: torch.device | str, seed: int = 0) -> tuple[list[torch.Tensor], StepPlan]:
-        """q, k, v that want gradients, then dout, dmaps; the plan: random cuts, words of one token anywhere."""
+    def traffic(self, backward: bool) -> int:
+        """Bytes that no implementation can avoid: every input read once, every result written once.
+
+        Forward: q, k, v in, out, lse and the map out. Backward: those, dout and dmaps in, dq, dk, dv out.
+        """
+        rows, size = self.batch * self.tokens, getattr(torch, self.dtype).itemsize
+        q, kv = rows * self.q_heads * self.head_dim * size, rows * self.kv_heads * self.head_dim * size
+        lse, maps = rows * self.q_heads * 4, self.batch * self.steps * self.words * 4
+        forward = 2 * q + 2 * kv + lse + maps
+        return forward + (forward + 2 * q + 2 * kv if backward else 0)
+
+    def set_bytes(self) -> int:
+        """Of one set of :meth:`inputs`."""
+        rows, size = self.batch * self.tokens, getattr(torch, self.dtype).itemsize
+        return rows * self.head_dim * size * 2 * (self.q_heads + self.kv_heads)
+
+    def sets(self, cache_bytes: int) -> int:
+        """Sets of inputs to go around in, so that none is in a cache of that size when its turn comes again."""
+        return max(1, min(-(-2 * cache_bytes // self.set_bytes()), 64)) if cache_bytes else 1
+
+    def inputs(self, device: torch.device | str, seed: int = 0) -> Inputs:
+        """Random numbers laid out as a model's projections are, ``(B, M, H, D)`` behind ``(B, H, M, D)``; the plan:
+        random cuts, words of one token anywhere. On a CPU plain ``(B, H, M, D)``. ``lse`` is left to who needs it."""
+        device = torch.device(device)
         g = torch.Generator().manual_seed(seed)
-        heads = (self.q_heads, self.kv_heads, self.kv_heads, self.q_heads)
         dtype = getattr(torch, self.dtype)
-        tensors = [torch.randn(self.batch, h, self.tokens, self.head_dim, generator=g).to(device, dtype) for h in heads]
-        for x in tensors[:3]:
+
+        def random(heads: int) -> Tensor:
+            if device.type == "cpu":
+                return torch.randn(self.batch, heads, self.tokens, self.head_dim, generator=g).to(dtype)
+            on_device = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=g)))
+            rows = (self.batch, self.tokens, heads, self.head_dim)
+            return torch.randn(rows, generator=on_device, device=device, dtype=dtype).transpose(1, 2)
+
+        q, k, v, dout = (random(h) for h in (self.q_heads, self.kv_heads, self.kv_heads, self.q_heads))
+        for x in (q, k, v):
             x.requires_grad_()
         steps, words = [], []
         for _ in range(self.batch):
             cuts = sorted((torch.randperm(self.tokens - 1, generator=g)[: self.steps - 1] + 1).tolist())
             steps.append(list(zip([0, *cuts], [*cuts, self.tokens], strict=True)))
             words.append([[t] for t in sorted(torch.randperm(self.tokens, generator=g)[: self.words].tolist())])
-        tensors.append(torch.randn(self.batch, self.steps, self.words, generator=g).to(device))
-        return tensors, StepPlan.from_spans(steps, words, device=device)
+        dmaps = torch.randn(self.batch, self.steps, self.words, generator=g).to(device)
+        return Inputs(q, k, v, dout, dmaps, None, StepPlan.from_spans(steps, words, device=device))
 
 
 CPU = [
@@ -63,18 +112,28 @@ CPU_MORE = [
 ]
 
 
+LENGTHS = [(16, 256), (16, 512), (4, 1024), (2, 2048), (1, 4096), (1, 8192), (1, 16384), (1, 32768), (1, 131072)]
+KEY_TOKENS = (16, 64, 256, 1024, 4096)
+HEADS = [(32, 32, 128), (32, 8, 128), (32, 32, 64), (32, 8, 64)]
+
+
 def cuda_grid() -> list[Shape]:
-    """bf16; head_dim 64 and 128; MHA and GQA 32/8; every length with its words, and 4k tokens over all word counts."""
-    lengths = [(16, 256), (16, 512), (4, 1024), (2, 2048), (1, 4096), (1, 8192), (1, 16384), (1, 32768)]
-    targets = {256: 1.20, 2048: 1.10}
-    shapes = []
-    for kv_heads in (32, 8):
-        for head_dim in (64, 128):
-            common = dict(q_heads=32, kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16")
-            for batch, tokens in lengths:
-                words, steps = max(16, tokens // 16), max(5, tokens // 128)
-                target = targets.get(tokens, 1.05 if tokens >= 4096 else None)
-                shapes.append(Shape(batch, tokens, words, steps, **common, target=target))
-            shapes += [Shape(1, 4096, words, 32, **common, target=1.05) for words in (16, 64, 1024, 4096)]
-    shapes.append(Shape(1, 131072, 1024, 512, q_heads=8, kv_heads=8, head_dim=128, dtype="bfloat16", target=1.05))
-    return shapes
+    """bf16 on a GPU, the most telling shapes first.
+
+    The paper's regime (SmolLM2's heads, the 13 to 40 words of its examples); then head_dim 128 and 64, as many key
+    heads as query heads and a quarter of them, every length with every number of key tokens that it has room for.
+    131,072 tokens, seconds a round, have one number of key tokens and come after all else of their tier.
+    """
+    shapes = [Shape(16, 256, words, 5, 9, 3, 64, "bfloat16", target=1.20, tier=0) for words in (20, 13, 40)]
+    for q_heads, kv_heads, head_dim in HEADS:
+        for batch, tokens in LENGTHS:
+            usual = max(t for t in KEY_TOKENS if t <= max(tokens // 16, 16))  # every sixteenth token or fewer
+            for words in KEY_TOKENS:
+                if words > tokens or (tokens > 32768 and words != usual):
+                    continue
+                telling = words == usual and tokens in (256, 2048, 4096, 16384)
+                tier = 0 if telling else 1 if words == usual or tokens == 4096 else 2
+                target = {256: 1.20, 2048: 1.10}.get(tokens, 1.05 if tokens >= 4096 else None)
+                steps = max(5, tokens // 128)
+                shapes.append(Shape(batch, tokens, words, steps, q_heads, kv_heads, head_dim, "bfloat16", target, tier))
+    return sorted(shapes, key=lambda s: (s.tier, s.tokens > 32768))

@@ -22,9 +22,9 @@ LARGEST_EXTRA_MIB = 64  # of the map over plain attention at 8,192 tokens
 @pytest.mark.parametrize("shape", CPU + CPU_MORE, ids=lambda s: s.name)
 def test_layer(benchmark, report, shape, backward):
     """Times ours; in the same rounds plain attention and eager, for the ratios."""
-    tensors, plan = shape.inputs(DEVICE)
+    inputs = shape.inputs(DEVICE)
     functions = {
-        c.name: lambda c=c: step(c, tensors, plan, backward) for c in contenders(DEVICE, shape) if c.kind != "eager"
+        c.name: lambda c=c: step(c, inputs, backward) for c in contenders(DEVICE, shape) if c.kind in ("plain", "map")
     }
     times = interleaved(functions, DEVICE, seconds=15)
     plain, ours = "sdpa, CPU flash", "molsaki, sdpa"
@@ -37,9 +37,9 @@ def test_layer(benchmark, report, shape, backward):
 
 def test_against_eager(benchmark, report):
     shape = CPU[-1]
-    tensors, plan = shape.inputs(DEVICE)
+    inputs = shape.inputs(DEVICE)
     functions = {
-        c.name: lambda c=c: step(c, tensors, plan, True) for c in contenders(DEVICE, shape) if c.kind != "plain"
+        c.name: lambda c=c: step(c, inputs, True) for c in contenders(DEVICE, shape) if c.kind in ("map", "eager")
     }
     times = interleaved(functions, DEVICE, seconds=20)
     faster = statistics.median(times["eager with weights"]) / statistics.median(times["molsaki, sdpa"])
@@ -51,8 +51,8 @@ def test_against_eager(benchmark, report):
 def test_memory(benchmark, report):
     shape = Shape(1, 8192, 200, 60)
     peaks = {
-        name: benchmark.pedantic(peak_memory, (shape, name, True, DEVICE)) if name == "molsaki, sdpa"
-        else peak_memory(shape, name, True, DEVICE)
+        name: benchmark.pedantic(peak_memory, (shape, name, True)) if name == "molsaki, sdpa"
+        else peak_memory(shape, name, True)
         for name in ("sdpa, CPU flash", "molsaki, sdpa")
     }  # fmt: skip
     extra = peaks["molsaki, sdpa"] - peaks["sdpa, CPU flash"]

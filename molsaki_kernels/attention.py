@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import auto, checks, ops
 from .call import AttentionCall, Options
 from .plan import StepPlan
 
@@ -159,7 +159,7 @@ def _choose(
         packed=cu_seqlens is not None,
         backward=torch.is_grad_enabled() and any(t.requires_grad for t in gradients),
     )
-    names = AUTO.get(q.device.type, ("eager",)) if engine == "auto" else (engine,)
+    names = auto.order(call, AUTO.get(q.device.type, ("eager",))) if engine == "auto" else (engine,)
     reasons = {}
     for name in names:
         reasons[name] = ops.ENGINES[name].available() or ops.ENGINES[name].why_not(call)

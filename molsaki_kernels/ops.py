@@ -187,6 +187,11 @@ def stepwise_map_backward(
     """dq, dk and dlse."""
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
+    if backend == "triton":
+        from .triton.map_backward import map_backward
+
+        dq, dk, dlse = map_backward(_rows(q), _rows(k), lse, dmaps, plan, options, cu_seqlens)
+        return _laid_out(dq, _strides(q)), _laid_out(dk, _strides(k)), dlse
     gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
     dq, dk = torch.zeros_like(q), torch.zeros_like(k)
     gradient.add_to(dq, dk)

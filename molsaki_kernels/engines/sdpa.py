@@ -226,7 +226,7 @@ def _cuda_backward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _use_cudnn(q, cu_seqlens, options):
-        state = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
+        state = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there: never read
         M = q.shape[2]
         return aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse[..., None], state, state, None, None, None, M, M, 0.0, options.causal,
@@ -236,8 +236,8 @@ def _cuda_backward(
     dout, out = (t.transpose(1, 2) for t in (dout, out))
     if bounds is not None:
         dout, out, lse = dout[0], out[0], lse[0]
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    unused = torch.zeros((), dtype=torch.uint64, device=q.device)
+    state = torch.empty(2, dtype=torch.uint64, device=q.device)  # as above
+    unused = torch.empty((), dtype=torch.uint64, device=q.device)
     grads = aten._flash_attention_backward(
         dout, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, options.causal, state, unused,
         scale=options.scale, **window,

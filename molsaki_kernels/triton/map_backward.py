@@ -11,7 +11,7 @@
 every head of the group. Few key tokens make few programs, so the rows are split, and each split writes its own
 ``partial (splits, N, Hkv, C, D)`` float32.
 :func:`map_dk_add_kernel`: adds the splits up in order, and adds the sum to dk in place; tokens are unique, so no two
-programs meet.
+programs meet. Where there is one split, :func:`map_dk_kernel` does that itself.
 """
 
 from __future__ import annotations
@@ -88,8 +88,15 @@ def map_dq_kernel(
 
     b_dq = tl.zeros([BM, BD], tl.float32)
     p_lse = (i_b.to(tl.int64) * heads + i_h) * M + bos + rows
-    b_lse = tl.load(lse + p_lse, mask=rows < length, other=float("inf"))
     offset = (bos + rows).to(tl.int64)[:, None]
+    if c_hi <= c_lo:
+        # No row of the tile is in a step or sees a key token: padding, mostly. Nothing is read.
+        tl.store(dlse + p_lse, tl.zeros([BM], tl.float32), mask=rows < length)
+        if HAS_DQ and not ACCUMULATE:
+            p_dq = dq + i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh + offset * stride_dqm + d[None, :]
+            store_rows(p_dq, b_dq, rows, length, D, BD)
+        return
+    b_lse = tl.load(lse + p_lse, mask=rows < length, other=float("inf"))
     p_q = q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh + offset * stride_qm + d[None, :]
     p_k = k + i_b.to(tl.int64) * stride_kb + (i_h // group_size).to(tl.int64) * stride_kh + bos.to(tl.int64) * stride_km
     b_q = load_rows(p_q, rows, length, D, BD, True)
@@ -116,13 +123,14 @@ def map_dk_kernel(
     tokens,  # (N, C)
     words,  # (N, C)
     step_of_row,  # (B, M) int32
-    partial,  # (splits, N, Hkv, C, D) float32, without the scale
+    partial,  # (splits, N, Hkv, C, D) float32, without the scale; None if DIRECT
+    dk,  # (B, Hkv, M, D), added to in place if DIRECT, else None
     cu_seqlens,  # (N + 1,) or None
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_km,
-    factor, inner, weight, window, M, N, S, C, W, splits, heads, group_size,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_km, stride_dkb, stride_dkh, stride_dkm,
+    scale, factor, inner, weight, window, M, N, S, C, W, splits, heads, group_size,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
-    PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    PER_HEAD: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(C, BC)
     i_n = tl.program_id(0) // blocks
@@ -180,8 +188,23 @@ def map_dk_kernel(
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
         b_dk = dot(ds.to(b_q.dtype), b_q, b_dk, PRECISION)
-    i_row = ((i_split * N + i_n) * tl.num_programs(1) + i_kv).to(tl.int64) * C + c
-    tl.store(partial + i_row[:, None] * D + d[None, :], b_dk, mask=(c < C)[:, None] & (d < D)[None, :])
+    if DIRECT:
+        add_at_tokens(
+            dk + i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh, stride_dkm, bos, token, word, d,
+            b_dk * scale, D,
+        )  # fmt: skip
+    else:
+        i_row = ((i_split * N + i_n) * tl.num_programs(1) + i_kv).to(tl.int64) * C + c
+        tl.store(partial + i_row[:, None] * D + d[None, :], b_dk, mask=(c < C)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def add_at_tokens(p_dk, stride_dkm, bos, token, word, d, b_dk, D: tl.constexpr):
+    """Add ``b_dk [BC, BD]`` to the rows of the key tokens, in float32, and round once."""
+    mask = (word >= 0)[:, None] & (d < D)[None, :]
+    p_dk += (bos + token).to(tl.int64)[:, None] * stride_dkm + d[None, :]
+    b_dk += tl.load(p_dk, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_dk, b_dk.to(p_dk.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RAGGED)
@@ -215,9 +238,7 @@ def map_dk_add_kernel(
         i_row = ((i_split * N + i_n) * tl.num_programs(1) + i_kv).to(tl.int64) * C + c
         total += tl.load(partial + i_row[:, None] * D + d[None, :], mask=mask, other=0.0)
     p_dk = dk + i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh
-    p_dk += (bos + token).to(tl.int64)[:, None] * stride_dkm + d[None, :]
-    total = total * scale + tl.load(p_dk, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_dk, total.to(p_dk.dtype.element_ty), mask=mask)
+    add_at_tokens(p_dk, stride_dkm, bos, token, word, d, total * scale, D)
 
 
 def map_dlse(
@@ -256,8 +277,10 @@ def map_backward(
     dq = torch.empty_like(q) if dq is None else dq
     dk = torch.zeros_like(k) if dk is None else dk
     dlse, step_of_row = _row_gradients(q, k, lse, dmaps, plan, options, cu_seqlens, dq, add_dq)
+    partial = None
     if step_of_row is not None:
-        partial = dk_partials(q, k, lse, dmaps, step_of_row, plan, options, cu_seqlens)
+        partial = dk_partials(q, k, lse, dmaps, step_of_row, plan, options, cu_seqlens, dk)
+    if partial is not None:
         N, C = plan.tokens.shape
         D = q.shape[3]
         config = configs.map_dk_add(D)
@@ -310,8 +333,10 @@ def dk_partials(
     plan: PlanTensors,
     options: Options,
     cu_seqlens: Tensor | None,
-) -> Tensor:
-    """dk of the key tokens, not yet scaled, in shares ``(splits, N, Hkv, C, D)`` float32."""
+    dk: Tensor | None = None,
+) -> Tensor | None:
+    """dk of the key tokens, not yet scaled, in shares ``(splits, N, Hkv, C, D)`` float32; None if there is one split
+    and ``dk``, to which it was added instead."""
     Hq, M, D = q.shape[1:]
     Hkv = k.shape[1]
     N, S = plan.steps.shape[:2]
@@ -322,17 +347,19 @@ def dk_partials(
     config = configs.map_dk(arch, q.dtype, D, C)
     blocks = triton.cdiv(C, config.columns)
     splits = configs.row_splits(arch, N * blocks * Hkv, triton.cdiv(M, config.rows) * (Hq // Hkv))
-    partial = q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32)
+    direct = splits == 1 and dk is not None
+    partial = None if direct else q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32)
     factor, inner = score_factors(options.scale, options.softcap)
     with torch.cuda.device_of(q):
         map_dk_kernel[(N * blocks, Hkv, splits)](
             q, k, lse.contiguous(), dmaps.float().contiguous(), plan.steps, plan.tokens, plan.word_of_token,
-            step_of_row, partial, cu_seqlens, *q.stride()[:3], *k.stride()[:3],
-            factor, inner, 1.0 if per_head else 1.0 / Hq, options.window or 0,
+            step_of_row, partial, dk if direct else None, cu_seqlens,
+            *q.stride()[:3], *k.stride()[:3], *(dk if direct else k).stride()[:3],
+            options.scale, factor, inner, 1.0 if per_head else 1.0 / Hq, options.window or 0,
             M, N, S, C, W, splits, Hq, Hq // Hkv,
             D=D, BD=triton.next_power_of_2(D), BM=config.rows, BC=config.columns,
             CAUSAL=options.causal, HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None,
-            PACKED=packed, PER_HEAD=per_head, PRECISION=dot_precision(q.dtype),
+            PACKED=packed, PER_HEAD=per_head, DIRECT=direct, PRECISION=dot_precision(q.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return partial
@@ -362,7 +389,14 @@ def variants(arch: str) -> list[configs.Variant]:
                 )  # fmt: skip
         tile = configs.map_dk(arch, dtype, D, 256)
         sizes = dict(BM=tile.rows, BC=tile.columns)
-        found.append(configs.variant(f"map_dk-{name}", map_dk_kernel, dtype, tile, wgmma, absent, **sizes, **flags))
+        for kind, direct, none in (("dk", False, "dk"), ("dk_direct", True, "partial")):
+            if kind == "dk" or name in ("bf16-d64", "bf16-d128"):
+                found.append(
+                    configs.variant(
+                        f"map_{kind}-{name}", map_dk_kernel, dtype, tile, wgmma, (*absent, none), DIRECT=direct,
+                        **sizes, **flags,
+                    )
+                )  # fmt: skip
         if name in ("bf16-d64", "bf16-d128", "bf16-d128-packed", "bf16-d256", "fp32-d128"):
             tile = configs.map_dk_add(D)
             sizes = dict(BC=tile.columns, D=D, BD=triton.next_power_of_2(D), PACKED=on["packed"])

@@ -79,6 +79,9 @@ def spans(length: int, kind: str, rng: random.Random) -> tuple[list, list]:
         return [], [[0]]
     if kind == "no_words":
         return [(0, length)], []
+    if kind == "middle":  # tiles without a step before and after, and rows of a step that see no key token yet
+        start, stop = length // 3, 2 * length // 3
+        return [(start, stop)], [[start + 9], [length - 1]]
     # Gaps, a step of no row, of one row, and one longer than a tile; words of one to three tokens in any order.
     steps, at = [], rng.randrange(min(3, length))
     for size in (min(5, length), 0, 1, length // 2, length):
