@@ -97,6 +97,16 @@ def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
     assert all(forward[key].data_ptr() == backward[key].data_ptr() for key in "qkv")
 
 
+@pytest.mark.parametrize("layout", ["bhmd", "bmhd"])
+@pytest.mark.parametrize("name", ["2", "4"])
+def test_triton_map_is_added_to_its_gradients(machine, monkeypatch, name, layout):
+    """The map kernels, interpreted, write into dq and dk as they come: transposed, packed, or a slice of wider ones."""
+    machine(*MACHINES[name])
+    monkeypatch.setattr(mk.attention.checks, "choose_backend", lambda backend, x: "triton")
+    compare("flash_attn", "some empty", FEATURES["plain"], torch.float16, layout=layout)
+    compare("flash_attn", "some empty", FEATURES["packed, window, sinks"], torch.float32, layout=layout)
+
+
 @pytest.mark.parametrize("name", ["2", "4"])
 def test_deterministic_is_passed_on(machine, name):
     machine(*MACHINES[name])
