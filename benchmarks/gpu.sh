@@ -2,19 +2,21 @@
 # What only a CUDA machine can show, in one call of less than nine minutes: the `gpu` tests, compute-sanitizer on small
 # cases, the benchmark grid. Nothing is installed.
 #
-#   benchmarks/gpu.sh [tests] [sanitizer] [bench]      all three, in this order, if none is named
+#   benchmarks/gpu.sh [tests] [sanitizer] [bench]             all three, in this order, if none is named
+#   benchmarks/gpu.sh [triton] [engines] [flex] [models]      the tests' four processes, each by itself
 #
-# Results are written as they come to ${OUT:-benchmarks/results/local}: machine.txt, tests.log, sanitizer-*.log,
-# bench.log, layer.csv, layer.json. status.txt has one line a part. A part that runs out of its time is stopped, what it
-# wrote stays, and the next one starts. The exit status is 0 if every part was right. Figures of a run whose tests failed
-# are for finding the fault, not for reporting.
+# `tests` runs those four at once: they wait for compilers on the host far more than for the GPU, whose memory they
+# share (predicted: 60 GiB at most). Results are written as they come to ${OUT:-benchmarks/results/local}: machine.txt, a log for each
+# part, layer.csv, layer.json. status.txt has one line a part. A part that runs out of its time is stopped, what it wrote
+# stays, and the next one starts. The exit status is 0 if every part was right. Figures of a run whose tests failed are
+# for finding the fault, not for reporting.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${OUT:-benchmarks/results/local}
-TESTS_SECONDS=${TESTS_SECONDS:-220}
-SANITIZER_SECONDS=${SANITIZER_SECONDS:-50} # for the cases alone, then for each tool
-BENCH_SECONDS=${BENCH_SECONDS:-160}
+TESTS_SECONDS=${TESTS_SECONDS:-240}
+SANITIZER_SECONDS=${SANITIZER_SECONDS:-40} # for the cases alone, then for each tool
+BENCH_SECONDS=${BENCH_SECONDS:-150}
 PYTHON=${PYTHON:-python3}
 
 mkdir -p "$OUT"
@@ -25,17 +27,18 @@ failed=0
 
 # limited SECONDS NAME LOG COMMAND...: run it, keep its output, note how it ended
 limited() {
-  local seconds=$1 name=$2 log=$3 begin=$SECONDS status
+  local seconds=$1 name=$2 log=$3 begin=$SECONDS status ending
   shift 3
-  timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee "$OUT/$log"
-  status=${PIPESTATUS[0]}
+  timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$OUT/$log" 2>&1
+  status=$?
   case $status in
     0) ending=passed ;;
     124 | 137) ending="stopped after $seconds s" ;;
     *) ending="failed (exit status $status)" ;;
   esac
-  [ "$status" -eq 0 ] || failed=1
+  tail -n 3 "$OUT/$log"
   echo "$name: $ending, $((SECONDS - begin)) s" | tee -a "$OUT/status.txt"
+  return "$((status != 0))"
 }
 
 machine() {
@@ -47,27 +50,51 @@ print("python", platform.python_version(), "torch", torch.__version__, "cuda", t
 print(torch.cuda.get_device_properties(0))'
 }
 
-tests() {
+# suite NAME ARGUMENTS...: some of the gpu tests, in a process of their own
+suite() {
+  local name=$1
+  shift
   # A test file that needs a package this machine has not must not keep the others from running.
-  limited "$TESTS_SECONDS" tests tests.log \
-    "$PYTHON" -m pytest -m gpu -v --durations=15 --continue-on-collection-errors -p no:cacheprovider tests
+  limited "$TESTS_SECONDS" "$name" "$name.log" "$PYTHON" -m pytest -m gpu -v --durations=15 \
+    --continue-on-collection-errors -p no:cacheprovider "$@"
+}
+
+ENGINES_FILE=tests/gpu/test_engines_hardware.py
+MODELS_FILE=tests/gpu/test_models_hardware.py
+triton() { suite triton tests --ignore "$ENGINES_FILE" --ignore "$MODELS_FILE"; }
+engines() { suite engines "$ENGINES_FILE" -k "not flex"; }
+flex() { suite flex "$ENGINES_FILE" -k flex; } # compiles for seconds a case
+# A process of several GPUs is refused by the trainer.
+models() { CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} suite models "$MODELS_FILE"; }
+
+tests() {
+  local part status=0 running=()
+  set -m # else what runs in the background ignores the interrupt that ends it with a summary
+  for part in triton engines flex models; do
+    "$part" &
+    running+=($!)
+  done
+  for part in "${running[@]}"; do wait "$part" || status=1; done
+  set +m
+  return "$status"
 }
 
 sanitizer() {
-  local tool sanitizer
+  local tool sanitizer status=0
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
   small_cases >"$OUT/sanitizer_cases.py"
   # Without the tool first: compiles the kernels, and says whether the cases themselves are in order.
-  limited "$SANITIZER_SECONDS" "sanitizer cases" sanitizer-none.log "$PYTHON" "$OUT/sanitizer_cases.py"
+  limited "$SANITIZER_SECONDS" "sanitizer cases" sanitizer-none.log "$PYTHON" "$OUT/sanitizer_cases.py" || status=1
   if [ -z "$sanitizer" ]; then
     echo "sanitizer: skipped, compute-sanitizer is not on this machine" | tee -a "$OUT/status.txt"
-    return
+    return "$status"
   fi
   for tool in memcheck racecheck; do
     # An allocation for each tensor, so that memcheck sees where one ends.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$SANITIZER_SECONDS" "sanitizer $tool" "sanitizer-$tool.log" \
-      "$sanitizer" --tool "$tool" --error-exitcode 9 "$PYTHON" "$OUT/sanitizer_cases.py"
+      "$sanitizer" --tool "$tool" --error-exitcode 9 "$PYTHON" "$OUT/sanitizer_cases.py" || status=1
   done
+  return "$status"
 }
 
 small_cases() {
@@ -117,14 +144,18 @@ bench() {
 
 for part in "$@"; do
   case $part in
-    tests | sanitizer | bench) ;;
-    *) echo "expected tests, sanitizer or bench, got $part" >&2 && exit 2 ;;
+    tests | triton | engines | flex | models | sanitizer | bench) ;;
+    *) echo "expected tests, triton, engines, flex, models, sanitizer or bench, got $part" >&2 && exit 2 ;;
   esac
 done
 [ $# -gt 0 ] || set -- tests sanitizer bench
 : >"$OUT/status.txt"
 machine 2>&1 | tee "$OUT/machine.txt"
-for part in "$@"; do "$part"; done
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "no CUDA device: every test would be skipped" | tee -a "$OUT/status.txt" >&2
+  exit 2
+fi
+for part in "$@"; do "$part" || failed=1; done
 echo "--- $OUT/status.txt"
 cat "$OUT/status.txt"
 exit "$failed"

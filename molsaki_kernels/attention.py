@@ -7,9 +7,11 @@ from torch import Tensor
 
 from . import auto, checks, ops
 from .call import AttentionCall, Options
+from .engines import flex
 from .plan import StepPlan
 
-# Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it.
+# Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it, so
+# flash_attn and flex, which can do nothing that triton and eager cannot, wait outside for theirs.
 AUTO = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
 
 
@@ -63,6 +65,9 @@ def stepwise_attention(
     checks.check_plan(plan, q, cu_seqlens)
     options = _options(q, causal, scale, window, softcap)
     name = _choose(engine, q, k, v, sinks, cu_seqlens, options)
+    if name == flex.NAME:  # differentiable as it is, lse too
+        out, lse = flex.forward(q, k, v, sinks, cu_seqlens, options)
+        return out, _map(q, k, lse, plan, cu_seqlens, options, heads, "auto")
     out, maps, _ = torch.ops.molsaki.stepwise_attention(
         q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, sinks, cu_seqlens, options.causal,
         options.scale, options.window, options.softcap, heads == "none", name, checks.choose_backend("auto", q),
@@ -114,16 +119,28 @@ def stepwise_map(
             f"lse: expected {expected} {tuple(q.shape[:3])} on {q.device}, "
             f"got {lse.dtype} {tuple(lse.shape)} on {lse.device}"
         )
-    options = _options(q, causal, scale, window, softcap)
-    return torch.ops.molsaki.stepwise_map(
-        q, k, lse, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, cu_seqlens, options.causal,
-        options.scale, options.window, options.softcap, heads == "none", checks.choose_backend(backend, q),
-    )  # fmt: skip
+    return _map(q, k, lse, plan, cu_seqlens, _options(q, causal, scale, window, softcap), heads, backend)
 
 
 def engines() -> dict[str, str]:
     """Every engine's name, with "ready" or the reason why it is not on this machine."""
     return {name: engine.available() or "ready" for name, engine in ops.ENGINES.items()}
+
+
+def _map(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: StepPlan,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    heads: str,
+    backend: str,
+) -> Tensor:
+    return torch.ops.molsaki.stepwise_map(
+        q, k, lse, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, cu_seqlens, options.causal,
+        options.scale, options.window, options.softcap, heads == "none", checks.choose_backend(backend, q),
+    )  # fmt: skip
 
 
 def _options(q: Tensor, causal: bool, scale: float | None, window: int | None, softcap: float | None) -> Options:

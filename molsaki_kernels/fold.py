@@ -51,3 +51,17 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     dout = torch.where(vanished, tiny, dout)
     step = torch.where(vanished, dlse / (tiny * dout.shape[-1]), dout * (dlse / norm.square()))
     return (out - step).to(out.dtype), dout
+
+
+def widen(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same for float16, by eight more columns of the head: ``V = 0, O = -dlse, dO = 1`` in the first of them.
+
+    Returns:
+        q, k, v, O' and dO', each ``(B, H, M, D + 8)``; the first D columns of their gradients are those asked for.
+    """
+    q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (q, k, v))
+    out = torch.cat([out, (-dlse).to(out.dtype)[..., None], out.new_zeros(*out.shape[:-1], 7)], -1)
+    dout = torch.cat([dout, torch.ones_like(dout[..., :1]), dout.new_zeros(*dout.shape[:-1], 7)], -1)
+    return q, k, v, out, dout

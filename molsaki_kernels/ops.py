@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import stepmap
 from .call import Options, PlanTensors
-from .engines import eager, sdpa, triton
+from .engines import eager, flash_attn, flex, sdpa, triton
 
-ENGINES = {engine.NAME: engine for engine in (triton, sdpa, eager)}
+ENGINES = {engine.NAME: engine for engine in (triton, flash_attn, flex, sdpa, eager)}
 
 
 @torch.library.custom_op("molsaki::stepwise_attention", mutates_args=())
@@ -280,7 +280,9 @@ def _promised(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], engine:
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """x in the strides that the fake promised."""
-    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
+    if all(n == 1 or given == wanted for n, given, wanted in zip(x.shape, x.stride(), strides, strict=True)):
+        return x.as_strided(x.shape, strides)  # of a dimension of one entry any stride is right: the packed batch
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _fake_map(q: Tensor, steps: Tensor, num_words: int, per_head: bool) -> Tensor:

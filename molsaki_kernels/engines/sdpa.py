@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttentionCall, Options
-from ..fold import fold
+from ..fold import fold, widen
 
 NAME = "sdpa"
 aten = torch.ops.aten
@@ -44,6 +44,8 @@ def why_not(call: AttentionCall) -> str | None:
         return f"CUDA flash attention takes head_dim in multiples of 8 up to {limit}, not {call.head_dim}"
     if call.options.window is not None and not call.options.causal:
         return "CUDA flash attention has no window without causality"
+    if call.options.scale <= 0:
+        return f"CUDA flash attention takes a positive scale, not {call.options.scale}"
     return None
 
 
@@ -84,9 +86,7 @@ def backward(
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     if dlse is not None and q.dtype == torch.float16:
         D = q.shape[-1]
-        q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (q, k, v))
-        out = torch.cat([out, (-dlse).to(out.dtype)[..., None], out.new_zeros(*out.shape[:-1], 7)], -1)
-        dout = torch.cat([dout, torch.ones_like(dout[..., :1]), dout.new_zeros(*dout.shape[:-1], 7)], -1)
+        q, k, v, out, dout = widen(q, k, v, out, dout, dlse)
         dq, dk, dv = _cuda_backward(dout, q, k, v, out, lse, cu_seqlens, options)
         return dq[..., :D], dk[..., :D], dv[..., :D]
     if dlse is not None:
