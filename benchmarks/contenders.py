@@ -43,7 +43,7 @@ def contenders(device: torch.device, shape: Shape) -> list[Contender]:
 
 def fits_eager(shape: Shape, device: torch.device) -> bool:
     """Whether the weights of eager attention, in float32, leave room for the copies it makes of them."""
-    return shape.batch * shape.q_heads * shape.tokens**2 * 4 < (2 << 30 if device.type == "cpu" else 12 << 30)
+    return shape.batch * shape.q_heads * shape.tokens**2 * 4 < (2 << 30 if device.type == "cpu" else 6 << 30)
 
 
 def with_lse(inputs: Inputs) -> Inputs:

@@ -124,7 +124,7 @@ def measured(
             each = [lambda c=contender, x=x: step(c, x, backward) for x in sets]
             try:
                 each[0]()
-                functions[name] = captured(each) if mode == "graph" else lambda each=each: [call() for call in each]
+                functions[name] = captured(each) if mode == "graph" else in_turn(each)
             except Exception as reason:  # whatever one contender raises is not the end of the others
                 said = f"{shape.name}: {name} ({mode}) cannot: {(str(reason).splitlines() or ['?'])[0]}"
                 print(said)
@@ -153,6 +153,16 @@ def make_sets(shape: Shape, device: torch.device) -> list[Inputs]:
     """As many inputs as do not fit in the L2 together, so that no call finds its own there; one on a CPU."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     return [with_lse(shape.inputs(device, seed)) for seed in range(shape.sets(cache))]
+
+
+def in_turn(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """All the calls, none of whose results outlives it."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def modes(shape: Shape, device: torch.device) -> list[str]:

@@ -156,7 +156,7 @@ def step_bars(rows: list[dict]) -> Figure:
             heights = [values.get((group, name), 0) for group in groups]
             at = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
             bars = ax.bar(at, heights, width, label=name, color="black" if name == "eager" else (*OURS, *PLAIN)[i % 10])
-            ax.bar_label(bars, [f"{h:.3g}" if h else "" for h in heights], fontsize=6)
+            ax.bar_label(bars, [f"{h:,.0f}" if h >= 100 else f"{h:.3g}" if h else "" for h in heights], fontsize=6)
         ax.set_xticks(range(len(groups)), groups)
         finish(ax, "", quantities[quantity])
     legend(figure, axes)
