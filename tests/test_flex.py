@@ -17,7 +17,7 @@ import molsaki_kernels as mk
 from molsaki_kernels import reference
 from molsaki_kernels.call import AttentionCall, Options
 from molsaki_kernels.engines import flex
-from tests.test_attention import DTYPES, FEATURES, PLANS, compare, inputs, run
+from tests.test_attention import FEATURES, PLANS, compare, inputs, run
 from tests.tiny import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -33,10 +33,15 @@ def on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature):
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.bfloat16):
         compare("flex", "ragged", FEATURES[feature], dtype)
-    for dtype in DTYPES[::2]:
         compare("flex", "ragged", FEATURES[feature], dtype, source="maps")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("feature", ["everything", "packed, window, sinks"])
+def test_other_dtypes(feature, dtype):
+    compare("flex", "ragged", FEATURES[feature], dtype)
 
 
 def test_output_as_the_only_gradient():
@@ -107,7 +112,7 @@ def test_compile_with_changing_numbers():
     tensors, plan, _ = inputs("ragged", torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(mk.stepwise_attention, fullgraph=True, backend="aot_eager")
-    for softcap, scale, window in ((3.0, 0.3, 9), (4.0, 0.4, 12), (5.0, 0.5, 14)):
+    for softcap, scale, window in ((3.0, 0.3, 9), (4.0, 0.4, 12)):
         options = dict(softcap=softcap, scale=scale, window=window)
         a = run(mk.stepwise_attention, tensors, plan, None, options, torch.float32, engine="eager")
         b = run(compiled, tensors, plan, None, options, torch.float32, engine="flex")
