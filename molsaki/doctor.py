@@ -21,13 +21,14 @@ REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", 
 
 
 def report() -> dict:
-    """Everything ``molsaki doctor`` prints: ``machine``, ``packages``, ``devices``, ``engines`` and ``optional``.
+    """What ``molsaki doctor`` prints: ``machine``, ``packages``, ``devices``, ``engines``, ``auto`` and ``optional``.
 
     Values are versions, numbers or "ready"; where something is missing, the reason.
     """
     import torch
 
     import molsaki_kernels
+    from molsaki_kernels.attention import AUTO
 
     compiler = next((shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name), None)
     return {
@@ -41,6 +42,7 @@ def report() -> dict:
         "packages": {name: _version(name) or "not installed" for name in ("molsaki-kernels", *REQUIRED)},
         "devices": _devices(torch),
         "engines": molsaki_kernels.engines(),
+        "auto": {device: ", then ".join(names) for device, names in AUTO.items()},
         "optional": {
             name: _version(name) or f"not installed: needed for {purpose}" for name, purpose in OPTIONAL.items()
         },

@@ -280,6 +280,8 @@ def _promised(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], engine:
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """x in the strides that the fake promised."""
+    if x.stride() == strides:
+        return x
     if all(n == 1 or given == wanted for n, given, wanted in zip(x.shape, x.stride(), strides, strict=True)):
         return x.as_strided(x.shape, strides)  # of a dimension of one entry any stride is right: the packed batch
     return x.new_empty_strided(x.shape, strides).copy_(x)

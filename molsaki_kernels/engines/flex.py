@@ -68,7 +68,7 @@ def forward(
         q,
         k,
         v,
-        score_mod=None if options.softcap is None else _capped(options.softcap),
+        score_mod=None if options.softcap is None else _capped(options.softcap, q),
         block_mask=_mask(q, cu_seqlens, options),
         scale=options.scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -81,10 +81,15 @@ def forward(
 def _compiled():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS)(torch.compile(flex_attention, fullgraph=True))
+    # A softcap that changes must not become a symbol: no score_mod can hold one.
+    settings = torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, specialize_float=True)
+    return settings(torch.compile(flex_attention, fullgraph=True))
 
 
-def _capped(softcap: float):
+def _capped(softcap: float | Tensor, q: Tensor):
+    if torch.compiler.is_compiling():  # where it may be a symbol already
+        softcap = torch.full((), softcap, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+
     def score_mod(score, batch, head, row, column):
         return softcap * torch.tanh(score / softcap)
 
