@@ -6,10 +6,11 @@
 #   benchmarks/gpu.sh [triton] [engines] [flex] [models]      the tests' four processes, each by itself
 #
 # `tests` runs those four at once: they wait for compilers on the host far more than for the GPU, whose memory they
-# share (predicted: 60 GiB at most). Results are written as they come to ${OUT:-benchmarks/results/local}: machine.txt, a log for each
-# part, layer.csv, layer.json. status.txt has one line a part. A part that runs out of its time is stopped, what it wrote
-# stays, and the next one starts. The exit status is 0 if every part was right. Figures of a run whose tests failed are
-# for finding the fault, not for reporting.
+# share (predicted: 60 GiB at most). `bench` measures the most telling shapes first; another call with the layer.csv of
+# the one before in OUT measures what is left. Results are written as they come to ${OUT:-benchmarks/results/local}:
+# machine.txt, a log for each part, layer.csv, layer.json. status.txt has one line a part. A part that runs out of its
+# time is stopped, what it wrote stays, and the next one starts. The exit status is 0 if every part was right. Figures
+# of a run whose tests failed are for finding the fault, not for reporting.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -139,7 +140,7 @@ EOF
 
 bench() {
   limited "$BENCH_SECONDS" bench bench.log \
-    "$PYTHON" -m benchmarks.layer --device cuda --csv "$OUT/layer.csv" --json "$OUT/layer.json"
+    "$PYTHON" -m benchmarks.layer --device cuda --limit $((BENCH_SECONDS - 10)) --csv "$OUT/layer.csv" --json "$OUT/layer.json"
 }
 
 for part in "$@"; do

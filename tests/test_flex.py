@@ -126,7 +126,7 @@ def test_one_compilation_for_each_softcap(monkeypatch):
     monkeypatch.setattr(flex_api, "_validate_device", lambda *tensors: None)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **kw: compile(function, backend="aot_eager", **kw))
-    flex._compiled.cache_clear()
+    flex.compiled.cache_clear()
     torch._dynamo.reset()
     q = torch.randn(1, 2, 20, 16, requires_grad=True)
     try:
@@ -138,7 +138,7 @@ def test_one_compilation_for_each_softcap(monkeypatch):
             (dq,) = torch.autograd.grad(lse.square().sum(), q)
             torch.testing.assert_close(dq, torch.autograd.grad(expected.square().sum(), q)[0], rtol=1e-4, atol=1e-4)
     finally:
-        flex._compiled.cache_clear()
+        flex.compiled.cache_clear()
 
 
 LENGTHS = {

@@ -63,7 +63,7 @@ def forward(
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     # Uncompiled in a caller that is being compiled as a whole.
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled()
+    attend = flex_attention if torch.compiler.is_compiling() else compiled()
     out, auxiliary = attend(
         q,
         k,
@@ -78,7 +78,8 @@ def forward(
 
 
 @functools.cache
-def _compiled():
+def compiled():
+    """``flex_attention``, compiled; an error where it could not be, never the one that materialises."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # A softcap that changes must not become a symbol: no score_mod can hold one.
@@ -102,7 +103,7 @@ def _mask(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> BlockMask |
     if torch.compiler.is_compiling():
         return _make_mask(M, causal, window, q.device, cu_seqlens)
     if cu_seqlens is None:
-        return _kept_mask(M, causal, window, q.device)
+        return kept_mask(M, causal, window, q.device)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():  # a replay has to follow what cu_seqlens holds then
         return _make_mask(M, causal, window, q.device, cu_seqlens)
     version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
@@ -118,7 +119,8 @@ def _mask(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> BlockMask |
 
 
 @functools.lru_cache(maxsize=16)
-def _kept_mask(M: int, causal: bool, window: int | None, device: torch.device) -> BlockMask | None:
+def kept_mask(M: int, causal: bool, window: int | None, device: torch.device) -> BlockMask | None:
+    """The block mask of a geometry, made once; None if every key is visible."""
     with torch.inference_mode(False):
         return _make_mask(M, causal, window, device, None)
 
