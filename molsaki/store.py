@@ -38,7 +38,7 @@ NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # in
 HEAD = "molsaki"  # the one entry of a file's metadata: safetensors writes several in no fixed order
 UNSUMMED = "0" * 64  # stands in the checksum's place while the checksum is made
 DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1"}
-OPEN_SHARDS = 16  # kept open for random access
+OPEN_SHARDS = 128  # kept open for random access; each holds a file descriptor
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 MEND = "run molsaki extract again with the same options to mend it"
 
@@ -312,8 +312,10 @@ class Store:
             return Entry(name, text, reason=left_out[str(row)])
         start, stop = arrays["offsets"][row : row + 2].tolist()
         maps = torch.from_numpy(arrays["values"][start:stop].reshape(shape).copy())
-        weights = None if self.all_layers else torch.from_numpy(arrays["weights"][arrays["weight_row"][row]].copy())
-        return Entry(name, text, maps, weights)
+        if self.all_layers:
+            return Entry(name, text, maps)
+        weights = arrays["weights"][np.count_nonzero(arrays["shapes"][:row, 1] >= 0)]
+        return Entry(name, text, maps, torch.from_numpy(weights.copy()))
 
     def _shard(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """A shard's arrays, pages of which are read when they are looked at, and why rows are left out."""
@@ -328,7 +330,6 @@ class Store:
             _refuse(path, self._store)
             self._seen[number] = state
         arrays, head = _read(path)
-        arrays["weight_row"] = (arrays["shapes"][:, 1] >= 0).cumsum() - 1
         self._open[number] = arrays, head["left_out"]
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)

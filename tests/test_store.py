@@ -110,8 +110,9 @@ def test_few_shards_stay_open(tmp_path, monkeypatch):
     assert len(store._open) == 2
 
 
-def test_memory_does_not_grow_with_the_store(tmp_path):
+def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
     """What reading all of it leaves in memory: a few bytes a shard. A list of the names would be 60 an example."""
+    monkeypatch.setattr(store_module, "OPEN_SHARDS", 16)
     kept = []
     for count in (2048, 8192):
         folder = tmp_path / str(count)
