@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from tiny import one_thread  # noqa: F401
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from molsaki import extract as extract_module
 from molsaki.cli import main
@@ -373,7 +374,11 @@ def test_a_teacher_spread_over_devices(tmp_path, device_map):
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
 def test_a_quantised_teacher(tmp_path, quantize):
     pytest.importorskip("bitsandbytes")
-    teacher = tiny.save(tmp_path / "teacher", 3, OTHER, seed=1)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, initializer_range=0.2)
+    teacher = tmp_path / "teacher"
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(OTHER), num_hidden_layers=3, **sizes)).save_pretrained(teacher)
+    OTHER.save_pretrained(teacher)
     options = config(tmp_path, teacher=str(teacher), quantize=quantize)
     extract(options)
     stored = Store(tmp_path / "store")
