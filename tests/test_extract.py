@@ -307,6 +307,11 @@ def test_two_processes(tmp_path, tmp_path_factory):
     assert files(tmp_path / "two") == whole
 
     started = processes.by_hand("lose_extract", 1, 2, *flags, "--store", tmp_path / "lost")
+    started[0].send_signal(signal.SIGSTOP)  # so that the other is the first to have something to lose
+    limit = time.monotonic() + processes.LIMIT
+    while not (tmp_path / "lost" / "shard-00000.safetensors").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    started[0].send_signal(signal.SIGCONT)
     outputs = [process.communicate(timeout=processes.LIMIT) for process in started]
     assert [process.returncode for process in started] == [0, -signal.SIGKILL], outputs
     assert "examples: 24" in outputs[0][0]
