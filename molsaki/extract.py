@@ -138,8 +138,9 @@ def _run(
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids = torch.full(mask.shape, pad)
     input_ids[mask] = torch.tensor([id for text in texts for id in text.input_ids])
-    plan = StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts])
-    maps = teacher_maps(teacher, input_ids, mask.long(), plan)
+    device = _device(teacher)
+    plan = StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts]).to(device)
+    maps = teacher_maps(teacher, input_ids.to(device), mask.long().to(device), plan)
     weights: list[Tensor | None] = [None] * len(texts)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
@@ -184,9 +185,9 @@ def _fingerprint_data(examples: Sequence[Example]) -> str:
 @torch.no_grad()
 def teacher_maps(teacher: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, plan: StepPlan) -> Tensor:
     """The teacher's map of every layer, ``(N, L, S, W)`` float32, for a right-padded batch; computes no logits."""
-    decoder, device = teacher.base_model, _device(teacher)
-    with capture(decoder, plan.to(device)) as record:
-        decoder(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    decoder = teacher.base_model
+    with capture(decoder, plan) as record:
+        decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return record.maps
 
 
