@@ -59,7 +59,10 @@ def load_model(
         ImportError: bitsandbytes is needed and not installed.
     """
     if isinstance(device_map, str) and device_map.startswith("{"):
-        device_map = json.loads(device_map)
+        try:
+            device_map = json.loads(device_map)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--device_map: expected a name or JSON, got {device_map!r}: {error}") from None
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device_map}
     if quantize != "none":
         if importlib.util.find_spec("bitsandbytes") is None:

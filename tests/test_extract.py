@@ -407,6 +407,8 @@ def test_quantising_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(ImportError, match="--quantize: 4bit needs the package bitsandbytes, which is not installed"):
         extract(config(tmp_path, teacher=str(teacher), quantize="4bit"))
+    with pytest.raises(ValueError, match="--device_map: expected a name or JSON, got '{cpu}'"):
+        extract(config(tmp_path, teacher=str(teacher), device_map="{cpu}"))
     with pytest.raises(ValueError, match="quantize: expected one of none, 8bit, 4bit, got '2bit'"):
         config(tmp_path, quantize="2bit")
 
