@@ -78,17 +78,17 @@ def _store(argv: list[str]) -> int:
     parser.add_argument("folder", help="folder of the store")
     parser.add_argument("-n", type=int, default=3, help="head: how many examples")
     args = parser.parse_args(argv)
-    from molsaki.store import Store
+    from molsaki.store import Store, verify
 
-    store = Store(args.folder)
     if args.action == "verify":
-        faults = store.verify()
-        print("\n".join(faults) or f"{len(store)} examples in {len(store.index['shards'])} shards, all whole")
+        faults = verify(args.folder)
+        store = None if faults else Store(args.folder)
+        print("\n".join(faults) if store is None else f"{len(store)} examples in {store.num_shards} shards, all whole")
         return 1 if faults else 0
+    store = Store(args.folder)
     if args.action == "info":
-        size = sum(shard["bytes"] for shard in store.index["shards"])
-        counts = {"left_out": store.index["left_out"], "shards": len(store.index["shards"]), "bytes": size}
-        _print(store.description | counts | {"bytes_per_example": size / len(store)})
+        counts = {"left_out": store.left_out, "shards": store.num_shards, "bytes": store.num_bytes}
+        _print(store.description | counts | {"bytes_per_example": store.num_bytes / max(len(store), 1)})
         return 0
     for entry in itertools.islice(store, args.n):
         shape = f"left out: {entry.reason}" if entry.maps is None else "map " + " x ".join(map(str, entry.maps.shape))

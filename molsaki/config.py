@@ -96,8 +96,22 @@ class ExtractConfig(TextOptions, MixtureOptions):
     batch_tokens: int = option(8192, "Tokens, padding included, in one forward pass of the teacher.")
     shard_size: int = option(1024, "Examples in one file of the store, and the most work an interruption can lose.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The teacher's floating-point type.")
-    device_map: str | None = option(None, "How the teacher is spread over devices, as in from_pretrained; e.g. auto.")
+    device_map: dict | str | None = option(
+        None,
+        "How a teacher larger than one device is spread, as in from_pretrained: auto (all devices, then memory, then "
+        "disk), or JSON of modules and devices. Each process needs devices of its own (CUDA_VISIBLE_DEVICES).",
+    )
+    quantize: Literal["none", "8bit", "4bit"] = option(
+        "none", "Load the teacher with linear layers of so many bits (needs bitsandbytes)."
+    )
     limit: int | None = option(None, "Use only the first so many examples.")
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("batch_tokens", "shard_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 @dataclasses.dataclass

@@ -7,9 +7,13 @@ answer and the end token.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import dataclasses
 import json
+import os
+import pickle
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,11 +27,12 @@ from transformers import PreTrainedTokenizerBase
 from molsaki.answers import same_answer
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.segment import Spans, segment
-from molsaki.store import Entry, Store, fingerprint_spans
+from molsaki.store import Entry, Store, fingerprint_spans, id_key
 from molsaki.tokens import Encoded, TooLong, encode, fit, prompt
 from molsaki_kernels import StepPlan
 
 IGNORE = -100  # the label of a token that is not predicted
+KEPT = 1 << 16  # tokenized examples that a data set keeps in memory, about 1 KB each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,39 @@ class Example:
     is_right: bool = True
 
 
-def read_examples(path: str | Path, rationale: bool = True) -> list[Example]:
+class Examples(Sequence[Example]):
+    """Examples of JSON lines files, each read from the disk when it is asked for; 14 bytes an example are in memory.
+
+    A slice is one too. What a file held at first is what counts: reading from one that has changed is an error.
+    """
+
+    def __init__(self, paths: Sequence[Path], files: np.ndarray, offsets: np.ndarray, lines: np.ndarray):
+        self._paths, self._states = paths, [_state(path) for path in paths]
+        self._files, self._offsets, self._lines = files, offsets, lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Examples(self._paths, self._files[index], self._offsets[index], self._lines[index])
+        number = int(self._files[index])
+        path = self._paths[number]
+        with path.open("rb") as file:
+            if _state(file.fileno()) != self._states[number]:
+                raise ValueError(f"{path}: has changed since it was opened; run again")
+            file.seek(self._offsets[index])
+            return _example(json.loads(file.readline()), str(path), str(self._lines[index]), False)
+
+
+def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Sequence[Example]:
     """Read JSON lines with ``question``, ``answer`` or ``gold``, ``rationale``, and maybe ``id, keywords, choices``.
 
-    Numbers are taken as answers too. Blank lines are left out. A missing ``id`` becomes the line's number.
+    Numbers are taken as answers too. Blank lines are left out. A missing ``id`` becomes the line's number. Every line
+    is checked here, but none is kept in memory.
 
     Args:
+        path: one file, or several whose ids differ.
         rationale: whether a line without a ``rationale`` is an error; an empty one never is (see :func:`prepare`).
 
     Raises:
@@ -60,29 +92,51 @@ def read_examples(path: str | Path, rationale: bool = True) -> list[Example]:
         ValueError, TypeError: the file is empty, a line is not a JSON object, a field is missing, blank or of the
             wrong type, or an id is there twice; the message names the file, the line and the field.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    examples, lines = [], {}
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON: {error.msg} at character {error.pos + 1}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            example = _example(row, where, str(number), rationale)
-            if example.id in lines:
-                raise ValueError(f"{where}: id {example.id!r} is line {lines[example.id]}'s already")
-            lines[example.id] = number
-            examples.append(example)
-    if not examples:
-        raise ValueError(f"{path}: holds no examples")
-    return examples
+    paths = [Path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
+    files, offsets, lines, keys = array("h"), array("q"), array("i"), array("q")
+    for number, one in enumerate(paths):
+        if not one.is_file():
+            raise FileNotFoundError(f"{one}: no such file")
+        before = len(lines)
+        with one.open("rb") as file:
+            offset = 3 * (file.read(3) == codecs.BOM_UTF8)
+            file.seek(offset)
+            for line_number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{one}:{line_number}"
+                    example = _example(_parse(line, where), where, str(line_number), rationale)
+                    for column, value in (
+                        (files, number), (offsets, offset), (lines, line_number), (keys, id_key(example.id)),
+                    ):  # fmt: skip
+                        column.append(value)
+                offset += len(line)
+        if len(lines) == before:
+            raise ValueError(f"{one}: holds no examples")
+    found = Examples(paths, np.array(files), np.array(offsets), np.array(lines))
+    order = np.argsort(np.array(keys), kind="stable")
+    repeated = np.flatnonzero(np.diff(np.array(keys)[order]) == 0)
+    for at in repeated[order[repeated + 1].argsort()][:1]:
+        first, second = order[at : at + 2]
+        there = f"{lines[first]}" if files[first] == files[second] else f"{lines[first]} of {paths[files[first]]}"
+        raise ValueError(f"{paths[files[second]]}:{lines[second]}: id {found[second].id!r} is line {there}'s already")
+    return found
+
+
+def _state(file: Path | int) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
+
+
+def _parse(line: bytes, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON: {error.msg} at character {error.pos + 1}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid UTF-8: {error.reason} at byte {error.start + 1}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _example(row: dict, where: str, default_id: str, rationale: bool) -> Example:
@@ -179,13 +233,16 @@ def cut(example: Example, options: TextOptions, sides: Sequence[Side]) -> tuple[
     if options.drop_wrong and not example.is_right:
         raise LeftOut("wrong answer")
     whole = spans_of(example, options)
+    encoded = [encode(whole, side.tokenizer, template=side.template) for side in sides]
+    if all(side.room is None or len(e.input_ids) <= side.room for side, e in zip(sides, encoded, strict=True)):
+        return whole, encoded, False
     try:
         spans = fit(whole, *((side.tokenizer, side.template, side.room) for side in sides))
     except TooLong:
         raise LeftOut("question longer than max_length") from None
-    if spans != whole and options.too_long == "skip":
+    if options.too_long == "skip":
         raise LeftOut("text longer than max_length")
-    return spans, [encode(spans, side.tokenizer, template=side.template) for side in sides], spans != whole
+    return spans, [encode(spans, side.tokenizer, template=side.template) for side in sides], True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +276,58 @@ class Row:
     teacher: Text | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokenizing:
+    """How an example becomes a `Row`: the options, the sides, and the template of the answer task."""
+
+    options: TextOptions
+    student: Side
+    teacher: Side | None
+    predict_template: str
+
+    def __call__(self, example: Example) -> Row:
+        """Raises `LeftOut` as `cut` does, or if the answer task is too long."""
+        student, teacher = self.student, self.teacher
+        spans, encoded, is_cut = cut(example, self.options, [student] if teacher is None else [student, teacher])
+        end = student.tokenizer.eos_token_id
+        predict = encode_predict(example, student.tokenizer, student.template, self.predict_template)
+        row = Row(
+            example.id,
+            spans,
+            Text.of(encoded[0], end, is_cut),
+            Text.of(predict, end),
+            None if teacher is None else Text.of(encoded[1], teacher.tokenizer.eos_token_id, is_cut),
+        )
+        if student.max_length is not None and len(row.predict.input_ids) > student.max_length:
+            raise LeftOut("answer task longer than max_length")
+        return row
+
+
+class Rows(Sequence[Row]):
+    """Examples that are tokenized when they are asked for; the first `KEPT` are kept. Memory does not grow with more.
+
+    Args:
+        examples: as `read_examples` gives them.
+        used: ``(N,)`` the numbers of those that are rows.
+        tokenizing: what makes a row of one.
+        kept: pickles of the first rows.
+    """
+
+    def __init__(self, examples: Sequence[Example], used: np.ndarray, tokenizing: Tokenizing, kept: list[bytes]):
+        self._examples, self._used, self._tokenizing, self._kept = examples, used, tokenizing, kept
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index < len(self._kept):
+            return pickle.loads(self._kept[index])
+        return self._tokenizing(self._examples[int(self._used[index])])
+
+
 class DistillDataset(Dataset):
     """Tokenized examples, with the teacher's stored maps where there is a store. Picklable.
 
@@ -228,10 +337,12 @@ class DistillDataset(Dataset):
         without_words: how many of ``rows`` have no key word: they train the two tasks, but have no map.
     """
 
-    def __init__(self, rows: list[Row], skipped: collections.Counter, store: Store | None = None):
+    def __init__(
+        self, rows: Sequence[Row], skipped: collections.Counter, store: Store | None = None, without_words: int = 0
+    ):
         self.rows = rows
         self.skipped = skipped
-        self.without_words = sum(not row.explain.words for row in rows)
+        self.without_words = without_words
         self.store = store
 
     def __len__(self) -> int:
@@ -255,7 +366,7 @@ def prepare(
     predict_template: str = PREDICT_TEMPLATE,
     store: Store | None = None,
 ) -> DistillDataset:
-    """Tokenize examples for both tasks of the student and for the teacher.
+    """Tokenize examples for both tasks of the student and for the teacher: once here, to check and count them all.
 
     Examples without key words are kept and counted. Left out and counted are those without a rationale, those too long
     for a side (unless ``options.too_long == "cut"``) and, if ``options.drop_wrong``, those with a wrong rationale.
@@ -267,26 +378,25 @@ def prepare(
     Raises:
         ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
     """
-    skipped = collections.Counter()
-    sides = [student] if teacher is None else [student, teacher]
-    end = student.tokenizer.eos_token_id
-    rows = []
-    for example in tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2):
+    text_options = {field.name: getattr(options, field.name) for field in dataclasses.fields(TextOptions)}
+    tokenizing = Tokenizing(TextOptions(**text_options), student, teacher, predict_template)
+    skipped: collections.Counter[str] = collections.Counter()
+    used, kept, without_words = array("i"), [], 0
+    for number, example in enumerate(tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2)):
         try:
-            spans, encoded, is_cut = cut(example, options, sides)
-            predict = Text.of(encode_predict(example, student.tokenizer, student.template, predict_template), end)
-            if student.max_length is not None and len(predict.input_ids) > student.max_length:
-                raise LeftOut("answer task longer than max_length")
+            row = tokenizing(example)
             if store is not None:
-                _check_stored(store, example.id, spans)
+                _check_stored(store, example.id, row.spans)
         except LeftOut as reason:
             skipped[str(reason)] += 1
             continue
-        taught = None if teacher is None else Text.of(encoded[1], teacher.tokenizer.eos_token_id, is_cut)
-        rows.append(Row(example.id, spans, Text.of(encoded[0], end, is_cut), predict, taught))
-    if not rows:
+        used.append(number)
+        without_words += not row.explain.words
+        if len(kept) < KEPT:
+            kept.append(pickle.dumps(row))
+    if not used:
         raise ValueError(all_left_out(skipped))
-    return DistillDataset(rows, skipped, store)
+    return DistillDataset(Rows(examples, np.array(used), tokenizing, kept), skipped, store, without_words)
 
 
 def all_left_out(skipped: collections.Counter) -> str:

@@ -1,7 +1,8 @@
 """Runs the white-box teacher once over a data set and stores its maps: all that training needs of it.
 
-No logits are computed. Texts of like length share a forward pass; a finished shard is never computed again. Processes
-started by torchrun or ``accelerate launch`` take a share of the shards each.
+No logits are computed. Texts of like length share a forward pass; a finished shard is never computed again. Of several
+processes, started by torchrun, ``accelerate launch`` or by hand, each takes the next shard that nobody has; they do not
+talk to each other, and the others make what a lost one left.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,27 +39,28 @@ def extract(
         teacher, tokenizer: used in place of loading ``config.teacher``.
 
     Returns:
-        What was done: ``examples``, ``left_out`` by reason, ``tokens_per_second`` of this process, ``finished`` (all
-        shards are there, also those of other processes), ``bytes_per_example``.
+        What was done: ``examples``, ``left_out`` by reason, ``bytes_per_example`` of the whole store;
+        ``shards_written``, ``tokens`` and ``tokens_per_second`` of this process.
 
     Raises:
         ValueError, TypeError, OSError: a flag, file or field is not as described, or the store is of something else.
     """
     require(config, "data_files", "store")
-    examples = [example for path in config.data_files for example in read_examples(path)][: config.limit]
-    repeated = [id for id, count in collections.Counter(e.id for e in examples).items() if count > 1]
-    if repeated:
-        raise ValueError(f"--data_files: id {repeated[0]!r} is in two files; ids name examples in the store")
+    examples = read_examples(config.data_files)[: config.limit]
+    rank = int(os.environ.get("RANK", 0))
     if teacher is None:
         require(config, "teacher")
-        teacher = load_model(config.teacher, "--teacher", config.dtype, config.device_map)
+        device_map = config.device_map
+        if device_map is None and config.quantize != "none" and torch.cuda.is_available():
+            device_map = {"": _local_device()}
+        teacher = load_model(config.teacher, "--teacher", config.dtype, device_map, config.quantize)
         tokenizer = load_tokenizer(config.teacher, "--teacher")
     check_tokenizer(tokenizer, "--teacher")
-    if config.device_map is None and torch.cuda.is_available():
-        teacher.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if config.device_map is None and config.quantize == "none" and torch.cuda.is_available():
+        teacher.to(_local_device())
     teacher.eval().set_attn_implementation(NAME)
 
-    layers, _ = probe(teacher)
+    layers, _ = probe(teacher.base_model)
     side = Side(tokenizer, config.teacher_template, config.teacher_max_length or context_length(teacher.config))
     sides, student_layers = [side], None
     if config.student is not None:
@@ -75,52 +76,53 @@ def extract(
     )  # fmt: skip
     mixture = None if config.all_layers else mixture_of(config, layers, student_layers or 1, 1)
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = [shard for shard in writer.missing() if shard % world == rank]
-    skipped, tokens, start = collections.Counter(), 0, time.perf_counter()
-    total = sum(len(writer.examples_of(shard)) for shard in mine)
-    with tqdm(total=total, unit="example", desc="extract", position=rank) as bar:
-        for shard in mine:
+    missing = writer.missing()
+    written, tokens, seconds, start = 0, 0, 0.0, time.perf_counter()
+    total = sum(len(writer.examples_of(shard)) for shard in missing)
+    with tqdm(total=total, unit="example", desc="extract", disable=rank != 0) as bar:
+        for shard in writer.claim(missing):
+            bar.update(max(missing.index(shard) * config.shard_size - bar.n, 0))  # what other processes took
             entries: dict[int, Entry] = {}
-            texts: list[tuple[int, int, Encoded]] = []
+            texts: list[tuple[int, Encoded]] = []
             for number in writer.examples_of(shard):
+                example = examples[number]
                 try:
-                    spans, encoded, _ = cut(examples[number], config, sides)
-                    texts.append((number, fingerprint_spans(spans), encoded[0]))
+                    spans, encoded, _ = cut(example, config, sides)
+                    entries[number] = Entry(example.id, fingerprint_spans(spans))
+                    texts.append((number, encoded[0]))
                 except LeftOut as reason:
-                    text = fingerprint_spans(spans_of(examples[number], config))
-                    entries[number] = Entry(examples[number].id, text, reason=str(reason))
-                    skipped[str(reason)] += 1
+                    text = fingerprint_spans(spans_of(example, config))
+                    entries[number] = Entry(example.id, text, reason=str(reason))
                     bar.update()
             for batch in _batches(texts, config.batch_tokens):
-                for (number, text, _), maps, weights in zip(
-                    batch, *_run(teacher, mixture, [e for _, _, e in batch], tokenizer.pad_token_id), strict=True
-                ):
-                    entries[number] = Entry(examples[number].id, text, maps, weights)
-                tokens += sum(len(encoded.input_ids) for _, _, encoded in batch)
+                found = _run(teacher, mixture, [encoded for _, encoded in batch], tokenizer.pad_token_id)
+                for (number, _), maps, weights in zip(batch, *found, strict=True):
+                    entries[number] = entries[number]._replace(maps=maps, weights=weights)
+                tokens += sum(len(encoded.input_ids) for _, encoded in batch)
+                seconds = time.perf_counter() - start
                 bar.update(len(batch))
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s here")
             writer.write(shard, [entries[number] for number in writer.examples_of(shard)])
-    seconds = time.perf_counter() - start
-    finished = writer.finish()
-    result = {"store": config.store, "examples": len(examples), "shards_written": len(mine), "finished": finished}
-    if tokens:
-        result |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
-    if finished:
-        index = Store(config.store).index
-        result["left_out"] = index["left_out"]
-        if sum(index["left_out"].values()) == len(examples):
-            raise ValueError(all_left_out(collections.Counter(index["left_out"])))
-        size = sum(path.stat().st_size for path in Path(config.store).iterdir())
-        result["bytes_per_example"] = size / len(examples)
-    return result
+            written += 1
+        bar.update(total - bar.n)
+    writer.finish()
+    store = Store(config.store)
+    if sum(store.left_out.values()) == len(examples):
+        raise ValueError(all_left_out(collections.Counter(store.left_out)))
+    result = {"store": config.store, "examples": len(examples), "left_out": store.left_out}
+    result |= {"bytes_per_example": store.num_bytes / len(examples), "shards_written": written, "tokens": tokens}
+    return result | ({"tokens_per_second": tokens / seconds} if tokens else {})
 
 
-def _batches(texts: list[tuple[int, int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, int, Encoded]]]:
+def _local_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def _batches(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, Encoded]]]:
     """Texts of like length together, the longest first, at most ``batch_tokens`` with padding (or one text)."""
-    batch: list[tuple[int, int, Encoded]] = []
-    for text in sorted(texts, key=lambda item: -len(item[2].input_ids)):
-        if batch and (len(batch) + 1) * len(batch[0][2].input_ids) > batch_tokens:
+    batch: list[tuple[int, Encoded]] = []
+    for text in sorted(texts, key=lambda item: -len(item[1].input_ids)):
+        if batch and (len(batch) + 1) * len(batch[0][1].input_ids) > batch_tokens:
             yield batch
             batch = []
         batch.append(text)
@@ -136,8 +138,9 @@ def _run(
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids = torch.full(mask.shape, pad)
     input_ids[mask] = torch.tensor([id for text in texts for id in text.input_ids])
-    plan = StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts]).to(teacher.device)
-    maps = teacher_maps(teacher, input_ids.to(teacher.device), mask.long().to(teacher.device), plan)
+    device = _device(teacher)
+    plan = StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts]).to(device)
+    maps = teacher_maps(teacher, input_ids.to(device), mask.long().to(device), plan)
     weights: list[Tensor | None] = [None] * len(texts)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
@@ -191,7 +194,7 @@ def teacher_maps(teacher: PreTrainedModel, input_ids: Tensor, attention_mask: Te
 @torch.no_grad()
 def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
     """How many attention layers a model has, and how wide Eq. 5's values are, from a forward of two tokens."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=_device(model))
     was_training = model.training
     model.eval()
     with capture(model, StepPlan.from_spans([[(0, 2)]], [[[0]]]), values=True, value_heads=value_heads) as record:
@@ -199,6 +202,13 @@ def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
     model.train(was_training)
     _, layers, width = record.values.shape
     return layers, width
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model takes its input; weights that a ``device_map`` left elsewhere are brought there when they run."""
+    first = next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+    hook = getattr(first, "_hf_hook", None)
+    return next(first.parameters(recurse=False)).device if hook is None else torch.device(hook.execution_device)
 
 
 def mixture_of(options: MixtureOptions, teacher_layers: int, student_layers: int, value_width: int) -> MixtureOfLayers:

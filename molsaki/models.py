@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
@@ -31,18 +40,40 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str = "tokenizer")
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def load_model(name: str, flag: str = "model", dtype: str = "auto", device_map: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str,
+    flag: str = "model",
+    dtype: str = "auto",
+    device_map: str | dict | None = None,
+    quantize: Literal["none", "8bit", "4bit"] = "none",
+) -> PreTrainedModel:
     """The causal language model of a folder or hub name, in evaluation mode; ``flag`` names it in error messages.
 
     Args:
         dtype: ``"auto"`` for the checkpoint's own, or a torch dtype's name.
-        device_map: as in ``from_pretrained``; on the CPU if None.
+        device_map: as in ``from_pretrained``, or the same as JSON; on the CPU if None and not quantised.
+        quantize: bits of the weights of linear layers, by bitsandbytes; 4 are its NF4.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or bitsandbytes cannot run on this machine's devices.
+        ImportError: bitsandbytes is needed and not installed.
     """
-    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    return _load(AutoModelForCausalLM, name, flag, dtype=dtype, device_map=device_map).eval()
+    if isinstance(device_map, str) and device_map.startswith("{"):
+        try:
+            device_map = json.loads(device_map)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--device_map: expected a name or JSON, got {device_map!r}: {error}") from None
+    options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device_map}
+    if quantize != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(f"--quantize: {quantize} needs the package bitsandbytes, which is not installed")
+        compute = torch.bfloat16 if dtype == "auto" else options["dtype"]
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantize == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        )
+    return _load(AutoModelForCausalLM, name, flag, **options).eval()
 
 
 def context_length(model_config) -> int | None:
@@ -58,6 +89,6 @@ def _load(auto_class, name: str, flag: str, **options):
         raise ValueError(f"{flag}: no such folder: {name}")
     try:
         return auto_class.from_pretrained(os.path.expanduser(name) if is_path else name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{flag}: cannot load {name!r} as a model folder or hub name: {reason}") from error

@@ -3,37 +3,44 @@
     store/
       store.json              what it is of: fingerprints, mixture, how many examples and shards; written first
       shard-00000.safetensors the maps of examples 0 to shard_size - 1, and so on
-      index.json              the shards' sizes and checksums; written last, when all of them are there
-      index.safetensors       where each example is
+      index.safetensors       where each example is; written last, when all shards are there
 
-Every file is written under another name, flushed to the disk and renamed, so a half-written one is never seen. A shard
-covers a fixed range of examples: several processes can write theirs at once, and a killed run goes on where it was.
+Every file is written under another name, flushed to the disk and renamed, so a half-written one is never seen. Each
+.safetensors holds its own checksum and a fingerprint of ``store.json``, so damage and foreign files are found at any
+time, also in a store that is not finished. A shard covers a fixed range of examples, and is locked by the process that
+makes it: several can work at once, the others take over what a lost one left, and a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from accelerate.utils import align_module_device
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.segment import Spans
 
-VERSION = 1
-DESCRIPTION, INDEX, WHERE = "store.json", "index.json", "index.safetensors"
-OPEN_SHARDS = 16  # kept open for random access
+VERSION = 2
+DESCRIPTION, INDEX, LOCK = "store.json", "index.safetensors", ".lock"
+NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # in every description
+HEAD = "molsaki"  # the one entry of a file's metadata: safetensors writes several in no fixed order
+UNSUMMED = "0" * 64  # stands in the checksum's place while the checksum is made
+DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1"}
+OPEN_SHARDS = 128  # kept open for random access; each holds a file descriptor
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+MEND = "run molsaki extract again with the same options to mend it"
 
 
 class Entry(NamedTuple):
@@ -55,7 +62,7 @@ class Entry(NamedTuple):
 
 
 class StoreWriter:
-    """Writes a store shard by shard; an unfinished one of the same description is continued.
+    """Writes a store shard by shard; an unfinished or damaged one of the same description is continued.
 
     Args:
         folder: made if it is not there.
@@ -65,6 +72,7 @@ class StoreWriter:
 
     Raises:
         ValueError: the folder holds a store of something else; the message has both values.
+        OSError: the folder's file system has no file locks.
     """
 
     def __init__(self, folder: str | Path, description: dict, examples: int, shard_size: int = 1024):
@@ -74,14 +82,22 @@ class StoreWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         size = {"version": VERSION, "examples": examples, "shard_size": shard_size}
         self.description = json.loads(json.dumps(size | description))
-        path = self.folder / DESCRIPTION
-        if path.exists():
-            _compare(self.folder, _read_json(path), self.description)
-        elif any(self.folder.glob("*.safetensors")) and not path.exists():  # unless another process just made it
-            raise ValueError(f"{self.folder}: holds files but no {DESCRIPTION}; choose an empty folder for the store")
-        else:
-            _write_json(path, self.description)
         self.shards = -(-examples // shard_size)
+        self._store = _digest(self.description)
+        self._lock = (self.folder / LOCK).open("ab")  # closed, and so unlocked, with the writer
+        with self._locked(self.shards):
+            found = _read_json(self.folder / DESCRIPTION)
+            if found is not None:
+                _compare(self.folder, found, self.description)
+            else:
+                for path in self.folder.glob("*.safetensors"):
+                    if (fault := _fault(path, self._store)) is not None:
+                        raise ValueError(
+                            f"{self.folder}: holds no readable {DESCRIPTION}, and a file that is not of this store "
+                            f"({path.name}: {fault}); choose an empty folder for the store"
+                        )
+                with _new_file(self.folder / DESCRIPTION) as temporary:
+                    temporary.write_text(json.dumps(self.description, indent=1) + "\n")
 
     def examples_of(self, shard: int) -> range:
         """The numbers of the examples that a shard holds."""
@@ -89,14 +105,31 @@ class StoreWriter:
         return range(start, min(start + self.description["shard_size"], self.description["examples"]))
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet, or not whole."""
-        return [shard for shard in range(self.shards) if not _is_whole(self.folder / _shard_name(shard))]
+        """The shards that are not there yet, or not as they were written."""
+        return [shard for shard in range(self.shards) if _fault(self.folder / _shard_name(shard), self._store)]
+
+    def claim(self, shards: Sequence[int]) -> Iterator[int]:
+        """Those of the ``shards`` that this process is to make: nobody else does while it does.
+
+        When none is free, waits for those that other processes are making; if one of these is lost, its shard comes
+        here.
+        """
+        made = set()
+        for wait in (False, True):
+            for shard in shards:
+                if shard in made:
+                    continue
+                with self._locked(shard, wait) as is_mine:
+                    if is_mine and _fault(self.folder / _shard_name(shard), self._store):
+                        yield shard
+                        made.add(shard)
 
     def write(self, shard: int, entries: Sequence[Entry]) -> None:
         """Write one shard: an entry for each of `examples_of`, in order.
 
         Raises:
             ValueError: their number is another, or an entry has neither a map nor a reason.
+            OSError: the disk is full, or the like; nothing is left behind.
         """
         if len(entries) != len(self.examples_of(shard)):
             raise ValueError(f"entries: expected {len(self.examples_of(shard))} in shard {shard}, got {len(entries)}")
@@ -127,77 +160,90 @@ class StoreWriter:
             "names": torch.frombuffer(bytearray(b"".join(names) or b"\0"), dtype=torch.uint8),
             "name_offsets": torch.tensor([0, *map(len, names)], dtype=torch.int64).cumsum(0),
         }
-        reasons = json.dumps({entry.id: entry.reason for entry in entries if entry.maps is None})
-        with _new_file(self.folder / _shard_name(shard)) as path:
-            save_file(tensors, path, {"left_out": reasons})
+        reasons = {row: entry.reason for row, entry in enumerate(entries) if entry.maps is None}
+        _write(self.folder / _shard_name(shard), tensors, {"store": self._store, "left_out": reasons})
 
     def finish(self) -> bool:
         """Write the index if every shard is there; False if not. Any process may call it, more than one too."""
-        if self.missing():
-            return False
-        if (self.folder / INDEX).exists():
+        with self._locked(self.shards):
+            paths = [self.folder / _shard_name(shard) for shard in range(self.shards)]
+            if any(not path.is_file() for path in paths):
+                return False
+            if _fault(self.folder / INDEX, self._store) is None:
+                return True
+            keys, where = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)]
+            left_out: collections.Counter[str] = collections.Counter()
+            for shard, path in enumerate(paths):
+                arrays, head = _read(path)
+                rows = range(len(arrays["texts"]))
+                keys.append(np.array([id_key(_name(arrays, row)) for row in rows]))
+                where.append(np.array([(shard, row) for row in rows], np.int32))
+                left_out.update(head["left_out"].values())
+            order = np.concatenate(keys).argsort(kind="stable")
+            sorted_keys, places = np.concatenate(keys)[order], np.concatenate(where)[order]
+            for shard, row in places[:-1][np.diff(sorted_keys) == 0][:1]:
+                name = _name(_read(paths[shard])[0], row)
+                raise ValueError(f"{self.folder}: example id {name!r} is there twice")
+            sizes = [path.stat().st_size for path in paths]
+            head = {"store": self._store, "left_out": dict(left_out), "bytes": sizes}
+            tensors = {"keys": torch.from_numpy(sorted_keys), "where": torch.from_numpy(places)}
+            _write(self.folder / INDEX, tensors, head)
             return True
-        shards, keys, where = [], [], []
-        left_out: collections.Counter[str] = collections.Counter()
-        seen = set()
-        for shard in range(self.shards):
-            path = self.folder / _shard_name(shard)
-            shards.append({"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
-            with safe_open(path, "pt") as file:
-                left_out.update(json.loads(file.metadata()["left_out"]).values())
-                for row, name in enumerate(_names(file)):
-                    key = _key(name)
-                    if key in seen:
-                        raise ValueError(f"{self.folder}: example id {name!r} is there twice")
-                    seen.add(key)
-                    keys.append(key)
-                    where.append((shard, row))
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        with _new_file(self.folder / WHERE) as path:
-            save_file(
-                {
-                    "keys": torch.tensor([keys[i] for i in order], dtype=torch.int64),
-                    "where": torch.tensor([where[i] for i in order], dtype=torch.int32).reshape(-1, 2),
-                },
-                path,
-            )
-        index = {"shards": shards, "left_out": dict(left_out), "where_sha256": _sha256(self.folder / WHERE)}
-        _write_json(self.folder / INDEX, index)
-        return True
+
+    @contextlib.contextmanager
+    def _locked(self, number: int, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock, of a shard or (one past them) of the small files; it ends with the process however that ends."""
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        except OSError as error:
+            raise OSError(
+                f"{self.folder}: its file system has no file locks ({error.strerror}), which keep two processes from "
+                "one file; choose another folder"
+            ) from None
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, number)
 
 
 class Store:
-    """A finished store, read at random; holds 16 bytes an example in memory, whatever the maps' size. Picklable.
+    """A finished store, read at random from the disk; memory does not grow with it. Picklable.
+
+    Attributes:
+        description: what it is of, as it was written.
+        left_out: how many examples have no map, by reason.
 
     Raises:
         FileNotFoundError: the folder is none or its extraction is not finished.
-        ValueError: a shard is missing or truncated, or (when it is read) its checksum is another.
+        ValueError: a file is missing, cut short or (shards: when they are read) otherwise damaged.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / DESCRIPTION).is_file():
-            raise FileNotFoundError(f"{self.folder}: no store there (no {DESCRIPTION})")
-        self.description = _read_json(self.folder / DESCRIPTION)
-        if self.description.get("version") != VERSION:
-            raise ValueError(f"{self.folder}: version {self.description.get('version')}, this program reads {VERSION}")
-        if not (self.folder / INDEX).is_file():
+        self.description = read_description(self.folder)
+        self._store = _digest(self.description)
+        index = self.folder / INDEX
+        if not index.is_file():
             raise FileNotFoundError(f"{self.folder}: the store is not finished; run molsaki extract again to continue")
-        self.index = _read_json(self.folder / INDEX)
-        for shard in self.index["shards"]:
-            path = self.folder / shard["file"]
+        _refuse(index, self._store)
+        where, head = _read(index)
+        self._keys, self._where = where["keys"], where["where"]
+        self.left_out: dict[str, int] = head["left_out"]
+        self._bytes: list[int] = head["bytes"]
+        for shard, expected in enumerate(self._bytes):
+            path = self.folder / _shard_name(shard)
             size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                state = "is missing" if size is None else f"has {size} bytes, expected {shard['bytes']}"
-                raise ValueError(f"{path}: {state}; delete it and {INDEX}, and run molsaki extract again")
-        if not (self.folder / WHERE).is_file() or _sha256(self.folder / WHERE) != self.index["where_sha256"]:
-            raise ValueError(f"{self.folder / WHERE}: damaged; delete it and {INDEX}, and run molsaki extract again")
-        with safe_open(self.folder / WHERE, "pt") as file:
-            self._keys, self._where = file.get_tensor("keys"), file.get_tensor("where")
-        self._open: collections.OrderedDict[int, dict] = collections.OrderedDict()
+            if size != expected:
+                state = "missing" if size is None else f"it has {size} bytes, expected {expected}"
+                raise ValueError(f"{path}: {state}; {MEND}")
+        self._open: collections.OrderedDict[int, tuple[dict, dict]] = collections.OrderedDict()
+        self._seen: dict[int, tuple[int, int]] = {}  # size and time of the shards whose checksums were right
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": collections.OrderedDict()}
+    def __reduce__(self):
+        return Store, (self.folder,)
 
     def __len__(self) -> int:
         """Examples, those left out included."""
@@ -212,6 +258,15 @@ class Store:
     def all_layers(self) -> bool:
         """Whether entries hold the map of every layer, to be mixed by whoever reads them."""
         return self.description["all_layers"]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        return sum(self._bytes) + sum((self.folder / name).stat().st_size for name in (DESCRIPTION, INDEX))
 
     def __contains__(self, id: str) -> bool:
         return self._find(id) is not None
@@ -229,8 +284,8 @@ class Store:
 
     def __iter__(self) -> Iterator[Entry]:
         """All entries, in the order of the data."""
-        for shard in range(len(self.index["shards"])):
-            for row in range(len(self._shard(shard)["texts"])):
+        for shard in range(self.num_shards):
+            for row in range(len(self._shard(shard)[0]["texts"])):
                 yield self._entry(shard, row)
 
     def check(self, expected: dict) -> None:
@@ -241,74 +296,99 @@ class Store:
         """
         _compare(self.folder, {name: self.description.get(name) for name in expected}, expected)
 
-    def verify(self) -> list[str]:
-        """Everything that is wrong with the files, read as a whole; empty if nothing is."""
-        faults = []
-        for shard in self.index["shards"]:
-            path = self.folder / shard["file"]
-            if not path.is_file():
-                faults.append(f"{path.name}: missing")
-            elif _sha256(path) != shard["sha256"]:
-                faults.append(f"{path.name}: its checksum is another than when it was written")
-        if not faults and sum(1 for entry in self if entry.id in self) != len(self):
-            faults.append(f"{INDEX}: it does not list every example")
-        return faults
-
     def _find(self, id: str) -> tuple[int, int] | None:
-        key = _key(id)
-        at = int(torch.searchsorted(self._keys, key))
+        key = id_key(id)
+        at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             return None
         shard, row = self._where[at].tolist()
         return shard, row
 
     def _entry(self, shard: int, row: int) -> Entry:
-        tensors = self._shard(shard)
-        name, text = tensors["ids"][row], int(tensors["texts"][row])
-        shape = tensors["shapes"][row].tolist()
+        arrays, left_out = self._shard(shard)
+        name, text = _name(arrays, row), int(arrays["texts"][row])
+        shape = arrays["shapes"][row].tolist()
         if shape[1] < 0:
-            return Entry(name, text, reason=tensors["left_out"][name])
-        start, stop = tensors["offsets"][row : row + 2].tolist()
-        maps = tensors["values"][start:stop].reshape(shape)
-        weights = None if self.all_layers else tensors["weights"][int(tensors["weight_row"][row])]
-        return Entry(name, text, maps, weights)
+            return Entry(name, text, reason=left_out[str(row)])
+        start, stop = arrays["offsets"][row : row + 2].tolist()
+        maps = torch.from_numpy(arrays["values"][start:stop].reshape(shape).copy())
+        if self.all_layers:
+            return Entry(name, text, maps)
+        weights = arrays["weights"][np.count_nonzero(arrays["shapes"][:row, 1] >= 0)]
+        return Entry(name, text, maps, torch.from_numpy(weights.copy()))
 
-    def _shard(self, number: int) -> dict:
-        """A shard's small tensors, and its values as a slice that is read from the disk when it is asked for."""
+    def _shard(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """A shard's arrays, pages of which are read when they are looked at, and why rows are left out."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        listed = self.index["shards"][number]
-        path = self.folder / listed["file"]
-        if _sha256(path) != listed["sha256"]:
-            raise ValueError(
-                f"{path}: its checksum is another than when it was written; delete it and {INDEX}, and run molsaki "
-                "extract again"
-            )
-        try:
-            file = safe_open(path, "pt").__enter__()
-        except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from None
-        tensors = {name: file.get_tensor(name) for name in ("shapes", "offsets", "texts")}
-        tensors["values"], tensors["weights"] = file.get_slice("values"), file.get_slice("weights")
-        tensors["weight_row"] = (tensors["shapes"][:, 1] >= 0).cumsum(0) - 1
-        tensors["ids"], tensors["left_out"] = _names(file), json.loads(file.metadata()["left_out"])
-        self._open[number] = tensors
+        path = self.folder / _shard_name(number)
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; {MEND}")
+        state = path.stat().st_size, path.stat().st_mtime_ns
+        if self._seen.get(number) != state:
+            _refuse(path, self._store)
+            self._seen[number] = state
+        arrays, head = _read(path)
+        self._open[number] = arrays, head["left_out"]
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
-        return tensors
+        return self._open[number]
 
 
-def fingerprint_model(model: nn.Module) -> str:
-    """A short name of a model: its config, and each parameter's name, shape and a sample of up to 4,096 values."""
+def read_description(folder: str | Path) -> dict:
+    """What a store is of, finished or not.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or of another version.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no store there (no {DESCRIPTION})")
+    description = _read_json(path)
+    if description is None or not description.keys() >= NEEDED or description["shard_size"] < 1:
+        raise ValueError(f"{path}: damaged; {MEND}")
+    if description["version"] != VERSION:
+        raise ValueError(f"{folder}: version {description['version']}, this program reads {VERSION}")
+    return description
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Everything that is wrong with a store's files, each read as a whole; empty if nothing is.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_description`.
+    """
+    folder, description = Path(folder), read_description(folder)
+    names = [_shard_name(shard) for shard in range(-(-description["examples"] // description["shard_size"]))]
+    found = {name: _fault(folder / name, _digest(description)) for name in [*names, INDEX]}
+    faults = [f"{name}: {fault}" for name, fault in found.items() if fault is not None]
+    if len(faults) == len(found) and all("of another store" in fault for fault in faults):
+        return [f"{DESCRIPTION}: damaged: it is not the one that the other files were written with"]
+    if not faults:
+        store = Store(folder)
+        if sum(1 for entry in store if entry.id in store) != len(store):
+            faults.append(f"{INDEX}: it does not list every example")
+    return faults
+
+
+def fingerprint_model(model: PreTrainedModel) -> str:
+    """A short name of what a model's maps depend on: its config and every weight of its decoder, not those of its head.
+
+    Weights that a ``device_map`` put elsewhere are read from there. The name of quantised weights says so.
+    """
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in NOT_THE_MODEL}
-    digest = hashlib.blake2b(_digest(config).encode(), digest_size=16)
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(values.numel() // 4096, 1)][:4096]
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    weights = {}
+    for prefix, module in model.base_model.named_modules():
+        with align_module_device(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                values = parameter.detach().reshape(-1)
+                sample = values[:: max(values.numel() // 4096, 1)][:4096].to("cpu", torch.float32)
+                chunks = (chunk.float().view(torch.int32) for chunk in values.split(1 << 24))
+                total = sum(int(bits.sum(dtype=torch.int64)) for bits in chunks)  # exact in any order
+                weights[f"{prefix}.{name}"] = [list(parameter.shape), total, sample.numpy().tobytes().hex()]
+    return ("quantised-" if "quantization_config" in config else "") + _digest([config, weights])
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -341,31 +421,87 @@ def _shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
-def _names(file) -> list[str]:
-    text = bytes(file.get_tensor("names").numpy())
-    offsets = file.get_tensor("name_offsets").tolist()
-    return [text[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+def _name(arrays: dict[str, np.ndarray], row: int) -> str:
+    start, stop = arrays["name_offsets"][row : row + 2].tolist()
+    return arrays["names"][start:stop].tobytes().decode()
 
 
-def _key(id: str) -> int:
+def id_key(id: str) -> int:
+    """64 bits that stand for an example's name."""
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def _sha256(path: Path) -> str:
+def _read_json(path: Path) -> dict | None:
+    """None if there is no such file or it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], head: dict) -> None:
+    """A .safetensors file with a head, in which is the checksum of the whole file but for the checksum's own place."""
+    data = bytearray(save(tensors, {HEAD: json.dumps({"sha256": UNSUMMED} | head)}))
+    at = data.index(UNSUMMED.encode())
+    data[at : at + len(UNSUMMED)] = hashlib.sha256(data).hexdigest().encode()
+    with _new_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    """The JSON that a .safetensors file begins with, and where it ends."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError(f"{path}: damaged: its head is longer than the file")
+        return json.loads(file.read(size)), 8 + size
+
+
+def _head(path: Path) -> dict:
+    return json.loads(_header(path)[0]["__metadata__"][HEAD])
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """A file's tensors, mapped into memory, and its head.
+
+    By hand, since safetensors 0.8 loses 64 bytes with every tensor or slice that it hands to torch.
+    """
+    header, start = _header(path)
+    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    arrays = {}
+    for name, described in header.items():
+        if name != "__metadata__":
+            a, b = described["data_offsets"]
+            values = data[start + a : start + b].view(DTYPES[described["dtype"]])
+            arrays[name] = values.reshape(described["shape"])
+    return arrays, json.loads(header["__metadata__"][HEAD])
+
+
+def _fault(path: Path, store: str) -> str | None:
+    """What is wrong with a file that `_write` wrote into this store, if anything is."""
+    try:
+        sha256, of = (_head(path)[name] for name in ("sha256", "store"))
+    except FileNotFoundError:
+        return "missing"
+    except (ValueError, LookupError, TypeError):
+        return "damaged: its head cannot be read"
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        head = file.read(8)
+        head += file.read(int.from_bytes(head, "little"))
+        digest.update(head.replace(sha256.encode(), UNSUMMED.encode(), 1))
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    if digest.hexdigest() != sha256:
+        return f"damaged: its checksum is {digest.hexdigest()[:16]}, expected {sha256[:16]}"
+    if of != store:
+        return f"of another store: it was written with a {DESCRIPTION} of fingerprint {of}, expected {store}"
+    return None
 
 
-def _is_whole(shard: Path) -> bool:
-    """A shard's length is in its head: one that was cut short does not open."""
-    try:
-        with safe_open(shard, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+def _refuse(path: Path, store: str) -> None:
+    if (fault := _fault(path, store)) is not None:
+        raise ValueError(f"{path}: {fault}; {MEND}")
 
 
 def _flush(path: Path) -> None:
@@ -374,27 +510,12 @@ def _flush(path: Path) -> None:
     os.close(descriptor)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged: {error}; delete it and run molsaki extract again") from None
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with _new_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-
-
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A file to write that takes ``path``'s place when it is whole and on the disk."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """A file to write that takes ``path``'s place when it is whole and on the disk; whoever writes holds a lock."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary
-        temporary.chmod(0o644)
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)

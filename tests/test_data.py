@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 
 import pytest
 import tiny
 import torch
 from torch.utils.data import DataLoader
 
+from molsaki import data as data_module
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.data import Collator, DistillDataset, Example, Side, predict_prompt, prepare, read_examples
 
@@ -161,6 +163,55 @@ def test_dataset_pickles_and_loads_in_workers():
     for a, b in zip(alone, workers, strict=True):
         assert torch.equal(a["explain"]["input_ids"], b["explain"]["input_ids"])
         assert torch.equal(a["plan"].tokens, b["plan"].tokens)
+
+
+def test_examples_are_read_when_they_are_asked_for(tmp_path):
+    rows = tiny.problems(5)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(json.dumps(row) for row in rows).encode())
+    more = tiny.write_jsonl(tmp_path / "e.jsonl", [{**row, "id": "e" + row["id"], "question": "é?"} for row in rows])
+    read = read_examples([path, more])
+    assert [e.id for e in read] == [row["id"] for row in rows] + ["e" + row["id"] for row in rows]
+    assert (read[3].question, read[-1].question, len(read[4:][:3])) == (rows[3]["question"], "é?", 3)
+    assert [e.id for e in read[4:][::2]] == ["p4", "ep1", "ep3"]
+    assert pickle.loads(pickle.dumps(read))[7] == read[7]
+    with pytest.raises(ValueError, match=r"d.jsonl:1: id 'p0' is line 1 of .*d.jsonl's already"):
+        read_examples([path, path])
+    path.write_text(path.read_text().replace("Ann", "Bob"))
+    assert read[7].id == "ep2"
+    with pytest.raises(ValueError, match=r"d.jsonl: has changed since it was opened"):
+        read[3]
+
+
+def test_rows_are_the_same_kept_or_not(monkeypatch):
+    options = TextOptions(too_long="cut")
+    sides = (student(100), Side(OTHER, "plain", None))
+    kept = prepare(examples(6), options, *sides)
+    monkeypatch.setattr(data_module, "KEPT", 2)
+    made = prepare(examples(6), options, *sides)
+    for n in (5, 0, 3, 2, 1, 4):
+        (a, _), (b, _) = kept[n], made[n]
+        assert (a.id, a.spans, a.explain.steps, a.explain.words) == (b.id, b.spans, b.explain.steps, b.explain.words)
+        for name in ("explain", "predict", "teacher"):
+            assert getattr(a, name).input_ids.tolist() == getattr(b, name).input_ids.tolist()
+    assert [row.id for row in made.rows[1:4]] == ["p1", "p2", "p3"]
+    with pytest.raises(IndexError):
+        made[6]
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
+    """18 bytes an example where a tokenized one would be 1 KB."""
+    monkeypatch.setattr(data_module, "KEPT", 20)
+    used = []
+    for count in (60, 260):
+        path = tiny.write_jsonl(tmp_path / f"{count}.jsonl", tiny.problems(count))
+        prepare(read_examples(path)[:30], TextOptions(), student())  # what is made once
+        tracemalloc.start()
+        data = prepare(read_examples(path), TextOptions(), student())
+        assert sum(len(row.predict.input_ids) > 0 for row, _ in (data[n] for n in range(0, count, 7))) == count // 7 + 1
+        used.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert used[1] - used[0] < 60 * 200
 
 
 @pytest.mark.parametrize("template", ["{question}", "{answer} {question}", "{question} {answer"])
