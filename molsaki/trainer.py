@@ -26,6 +26,7 @@ from molsaki import losses
 from molsaki.config import DistillConfig, require
 from molsaki.data import IGNORE, Collator, DistillDataset, Example, Side, prepare, read_examples
 from molsaki.extract import describe, mixture_of, probe, teacher_maps
+from molsaki.forward import Head, can_pack, causal_model, label_logits, model_inputs, use_fused
 from molsaki.hooks import NAME, Record, capture
 from molsaki.mixture import MixtureOfLayers
 from molsaki.models import check_tokenizer, context_length, load_model, load_tokenizer
@@ -54,6 +55,8 @@ class Distiller(nn.Module):
         self.student = student
         self.mixture = mixture
         self.options = config
+        self.head = Head.of(student)
+        self.fused = use_fused(config.fused_cross_entropy, config.device)
 
     @property
     def config(self):
@@ -73,8 +76,7 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        explain: dict[str, Tensor],
-        predict: dict[str, Tensor],
+        tasks: list[dict],
         plan: StepPlan,
         teacher_map: Tensor | None = None,
         teacher_weights: Tensor | None = None,
@@ -83,35 +85,44 @@ class Distiller(nn.Module):
         """All losses of a batch of N examples, as :class:`molsaki.data.Collator` makes them.
 
         Args:
+            tasks: the texts of explain and predict, or of predict alone for ``vanilla``.
             teacher_map: ``(N, K, S, W)`` with ``teacher_weights (N, K, Lt)``, for ``molsaki``.
-            teacher_logits: ``(N, P, V)`` at the positions of ``explain``, for ``logits``.
+            teacher_logits: ``(n, V)`` for the n labels of explain, for ``logits``.
 
         Returns:
             ``(N,)`` each: ``loss``, the objective's; detached, its parts and what else is logged. For ``molsaki`` also
             ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
         """
         options = self.options
-        predict_logits, predict_labels = label_logits(self.student, predict)
-        loss_pre = losses.cross_entropy(predict_logits, predict_labels)
+        record, found = None, []
+        for task in tasks:
+            if options.objective == "molsaki" and "plan" in task:
+                record, rows = self._captured(task)
+            else:
+                rows = self._rows(task)
+            found.append(rows)
+        labels = [part for task in tasks for part in task["labels"].split(len(plan))]  # of explain, predict
+        counts = [count for task in tasks for count in task["counts"]]
+        sizes = [sum(counts[start : start + len(plan)]) for start in range(0, len(counts), len(plan))]
+        found = torch.cat(found).split(sizes)
+        entropies = [
+            losses.per_example(rows, label) if rows.dim() == 1 else losses.cross_entropy(rows, label)
+            for rows, label in zip(found, labels, strict=True)
+        ]
+
+        loss_pre = entropies[-1]
         out = {"loss": loss_pre, "loss_pre": loss_pre}
         out |= {"steps_mean": plan.step_mask.sum(1), "words_mean": plan.word_mask.sum(1)}
         out["without_words"] = (out["words_mean"] == 0).float()
         if options.objective == "vanilla":
             return _detached(out)
-
-        if options.objective == "molsaki":
-            with capture(self.student, plan, True, value_heads=options.value_heads, pooling=options.pooling) as record:
-                explain_logits, explain_labels = label_logits(self.student, explain)
-        else:
-            explain_logits, explain_labels = label_logits(self.student, explain)
-        out["loss_exp"] = losses.cross_entropy(explain_logits, explain_labels)
+        out["loss_exp"] = entropies[0]
         out["loss"] = options.alpha * loss_pre + (1 - options.alpha) * out["loss_exp"]
-
         if options.objective == "mmi":
-            out["loss_mmi"] = losses.mutual_information(predict_logits, predict_labels, explain_logits, explain_labels)
+            out["loss_mmi"] = losses.mutual_information(found[1], labels[1], found[0], labels[0])
             out["loss"] = out["loss"] + options.beta_mmi * out["loss_mmi"]
         elif options.objective == "logits":
-            out["loss_logits"] = losses.logits(explain_logits, teacher_logits, explain_labels, options.temperature)
+            out["loss_logits"] = losses.logits(found[0], teacher_logits, labels[0], options.temperature)
             out["loss"] = out["loss"] + options.beta_logits * out["loss_logits"]
         elif options.objective == "molsaki":
             with torch.autocast(plan.device.type, enabled=False):  # maps and values are float32
@@ -120,13 +131,32 @@ class Distiller(nn.Module):
             out["loss"] = out["loss"] + options.beta * out["loss_att"]
         return _detached(out)
 
+    def _rows(self, task: dict) -> Tensor:
+        """For each label of a task its cross-entropy ``(n,)`` or, where more is needed, its logits ``(n, V)``."""
+        if self.head is None:
+            return label_logits(self.student, task)
+        hidden = causal_model(self.student).base_model(**model_inputs(task))[0]
+        hidden = hidden.flatten(0, 1)[task["index"]]
+        if self.options.objective in ("mmi", "logits"):
+            return self.head.logits(self.student, hidden)
+        labels = task["labels"][task["labels"] != IGNORE]
+        return self.head.cross_entropy(self.student, hidden, labels, self.fused)
+
+    def _captured(self, task: dict) -> tuple[Record, Tensor]:
+        """The record of a forward, and its rows."""
+        options = self.options
+        model = self.student if self.head is None else causal_model(self.student).base_model
+        pooling = dict(value_heads=options.value_heads, pooling=options.pooling)
+        with capture(model, task["plan"], values=True, **pooling) as record:
+            return record, self._rows(task)
+
     def _attention(
         self, record: Record, plan: StepPlan, teacher_map: Tensor, teacher_weights: Tensor
     ) -> dict[str, Tensor]:
         """Eq. 5 and 6, and what is logged of them."""
         options = (self.options.normalise, self.options.causal_words)
-        maps = record.maps
-        student_weights, student_map = self.mixture.student(maps, record.values, plan)
+        maps, values = record.maps[: len(plan)], record.values[: len(plan)]  # packed, texts without a map come after
+        student_weights, student_map = self.mixture.student(maps, values, plan)
         out = {"loss_att": losses.attention(student_map, teacher_map, plan, *options)}
         with torch.no_grad():
             out["loss_att_uniform"] = losses.attention(self.mixture.uniform(maps), teacher_map, plan, *options)
@@ -201,18 +231,23 @@ class DistillTrainer(Trainer):
         if config.objective == "logits":
             _check_vocabulary(store, tokenizer, teacher_tokenizer)
 
+        packing = config.packing if config.packing is not None else can_pack(student)
+        if config.packing and not can_pack(student):
+            raise ValueError(f"--packing: texts that share a row change one another in {type(student).__name__}")
         mixture = None
-        if config.objective == "molsaki":
+        if config.objective == "molsaki" or packing:
             student.set_attn_implementation(NAME)
+        if config.objective == "molsaki":
             student_layers, width = probe(student, config.value_heads)
             if store is not None:
                 store.check(describe(config, store.num_layers, store.all_layers, student_layers, teacher, teacher_side))
                 teacher = None
             teacher_layers = probe(teacher)[0] if store is None else store.num_layers
             mixture = mixture_of(config, teacher_layers, student_layers, width)
+        teacher_packing = packing and teacher is not None and can_pack(teacher)
         if teacher is not None:
             teacher.to(config.device).eval().requires_grad_(False)
-            if config.objective == "molsaki":
+            if config.objective == "molsaki" or teacher_packing:
                 teacher.set_attn_implementation(NAME)
 
         self.teacher = teacher if is_taught else None
@@ -231,12 +266,15 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=Distiller(student, mixture, config),
             args=config,
-            data_collator=Collator(tokenizer.pad_token_id, teacher_side and teacher_side.tokenizer.pad_token_id),
+            data_collator=Collator(
+                tokenizer.pad_token_id, teacher_side and teacher_side.tokenizer.pad_token_id, packing, teacher_packing,
+                explain=config.objective != "vanilla",
+            ),
             train_dataset=datasets[0],
             eval_dataset=datasets[1],
             processing_class=tokenizer,
             **kwargs,
-        )
+        )  # fmt: skip
         asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if asked_for_fsdp and not self.is_fsdp_enabled:
             logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
@@ -287,12 +325,14 @@ class DistillTrainer(Trainer):
             maps = inputs.pop("teacher_layers").float()
             inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, inputs["plan"])
         if side is not None and self.args.objective == "molsaki":
-            maps = teacher_maps(self.teacher, side["input_ids"], side["attention_mask"], side["plan"])
+            maps = teacher_maps(self.teacher, plan=side["plan"], **model_inputs(side))
             inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, side["plan"])
         elif side is not None:
+            explain = inputs["tasks"][0]["labels"][: len(inputs["plan"])]
+            if side["labels"][side["labels"] != IGNORE].tolist() != explain[explain != IGNORE].tolist():
+                raise ValueError("objective: logits needs the same tokens on both sides; the two templates give others")
             with torch.no_grad():
-                logits, labels = label_logits(self.teacher, side)
-            inputs["teacher_logits"] = _aligned(logits, labels, inputs["explain"])
+                inputs["teacher_logits"] = label_logits(self.teacher, side)
         return model(**inputs)
 
     def _add(self, out: dict[str, Tensor]) -> None:
@@ -435,26 +475,6 @@ def distill(config: DistillConfig) -> dict:
     trainer.save_state()
     trainer.accelerator.end_training()
     return metrics | {"student": config.output_dir}
-
-
-def label_logits(model: nn.Module, task: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, P, V)`` at the positions that predict a label of any row, and those labels ``(N, P)``."""
-    positions = task["positions"]
-    out = model(
-        input_ids=task["input_ids"], attention_mask=task["attention_mask"], logits_to_keep=positions, use_cache=False
-    )
-    return out.logits, task["labels"][:, positions + 1]
-
-
-def _aligned(logits: Tensor, labels: Tensor, explain: dict[str, Tensor]) -> Tensor:
-    """The teacher's logits at the student's positions, which differ where their templates do."""
-    wanted = explain["labels"][:, explain["positions"] + 1]
-    here, there = wanted != IGNORE, labels != IGNORE
-    if not torch.equal(wanted[here], labels[there]):
-        raise ValueError("objective: logits needs the same tokens on both sides, but the two templates give others")
-    out = logits.new_zeros(*wanted.shape, logits.shape[-1])
-    out[here] = logits[there]
-    return out
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -141,9 +141,7 @@ def wrapped(kind: str, report: str) -> None:
     loss, record = losses_of(model, rank)
     loss.backward()
     gradients = {name.removeprefix("module."): _whole(p.grad) for name, p in model.named_parameters()}
-    torch.save(
-        {"maps": record.maps.detach(), "values": record.values.detach(), "grads": gradients}, f"{report}.{rank}"
-    )
+    torch.save({"maps": record.maps.detach(), "values": record.values.detach(), "grads": gradients}, f"{report}.{rank}")
     torch.distributed.destroy_process_group()
 
 

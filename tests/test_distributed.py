@@ -39,9 +39,10 @@ def work(tmp_path_factory):
 
 def flags(folder: Path, name: str, batch: int = 2, *more) -> list:
     numbers = {
-        "max_steps": 6, "per_device_train_batch_size": batch, "learning_rate": 3e-3, "logging_steps": 1, "save_steps": 3,
-        "router_learning_rate": 1e-3, "adam_epsilon": 1e-4, "disable_tqdm": True, "train_file": folder / "train.jsonl",
-        "student": folder / "student", "store": folder / "store", "output_dir": folder / name,
+        "max_steps": 6, "per_device_train_batch_size": batch, "learning_rate": 3e-3, "logging_steps": 1,
+        "save_steps": 3, "router_learning_rate": 1e-3, "adam_epsilon": 1e-4, "disable_tqdm": True,
+        "student": folder / "student", "train_file": folder / "train.jsonl", "store": folder / "store",
+        "output_dir": folder / name,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in numbers.items()] + ["--use_cpu", *more]
 
