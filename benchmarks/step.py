@@ -1,10 +1,10 @@
 """One whole optimizer step of a student: distilled with stored maps against without maps, and against two eager models.
 
     python -m benchmarks.step --model FOLDER [--student FOLDER] [--device cpu|cuda] [--csv FILE] [--shape 1x1024]
-                              [--contenders TEXT,TEXT] [--memory] [--profile] [--compile] [--seconds S]
+                              [--contenders 'NAME; NAME'] [--measure time memory profile] [--compile] [--seconds S]
 
-``--model`` is the teacher and, without ``--student``, also the student; ``tiny`` and ``1b`` are random Llamas of that
-size. What is measured:
+``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher`` and ``1b`` are random
+Llamas. What is measured:
 
 - ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward;
 - ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att: ``over_dss`` is its price;
@@ -20,13 +20,14 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import multiprocessing
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,18 @@ from .measure import ratio
 RANDOM = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                num_key_value_heads=8, vocab_size=128256),
+    "tiny-teacher": dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=4, vocab_size=256),
     "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=256),
 }  # fmt: skip
 CONTENDERS = ("dss", "molsaki, stored maps", "molsaki, live teacher", "dss, padded", "molsaki, padded", "eager")
-TARGETS = {"over_dss": 1.10, "times_faster_than_eager": 3.0, "share_of_eager_memory": 1 / 3}
+OURS = "molsaki, stored maps"
+TARGETS = {
+    (OURS, "time over dss"): 1.10,
+    (OURS, "times faster than eager"): 3.0,
+    (OURS, "share of eager's peak"): 0.333,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +99,29 @@ BATCHES = [Batch(4, 256, 20, 5), Batch(4, 256, 20, 5, ragged=True), Batch(1, 102
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="1b", help="folder of the teacher; or tiny or 1b")
+    parser.add_argument("--model", default="1b", help=f"folder of the teacher, or {', '.join(RANDOM)}")
     parser.add_argument("--student", help="folder of the student, if it is another")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="write the rows here; rows that are there stay")
+    parser.add_argument("--csv", type=Path, help="write the rows here, after those that are there")
     parser.add_argument("--shape", default="", help="only batches whose name begins so, such as 1x1024")
     parser.add_argument("--contenders", help=f"only these of {'; '.join(CONTENDERS)}, separated by semicolons")
     parser.add_argument("--seconds", type=float, default=60, help="of timing a batch, after one call each")
-    parser.add_argument("--memory", action="store_true", help="also peak memory (on a CPU a process each)")
-    parser.add_argument("--profile", action="store_true", help="also where the time of a step goes")
+    parser.add_argument("--measure", nargs="+", choices=list(MEASURES), default=["time"], help="what to measure")
     parser.add_argument("--compile", action="store_true", help="torch.compile the student and its losses")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     names = arguments.contenders.split(";") if arguments.contenders else CONTENDERS
     machine = describe(device)
     rows = []
+    if arguments.csv and arguments.csv.exists():
+        rows = list(csv.DictReader(arguments.csv.open()))
     for batch in BATCHES:
-        if not batch.name.startswith(arguments.shape):
-            continue
-        setup = Setup(arguments.model, arguments.student or arguments.model, batch, arguments.compile, str(device))
-        rows += measured(setup, [name.strip() for name in names], arguments, machine)
-        if arguments.csv:
-            write_csv(arguments.csv, rows)
+        if batch.name.startswith(arguments.shape):
+            setup = Setup(arguments.model, arguments.student or arguments.model, batch, arguments.compile, str(device))
+            for measure in arguments.measure:
+                rows += measured(measure, setup, [name.strip() for name in names], arguments.seconds, machine)
+            if arguments.csv:
+                write_csv(arguments.csv, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,45 +256,68 @@ def moved(batch, device: torch.device):
     return batch.to(device) if isinstance(batch, (Tensor, StepPlan)) else batch
 
 
-def measured(setup: Setup, names: list[str], arguments: argparse.Namespace, machine: dict) -> list[dict]:
-    """A row for each contender and, of a profile, for each part of its step."""
-    device = torch.device(setup.device)
-    steps, losses_of = {name: setup.step(name) for name in names}, {}
-    for name, step in steps.items():
-        losses_of[name] = step().item()
-    times = timed(steps, device, arguments.seconds)
-    parts = {name: profiled(step, setup) for name, step in steps.items()} if arguments.profile else {}
-    del steps, step
-    peaks = {name: peak_memory(setup, name) for name in names} if arguments.memory else {}
+def measured(measure: str, setup: Setup, names: list[str], seconds: float, machine: dict) -> list[dict]:
+    """The rows of one batch: contender, quantity and value each."""
+    common = {
+        "teacher": Path(setup.teacher).name,
+        "student": Path(setup.student).name,
+        "batch": setup.batch.name,
+        **{field: getattr(setup.batch, field) for field in ("tokens", "words", "steps")},
+        "dtype": "bf16 autocast" if setup.device.startswith("cuda") else "float32",
+        "compiled": setup.compiled,
+    }
     rows = []
-    for name in names:
-        row = {
-            "teacher": Path(setup.teacher).name,
-            "student": Path(setup.student).name,
-            "batch": setup.batch.name,
-            **{field: getattr(setup.batch, field) for field in ("tokens", "words", "steps")},
-            "dtype": "bf16 autocast" if device.type == "cuda" else "float32",
-            "compiled": setup.compiled,
-            "contender": name,
-            "part": "whole",
-            "seconds": round(statistics.median(times[name]), 4),
-            "fastest_seconds": round(min(times[name]), 4),
-            "steps_timed": len(times[name]),
-            "loss": round(losses_of[name], 5),
-            "over_dss": round(ratio(times[name], times["dss"]), 4) if "dss" in times else None,
-            "times_faster_than_eager": round(ratio(times["eager"], times[name]), 3) if "eager" in times else None,
-            "peak_mib": round(peaks[name][0], 1) if peaks else None,
-            "process_mib": round(peaks[name][1], 1) if peaks else None,
-            "share_of_eager_memory": round(peaks[name][0] / peaks["eager"][0], 4) if "eager" in peaks else None,
-            **machine,
-        }
-        rows.append(row)
-        print("  ".join(f"{key} {row[key]}" for key in ("batch", "contender", "seconds", *TARGETS, "peak_mib")))
-        for part, seconds in parts.get(name, {}).items():
-            blank = dict.fromkeys(("steps_timed", "loss", *TARGETS, "peak_mib", "process_mib", "fastest_seconds"))
-            rows.append(row | blank | {"part": part, "seconds": round(seconds, 4)})
-            print(f"    {part:40s} {seconds:8.3f} s")
+    for name, quantity, value in MEASURES[measure](setup, names, seconds):
+        target = TARGETS.get((name, quantity))
+        value = float(f"{value:.5g}")
+        rows.append(common | {"contender": name, "quantity": quantity, "value": value, "target": target} | machine)
+        print(
+            f"{setup.batch.name:14s} {name:22s} {quantity:60s} {value:10.4f}"
+            + (f"  (target {target})" if target else "")
+        )
     return rows
+
+
+def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
+    """Seconds of a step and its ratios; and the loss, which says that the contenders compute the same."""
+    steps = {name: setup.step(name) for name in names}
+    for name, step in steps.items():
+        yield name, "loss", step().item()
+    times = timed(steps, torch.device(setup.device), seconds)
+    for name in names:
+        yield name, "seconds", statistics.median(times[name])
+        yield name, "steps timed", len(times[name])
+        if "dss" in times and name != "dss":
+            yield name, "time over dss", ratio(times[name], times["dss"])
+        if name == "molsaki, padded" and "dss, padded" in times:
+            yield name, "time over dss, padded", ratio(times[name], times["dss, padded"])
+        if "eager" in times and name != "eager":
+            yield name, "times faster than eager", ratio(times["eager"], times[name])
+
+
+def measure_memory(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
+    """MiB of a step at its worst moment: above what rests between steps, and with it."""
+    del seconds
+    peaks = {name: peak_memory(setup, name) for name in names}
+    for name, (above, whole) in peaks.items():
+        yield name, "peak MiB of a step", above
+        yield name, "peak MiB with weights and optimizer", whole
+        if "eager" in peaks and name != "eager":
+            yield name, "share of eager's peak", above / peaks["eager"][0]
+            yield name, "share of eager's peak, with weights and optimizer", whole / peaks["eager"][1]
+
+
+def measure_profile(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
+    """Seconds of a step by what they are spent on."""
+    del seconds
+    for name in names:
+        step = setup.step(name)
+        step()
+        for part, spent in profiled(step, setup).items():
+            yield name, f"seconds, {part}", spent
+
+
+MEASURES = {"time": measure_time, "memory": measure_memory, "profile": measure_profile}
 
 
 def timed(steps: dict[str, Callable], device: torch.device, seconds: float) -> dict[str, list[float]]:
@@ -360,7 +392,7 @@ def peak_memory(setup: Setup, name: str) -> tuple[float, float]:
 
 
 def _cpu_peak(setup: Setup, name: str) -> tuple[float, float]:
-    """In a process of its own. A step of a short batch first: optimizer state and working memory are made then."""
+    """In a process of its own. One step goes before: the optimizer's state and working memory are made then."""
     from .measure import _status
 
     step = setup.step(name)

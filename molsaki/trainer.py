@@ -252,6 +252,7 @@ class DistillTrainer(Trainer):
 
         self.teacher = teacher if is_taught else None
         self._sums: dict[str, Tensor] = {}
+        self._bad_batch: str | None = None
         self._is_in_checkpoint = False
         datasets = []
         for data, path, limit in (
@@ -279,6 +280,7 @@ class DistillTrainer(Trainer):
         if asked_for_fsdp and not self.is_fsdp_enabled:
             logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
         self.add_callback(_LogBeforeSave())
+        self.add_callback(_StopIfBad(self))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
         """How many examples one optimizer step sees, over accumulation and processes: each counts once."""
@@ -290,7 +292,9 @@ class DistillTrainer(Trainer):
         out = self._forward(model, inputs)
         loss = out["loss"].sum() * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
-            self._stop_at(inputs, out)
+            self._bad_batch = self._save_bad(inputs, out)
+            if self.accelerator.num_processes == 1:
+                raise FloatingPointError(self._bad_batch)
         self._add(out)
         return (loss, out) if return_outputs else loss
 
@@ -341,15 +345,22 @@ class DistillTrainer(Trainer):
             value = value.detach().double().sum(0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _stop_at(self, inputs: dict, out: dict[str, Tensor]) -> None:
-        """Save the batch whose loss is not finite, and stop."""
+    def _save_bad(self, inputs: dict, out: dict[str, Tensor]) -> str:
+        """Save the batch whose loss is not finite; the error message."""
         path = Path(self.args.output_dir) / f"bad_batch_step{self.state.global_step}_rank{self.args.process_index}.pt"
         torch.save({"inputs": inputs, "losses": _detached(out)}, path)
         bad = [example for example, loss in zip(inputs["ids"], out["loss"], strict=True) if not torch.isfinite(loss)]
-        raise FloatingPointError(
+        return (
             f"the loss is not finite after step {self.state.global_step}, on example(s) {', '.join(bad)}; the batch is "
             f"saved as {path}. The last checkpoint is unharmed; a lower learning rate or fp32 may help"
         )
+
+    def _stop_if_bad(self) -> None:
+        """Before the weights change: all processes stop if the loss of one was not finite."""
+        bad = torch.tensor(float(self._bad_batch is not None), device=self.args.device)
+        if self.accelerator.num_processes > 1 and self.accelerator.reduce(bad, "sum") > 0:
+            elsewhere = f"the loss of another process is not finite after step {self.state.global_step}"
+            raise FloatingPointError(self._bad_batch or elsewhere)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -460,6 +471,14 @@ class _LogBeforeSave(TrainerCallback):
         control.should_log |= control.should_save
 
     on_epoch_end = on_step_end
+
+
+class _StopIfBad(TrainerCallback):
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._stop_if_bad()
 
 
 def distill(config: DistillConfig) -> dict:
