@@ -3,8 +3,8 @@
     python -m benchmarks.step --model FOLDER [--student FOLDER] [--device cpu|cuda] [--csv FILE] [--shape 1x1024]
                               [--contenders 'NAME; NAME'] [--measure time memory profile] [--compile] [--seconds S]
 
-``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher`` and ``1b`` are random
-Llamas. What is measured:
+``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher`` and ``1b`` are
+random Llamas. What is measured:
 
 - ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward;
 - ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att: ``over_dss`` is its price;
