@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(work):
     """Started by hand, so that each has to stop by itself; the batch is saved, the weights are not touched."""
     stopped = processes.by_hand("distill_but", "nan", 1, 4, *flags(work, "nan_run", 2))
     messages = [process.communicate(timeout=processes.LIMIT)[1] for process in stopped]
-    assert [process.returncode for process in stopped] == [1, 1]
+    assert [process.returncode for process in stopped] == [2, 2]
     assert "the loss of another process is not finite after step 4" in messages[0]
     assert "the loss is not finite after step 4, on example(s)" in messages[1]
     assert [path.name for path in (work / "nan_run").glob("bad_batch*")] == ["bad_batch_step4_rank1.pt"]

@@ -21,7 +21,7 @@ def test_contenders_agree(batch):
         ("molsaki, stored maps", "molsaki, padded"),
     ):
         torch.testing.assert_close(losses[a], losses[b], rtol=2e-6, atol=0)
-    assert losses["eager"][0] > losses["dss"][0] + 1e-5
+    assert losses["eager"][0] > losses["dss"][0] + 1e-3  # L_att is seen in it
 
 
 def test_rows(capsys):
