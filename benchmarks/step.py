@@ -214,7 +214,7 @@ def eager_loss(student, teacher, config, rows, device):
 
     def entropy(task: dict, out) -> Tensor:
         labels = torch.full_like(task["input_ids"], IGNORE).flatten()
-        labels[task["index"]] = task["labels"][task["labels"] != IGNORE]
+        labels[task["index"]] = task["targets"]
         return losses.cross_entropy(out.logits, labels.view(task["input_ids"].shape))
 
     def reduced(weights: tuple[Tensor, ...]) -> Tensor:

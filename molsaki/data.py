@@ -319,7 +319,8 @@ class Collator:
     - ``input_ids, attention_mask``: ``(R, M)``, right-padded; packed ``(1, total)`` with ``position_ids``, which start
       anew in each text, and ``cu_seq_lens_q (R + 1,)`` int32, where the texts begin and end.
     - ``labels (R, P)``: each text's labels, -100 after the last; ``counts``: how many those are, R ints.
-    - ``index (n,)``: where in the flattened ``input_ids`` each label, text after text, is predicted.
+    - ``targets (n,)``: the labels, text after text; ``index (n,)``: where in the flattened ``input_ids`` each is
+      predicted.
     - ``plan`` of its R texts, for explain texts.
 
     ``plan`` is that of the N explain texts, ``ids`` are the examples' names. With a store there are ``teacher_map
@@ -392,6 +393,7 @@ def _task(texts: Sequence[Text], pad: int | None, packing: bool = False) -> dict
     return task | {
         "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE),
         "counts": [len(target) for target in targets],
+        "targets": torch.cat(targets),
         "index": torch.cat(index),
     }
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_
 
 from molsaki import losses
 from molsaki.config import DistillConfig, require
-from molsaki.data import IGNORE, Collator, DistillDataset, Example, Side, prepare, read_examples
+from molsaki.data import Collator, DistillDataset, Example, Side, prepare, read_examples
 from molsaki.extract import describe, mixture_of, probe, teacher_maps
 from molsaki.forward import Head, can_pack, causal_model, label_logits, model_inputs, use_fused
 from molsaki.hooks import NAME, Record, capture
@@ -94,17 +94,15 @@ class Distiller(nn.Module):
             ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
         """
         options = self.options
-        record, found = None, []
+        record, found, labels = None, [], []
         for task in tasks:
             if options.objective == "molsaki" and "plan" in task:
                 record, rows = self._captured(task)
             else:
                 rows = self._rows(task)
-            found.append(rows)
-        labels = [part for task in tasks for part in task["labels"].split(len(plan))]  # of explain, predict
-        counts = [count for task in tasks for count in task["counts"]]
-        sizes = [sum(counts[start : start + len(plan)]) for start in range(0, len(counts), len(plan))]
-        found = torch.cat(found).split(sizes)
+            counts = [sum(task["counts"][n : n + len(plan)]) for n in range(0, len(task["counts"]), len(plan))]
+            found += rows.split(counts)  # of explain, predict
+            labels += task["labels"].split(len(plan))
         entropies = [
             losses.per_example(rows, label) if rows.dim() == 1 else losses.cross_entropy(rows, label)
             for rows, label in zip(found, labels, strict=True)
@@ -139,8 +137,7 @@ class Distiller(nn.Module):
         hidden = hidden.flatten(0, 1)[task["index"]]
         if self.options.objective in ("mmi", "logits"):
             return self.head.logits(self.student, hidden)
-        labels = task["labels"][task["labels"] != IGNORE]
-        return self.head.cross_entropy(self.student, hidden, labels, self.fused)
+        return self.head.cross_entropy(self.student, hidden, task["targets"], self.fused)
 
     def _captured(self, task: dict) -> tuple[Record, Tensor]:
         """The record of a forward, and its rows."""
@@ -231,8 +228,8 @@ class DistillTrainer(Trainer):
         if config.objective == "logits":
             _check_vocabulary(store, tokenizer, teacher_tokenizer)
 
-        packing = config.packing if config.packing is not None else can_pack(student)
-        if config.packing and not can_pack(student):
+        packing = config.packing is not False and can_pack(student)
+        if config.packing and not packing:
             raise ValueError(f"--packing: texts that share a row change one another in {type(student).__name__}")
         mixture = None
         if config.objective == "molsaki" or packing:
@@ -332,8 +329,7 @@ class DistillTrainer(Trainer):
             maps = teacher_maps(self.teacher, plan=side["plan"], **model_inputs(side))
             inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, side["plan"])
         elif side is not None:
-            explain = inputs["tasks"][0]["labels"][: len(inputs["plan"])]
-            if side["labels"][side["labels"] != IGNORE].tolist() != explain[explain != IGNORE].tolist():
+            if not torch.equal(side["targets"], inputs["tasks"][0]["targets"][: len(side["targets"])]):
                 raise ValueError("objective: logits needs the same tokens on both sides; the two templates give others")
             with torch.no_grad():
                 inputs["teacher_logits"] = label_logits(self.teacher, side)

@@ -90,8 +90,8 @@ def test_index_is_where_each_label_is_predicted(packing):
     data = prepare(examples(4), TextOptions(), student(), Side(OTHER, "plain", None))
     batch = batch_of(data, packing=packing, teacher_packing=packing)
     for task in (*batch["tasks"], batch["teacher"]):
-        labels = task["labels"][task["labels"] != -100]
-        assert torch.equal(task["input_ids"].flatten()[task["index"] + 1], labels)
+        assert torch.equal(task["input_ids"].flatten()[task["index"] + 1], task["targets"])
+        assert torch.equal(task["labels"][task["labels"] != -100], task["targets"])
         assert task["counts"] == (task["labels"] != -100).sum(1).tolist()
 
 

@@ -62,7 +62,7 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits(name, monkeypatch):
     results = []
     for dtype, own in ((torch.float64, True), (torch.float32, True), (torch.float32, False)):
         model, (task,) = make(name, dtype), tasks(True)
-        labels = task["labels"][task["labels"] != -100]
+        labels = task["targets"]
         if own:
             model.set_attn_implementation("molsaki")
             loss = F.cross_entropy(label_logits(model, task), labels, reduction="none")
@@ -87,8 +87,7 @@ def test_only_labels_are_projected_and_few_at_a_time(packing, monkeypatch):
     for task in tasks(packing):
         count, head = sum(task["counts"]), Head.of(model)
         seen.clear()
-        labels = task["labels"][task["labels"] != -100]
-        loss = head.cross_entropy(model, hidden_of(model, task), labels)
+        loss = head.cross_entropy(model, hidden_of(model, task), task["targets"])
         assert sum(seen) == count * 258 and max(seen) <= 258 * 50
         assert len(seen) == -(-count // 50)
         kept = seen[-1]  # the last chunk is not computed again

@@ -163,14 +163,18 @@ def test_accumulation_gives_the_gradient_of_the_big_batch(tmp_path):
 
 @pytest.mark.parametrize("objective", ["vanilla", "dss", "mmi", "logits", "molsaki"])
 def test_packing_changes_nothing(tmp_path, objective):
-    """Losses and gradients of packed and of padded batches, each within its budget of the padded ones in float64."""
+    """Losses and gradients of packed batches, also by the model's own head, within the budget of padded ones."""
     found = {}
-    for packing, dtype in ((False, torch.float64), (False, torch.float32), (True, torch.float32)):
+    for packing, own, dtype in (
+        (False, False, torch.float64), (False, True, torch.float32), (True, False, torch.float32),
+        (True, True, torch.float32),
+    ):  # fmt: skip
         t = DistillTrainer(
             config(tmp_path, objective=objective, packing=packing), tiny.model(2), TOKENIZER,
             tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(4),
         )  # fmt: skip
         t.model.to(dtype)
+        t.model.head = None if own else t.model.head
         if t.model.mixture is not None:  # at zero the router hands no gradient on
             for p in t.model.mixture.parameters():
                 p.data.copy_(torch.linspace(-0.02, 0.02, p.numel()).view_as(p))
@@ -182,10 +186,11 @@ def test_packing_changes_nothing(tmp_path, objective):
         out = t._forward(t.model, batch)
         out["loss"].sum().backward()
         grads = {n: p.grad for n, p in t.model.named_parameters()}
-        found[packing, dtype] = {n: x.detach() for n, x in out.items() if x.is_floating_point()} | grads
-    oracle, padded = found[False, torch.float64], found[False, torch.float32]
-    for name, value in found[True, torch.float32].items():
-        assert_within_budget(name, value, oracle[name], padded[name])
+        found[packing, own] = {n: x.detach() for n, x in out.items() if x.is_floating_point()} | grads
+    oracle, padded = found[False, False], found[False, True]
+    for own in (False, True):
+        for name, value in found[True, own].items():
+            assert_within_budget(name, value, oracle[name], padded[name])
 
 
 @pytest.fixture(scope="module")
