@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from molsaki import losses
 from molsaki.config import DistillConfig, require
@@ -207,6 +208,8 @@ class DistillTrainer(Trainer):
                 f"`torchrun --nproc_per_node {config.n_gpu}`, or choose one with CUDA_VISIBLE_DEVICES"
             )
         set_seed(config.seed)
+        if config.deepspeed:  # models are loaded whole and tried out before ZeRO-3 shards them
+            unset_hf_deepspeed_config()
         student, tokenizer = _load(student, tokenizer, config.student, "--student", config.student_dtype)
         check_tokenizer(tokenizer, "--student")
         if config.lora_rank:
@@ -247,6 +250,8 @@ class DistillTrainer(Trainer):
             if config.objective == "molsaki" or teacher_packing:
                 teacher.set_attn_implementation(NAME)
 
+        if config.deepspeed:
+            set_hf_deepspeed_config(config.hf_deepspeed_config)
         self.teacher = teacher if is_taught else None
         self._sums: dict[str, Tensor] = {}
         self._bad_batch: str | None = None
