@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 
 import pytest
 import tiny
@@ -76,6 +78,28 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits(name, monkeypatch):
     oracle, eager, got = results
     for key, value in got.items():
         assert_within_budget(key, value, oracle[key], eager[key])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_the_fused_kernel_is_given(name, monkeypatch):
+    """Its own arithmetic is liger-kernel's; here PyTorch's stands in, with the arguments of liger-kernel 0.8.5."""
+
+    def stand_in(input, weight, target, bias=None, *, reduction, softcap):
+        logits = F.linear(input, weight, bias)
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return F.cross_entropy(logits, target, reduction=reduction)
+
+    functional = types.SimpleNamespace(liger_fused_linear_cross_entropy=stand_in)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    model, (task,) = make(name, torch.float64), tasks(True)
+    grads = []
+    for fused in (False, True):
+        model.zero_grad()
+        loss = Head.of(model).cross_entropy(model, hidden_of(model, task), task["targets"], fused)
+        (loss * torch.linspace(0, 1, len(loss))).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("packing", [False, True])
