@@ -324,7 +324,7 @@ def timed(steps: dict[str, Callable], device: torch.device, seconds: float) -> d
     """Seconds of every step, round after round; one call each has gone before."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times[next(iter(times))]) < 3:
+    while time.perf_counter() - start < seconds or len(times[next(iter(times))]) < 2:
         for name, step in steps.items():
             begin = time.perf_counter()
             step()
