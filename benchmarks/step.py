@@ -298,13 +298,16 @@ def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tup
 def measure_memory(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
     """MiB of a step at its worst moment: above what rests between steps, and with it."""
     del seconds
-    peaks = {name: peak_memory(setup, name) for name in names}
-    for name, (above, whole) in peaks.items():
+    eager = None
+    for name in sorted(names, key=lambda name: name != "eager"):
+        above, whole = peak_memory(setup, name)
         yield name, "peak MiB of a step", above
         yield name, "peak MiB with weights and optimizer", whole
-        if "eager" in peaks and name != "eager":
-            yield name, "share of eager's peak", above / peaks["eager"][0]
-            yield name, "share of eager's peak, with weights and optimizer", whole / peaks["eager"][1]
+        if name == "eager":
+            eager = (above, whole)
+        elif eager is not None:
+            yield name, "share of eager's peak", above / eager[0]
+            yield name, "share of eager's peak, with weights and optimizer", whole / eager[1]
 
 
 def measure_profile(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
