@@ -138,6 +138,15 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     )
     causal_words: bool = option(False, "Leave out of a step's row the words that no token of the step can see yet.")
     predict_template: str = option(PREDICT_TEMPLATE, PREDICT_HELP)
+    packing: bool | None = option(
+        None,
+        "Run all texts of a batch, of both tasks, in one row without padding; if unset, wherever the student can.",
+    )
+    fused_cross_entropy: Literal["auto", "torch", "liger"] = option(
+        "auto",
+        "What computes the cross-entropy of the labels: torch, in chunks of the vocabulary's logits, or liger-kernel's "
+        "fused kernel; auto takes the latter on CUDA where it is installed.",
+    )
     student_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "The student's floating-point type; float32 with --bf16 is mixed precision."
     )

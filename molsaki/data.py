@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -420,26 +421,46 @@ def _check_stored(store: Store, id: str, spans: Spans) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Collator:
-    """Rows to a batch: a dict of right-padded tensors.
+    """Rows to a batch: a dict of what :class:`molsaki.trainer.Distiller` takes.
 
-    ``explain``, ``predict`` and, with a live teacher, ``teacher`` are dicts of ``input_ids, attention_mask, labels
-    (N, M)`` and ``positions (P,)``, where logits are needed: position p predicts the label at p + 1. ``teacher`` has
-    its own ``plan``. ``plan`` is the student's, over ``explain``. With a store there are ``teacher_map (N, K, S, W)``
-    and ``teacher_weights (N, K, Lt)`` or, if it holds all layers, ``teacher_layers (N, Lt, S, W)``. ``ids`` are the
-    examples' names.
+    ``tasks`` is a list of texts to run in one forward of the student each: with ``packing`` one, of the N explain texts
+    and then the N predict texts, else two, explain and predict. A task of R texts is a dict of
+
+    - ``input_ids, attention_mask``: ``(R, M)``, right-padded; packed ``(1, total)`` with ``position_ids``, which start
+      anew in each text, and ``cu_seq_lens_q (R + 1,)`` int32, where the texts begin and end.
+    - ``labels (R, P)``: each text's labels, -100 after the last; ``counts``: how many those are, R ints.
+    - ``targets (n,)``: the labels, text after text; ``index (n,)``: where in the flattened ``input_ids`` each is
+      predicted.
+    - ``plan`` of its R texts, for explain texts.
+
+    ``plan`` is that of the N explain texts, ``ids`` are the examples' names. With a store there are ``teacher_map
+    (N, K, S, W)`` and ``teacher_weights (N, K, Lt)`` or, if it holds all layers, ``teacher_layers (N, Lt, S, W)``; with
+    a live teacher there is ``teacher``, a task of N texts of its own, with a plan.
+
+    Args:
+        student_pad, teacher_pad: ids of the padding tokens.
+        packing, teacher_packing: pack the texts of a task into one row; without, they are padded.
+        explain: whether the student runs the explain texts at all.
     """
 
     student_pad: int
     teacher_pad: int | None = None
+    packing: bool = False
+    teacher_packing: bool = False
+    explain: bool = True
 
     def __call__(self, items: Sequence[tuple[Row, Entry | None]]) -> dict:
         rows, stored = zip(*items, strict=True)
-        batch = {
-            "explain": _task([row.explain for row in rows], self.student_pad),
-            "predict": _task([row.predict for row in rows], self.student_pad),
-            "plan": _plan([row.explain for row in rows]),
-            "ids": [row.id for row in rows],
-        }
+        explain, predict = [row.explain for row in rows], [row.predict for row in rows]
+        plan = _plan(explain)
+        if not self.explain:
+            tasks = [_task(predict, self.student_pad, self.packing)]
+        elif self.packing:
+            no_map = StepPlan.from_spans([[]] * len(rows), [[]] * len(rows))
+            tasks = [_task(explain + predict, None, True) | {"plan": StepPlan.cat([plan, no_map])}]
+        else:
+            tasks = [_task(explain, self.student_pad) | {"plan": plan}, _task(predict, self.student_pad)]
+        batch = {"tasks": tasks, "plan": plan, "ids": [row.id for row in rows]}
         if stored[0] is not None:
             maps = _pad_maps([entry.maps for entry in stored])
             if stored[0].weights is None:
@@ -448,7 +469,7 @@ class Collator:
                 batch |= {"teacher_map": maps, "teacher_weights": torch.stack([entry.weights for entry in stored])}
         elif rows[0].teacher is not None:
             texts = [row.teacher for row in rows]
-            batch["teacher"] = _task(texts, self.teacher_pad) | {"plan": _plan(texts)}
+            batch["teacher"] = _task(texts, self.teacher_pad, self.teacher_packing) | {"plan": _plan(texts)}
         return batch
 
 
@@ -456,17 +477,35 @@ def _plan(texts: Sequence[Text]) -> StepPlan:
     return StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts])
 
 
-def _task(texts: Sequence[Text], pad: int) -> dict[str, Tensor]:
+def _task(texts: Sequence[Text], pad: int | None, packing: bool = False) -> dict:
     lengths = torch.tensor([len(text.input_ids) for text in texts])
-    input_ids = torch.full((len(texts), int(lengths.max())), pad)
-    for n, text in enumerate(texts):
-        input_ids[n, : lengths[n]] = torch.from_numpy(text.input_ids)
-    column = torch.arange(input_ids.shape[1])
-    mask = column < lengths[:, None]
-    starts = torch.tensor([[text.target_start] for text in texts])
-    labels = input_ids.masked_fill(~mask | (column < starts), IGNORE)
-    positions = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
-    return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels, "positions": positions}
+    ids = [torch.from_numpy(text.input_ids).long() for text in texts]
+    if packing:
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        input_ids = torch.cat(ids)[None]
+        task = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),  # says that nothing is padding, so no M x M mask is made
+            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+            "cu_seq_lens_q": bounds.int(),
+        }
+        starts = bounds[:-1].tolist()
+    else:
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad)
+        task = {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
+        starts = [n * input_ids.shape[1] for n in range(len(texts))]
+    firsts = [max(text.target_start, 1) for text in texts]  # nothing predicts a text's first token
+    targets = [row[first:] for row, first in zip(ids, firsts, strict=True)]
+    index = [
+        torch.arange(start + first - 1, start + first - 1 + len(target))
+        for start, first, target in zip(starts, firsts, targets, strict=True)
+    ]
+    return task | {
+        "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE),
+        "counts": [len(target) for target in targets],
+        "targets": torch.cat(targets),
+        "index": torch.cat(index),
+    }
 
 
 def _pad_maps(maps: Sequence[Tensor]) -> Tensor:

@@ -183,11 +183,13 @@ def _fingerprint_data(examples: Sequence[Example]) -> str:
 
 
 @torch.no_grad()
-def teacher_maps(teacher: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, plan: StepPlan) -> Tensor:
-    """The teacher's map of every layer, ``(N, L, S, W)`` float32, for a right-padded batch; computes no logits."""
+def teacher_maps(
+    teacher: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, plan: StepPlan, **packed
+) -> Tensor:
+    """The teacher's map of every layer, ``(N, L, S, W)`` float32, for a batch, right-padded or packed; no logits."""
     decoder = teacher.base_model
     with capture(decoder, plan) as record:
-        decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        decoder(**{"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | packed)
     return record.maps
 
 

@@ -190,10 +190,12 @@ def attention(
             _check_lengths(plan, lengths)
     out, maps = stepwise_attention(query, key, value, plan, window=window, cu_seqlens=cu_seqlens, **plain)
     if dropout:
-        if cu_seqlens is not None:
-            raise ValueError(f"dropout: expected 0 with packed sequences, got {dropout}")
         row = torch.arange(query.shape[2], device=query.device)
-        out = _masked(query, key, value, visible(row, row, True, window), dropout, **plain)
+        mask = visible(row, row, True, window)
+        if cu_seqlens is not None:
+            text = torch.searchsorted(cu_seqlens[1:], row, right=True)
+            mask = mask & (text[:, None] == text)
+        out = _masked(query, key, value, mask, dropout, **plain)
     if step_plan is None:
         maps = None
     elif step_record is not None:

@@ -20,12 +20,24 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, the mean over an example's labels; 0 for an example without any (L_pre, L_exp of Eq. 7).
 
     Args:
-        logits: ``(N, P, V)``, any floating dtype; position p predicts ``labels[:, p]`` (shifting is the caller's).
+        logits: ``(N, P, V)``, any floating dtype; position p predicts ``labels[:, p]`` (shifting is the caller's). Or
+            only the rows that have a label, in order, ``(n, V)``.
         labels: ``(N, P)``, -100 where there is none.
     """
-    _check_logits("logits", logits, labels)
-    rows, label = _labelled(logits, labels)
-    return _per_example(F.cross_entropy(_at_least_float32(rows), label, reduction="none"), labels)
+    rows = _at_least_float32(_labelled("logits", logits, labels))
+    return per_example(F.cross_entropy(rows, labels[labels != IGNORE], reduction="none"), labels)
+
+
+def per_example(values: Tensor, labels: Tensor) -> Tensor:
+    """The mean over each example's labels, ``(N,)``; 0 for an example without any.
+
+    Args:
+        values: ``(n,)``, one for each label that is not -100, in order.
+        labels: ``(N, P)``.
+    """
+    mask = labels != IGNORE
+    spread = values.new_zeros(labels.shape).masked_scatter(mask, values)
+    return spread.sum(1) / mask.sum(1).clamp_min(1)
 
 
 def attention(
@@ -103,7 +115,8 @@ def mutual_information(
     ``- sum_v p_predict[v] log p_explain[v]``.
 
     Args:
-        predict_logits, explain_logits: ``(N, P, V)`` and ``(N, P', V)``. The labels: ``(N, P)`` and ``(N, P')``.
+        predict_logits, explain_logits: ``(N, P, V)`` and ``(N, P', V)``, or the rows with labels, ``(n, V)`` and
+            ``(n', V)``. The labels: ``(N, P)`` and ``(N, P')``.
     """
     if predict_logits.shape[-1] != explain_logits.shape[-1]:
         raise ValueError(
@@ -115,11 +128,11 @@ def mutual_information(
         ("predict_logits", predict_logits, predict_labels),
         ("explain_logits", explain_logits, explain_labels),
     ):
-        _check_logits(name, logits, labels)
-        mask = (labels != IGNORE)[..., None]
-        log_p = _at_least_float32(logits).log_softmax(-1)
-        log_p = log_p.masked_fill(~mask, torch.finfo(log_p.dtype).min)
-        log_means.append(log_p.logsumexp(1) - mask.sum(1).clamp_min(1).log())  # (N, V)
+        mask = labels != IGNORE
+        log_p = _at_least_float32(_labelled(name, logits, labels)).log_softmax(-1)
+        spread = log_p.new_full((*labels.shape, log_p.shape[-1]), torch.finfo(log_p.dtype).min)
+        spread = spread.masked_scatter(mask[..., None], log_p)
+        log_means.append(spread.logsumexp(1) - mask.sum(1, keepdim=True).clamp_min(1).log())  # (N, V)
     labelled = (predict_labels != IGNORE).any(1) & (explain_labels != IGNORE).any(1)
     return torch.where(labelled, -(log_means[0].exp() * log_means[1]).sum(-1), 0)
 
@@ -128,40 +141,34 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float 
     """KL(teacher || student) of softened predictions times T^2, the mean over labels (Mentor-KD, arXiv 2410.09037).
 
     Args:
-        student, teacher: ``(N, P, V)`` over one vocabulary; the teacher gets no gradient.
+        student, teacher: ``(N, P, V)`` over one vocabulary, or the rows with labels, ``(n, V)``; the teacher gets no
+            gradient.
         labels: ``(N, P)``, -100 where nothing is compared.
         temperature: T.
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student, teacher: expected (N, P, V) over one vocabulary, got {tuple(student.shape)} and "
+            f"student, teacher: expected logits over one vocabulary, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}"
         )
-    _check_logits("student", student, labels)
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    student, teacher = (_at_least_float32(_labelled(x, labels)[0]) / temperature for x in (student, teacher.detach()))
+    student, teacher = (
+        _at_least_float32(_labelled(name, x, labels)) / temperature
+        for name, x in (("student", student), ("teacher", teacher.detach()))
+    )
     divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return _per_example(divergence, labels) * temperature**2
+    return per_example(divergence, labels) * temperature**2
 
 
-def _labelled(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The labelled positions of all examples, ``(n, V)`` and ``(n,)``: the vocabulary is wide, the others are many."""
-    mask = labels != IGNORE
-    return x[mask], labels[mask]
-
-
-def _per_example(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of the labelled positions' ``values (n,)`` over each example, ``(N,)``."""
-    mask = labels != IGNORE
-    spread = values.new_zeros(labels.shape).masked_scatter(mask, values)
-    return spread.sum(1) / mask.sum(1).clamp_min(1)
-
-
-def _check_logits(name: str, x: Tensor, labels: Tensor) -> None:
-    if x.dim() != 3 or x.shape[:2] != labels.shape:
-        shapes = f"{tuple(x.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"{name}: expected (N, P, V) with labels (N, P), got {shapes}")
+def _labelled(name: str, x: Tensor, labels: Tensor) -> Tensor:
+    """The rows that have a label, ``(n, V)``: the vocabulary is wide, the others are many."""
+    if x.dim() == 3 and x.shape[:2] == labels.shape:
+        return x[labels != IGNORE]
+    if x.dim() == 2 and labels.dim() == 2:
+        return x
+    shapes = f"{tuple(x.shape)} and {tuple(labels.shape)}"
+    raise ValueError(f"{name}: expected (N, P, V) or the rows with labels (n, V), and labels (N, P); got {shapes}")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

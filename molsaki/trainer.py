@@ -21,11 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from molsaki import losses
 from molsaki.config import DistillConfig, require
-from molsaki.data import IGNORE, Collator, DistillDataset, Example, Side, prepare, read_examples
+from molsaki.data import Collator, DistillDataset, Example, Side, prepare, read_examples
 from molsaki.extract import describe, mixture_of, probe, teacher_maps
+from molsaki.forward import Head, can_pack, causal_model, label_logits, model_inputs, use_fused
 from molsaki.hooks import NAME, Record, capture
 from molsaki.mixture import MixtureOfLayers
 from molsaki.models import check_tokenizer, context_length, load_model, load_tokenizer
@@ -54,6 +56,8 @@ class Distiller(nn.Module):
         self.student = student
         self.mixture = mixture
         self.options = config
+        self.head = Head.of(student)
+        self.fused = use_fused(config.fused_cross_entropy, config.device)
 
     @property
     def config(self):
@@ -73,8 +77,7 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        explain: dict[str, Tensor],
-        predict: dict[str, Tensor],
+        tasks: list[dict],
         plan: StepPlan,
         teacher_map: Tensor | None = None,
         teacher_weights: Tensor | None = None,
@@ -83,35 +86,42 @@ class Distiller(nn.Module):
         """All losses of a batch of N examples, as :class:`molsaki.data.Collator` makes them.
 
         Args:
+            tasks: the texts of explain and predict, or of predict alone for ``vanilla``.
             teacher_map: ``(N, K, S, W)`` with ``teacher_weights (N, K, Lt)``, for ``molsaki``.
-            teacher_logits: ``(N, P, V)`` at the positions of ``explain``, for ``logits``.
+            teacher_logits: ``(n, V)`` for the n labels of explain, for ``logits``.
 
         Returns:
             ``(N,)`` each: ``loss``, the objective's; detached, its parts and what else is logged. For ``molsaki`` also
             ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
         """
         options = self.options
-        predict_logits, predict_labels = label_logits(self.student, predict)
-        loss_pre = losses.cross_entropy(predict_logits, predict_labels)
+        record, found, labels = None, [], []
+        for task in tasks:
+            if options.objective == "molsaki" and "plan" in task:
+                record, rows = self._captured(task)
+            else:
+                rows = self._rows(task)
+            counts = [sum(task["counts"][n : n + len(plan)]) for n in range(0, len(task["counts"]), len(plan))]
+            found += rows.split(counts)  # of explain, predict
+            labels += task["labels"].split(len(plan))
+        entropies = [
+            losses.per_example(rows, label) if rows.dim() == 1 else losses.cross_entropy(rows, label)
+            for rows, label in zip(found, labels, strict=True)
+        ]
+
+        loss_pre = entropies[-1]
         out = {"loss": loss_pre, "loss_pre": loss_pre}
         out |= {"steps_mean": plan.step_mask.sum(1), "words_mean": plan.word_mask.sum(1)}
         out["without_words"] = (out["words_mean"] == 0).float()
         if options.objective == "vanilla":
             return _detached(out)
-
-        if options.objective == "molsaki":
-            with capture(self.student, plan, True, value_heads=options.value_heads, pooling=options.pooling) as record:
-                explain_logits, explain_labels = label_logits(self.student, explain)
-        else:
-            explain_logits, explain_labels = label_logits(self.student, explain)
-        out["loss_exp"] = losses.cross_entropy(explain_logits, explain_labels)
+        out["loss_exp"] = entropies[0]
         out["loss"] = options.alpha * loss_pre + (1 - options.alpha) * out["loss_exp"]
-
         if options.objective == "mmi":
-            out["loss_mmi"] = losses.mutual_information(predict_logits, predict_labels, explain_logits, explain_labels)
+            out["loss_mmi"] = losses.mutual_information(found[1], labels[1], found[0], labels[0])
             out["loss"] = out["loss"] + options.beta_mmi * out["loss_mmi"]
         elif options.objective == "logits":
-            out["loss_logits"] = losses.logits(explain_logits, teacher_logits, explain_labels, options.temperature)
+            out["loss_logits"] = losses.logits(found[0], teacher_logits, labels[0], options.temperature)
             out["loss"] = out["loss"] + options.beta_logits * out["loss_logits"]
         elif options.objective == "molsaki":
             with torch.autocast(plan.device.type, enabled=False):  # maps and values are float32
@@ -120,13 +130,31 @@ class Distiller(nn.Module):
             out["loss"] = out["loss"] + options.beta * out["loss_att"]
         return _detached(out)
 
+    def _rows(self, task: dict) -> Tensor:
+        """For each label of a task its cross-entropy ``(n,)`` or, where more is needed, its logits ``(n, V)``."""
+        if self.head is None:
+            return label_logits(self.student, task)
+        hidden = causal_model(self.student).base_model(**model_inputs(task))[0]
+        hidden = hidden.flatten(0, 1)[task["index"]]
+        if self.options.objective in ("mmi", "logits"):
+            return self.head.logits(self.student, hidden)
+        return self.head.cross_entropy(self.student, hidden, task["targets"], self.fused)
+
+    def _captured(self, task: dict) -> tuple[Record, Tensor]:
+        """The record of a forward, and its rows."""
+        options = self.options
+        model = self.student if self.head is None else causal_model(self.student).base_model
+        pooling = dict(value_heads=options.value_heads, pooling=options.pooling)
+        with capture(model, task["plan"], values=True, **pooling) as record:
+            return record, self._rows(task)
+
     def _attention(
         self, record: Record, plan: StepPlan, teacher_map: Tensor, teacher_weights: Tensor
     ) -> dict[str, Tensor]:
         """Eq. 5 and 6, and what is logged of them."""
         options = (self.options.normalise, self.options.causal_words)
-        maps = record.maps
-        student_weights, student_map = self.mixture.student(maps, record.values, plan)
+        maps, values = record.maps[: len(plan)], record.values[: len(plan)]  # packed, texts without a map come after
+        student_weights, student_map = self.mixture.student(maps, values, plan)
         out = {"loss_att": losses.attention(student_map, teacher_map, plan, *options)}
         with torch.no_grad():
             out["loss_att_uniform"] = losses.attention(self.mixture.uniform(maps), teacher_map, plan, *options)
@@ -180,6 +208,8 @@ class DistillTrainer(Trainer):
                 f"`torchrun --nproc_per_node {config.n_gpu}`, or choose one with CUDA_VISIBLE_DEVICES"
             )
         set_seed(config.seed)
+        if config.deepspeed:  # models are loaded whole and tried out before ZeRO-3 shards them
+            unset_hf_deepspeed_config()
         student, tokenizer = _load(student, tokenizer, config.student, "--student", config.student_dtype)
         check_tokenizer(tokenizer, "--student")
         if config.lora_rank:
@@ -201,22 +231,30 @@ class DistillTrainer(Trainer):
         if config.objective == "logits":
             _check_vocabulary(store, tokenizer, teacher_tokenizer)
 
+        packing = config.packing is not False and can_pack(student)
+        if config.packing and not packing:
+            raise ValueError(f"--packing: texts that share a row change one another in {type(student).__name__}")
         mixture = None
-        if config.objective == "molsaki":
+        if config.objective == "molsaki" or packing:
             student.set_attn_implementation(NAME)
+        if config.objective == "molsaki":
             student_layers, width = probe(student, config.value_heads)
             if store is not None:
                 store.check(describe(config, store.num_layers, store.all_layers, student_layers, teacher, teacher_side))
                 teacher = None
             teacher_layers = probe(teacher)[0] if store is None else store.num_layers
             mixture = mixture_of(config, teacher_layers, student_layers, width)
+        teacher_packing = packing and teacher is not None and can_pack(teacher)
         if teacher is not None:
             teacher.to(config.device).eval().requires_grad_(False)
-            if config.objective == "molsaki":
+            if config.objective == "molsaki" or teacher_packing:
                 teacher.set_attn_implementation(NAME)
 
+        if config.deepspeed:
+            set_hf_deepspeed_config(config.hf_deepspeed_config)
         self.teacher = teacher if is_taught else None
         self._sums: dict[str, Tensor] = {}
+        self._bad_batch: str | None = None
         self._is_in_checkpoint = False
         datasets = []
         for data, path, limit in (
@@ -231,16 +269,20 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=Distiller(student, mixture, config),
             args=config,
-            data_collator=Collator(tokenizer.pad_token_id, teacher_side and teacher_side.tokenizer.pad_token_id),
+            data_collator=Collator(
+                tokenizer.pad_token_id, teacher_side and teacher_side.tokenizer.pad_token_id, packing, teacher_packing,
+                explain=config.objective != "vanilla",
+            ),
             train_dataset=datasets[0],
             eval_dataset=datasets[1],
             processing_class=tokenizer,
             **kwargs,
-        )
+        )  # fmt: skip
         asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if asked_for_fsdp and not self.is_fsdp_enabled:
             logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
         self.add_callback(_LogBeforeSave())
+        self.add_callback(_StopIfBad(self))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
         """How many examples one optimizer step sees, over accumulation and processes: each counts once."""
@@ -252,7 +294,9 @@ class DistillTrainer(Trainer):
         out = self._forward(model, inputs)
         loss = out["loss"].sum() * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
-            self._stop_at(inputs, out)
+            self._bad_batch = self._save_bad(inputs, out)
+            if self.accelerator.num_processes == 1:
+                raise FloatingPointError(self._bad_batch)
         self._add(out)
         return (loss, out) if return_outputs else loss
 
@@ -287,12 +331,13 @@ class DistillTrainer(Trainer):
             maps = inputs.pop("teacher_layers").float()
             inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, inputs["plan"])
         if side is not None and self.args.objective == "molsaki":
-            maps = teacher_maps(self.teacher, side["input_ids"], side["attention_mask"], side["plan"])
+            maps = teacher_maps(self.teacher, plan=side["plan"], **model_inputs(side))
             inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, side["plan"])
         elif side is not None:
+            if not torch.equal(side["targets"], inputs["tasks"][0]["targets"][: len(side["targets"])]):
+                raise ValueError("objective: logits needs the same tokens on both sides; the two templates give others")
             with torch.no_grad():
-                logits, labels = label_logits(self.teacher, side)
-            inputs["teacher_logits"] = _aligned(logits, labels, inputs["explain"])
+                inputs["teacher_logits"] = label_logits(self.teacher, side)
         return model(**inputs)
 
     def _add(self, out: dict[str, Tensor]) -> None:
@@ -301,15 +346,22 @@ class DistillTrainer(Trainer):
             value = value.detach().double().sum(0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _stop_at(self, inputs: dict, out: dict[str, Tensor]) -> None:
-        """Save the batch whose loss is not finite, and stop."""
+    def _save_bad(self, inputs: dict, out: dict[str, Tensor]) -> str:
+        """Save the batch whose loss is not finite; the error message."""
         path = Path(self.args.output_dir) / f"bad_batch_step{self.state.global_step}_rank{self.args.process_index}.pt"
         torch.save({"inputs": inputs, "losses": _detached(out)}, path)
         bad = [example for example, loss in zip(inputs["ids"], out["loss"], strict=True) if not torch.isfinite(loss)]
-        raise FloatingPointError(
+        return (
             f"the loss is not finite after step {self.state.global_step}, on example(s) {', '.join(bad)}; the batch is "
             f"saved as {path}. The last checkpoint is unharmed; a lower learning rate or fp32 may help"
         )
+
+    def _stop_if_bad(self) -> None:
+        """Before the weights change: all processes stop if the loss of one was not finite."""
+        bad = torch.tensor(float(self._bad_batch is not None), device=self.args.device)
+        if self.accelerator.num_processes > 1 and self.accelerator.reduce(bad, "sum") > 0:
+            elsewhere = f"the loss of another process is not finite after step {self.state.global_step}"
+            raise FloatingPointError(self._bad_batch or elsewhere)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -422,6 +474,14 @@ class _LogBeforeSave(TrainerCallback):
     on_epoch_end = on_step_end
 
 
+class _StopIfBad(TrainerCallback):
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._stop_if_bad()
+
+
 def distill(config: DistillConfig) -> dict:
     """Train as the config says, and export the student to ``config.output_dir``.
 
@@ -435,26 +495,6 @@ def distill(config: DistillConfig) -> dict:
     trainer.save_state()
     trainer.accelerator.end_training()
     return metrics | {"student": config.output_dir}
-
-
-def label_logits(model: nn.Module, task: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, P, V)`` at the positions that predict a label of any row, and those labels ``(N, P)``."""
-    positions = task["positions"]
-    out = model(
-        input_ids=task["input_ids"], attention_mask=task["attention_mask"], logits_to_keep=positions, use_cache=False
-    )
-    return out.logits, task["labels"][:, positions + 1]
-
-
-def _aligned(logits: Tensor, labels: Tensor, explain: dict[str, Tensor]) -> Tensor:
-    """The teacher's logits at the student's positions, which differ where their templates do."""
-    wanted = explain["labels"][:, explain["positions"] + 1]
-    here, there = wanted != IGNORE, labels != IGNORE
-    if not torch.equal(wanted[here], labels[there]):
-        raise ValueError("objective: logits needs the same tokens on both sides, but the two templates give others")
-    out = logits.new_zeros(*wanted.shape, logits.shape[-1])
-    out[here] = logits[there]
-    return out
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -93,19 +93,21 @@ def distill(report: str, *argv: str) -> None:
     trainer.accelerator.end_training()
 
 
-def lose(rank: str, step: str, *argv: str) -> int:
-    """``molsaki distill``, one process of which kills itself when it begins a step."""
+def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
+    """``molsaki distill``, one process of which, when it begins a step, kills itself or finds its weights broken."""
 
-    class Lose(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
+    class Fault(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
             if args.process_index == int(rank) and state.global_step == int(step):
-                os.kill(os.getpid(), signal.SIGKILL)
+                if fault == "lost":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                next(model.student.parameters()).data.fill_(float("nan"))
 
     made = DistillTrainer.__init__
 
     def init(self, *args, **kwargs):
         made(self, *args, **kwargs)
-        self.add_callback(Lose())
+        self.add_callback(Fault())
 
     DistillTrainer.__init__ = init
     return cli.main(["distill", *argv])
@@ -125,23 +127,25 @@ def lose_extract(rank: str, batch: str, *argv: str) -> int:
     return cli.main(["extract", *argv])
 
 
-def wrapped(kind: str, report: str) -> None:
-    """Maps, values and gradients of a wrapped model, each process with one of two texts, in ``REPORT.RANK``."""
+def wrapped(report: str) -> None:
+    """Maps, values and gradients of a wrapped model, each process with one of two texts, in ``REPORT.KIND.RANK``."""
     import tiny
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    model = tiny.model(2)
-    if kind == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
-    else:
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-    loss, record = losses_of(model, rank)
-    loss.backward()
-    gradients = {name.removeprefix("module."): _whole(p.grad) for name, p in model.named_parameters()}
-    torch.save({"maps": record.maps.detach(), "values": record.values.detach(), "grads": gradients}, f"{report}.{rank}")
+    for kind in ("ddp", "fsdp2"):
+        model = tiny.model(2)
+        if kind == "ddp":
+            model = nn.parallel.DistributedDataParallel(model)
+        else:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        loss, record = losses_of(model, rank)
+        loss.backward()
+        gradients = {name.removeprefix("module."): _whole(p.grad) for name, p in model.named_parameters()}
+        found = {"maps": record.maps.detach(), "values": record.values.detach(), "grads": gradients}
+        torch.save(found, f"{report}.{kind}.{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -168,5 +172,5 @@ def _whole(tensor: Tensor) -> Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     _allow_fsdp_on_a_cpu()
-    actions = {"distill": distill, "lose": lose, "lose_extract": lose_extract, "wrapped": wrapped}
+    actions = {"distill": distill, "distill_but": distill_but, "lose_extract": lose_extract, "wrapped": wrapped}
     sys.exit(actions[sys.argv[1]](*sys.argv[2:]))

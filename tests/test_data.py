@@ -30,6 +30,10 @@ def labelled(task: dict, row: int = 0) -> str:
     return TOKENIZER.decode(labels[labels != -100])
 
 
+def batch_of(data: DistillDataset, **options) -> dict:
+    return Collator(TOKENIZER.pad_token_id, OTHER.pad_token_id, **options)([data[i] for i in range(len(data))])
+
+
 def test_read(tmp_path):
     rows = tiny.problems(2) + [{"question": "q", "rationale": "", "answer": 12, "gold": 12.0, "choices": ["a", "b"]}]
     rows.append({"question": "q", "rationale": "r", "answer": "3", "gold": "4", "keywords": ["x"]})
@@ -72,29 +76,54 @@ def test_read_without_a_file(tmp_path):
         read_examples(tmp_path / "none.jsonl")
 
 
-def test_labels_lie_on_the_rationale_and_the_answer():
-    data = prepare(examples(3), TextOptions(), student())
-    batch = Collator(TOKENIZER.pad_token_id)([data[i] for i in range(3)])
-    for n, example in enumerate(examples(3)):
-        assert labelled(batch["explain"], n) == " " + example.rationale + "<|end|>"
-        assert labelled(batch["predict"], n) == " " + example.answer + "<|end|>"
+@pytest.mark.parametrize("packing", [False, True])
+def test_labels_lie_on_the_rationale_and_the_answer(packing):
+    batch = batch_of(prepare(examples(3), TextOptions(), student()), packing=packing)
+    assert len(batch["tasks"]) == (1 if packing else 2)
+    texts = [labelled(task, n) for task in batch["tasks"] for n in range(len(task["counts"]))]
+    expected = [" " + example.rationale + "<|end|>" for example in examples(3)]
+    assert texts == expected + [" " + example.answer + "<|end|>" for example in examples(3)]
     assert "teacher" not in batch
     assert "teacher_map" not in batch
 
 
-def test_batch_is_right_padded_and_positions_predict_every_label():
+@pytest.mark.parametrize("packing", [False, True])
+def test_index_is_where_each_label_is_predicted(packing):
     data = prepare(examples(4), TextOptions(), student(), Side(OTHER, "plain", None))
-    batch = Collator(TOKENIZER.pad_token_id, OTHER.pad_token_id)([data[i] for i in range(4)])
-    for task in (batch["explain"], batch["predict"], batch["teacher"]):
-        ids, mask, labels = task["input_ids"], task["attention_mask"], task["labels"]
+    batch = batch_of(data, packing=packing, teacher_packing=packing)
+    for task in (*batch["tasks"], batch["teacher"]):
+        assert torch.equal(task["input_ids"].flatten()[task["index"] + 1], task["targets"])
+        assert torch.equal(task["labels"][task["labels"] != -100], task["targets"])
+        assert task["counts"] == (task["labels"] != -100).sum(1).tolist()
+
+
+def test_padded_tasks_are_right_padded():
+    data = prepare(examples(4), TextOptions(), student(), Side(OTHER, "plain", None))
+    batch = batch_of(data)
+    for task in (*batch["tasks"], batch["teacher"]):
+        ids, mask = task["input_ids"], task["attention_mask"]
         assert (mask.diff(dim=1) <= 0).all()
         assert (ids[mask == 0] == 0).all()
-        assert (labels[mask == 0] == -100).all()
-        kept = labels != -100
-        assert (labels[kept] == ids[kept]).all()
-        assert (task["positions"] + 1).tolist() == kept.any(0).nonzero()[:, 0].tolist()
-    lengths = batch["explain"]["attention_mask"].sum(1)
+    lengths = batch["tasks"][0]["attention_mask"].sum(1)
     assert batch["plan"].extents == tuple((lengths - 1).tolist())  # all but the end token
+    assert batch["tasks"][0]["plan"] is batch["plan"]
+
+
+def test_packed_texts_follow_one_another_without_padding():
+    data = prepare(examples(3), TextOptions(), student())
+    (task,) = batch_of(data, packing=True)["tasks"]
+    texts = [row.explain for row in data.rows] + [row.predict for row in data.rows]
+    lengths = [len(text.input_ids) for text in texts]
+    assert task["input_ids"].shape == task["position_ids"].shape == (1, sum(lengths))
+    bounds = task["cu_seq_lens_q"].tolist()
+    assert task["cu_seq_lens_q"].dtype == torch.int32 and bounds == [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    for text, start, stop in zip(texts, bounds[:-1], bounds[1:], strict=True):
+        assert task["input_ids"][0, start:stop].tolist() == text.input_ids.tolist()
+        assert task["position_ids"][0, start:stop].tolist() == list(range(stop - start))
+    assert len(task["plan"]) == 6
+    assert task["plan"].step_mask.sum(1).tolist() == [5, 5, 5, 0, 0, 0]
+    (alone,) = batch_of(data, packing=True, explain=False)["tasks"]
+    assert alone["input_ids"].tolist()[0] == task["input_ids"].tolist()[0][bounds[3] :]
 
 
 def test_two_tokenizers_give_plans_of_one_shape():
@@ -103,7 +132,7 @@ def test_two_tokenizers_give_plans_of_one_shape():
     mine, other = batch["plan"], batch["teacher"]["plan"]
     assert (mine.step_mask.equal(other.step_mask), mine.word_mask.equal(other.word_mask)) == (True, True)
     assert (mine.num_steps, mine.num_words) == (5, 9)
-    assert batch["explain"]["input_ids"].shape[1] > batch["teacher"]["input_ids"].shape[1]
+    assert batch["tasks"][0]["input_ids"].shape[1] > batch["teacher"]["input_ids"].shape[1]
 
 
 def test_prompt_is_what_training_saw():
@@ -161,7 +190,7 @@ def test_dataset_pickles_and_loads_in_workers():
     assert isinstance(pickle.loads(pickle.dumps(data)), DistillDataset)
     alone, workers = (list(DataLoader(data, 4, collate_fn=Collator(0), num_workers=n)) for n in (0, 1))
     for a, b in zip(alone, workers, strict=True):
-        assert torch.equal(a["explain"]["input_ids"], b["explain"]["input_ids"])
+        assert torch.equal(a["tasks"][0]["input_ids"], b["tasks"][0]["input_ids"])
         assert torch.equal(a["plan"].tokens, b["plan"].tokens)
 
 

@@ -247,6 +247,21 @@ def test_dropout_drops_the_output_and_not_the_map(name):
     assert not torch.allclose(dropped, still, atol=1e-3)
 
 
+def test_dropout_keeps_packed_texts_apart():
+    model = make("GptOss", torch.float32, attention_dropout=0.5).train()
+    bounds = torch.tensor([0, 9, 16], dtype=torch.int32)
+    ids = torch.randint(3, 61, (1, 16), generator=torch.Generator().manual_seed(5))
+    other = torch.cat([ids[:, :9].flip(1), ids[:, 9:]], 1)
+    position = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    outs = []
+    for row in (ids, other):
+        torch.manual_seed(0)
+        with molsaki.capture(model, StepPlan.from_spans([[(0, 4)]] * 2, [[[1]]] * 2)):
+            outs.append(model(row, position_ids=position, cu_seq_lens_q=bounds, use_cache=False).logits)
+    torch.testing.assert_close(outs[0][:, 9:], outs[1][:, 9:])
+    assert not torch.allclose(outs[0][:, :9], outs[1][:, :9], atol=1e-2)
+
+
 def test_autocast_and_bfloat16():
     model = make("Llama", torch.float32)
     inputs, plan = batch()

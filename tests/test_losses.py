@@ -34,6 +34,19 @@ def test_cross_entropy_counts_every_example_once():
         losses.cross_entropy(logits[:, :2], labels)
 
 
+def test_rows_with_labels_stand_for_all():
+    x, y = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    labels = torch.tensor([[0, -100, 2], [-100, -100, 4]])
+    rows, others = x[labels != -100], y[labels != -100]
+    for function, whole, part in (
+        (losses.cross_entropy, (x, labels), (rows, labels)),
+        (losses.logits, (x, y, labels), (rows, others, labels)),
+        (losses.mutual_information, (x, labels, y, labels), (rows, labels, others, labels)),
+    ):
+        torch.testing.assert_close(function(*part), function(*whole))
+    torch.testing.assert_close(losses.per_example(torch.tensor([1.0, 3.0, 5.0]), labels), torch.tensor([2.0, 5.0]))
+
+
 def test_attention_by_hand():
     plan = plan_of((2, 3), (1, 2))
     student, teacher = torch.full((2, 1, 2, 3), 7.0), torch.full((2, 1, 2, 3), -7.0)  # padding holds anything

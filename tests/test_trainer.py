@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from budget import assert_within_budget
 from safetensors.torch import load_file
 from tiny import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from molsaki.config import DistillConfig
+from molsaki.config import DistillConfig, ExtractConfig
 from molsaki.data import Example
+from molsaki.extract import extract
 from molsaki.trainer import ROUTER, DistillTrainer, checkpoints, last_checkpoint
 
 TOKENIZER, OTHER = tiny.tokenizer(), tiny.tokenizer(60)
@@ -157,6 +161,133 @@ def test_accumulation_gives_the_gradient_of_the_big_batch(tmp_path):
             torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["vanilla", "dss", "mmi", "logits", "molsaki"])
+def test_packing_changes_nothing(tmp_path, objective):
+    """Losses and gradients of packed batches, also by the model's own head, within the budget of padded ones."""
+    found = {}
+    for packing, own, dtype in (
+        (False, False, torch.float64), (False, True, torch.float32), (True, False, torch.float32),
+        (True, True, torch.float32),
+    ):  # fmt: skip
+        t = DistillTrainer(
+            config(tmp_path, objective=objective, packing=packing), tiny.model(2), TOKENIZER,
+            tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(4),
+        )  # fmt: skip
+        t.model.to(dtype)
+        t.model.head = None if own else t.model.head
+        if t.model.mixture is not None:  # at zero the router hands no gradient on
+            for p in t.model.mixture.parameters():
+                p.data.copy_(torch.linspace(-0.02, 0.02, p.numel()).view_as(p))
+        if t.teacher is not None:
+            t.teacher.to(dtype)
+        batch = t.data_collator([t.train_dataset[i] for i in range(4)])
+        assert len(batch["tasks"]) == (1 if packing or objective == "vanilla" else 2)
+        assert ("cu_seq_lens_q" in batch["tasks"][0]) == packing
+        out = t._forward(t.model, batch)
+        out["loss"].sum().backward()
+        grads = {n: p.grad for n, p in t.model.named_parameters()}
+        found[packing, own] = {n: x.detach() for n, x in out.items() if x.is_floating_point()} | grads
+    oracle, padded = found[False, False], found[False, True]
+    for own in (False, True):
+        for name, value in found[True, own].items():
+            assert_within_budget(name, value, oracle[name], padded[name])
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Models, data and the teacher's store."""
+    folder = tmp_path_factory.mktemp("stored")
+    tiny.save(folder / "teacher", 3, OTHER, seed=1)
+    tiny.write_jsonl(folder / "train.jsonl", tiny.problems(8))
+    extract(
+        ExtractConfig(teacher=str(folder / "teacher"), data_files=[str(folder / "train.jsonl")],
+                      store=str(folder / "store"))
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2}, {"dataloader_num_workers": 2}, {"bf16": True},
+     {"bf16": True, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "gradient_checkpointing": True}],
+    ids=["plain", "accumulation", "workers", "bf16", "all"],
+)  # fmt: skip
+def test_the_store_is_the_live_teacher(stored, tmp_path, packing, options, monkeypatch):
+    """Loss and gradients of the first step, to float32 rounding; under autocast the teacher runs in its own dtype."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    options = dict(max_steps=1, save_strategy="no", packing=packing, beta=10.0) | options
+    live = trainer(tmp_path / "live", **options)
+    held = DistillTrainer(
+        config(tmp_path / "stored", store=str(stored / "store"), **options), tiny.model(2), TOKENIZER,
+        train_dataset=examples(),
+    )  # fmt: skip
+    assert held.teacher is None and live.teacher is not None
+    a, b = gradients(live), gradients(held)
+    for name in ("loss", "loss_pre", "loss_exp", "loss_att", "loss_att_uniform", "entropy_teacher"):
+        x, y = (row[0] for t in (live, held) for row in logged(t, name))
+        assert x == pytest.approx(y, rel=2e-6), name
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert (b[name] - value).norm() <= 2e-6 * value.norm(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"packing": False}, {"bf16": True, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}],
+    ids=["padded", "packed, bf16, accumulation, workers"],
+)
+def test_resume_is_bitwise_however_batches_are_made(tmp_path, options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    runs = {}
+    for name, stop in (("whole", None), ("resumed", 3)):
+        t = trainer(tmp_path / name, **options)
+        if stop:
+            t.add_callback(StopAt(stop))
+            t.train()
+            t = trainer(tmp_path / name, resume=True, **options)
+        t.train()
+        runs[name] = t
+    assert len(logged(runs["whole"], *LOSSES)) == 6
+    assert logged(runs["whole"], *LOSSES) == logged(runs["resumed"], *LOSSES)
+    for file in ("model.safetensors", ROUTER):
+        assert same_files(tmp_path / "whole/checkpoint-6" / file, tmp_path / "resumed/checkpoint-6" / file)
+
+
+def test_packing_that_a_student_cannot_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("molsaki.trainer.can_pack", lambda model: False)
+    assert not trainer(tmp_path).data_collator.packing
+    with pytest.raises(ValueError, match="--packing: texts that share a row change one another in LlamaForCausalLM"):
+        trainer(tmp_path, packing=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(straight, tmp_path):
+    """A write fails in the middle of a checkpoint; resumed, the run ends as one without interruption."""
+    t = trainer(tmp_path, save_steps=2)
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:  # from now on no file gets longer than this
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as on a full disk: an error, not a signal
+    t.add_callback(Fill())
+    try:
+        with pytest.raises(Exception, match="(?i)file too large|write|failed"):
+            t.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = trainer(tmp_path, resume=True)
+    resumed.train()
+    assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
+    assert same_files(
+        Path(straight.args.output_dir, "checkpoint-6/model.safetensors"), tmp_path / "checkpoint-6/model.safetensors"
+    )
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     options = dict(max_steps=1, save_strategy="no")
     plain = gradients(trainer(tmp_path / "a", **options))
@@ -261,7 +392,7 @@ def test_nan_stops_and_saves_the_batch(tmp_path):
         t.train()
     (saved,) = tmp_path.glob("bad_batch_step2_rank0.pt")
     batch = torch.load(saved, weights_only=False)
-    assert batch["inputs"]["explain"]["input_ids"].shape[0] == 2
+    assert len(batch["inputs"]["ids"]) == len(batch["inputs"]["plan"]) == 2
     assert not torch.isfinite(batch["losses"]["loss"]).all()
 
 

@@ -1,0 +1,175 @@
+"""The heads of real architectures, their cross-entropy in chunks, and which models can pack."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+import transformers
+from budget import assert_within_budget
+from tiny import one_thread  # noqa: F401
+
+from molsaki import forward
+from molsaki.config import TextOptions
+from molsaki.data import Collator, Example, Side, prepare
+from molsaki.forward import Head, can_pack, causal_model, label_logits, model_inputs
+
+SMALL = dict(
+    vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)  # fmt: skip
+HEADS = {
+    "Llama": dict(tie_word_embeddings=True),
+    "Qwen2": dict(tie_word_embeddings=False),
+    "Gemma2": dict(final_logit_softcapping=3.0),
+    "Cohere2": dict(logit_scale=0.25),
+    "Granite": dict(logits_scaling=4.0),
+    "Phi": dict(),  # a head with a bias
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, **more) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(**SMALL | HEADS.get(name, {}) | more)
+    model = getattr(transformers, name + "ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(10)  # logits large enough for a softcap to bend them
+    if model.get_output_embeddings().bias is not None:
+        model.get_output_embeddings().bias.data.normal_()
+    return model.to(dtype).eval()
+
+
+def tasks(packing: bool) -> list[dict]:
+    tokenizer = tiny.tokenizer()
+    examples = [Example(r["id"], r["question"], r["rationale"], r["answer"]) for r in tiny.problems(3)]
+    data = prepare(examples, TextOptions(), Side(tokenizer, "plain", None))
+    return Collator(0, packing=packing)([data[n] for n in range(3)])["tasks"]
+
+
+def hidden_of(model, task: dict) -> torch.Tensor:
+    model.set_attn_implementation("molsaki")
+    return model.base_model(**model_inputs(task))[0].flatten(0, 1)[task["index"]]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_chunks_give_the_loss_and_gradients_of_all_logits(name, monkeypatch):
+    """Against the model's own logits in float64; the weight of the head may be the embedding's too."""
+    upstream = torch.rand(10**4, dtype=torch.float64)
+    results = []
+    for dtype, own in ((torch.float64, True), (torch.float32, True), (torch.float32, False)):
+        model, (task,) = make(name, dtype), tasks(True)
+        labels = task["targets"]
+        if own:
+            model.set_attn_implementation("molsaki")
+            loss = F.cross_entropy(label_logits(model, task), labels, reduction="none")
+        else:
+            head = Head.of(model)
+            assert head is not None
+            monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * 50)
+            loss = head.cross_entropy(model, hidden_of(model, task), labels)
+        (loss * upstream[: len(loss)].to(dtype)).sum().backward()
+        results.append({"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()})
+    oracle, eager, got = results
+    for key, value in got.items():
+        assert_within_budget(key, value, oracle[key], eager[key])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_the_fused_kernel_is_given(name, monkeypatch):
+    """Its own arithmetic is liger-kernel's; here PyTorch's stands in, with the arguments of liger-kernel 0.8.5."""
+
+    def stand_in(input, weight, target, bias=None, *, reduction, softcap):
+        logits = F.linear(input, weight, bias)
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return F.cross_entropy(logits, target, reduction=reduction)
+
+    functional = types.SimpleNamespace(liger_fused_linear_cross_entropy=stand_in)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    model, (task,) = make(name, torch.float64), tasks(True)
+    grads = []
+    for fused in (False, True):
+        model.zero_grad()
+        loss = Head.of(model).cross_entropy(model, hidden_of(model, task), task["targets"], fused)
+        (loss * torch.linspace(0, 1, len(loss))).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_only_labels_are_projected_and_few_at_a_time(packing, monkeypatch):
+    model = make("Llama")
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.numel()))
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * 50)
+    for task in tasks(packing):
+        count, head = sum(task["counts"]), Head.of(model)
+        seen.clear()
+        loss = head.cross_entropy(model, hidden_of(model, task), task["targets"])
+        assert sum(seen) == count * 258 and max(seen) <= 258 * 50
+        assert len(seen) == -(-count // 50)
+        kept = seen[-1]  # the last chunk is not computed again
+        loss.sum().backward()
+        assert sum(seen) == 2 * count * 258 - kept
+
+
+def test_a_head_of_another_kind_is_left_to_the_model():
+    class Halved(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits / 2
+            return out
+
+    model = Halved(make("Llama").config).eval()
+    assert Head.of(model) is None
+    for packing in (False, True):
+        for task in tasks(packing):
+            model.set_attn_implementation("molsaki" if packing else "sdpa")
+            whole = model(**model_inputs(task)).logits.flatten(0, 1)[task["index"]]
+            torch.testing.assert_close(label_logits(model, task), whole)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_decoders_can_pack(name):
+    model = make(name).train()
+    assert can_pack(model)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_that_mixes_the_texts_of_a_row_cannot():
+    model = make("Llama")
+
+    class Mixing(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):  # a convolution over two tokens
+            return self.inner(x) + 0.1 * F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+    model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
+    assert not can_pack(model)
+
+
+def test_fused_cross_entropy_says_why_not():
+    assert not forward.use_fused("torch", torch.device("cuda"))
+    assert not forward.use_fused("auto", torch.device("cpu"))
+    wanted = "CUDA device" if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+    with pytest.raises(ValueError, match=f"fused_cross_entropy: liger cannot be used: .*{wanted}"):
+        forward.use_fused("liger", torch.device("cpu"))
+
+
+def test_the_model_inside_a_wrapper():
+    peft = pytest.importorskip("peft")
+    model = make("Llama")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    assert causal_model(wrapped) is model
+    assert Head.of(wrapped) == Head()
+    assert can_pack(wrapped)
