@@ -45,10 +45,11 @@ class Example:
     keywords: tuple[str, ...] | None = None
     choices: tuple[str, ...] | None = None
     is_right: bool = True
+    task: str | None = None
 
 
 def read_examples(path: str | Path, rationale: bool = True) -> list[Example]:
-    """Read JSON lines with ``question``, ``answer`` or ``gold``, ``rationale``, and maybe ``id, keywords, choices``.
+    """Read JSON lines: ``question``, ``answer`` or ``gold``, ``rationale``, maybe ``id, keywords, choices, task``.
 
     Numbers are taken as answers too. Blank lines are left out. A missing ``id`` becomes the line's number.
 
@@ -95,6 +96,7 @@ def _example(row: dict, where: str, default_id: str, rationale: bool) -> Example
         keywords=_texts(row, "keywords", where),
         choices=_texts(row, "choices", where),
         is_right=not has_both or same_answer(_text(row, "answer", where, ""), _text(row, "gold", where)),
+        task=_text(row, "task", where, "") or None,
     )
 
 
