@@ -248,22 +248,20 @@ def demonstrations(config: AnnotateConfig, examples: Sequence[Example], form: Fo
         reason = judge(one, Reply(form.reply(one), True), form, config.hint, FIRST).reason
         if reason:
             raise ValueError(f"--examples: {config.examples}: example {one.id}: {reason}: {one.rationale!r}")
-    shown = {}
+    shown: dict[str, list[Example]] = {}
     for example in examples:
         task = _task(example)
         if task in shown:
             continue
-        fitting = [one for one in found if one.task in (None, task)]
-        if config.keywords == "teacher" and config.shots != 0 and not any(one.keywords for one in fitting):
-            fitting = []
-        if not fitting and config.shots != 0:
-            wanted = "demonstration with keywords" if config.keywords == "teacher" else "demonstration"
+        shown[task] = [one for one in found if one.task in (None, task)][: config.shots]
+        by_keywords = config.keywords == "teacher"
+        if config.shots != 0 and not any(one.keywords or not by_keywords for one in shown[task]):
+            wanted = "demonstration with keywords" if by_keywords else "demonstration"
             there = ", ".join(sorted({str(one.task) for one in found}))
             raise ValueError(
                 f"--examples: no {wanted} of task {task!r}, which example {example.id} is of; there are those of "
                 f"{there}; give a file that has some, or --shots 0"
             )
-        shown[task] = fitting[: config.shots]
     return shown
 
 
@@ -298,7 +296,7 @@ class Work:
         description: what the replies are of.
 
     Raises:
-        ValueError: the file is of something else (the message has both values), or damaged before its last line.
+        ValueError: the file is of something else (the message has both values), or a whole line of it is damaged.
     """
 
     def __init__(self, path: Path, description: dict):
@@ -309,8 +307,8 @@ class Work:
         lines, whole = data.splitlines(keepends=True), 0
         for number, line in enumerate(lines, 1):
             value = _checked(line)
-            if value is None and number < len(lines):
-                raise ValueError(f"{path}:{number}: damaged; delete the file to start over")
+            if value is None and line.endswith(b"\n"):
+                raise ValueError(f"{path}:{number}: damaged, or no work file; delete it to start over")
             if value is None:
                 break
             whole += len(line)

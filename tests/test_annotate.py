@@ -384,6 +384,10 @@ def test_work_file(tmp_path):
     assert path.read_bytes().endswith(b"]}\n")
     with pytest.raises(ValueError, match="batch 0 of phase 1 is of other examples"):
         again.get(1, 0, [["f", 1]])
+    path.write_text('{"not": "ours"}\n')
+    with pytest.raises(ValueError, match="w.jsonl:1: damaged, or no work file"):
+        Work(path, {"seed": 1})
+    assert path.read_text() == '{"not": "ours"}\n'
 
 
 def test_too_long_is_counted(tmp_path):
