@@ -38,6 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _annotate(argv: list[str]) -> None:
+    """have a teacher write rationales, and keep the right ones"""
+    from molsaki.annotate import annotate
+    from molsaki.config import AnnotateConfig, parse
+
+    _print(annotate(parse(AnnotateConfig, argv, "molsaki annotate")))
+
+
 def _extract(argv: list[str]) -> None:
     """run the teacher once over a data set and store its maps"""
     from molsaki.config import ExtractConfig, parse
@@ -110,6 +118,7 @@ def _doctor(argv: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "annotate": _annotate,
     "extract": _extract,
     "distill": _distill,
     "evaluate": _evaluate,
@@ -118,6 +127,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": _doctor,
 }
 CONTINUE = {
+    "annotate": "What is decoded stays; run the same command again to continue.",
     "extract": "What is stored stays; run the same command again to continue.",
     "distill": "Run the same command with --resume to continue from the last checkpoint.",
 }

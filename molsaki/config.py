@@ -238,6 +238,69 @@ class PlotConfig(TextOptions, MixtureOptions):
         check_choices(self)
 
 
+@dataclasses.dataclass
+class AnnotateConfig:
+    """``molsaki annotate``: a teacher writes rationales, and those that end in the right answer are kept."""
+
+    teacher: str | None = option(None, "Folder or hub name of the teacher: any causal language model.")
+    data_file: str | None = option(
+        None, "JSON lines file with id, question and gold (or answer); choices, task if any."
+    )
+    output_file: str | None = option(
+        None, "JSON lines file to write; its .work.jsonl keeps what is decoded, so an interrupted run is continued."
+    )
+    examples: str | None = option(
+        None,
+        "Demonstrations: JSON lines file with question, rationale, answer; task, choices, keywords if any. If unset, "
+        "the package's own four for math and four for commonsense.",
+    )
+    shots: int | None = option(None, "Show only the first so many demonstrations of a task; 0 shows none.")
+    template: str = option(
+        "plain",
+        "How the teacher is asked: plain, chat (its chat template, demonstrations as earlier turns) or a format with "
+        "{question}, {rationale} and {answer}; plain is 'Question: {question}', 'Rationale: {rationale}' and "
+        "'Answer: {answer}' on lines of their own.",
+    )
+    instruction: str = option(
+        "Answer each question: first reason step by step in a few sentences, then give the answer on a line of its own "
+        "that starts with 'Answer:'.",
+        "Said before the first demonstration; may be empty.",
+    )
+    hint: str = option(
+        "{question}\nHint: The answer is {answer}.", "The question of the second phase, which shows the gold answer."
+    )
+    keywords: Literal["none", "teacher"] = option(
+        "none", "teacher: ask the teacher for the key words of each kept text too, as key=keywords reads them."
+    )
+    keep_wrong: bool = option(False, "Write what was refused, with the reason, to the output's .wrong.jsonl.")
+    max_new_tokens: int = option(256, "Longest reply in tokens.")
+    batch_size: int = option(16, "Replies decoded together.")
+    samples: int = option(
+        1, "Replies to a question in a phase; every right one that is new is kept. Needs temperature."
+    )
+    temperature: float = option(0.0, "0 decodes greedily; above, replies are drawn at this temperature.")
+    seed: int = option(0, "Seed of the draws.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The teacher's floating-point type.")
+    device: str | None = option(None, "Where to run; the first CUDA device if there is one, else the CPU.")
+    device_map: str | None = option(None, "How the teacher is spread over devices, as in from_pretrained; e.g. auto.")
+    limit: int | None = option(None, "Use only the first so many examples.")
+
+    def __post_init__(self):
+        check_choices(self)
+        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("samples", 1), ("shots", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples: {self.samples} greedy replies are all the same; give a temperature above 0")
+        if self.device is not None and self.device_map is not None:
+            raise ValueError(f"device: give either device or device_map, got {self.device!r} and {self.device_map!r}")
+        if "{question}" not in self.hint or "{answer}" not in self.hint:
+            raise ValueError(f"hint: expected a text with {{question}} and {{answer}}, got {self.hint!r}")
+
+
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: str | None = None) -> Config:
     """A config from the command line, on top of the YAML file that ``--config`` names.
 

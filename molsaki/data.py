@@ -51,6 +51,7 @@ class Example:
     keywords: tuple[str, ...] | None = None
     choices: tuple[str, ...] | None = None
     is_right: bool = True
+    task: str | None = None
 
 
 class Examples(Sequence[Example]):
@@ -79,7 +80,7 @@ class Examples(Sequence[Example]):
 
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Sequence[Example]:
-    """Read JSON lines with ``question``, ``answer`` or ``gold``, ``rationale``, and maybe ``id, keywords, choices``.
+    """Read JSON lines: ``question``, ``answer`` or ``gold``, ``rationale``, maybe ``id, keywords, choices, task``.
 
     Numbers are taken as answers too. Blank lines are left out. A missing ``id`` becomes the line's number. Every line
     is checked here, but none is kept in memory.
@@ -150,6 +151,7 @@ def _example(row: dict, where: str, default_id: str, rationale: bool) -> Example
         keywords=_texts(row, "keywords", where),
         choices=_texts(row, "choices", where),
         is_right=not has_both or same_answer(_text(row, "answer", where, ""), _text(row, "gold", where)),
+        task=_text(row, "task", where, "") or None,
     )
 
 

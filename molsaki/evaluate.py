@@ -7,7 +7,6 @@ same questions with an exact paired test.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from molsaki.answers import find_choice, find_number, parse_number, same_text
 from molsaki.config import EvaluateConfig, require
 from molsaki.data import Example, predict_prompt, read_examples
+from molsaki.decode import batches, decode, write_whole
 from molsaki.models import check_tokenizer, context_length, load_model, load_tokenizer
 from molsaki.tokens import prompt
 
@@ -66,12 +66,11 @@ def evaluate(config: EvaluateConfig, model=None, tokenizer=None) -> dict:
         summary["paired"] = {"other": config.compare} | paired_test([row["right"] for row in rows], other)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-@torch.no_grad()
 def generate(model, tokenizer, examples: Sequence[Example], config: EvaluateConfig) -> tuple[list[str], int]:
     """Greedy replies to the examples, in their order, and how many tokens were decoded.
 
@@ -95,21 +94,12 @@ def generate(model, tokenizer, examples: Sequence[Example], config: EvaluateConf
                 f"model's context of {limit}"
             )
     replies, decoded = [""] * len(prompts), 0
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with tqdm(total=len(prompts), unit="question", desc="evaluate") as bar:
-        for first in range(0, len(order), config.batch_size):
-            rows = order[first : first + config.batch_size]
-            width = len(prompts[rows[0]])
-            input_ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in rows])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            out = model.generate(
-                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=new_tokens,
-                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, width:]  # fmt: skip
-            for i, reply in zip(rows, out.tolist(), strict=True):
-                replies[i] = tokenizer.decode(reply, skip_special_tokens=True)
-            decoded += out.numel()
+        for rows in batches(prompts, config.batch_size):
+            found, tokens = decode(model, tokenizer, [prompts[i] for i in rows], new_tokens)
+            for i, reply in zip(rows, found, strict=True):
+                replies[i] = reply.text
+            decoded += tokens
             bar.update(len(rows))
     return replies, decoded
 
@@ -173,9 +163,3 @@ def read_predictions(path: str, examples: Sequence[Example]) -> list[bool]:
         detail = f"lacks {missing[0]!r}" if missing else f"holds {len(right)} examples in place of {len(examples)}"
         raise ValueError(f"--compare: {path}: is of other data: it {detail}")
     return [right[e.id] for e in examples]
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
