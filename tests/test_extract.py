@@ -132,7 +132,8 @@ def test_the_store_gives_the_live_loss(tmp_path, mixture, all_layers):
     for a, b in zip(
         *([[e[n] for n in names] for e in t.state.log_history if "loss" in e] for t in (live, stored)), strict=True
     ):
-        assert b == pytest.approx(a, rel=tolerance)
+        # A divergence is a difference of terms of order one: float32 leaves it a step of that size.
+        assert b == pytest.approx(a, rel=tolerance, abs=torch.finfo(torch.float32).eps)
     for a, b in zip(live.model.parameters(), stored.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     monkeypatch.setattr(flex_api, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(flex, "_compiled", lambda: flex_api.flex_attention)
+    monkeypatch.setattr(flex, "compiled", lambda: flex_api.flex_attention)
     monkeypatch.setattr(flex, "available", lambda: None)
     monkeypatch.setattr(flex, "why_not", lambda call: None)
 

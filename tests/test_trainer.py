@@ -226,7 +226,8 @@ def test_the_store_is_the_live_teacher(stored, tmp_path, packing, options, monke
     a, b = gradients(live), gradients(held)
     for name in ("loss", "loss_pre", "loss_exp", "loss_att", "loss_att_uniform", "entropy_teacher"):
         x, y = (row[0] for t in (live, held) for row in logged(t, name))
-        assert x == pytest.approx(y, rel=2e-6), name
+        # A divergence is a difference of terms of order one: float32 leaves it a step of that size.
+        assert x == pytest.approx(y, rel=2e-6, abs=torch.finfo(torch.float32).eps), name
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert (b[name] - value).norm() <= 2e-6 * value.norm(), name
