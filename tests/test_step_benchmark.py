@@ -20,7 +20,9 @@ def test_contenders_agree(batch):
         ("dss", "dss, padded"),
         ("molsaki, stored maps", "molsaki, padded"),
     ):
-        torch.testing.assert_close(losses[a], losses[b], rtol=2e-6, atol=0)
+        torch.testing.assert_close(losses[a][0], losses[b][0], rtol=2e-6, atol=0)
+        # Adam makes whole steps of gradients that are rounding alone: the second loss is off by more.
+        torch.testing.assert_close(losses[a][1], losses[b][1], rtol=2e-5, atol=0)
     assert losses["eager"][0] > losses["dss"][0] + 1e-3  # L_att is seen in it
 
 
