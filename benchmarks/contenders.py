@@ -19,6 +19,7 @@ from molsaki_kernels.ops import ENGINES
 
 from .shapes import Inputs, Shape
 
+MAP_ALONE = "the map alone"
 SLOW_TO_BUILD = ("Flex", "flex")  # compiled anew for every shape, half a minute for both passes
 
 
@@ -34,7 +35,7 @@ class Contender:
 def contenders(device: torch.device, shape: Shape) -> list[Contender]:
     """All that can do ``shape`` on ``device``, the plain ones first."""
     found = [*_plain(device), *_with_map(device)]
-    found.append(Contender("the map alone", "map alone", lambda x: mk.stepwise_map(x.q, x.k, x.lse, x.plan)))
+    found.append(Contender(MAP_ALONE, "map alone", lambda x: mk.stepwise_map(x.q, x.k, x.lse, x.plan)))
     if fits_eager(shape, device):
         found.append(Contender("eager with weights", "eager", _eager))
     if device.type == "cuda" and not shape.slow_to_build:

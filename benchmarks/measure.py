@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .contenders import contenders, step
+from .contenders import MAP_ALONE, contenders, step, with_lse
 from .shapes import Shape
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -128,7 +128,7 @@ def _cpu_peak(shape: Shape, name: str, backward: bool) -> float:
     device = torch.device("cpu")
     small = Shape(1, 256, 4, 2, shape.q_heads, shape.kv_heads, shape.head_dim, shape.dtype)
     for each in (small, shape):
-        inputs = each.inputs(device)
+        inputs = with_lse(each.inputs(device)) if name == MAP_ALONE else each.inputs(device)
         contender = next(c for c in contenders(device, each) if c.name == name)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (getrusage's never falls, even over exec)
         before = _status("VmRSS")
