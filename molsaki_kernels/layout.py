@@ -69,8 +69,8 @@ class Layout:
         outside = ~self._in_step(slice(None), slice(None)).any(1, keepdim=True)
         self.outside = outside if tokens.device.type != "cpu" or outside.any() else None
         self._sequence = torch.arange(len(tokens), device=tokens.device)[:, None, None]
-        rows = min(max(TILE_ELEMENTS // (len(tokens) * heads * tokens.shape[1]), MIN_ROWS), MAX_ROWS)
-        self.block_rows = min(rows if rows < ROWS_STEP else rows // ROWS_STEP * ROWS_STEP, length)
+        most = min(max(TILE_ELEMENTS // (len(tokens) * heads * tokens.shape[1]), MIN_ROWS), MAX_ROWS)
+        self.block_rows = min(most if most < ROWS_STEP else most // ROWS_STEP * ROWS_STEP, length)
         self._bounds = list(self._bounds_on_host(steps, tokens, words))
         self.elements = sum(self._elements(rows, columns) for rows, columns, *_ in self._bounds)
         self._kept: list[Block] = []
