@@ -148,6 +148,9 @@ def step_bars(rows: list[dict]) -> Figure:
             f"rows: expected a quantity of {list(quantities)}, got {sorted({r['quantity'] for r in rows})}"
         )
     figure, axes = panels(len(shown))
+    contenders = dict.fromkeys(row["contender"] for row in rows if row["quantity"] in shown)
+    colours = dict(zip(sorted(contenders, key="eager".__eq__), itertools.cycle((*OURS, *PLAIN)), strict=False))
+    colours["eager"] = "black"
     for ax, quantity in zip(axes, shown, strict=True):
         values = {(step_group(row), row["contender"]): row["value"] for row in rows if row["quantity"] == quantity}
         groups, names = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
@@ -155,7 +158,7 @@ def step_bars(rows: list[dict]) -> Figure:
         for i, name in enumerate(names):
             heights = [values.get((group, name), 0) for group in groups]
             at = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
-            bars = ax.bar(at, heights, width, label=name, color="black" if name == "eager" else (*OURS, *PLAIN)[i % 10])
+            bars = ax.bar(at, heights, width, label=name, color=colours[name])
             ax.bar_label(bars, [f"{h:,.0f}" if h >= 100 else f"{h:.3g}" if h else "" for h in heights], fontsize=6)
         ax.set_xticks(range(len(groups)), groups)
         finish(ax, "", quantities[quantity])
