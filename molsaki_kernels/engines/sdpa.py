@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..call import AttentionCall, Options
 from ..fold import fold, widen
+from ..sinks import with_sinks
 
 NAME = "sdpa"
 aten = torch.ops.aten
@@ -58,9 +59,7 @@ def forward(
     else:
         out, lse = _cuda_forward(q, k, v, cu_seqlens, options)
     if sinks is not None:
-        with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        out = out * (lse - with_sinks).exp_()[..., None]
-        lse = with_sinks
+        out, lse = with_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
 
 
