@@ -50,6 +50,8 @@ from .measure import ratio
 RANDOM = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                num_key_value_heads=8, vocab_size=128256),
+    "small": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
+                  num_key_value_heads=3, vocab_size=8192),
     "tiny-teacher": dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
                          num_key_value_heads=4, vocab_size=256, initializer_range=0.3),
     "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

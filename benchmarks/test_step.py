@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from .measure import ratio
-from .step import BATCHES, OURS, RANDOM, TARGETS, Setup, measure_memory, timed
+from .step import BATCHES, OURS, TARGETS, Setup, measure_memory, timed
 
 DEVICE = torch.device("cpu")
-RANDOM["small"] = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
-                       num_key_value_heads=3, vocab_size=8192)  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
