@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import molsaki_kernels as mk
-from molsaki_kernels import StepPlan, layout, reference
+from molsaki_kernels import StepPlan, layout, reference, stepmap
 from molsaki_kernels.call import Options
 from molsaki_kernels.engines import eager, sdpa
 from tests.budget import assert_within_budget, error
@@ -150,13 +150,16 @@ def test_last_dimension_not_contiguous():
             torch.testing.assert_close(a[name], b[name])
 
 
-def test_blocks_of_every_size(monkeypatch):
-    """Tiles, window blocks and row blocks smaller than a step, so that every seam is crossed."""
+@pytest.mark.parametrize("largest_kept", [stepmap.LARGEST_KEPT, 0], ids=["dS kept", "dS made again"])
+def test_blocks_of_every_size(monkeypatch, largest_kept):
+    """Tiles, window blocks and row blocks smaller than a step, so that every seam is crossed; dq of dS kept or not."""
+    monkeypatch.setattr(stepmap, "LARGEST_KEPT", largest_kept)
     monkeypatch.setattr(layout, "TILE_ELEMENTS", 700)
     monkeypatch.setattr(sdpa, "WINDOW_BLOCK", 13)
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 5000)
-    for feature in ("plain", "not causal", "window", "window, not causal", "packed, window, sinks", "heads"):
-        compare("sdpa", "ragged", FEATURES[feature], torch.float32)
+    for feature in ("plain", "not causal", "window", "window, not causal", "packed, window, sinks", "heads", "softcap"):
+        if serves("sdpa", FEATURES[feature]):
+            compare("sdpa", "ragged", FEATURES[feature], torch.float32)
         compare("eager", "ragged", FEATURES[feature], torch.float32)
 
 
