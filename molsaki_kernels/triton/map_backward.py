@@ -390,7 +390,7 @@ def variants(arch: str) -> list[configs.Variant]:
         tile = configs.map_dk(arch, dtype, D, 256)
         sizes = dict(BM=tile.rows, BC=tile.columns)
         for kind, direct, none in (("dk", False, "dk"), ("dk_direct", True, "partial")):
-            if kind == "dk" or name in ("bf16-d64", "bf16-d128"):
+            if kind == "dk" or name.count("-") == 1:  # default features, every dtype and head_dim
                 found.append(
                     configs.variant(
                         f"map_{kind}-{name}", map_dk_kernel, dtype, tile, wgmma, (*absent, none), DIRECT=direct,
