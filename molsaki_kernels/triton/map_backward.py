@@ -377,10 +377,11 @@ def variants(arch: str) -> list[configs.Variant]:
             PACKED=on["packed"], PER_HEAD=on["per_head"], PRECISION="ieee",
         )  # fmt: skip
         wgmma = dtype != torch.float32
+        is_default = name.count("-") == 1  # no feature beside dtype and head_dim
         tile = configs.map_dq(arch, dtype, D)
         sizes = dict(BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK)
         for kind, has_dq, accumulate in (("dq", True, False), ("dq_add", True, True), ("dlse", False, False)):
-            if kind == "dq" or name in ("bf16-d64", "bf16-d128"):
+            if kind == "dq" or is_default:
                 found.append(
                     configs.variant(
                         f"map_{kind}-{name}", map_dq_kernel, dtype, tile, wgmma and tile.rows >= 64,
@@ -390,14 +391,14 @@ def variants(arch: str) -> list[configs.Variant]:
         tile = configs.map_dk(arch, dtype, D, 256)
         sizes = dict(BM=tile.rows, BC=tile.columns)
         for kind, direct, none in (("dk", False, "dk"), ("dk_direct", True, "partial")):
-            if kind == "dk" or name.count("-") == 1:  # default features, every dtype and head_dim
+            if kind == "dk" or is_default:
                 found.append(
                     configs.variant(
                         f"map_{kind}-{name}", map_dk_kernel, dtype, tile, wgmma, (*absent, none), DIRECT=direct,
                         **sizes, **flags,
                     )
                 )  # fmt: skip
-        if name in ("bf16-d64", "bf16-d128", "bf16-d128-packed", "bf16-d256", "fp32-d128"):
+        if is_default or name == "bf16-d128-packed":
             tile = configs.map_dk_add(D)
             sizes = dict(BC=tile.columns, D=D, BD=triton.next_power_of_2(D), PACKED=on["packed"])
             found.append(configs.variant(f"map_dk_add-{name}", map_dk_add_kernel, dtype, tile, False, absent, **sizes))
