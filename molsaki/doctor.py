@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 
 OPTIONAL = {
     "triton": "the project's own GPU kernels",
@@ -29,15 +28,16 @@ def report() -> dict:
 
     import molsaki_kernels
     from molsaki_kernels.attention import AUTO
+    from molsaki_kernels.native import library
 
-    compiler = next((shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name), None)
     return {
         "machine": {
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpu_cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            "c_compiler": compiler or "none found (cc, gcc, clang or $CC); only torch.compile needs one",
+            "c_compiler": library.compiler() or "none found (cc, gcc, clang or $CC)",
+            "map_on_cpu": "native (C)" if library.why_not() is None else f"plain PyTorch: {library.why_not()}",
         },
         "packages": {name: _version(name) or "not installed" for name in ("molsaki-kernels", *REQUIRED)},
         "devices": _devices(torch),

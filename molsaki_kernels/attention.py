@@ -65,12 +65,13 @@ def stepwise_attention(
     checks.check_plan(plan, q, cu_seqlens)
     options = _options(q, causal, scale, window, softcap)
     name = _choose(engine, q, k, v, sinks, cu_seqlens, options)
+    backend = checks.choose_map_backend("auto", q, options.softcap)
     if name == flex.NAME:  # differentiable as it is, lse too
         out, lse = flex.forward(q, k, v, sinks, cu_seqlens, options)
         return out, _map(q, k, lse, plan, cu_seqlens, options, heads, "auto")
     out, maps, _ = torch.ops.molsaki.stepwise_attention(
         q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, sinks, cu_seqlens, options.causal,
-        options.scale, options.window, options.softcap, heads == "none", name, checks.choose_backend("auto", q),
+        options.scale, options.window, options.softcap, heads == "none", name, backend,
     )  # fmt: skip
     return out, maps
 
@@ -96,7 +97,7 @@ def stepwise_map(
         lse: ``(B, Hq, M)`` float32 (float64 for float64 inputs), natural logarithm of the softmax's denominator,
             counting the sinks if there are any.
         sinks: accepted so that one set of options serves both functions; the map needs lse only.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "native" (C, for CPU tensors) or "torch".
         The rest as in :func:`stepwise_attention`.
 
     Returns:
@@ -137,9 +138,10 @@ def _map(
     heads: str,
     backend: str,
 ) -> Tensor:
+    backend = checks.choose_map_backend(backend, q, options.softcap)
     return torch.ops.molsaki.stepwise_map(
         q, k, lse, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, cu_seqlens, options.causal,
-        options.scale, options.window, options.softcap, heads == "none", checks.choose_backend(backend, q),
+        options.scale, options.window, options.softcap, heads == "none", backend,
     )  # fmt: skip
 
 

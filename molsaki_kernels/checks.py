@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .machine import why_no_triton
+from .native import stepmap as native_stepmap
 from .plan import StepPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -109,13 +110,25 @@ def check_plan(plan: StepPlan, q: Tensor, cu_seqlens: Tensor | None) -> None:
 
 def choose_backend(backend: str, x: Tensor) -> str:
     """ "triton" or "torch"; "auto" takes Triton wherever there is a GPU for it."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f'backend: expected "auto", "triton" or "torch", got {backend!r}')
-    if backend == "torch":
-        return backend
-    reason = why_no_triton(x.device, x.dtype)
+    return _chosen(backend, {"triton": why_no_triton(x.device, x.dtype), "torch": None}, x)
+
+
+def choose_map_backend(backend: str, q: Tensor, softcap: float | None) -> str:
+    """ "triton", "native" or "torch"; "auto" takes Triton wherever there is a GPU for it, on a CPU what is compiled."""
+    reasons = {
+        "triton": why_no_triton(q.device, q.dtype),
+        "native": native_stepmap.why_not(q.device, q.dtype, q.shape[-1], softcap),
+        "torch": None,
+    }
+    return _chosen(backend, reasons, q)
+
+
+def _chosen(backend: str, reasons: dict[str, str | None], x: Tensor) -> str:
+    if backend != "auto" and backend not in reasons:
+        listed = ", ".join(f'"{name}"' for name in reasons)
+        raise ValueError(f'backend: expected "auto" or one of {listed}, got {backend!r}')
     if backend == "auto":
-        return "triton" if x.is_cuda and reason is None else "torch"
-    if reason is not None:
-        raise ValueError(f'backend: "triton" cannot serve this call: {reason}')
+        return next(n for n, reason in reasons.items() if reason is None and (n != "triton" or x.is_cuda))
+    if reasons[backend] is not None:
+        raise ValueError(f'backend: "{backend}" cannot serve this call: {reasons[backend]}')
     return backend

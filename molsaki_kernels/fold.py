@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .machine import why_no_triton
+from .native.fold import fold_in_one_pass as native_fold
 from .scratch import scratch
 
 VANISHED = 1e-15  # |dO| below this: its square is still a normal float32
@@ -38,13 +39,16 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
 
         return fold_in_one_pass(out, dout, dlse)
     dtype = torch.promote_types(out.dtype, torch.float32)
+    if out.device.type == "cpu":
+        rows_first = out.transpose(1, 2) if out.transpose(1, 2).is_contiguous() else out  # laid out as out is
+        folded = scratch("folded out", tuple(rows_first.shape), dtype, out.device)
+        folded = folded if rows_first is out else folded.transpose(1, 2)
+        if native_fold(out, dout, dlse, folded, VANISHED):
+            return folded, dout
     norm = torch.linalg.vector_norm(dout, dim=-1, keepdim=True, dtype=dtype)
     dlse = dlse.to(dtype)[..., None]
     vanished = norm < VANISHED
     if dout.device.type == "cpu" and not vanished.any():
-        rows_first = out.transpose(1, 2) if out.transpose(1, 2).is_contiguous() else out  # laid out as out is
-        folded = scratch("folded out", tuple(rows_first.shape), dtype, out.device)
-        folded = folded if rows_first is out else folded.transpose(1, 2)
         torch.addcmul(out.to(dtype), dout.to(dtype), dlse / norm.square(), value=-1, out=folded)
         return folded.to(out.dtype), dout
     tiny = torch.tensor(TINY, dtype=dout.dtype).item()  # the number that dO's dtype can hold

@@ -1,7 +1,6 @@
 """What of the map in plain PyTorch depends on the plan and the shapes alone: row blocks, their masks, the words.
 
-Every layer of a model, forward and backward, walks the same blocks, so a layout is made once a plan and kept for as
-long as the plan's tensors live.
+Every layer of a model, forward and backward, walks the same blocks, so a layout is made once a plan and kept.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .call import Options, PlanTensors
+from .plan_cache import kept
 
 TILE_ELEMENTS = 1 << 19  # of a block's weights (2 MiB in float32): they stay in cache from the product to the sum
 # Tiles of 512 rows lie so that their columns share places in the cache: what runs at 165 GFLOP/s with 480 rows runs
 # at 130. Columns that do not begin with a cache line (291 rows in place of 288) cost 10 %.
 MIN_ROWS, MAX_ROWS, ROWS_STEP = 16, 480, 32
 LARGEST_KEPT = 16 << 20  # bytes of a layout's blocks that are kept; the rest is made anew in every walk
-
-_layouts = WeakTensorKeyDictionary()  # a plan's tokens -> {what else a layout depends on: (layouts, the plan's rest)}
 
 
 class Block(NamedTuple):
@@ -174,14 +171,9 @@ def layouts(
     """
     heads, length, _ = shape
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    rest = (plan.steps, plan.word_of_token)
-    versions = tuple(-1 if t.is_inference() else t._version for t in (plan.tokens, *rest))
-    key = (*map(id, rest), versions, plan.num_words, heads, length, dtype, options, bounds, per_head)
-    known = _layouts.setdefault(plan.tokens, {})
-    if key not in known:
-        common = (plan, options, heads, 1.0 if per_head else 1 / max(heads, 1), dtype)
-        known[key] = (list(_cover(bounds, length, heads, plan.tokens.shape, common)), rest)  # rest: keeps its ids taken
-    return known[key][0]
+    common = (plan, options, heads, 1.0 if per_head else 1 / max(heads, 1), dtype)
+    key = ("layouts", heads, length, dtype, options, bounds, per_head)
+    return kept(plan, key, lambda: list(_cover(bounds, length, heads, plan.tokens.shape, common)))
 
 
 def _cover(bounds: tuple[int, ...] | None, length: int, heads: int, shape: torch.Size, common) -> Iterator[Layout]:

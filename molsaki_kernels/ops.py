@@ -12,6 +12,7 @@ from torch import Tensor
 from . import stepmap
 from .call import Options, PlanTensors
 from .engines import eager, flash_attn, flex, sdpa, triton
+from .native import stepmap as native_stepmap
 
 ENGINES = {engine.NAME: engine for engine in (triton, flash_attn, flex, sdpa, eager)}
 
@@ -232,7 +233,8 @@ def _map_forward(
         from .triton.map_forward import map_forward
 
         return map_forward(_rows(q), _rows(k), lse, plan, options, cu_seqlens, per_head)
-    return stepmap.forward(q, k, lse, plan, options, cu_seqlens, per_head)
+    on_cpu = native_stepmap if backend == "native" else stepmap
+    return on_cpu.forward(q, k, lse, plan, options, cu_seqlens, per_head)
 
 
 class _TritonGradient:
@@ -250,7 +252,7 @@ class _TritonGradient:
         map_backward(*self._arguments, dq=dq, dk=dk)
 
 
-_GRADIENTS = {"torch": stepmap.Gradient, "triton": _TritonGradient}
+_GRADIENTS = {"torch": stepmap.Gradient, "native": native_stepmap.Gradient, "triton": _TritonGradient}
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -14,3 +14,22 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """The map on a CPU in plain PyTorch, as on a machine without a C compiler."""
+    from molsaki_kernels.native import library
+
+    monkeypatch.setattr(library, "_loaded", lambda: (None, "switched off by a test"))
+
+
+@pytest.fixture(params=["native", "torch"])
+def cpu_map(request):
+    """Both ways to make the map on a CPU."""
+    from molsaki_kernels.native import library
+
+    if request.param == "torch":
+        request.getfixturevalue("without_native")
+    elif library.why_not():
+        pytest.skip(library.why_not())

@@ -1,4 +1,4 @@
-"""Engines sdpa and eager, and the map in plain PyTorch, against the float64 oracle."""
+"""Engines sdpa and eager, and the map in C and in plain PyTorch, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, layout, reference, stepmap
 from molsaki_kernels.call import Options
 from molsaki_kernels.engines import eager, sdpa
+from molsaki_kernels.native import library
 from tests.budget import assert_within_budget, error
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -106,12 +107,14 @@ def serves(engine, options):
 CASES = [(e, f) for e in ("sdpa", "eager") for f in FEATURES if serves(e, FEATURES[f])]
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("engine, feature", CASES)
 def test_features(engine, feature, dtype):
     compare(engine, "ragged", FEATURES[feature], dtype)
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("engine, feature", CASES)
 def test_map_as_the_only_gradient(engine, feature):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -123,6 +126,7 @@ def test_output_as_the_only_gradient(engine):
     compare(engine, "ragged", {}, torch.float32, source="out")
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("engine", ["sdpa", "eager"])
 @pytest.mark.parametrize("plan_name", [name for name in PLANS if name != "ragged"])
@@ -131,6 +135,7 @@ def test_plans(plan_name, engine, packed):
     compare(engine, plan_name, dict(packed=packed, heads="none", sinks=True), torch.float32)
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("groups", [1, 2, 7])
 @pytest.mark.parametrize("layout", ["bhmd", "bmhd"])
 @pytest.mark.parametrize("dim", [16, 80])
@@ -139,6 +144,7 @@ def test_shapes(groups, layout, dim):
     compare("eager", "ragged", {}, torch.float32, groups=groups, layout=layout, dim=dim)
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_last_dimension_not_contiguous():
     tensors, plan, _ = inputs("ragged", torch.float32)
     strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
@@ -151,7 +157,7 @@ def test_last_dimension_not_contiguous():
 
 
 @pytest.mark.parametrize("largest_kept", [stepmap.LARGEST_KEPT, 0], ids=["dS kept", "dS made again"])
-def test_blocks_of_every_size(monkeypatch, largest_kept):
+def test_blocks_of_every_size(monkeypatch, without_native, largest_kept):
     """Tiles, window blocks and row blocks smaller than a step, so that every seam is crossed; dq of dS kept or not."""
     monkeypatch.setattr(stepmap, "LARGEST_KEPT", largest_kept)
     monkeypatch.setattr(layout, "TILE_ELEMENTS", 700)
@@ -163,6 +169,7 @@ def test_blocks_of_every_size(monkeypatch, largest_kept):
         compare("eager", "ragged", FEATURES[feature], torch.float32)
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("feature", FEATURES)
 def test_map_from_a_given_lse(feature):
     options = dict(FEATURES[feature])
@@ -187,6 +194,7 @@ def test_map_from_a_given_lse(feature):
             assert_within_budget(name, got, oracle, eager_value)
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_rows_in_no_step_may_hold_anything():
     """Padding rows reach the kernel with whatever lse they have."""
     tensors, plan, _ = inputs("ragged", torch.float32)
@@ -199,6 +207,7 @@ def test_rows_in_no_step_may_hold_anything():
     torch.testing.assert_close(mk.stepwise_map(q, k, lse, plan), expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_twice_the_same_bits():
     tensors, plan, _ = inputs("ragged", torch.float32)
     for engine in ("sdpa", "eager"):
@@ -219,6 +228,7 @@ def test_plan_used_twice_in_one_graph():
     assert error(dq, expected) < 1e-13
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("engine", ["sdpa", "eager"])
 @pytest.mark.parametrize("window, length", [(1, 40), (None, 1)])
 def test_one_visible_key(engine, window, length):
@@ -235,6 +245,7 @@ def test_one_visible_key(engine, window, length):
     assert max(dq.abs().max(), dk.abs().max()) < 1e-5
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_empty_batch_and_empty_sequence():
     plan = StepPlan.from_spans([], [])
     q = torch.zeros(0, 2, 5, 8, requires_grad=True)
@@ -266,6 +277,7 @@ def test_no_grad_and_one_input():
     assert dk.shape == k.shape and dk.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_gradients_after_inference_mode():
     """Temporaries kept from a call in inference mode must be writable outside of it, and no result may lie in them."""
     tensors, plan, _ = inputs("ragged", torch.float32)
@@ -289,6 +301,7 @@ def test_autocast_is_that_of_sdpa():
     assert out.dtype == torch.float64
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_checkpointing():
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
 
@@ -308,13 +321,16 @@ def test_checkpointing():
     "feature, engine",
     [("plain", "sdpa"), ("packed, window, sinks", "sdpa"), ("heads", "sdpa"), ("packed, window, sinks", "triton")],
 )
-def test_opcheck(feature, engine):
+@pytest.mark.parametrize("cpu_backend", ["native", "torch"])
+def test_opcheck(feature, engine, cpu_backend):
+    if cpu_backend == "native" and library.why_not():
+        pytest.skip(library.why_not())
     options = dict(FEATURES[feature])
     packed, with_sinks = options.pop("packed", False), options.pop("sinks", False)
     plan_name = "some empty" if engine == "triton" else "ragged"
     tensors, plan, cu = inputs(plan_name, torch.float32, packed=packed, sinks=with_sinks)
     tensors = [t.requires_grad_() for t in tensors]
-    backend = "triton" if engine == "triton" else "torch"
+    backend = "triton" if engine == "triton" else cpu_backend
     per_head = options.get("heads") == "none"
     q, k, v = tensors[:3]
     arguments = (q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words,
@@ -329,8 +345,10 @@ def test_opcheck(feature, engine):
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
+    torch.compiler.reset()  # what it compiled knows how the map is made
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
 
     def layer(q, k, v, plan):
@@ -365,7 +383,7 @@ def test_triton_engine_through_the_door(feature):
 
 def test_triton_map_on_another_engine(monkeypatch):
     """On a GPU the map kernels ride on any engine: here interpreted, on the CPU flash operator."""
-    monkeypatch.setattr(mk.attention.checks, "choose_backend", lambda backend, x: "triton")
+    monkeypatch.setattr(mk.attention.checks, "choose_map_backend", lambda backend, q, softcap: "triton")
     for feature in ("plain", "packed, window, sinks"):
         compare("sdpa", "some empty", FEATURES[feature], torch.float32)
 

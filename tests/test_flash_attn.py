@@ -101,7 +101,7 @@ def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
 def test_triton_map_is_added_to_its_gradients(machine, monkeypatch, name, layout):
     """The map kernels, interpreted, write into dq and dk as they come: transposed, packed, or a slice of wider ones."""
     machine(*MACHINES[name])
-    monkeypatch.setattr(mk.attention.checks, "choose_backend", lambda backend, x: "triton")
+    monkeypatch.setattr(mk.attention.checks, "choose_map_backend", lambda backend, q, softcap: "triton")
     compare("flash_attn", "some empty", FEATURES["plain"], torch.float16, layout=layout)
     compare("flash_attn", "some empty", FEATURES["packed, window, sinks"], torch.float32, layout=layout)
 

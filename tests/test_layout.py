@@ -1,11 +1,11 @@
-"""Layouts are made once a plan, and again when anything they depend on changes; none outlives its plan."""
+"""What depends on a plan alone is made once a plan, and again when anything changes; none outlives its plan."""
 
 import gc
 
 import pytest
 import torch
 
-from molsaki_kernels import StepPlan, layout, reference, stepwise_attention, stepwise_map
+from molsaki_kernels import StepPlan, layout, plan_cache, reference, stepwise_attention, stepwise_map
 
 
 def plan_of(words=((1,), (4, 5))):
@@ -22,7 +22,7 @@ def check(plan, M=9, **options):
     torch.testing.assert_close(maps, reference.stepwise_attention(*inputs(M), plan, **options)[1])
 
 
-def test_one_layout_serves_every_layer(monkeypatch):
+def test_one_layout_serves_every_layer(monkeypatch, without_native):
     made = []
 
     class Counted(layout.Layout):
@@ -39,6 +39,7 @@ def test_one_layout_serves_every_layer(monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("change", [{"M": 12}, {"causal": False}, {"window": 3}, {"heads": "none"}])
 def test_another_shape_or_option_has_its_own(change):
     plan = plan_of()
@@ -47,6 +48,7 @@ def test_another_shape_or_option_has_its_own(change):
     check(plan)
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_a_plan_changed_in_place():
     plan = plan_of()
     check(plan)
@@ -58,6 +60,7 @@ def test_a_plan_changed_in_place():
     check(plan)
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_plans_share_no_layout():
     first, second = plan_of(), plan_of(((2,), (6,)))
     for _ in range(2):
@@ -65,17 +68,18 @@ def test_plans_share_no_layout():
         check(second)
 
 
+@pytest.mark.usefixtures("cpu_map")
 def test_nothing_outlives_its_plan():
     gc.collect()
-    before = len(layout._layouts)
+    before = len(plan_cache._kept)
     plan = plan_of()
     q, k, _ = inputs()
     stepwise_map(q, k, torch.full((2, 2, 9), 3.0), plan)
     check(plan)
-    assert len(layout._layouts) == before + 1
+    assert len(plan_cache._kept) == before + 1
     del plan
     gc.collect()
-    assert len(layout._layouts) == before
+    assert len(plan_cache._kept) == before
 
 
 def test_inference_mode_plan():

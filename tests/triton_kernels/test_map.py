@@ -93,7 +93,7 @@ def test_adds_to_gradients_in_place(case, launched, monkeypatch):
 )  # fmt: skip
 def test_launches_of_a_layer(engine, forward, backward, monkeypatch):
     """In the paper's regime they decide: a kernel more must be meant."""
-    monkeypatch.setattr(mk.attention.checks, "choose_backend", lambda backend, x: "triton")
+    monkeypatch.setattr(mk.attention.checks, "choose_map_backend", lambda backend, q, softcap: "triton")
     x = make(Case("launches", M=20, B=4))
     q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
     lse = torch.full(q.shape[:3], 3.0).requires_grad_()

@@ -1,0 +1,42 @@
+/* O' = O - dlse / |dO|^2 dO in one pass (what ../fold.py explains), float32. */
+#include <stdint.h>
+
+typedef struct {
+    int64_t batches, heads, rows, head_dim, threads;
+    int64_t out_strides[3], dout_strides[3], folded_strides[3], dlse_strides[3];
+    float vanished; /* |dO|^2 below this is no direction to fold along */
+    const float *out, *dout;
+    float *folded;
+    const float *dlse;
+} Fold;
+
+enum { ROWS = 32, LANES = 16 };
+typedef float vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+/* head_dim is a multiple of LANES. Returns whether dO vanishes in a row: then what was made is of no use. */
+int64_t molsaki_fold(const Fold *c) {
+    int64_t vanished = 0;
+    const int64_t blocks = (c->rows + ROWS - 1) / ROWS;
+#pragma omp parallel for collapse(2) schedule(static) num_threads((int)c->threads) reduction(| : vanished)
+    for (int64_t b = 0; b < c->batches; b++)
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t h = 0; h < c->heads; h++)
+                for (int64_t i = block * ROWS; i < (block + 1) * ROWS && i < c->rows; i++) {
+#define ROW(x) (c->x + b * c->x##_strides[0] + h * c->x##_strides[1] + i * c->x##_strides[2])
+                    const float *out = ROW(out), *dout = ROW(dout);
+                    float *folded = ROW(folded), lanes[LANES];
+                    vf squares = {0};
+                    for (int64_t d = 0; d < c->head_dim; d += LANES) {
+                        const vf x = *(const vf *)(dout + d);
+                        squares += x * x;
+                    }
+                    *(vf *)lanes = squares;
+                    for (int half = LANES / 2; half > 0; half /= 2)
+                        for (int l = 0; l < half; l++) lanes[l] += lanes[l + half];
+                    vanished |= !(lanes[0] >= c->vanished);
+                    const float step = *ROW(dlse) / lanes[0];
+                    for (int64_t d = 0; d < c->head_dim; d += LANES)
+                        *(vf *)(folded + d) = *(const vf *)(out + d) - step * *(const vf *)(dout + d);
+                }
+    return vanished;
+}

@@ -1,0 +1,97 @@
+"""Compile and load the C sources of this folder.
+
+Compiled once a machine, with the C compiler that is there (``$CC``, cc, gcc or clang), for the processor that is there;
+kept in ``$MOLSAKI_CACHE``, else ``$XDG_CACHE_HOME/molsaki_kernels`` (``~/.cache``), else a temporary folder. Without a
+compiler, or with ``MOLSAKI_NATIVE=0``, the map on a CPU is made by plain PyTorch (``../stepmap.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+NEEDED = {"avx2", "fma"}
+
+
+def why_not() -> str | None:
+    """Why this machine has no native library, or None. The first call may compile it, in seconds."""
+    return _loaded()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The library; only where :func:`why_not` is None."""
+    return _loaded()[0]
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("MOLSAKI_NATIVE") == "0":
+        return None, "switched off by MOLSAKI_NATIVE=0"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return None, f"written for Linux on x86-64, not {platform.system()} on {platform.machine()}"
+    processor = _processor()
+    if not set(processor.split()) >= NEEDED:
+        return None, "the processor has no AVX2 and FMA"
+    command = compiler()
+    if command is None:
+        return None, "no C compiler (cc, gcc, clang or $CC)"
+    try:
+        loaded = ctypes.CDLL(str(_compiled(command, processor)))
+        loaded.molsaki_fold.restype = ctypes.c_int64
+        return loaded, None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        return None, f"{command} failed: {lines[-1]}"
+    except OSError as error:
+        return None, f"could not be compiled or loaded: {error}"
+
+
+def compiler() -> str | None:
+    """The C compiler's path, or None."""
+    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+def _processor() -> str:
+    """Model and features, which decide what ``-march=native`` means."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return " ".join(next((x for x in lines if x.startswith(name)), "") for name in ("model name", "flags"))
+
+
+def _compiled(command: str, processor: str) -> Path:
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    identity = "\n".join([*(source.read_text() for source in SOURCES), *FLAGS, command, version, processor])
+    name = f"molsaki-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / name
+            if not path.exists():
+                handle, made = tempfile.mkstemp(dir=folder, suffix=".so")
+                os.close(handle)
+                try:
+                    call = [command, *FLAGS, *map(str, SOURCES), "-o", made]
+                    subprocess.run(call, capture_output=True, text=True, check=True)
+                    os.replace(made, path)  # whole or not at all, whoever else compiles it
+                finally:
+                    Path(made).unlink(missing_ok=True)
+            return path
+        except OSError as error:
+            reason = error
+    raise reason
+
+
+def _folders() -> list[Path]:
+    given = os.environ.get("MOLSAKI_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    last = Path(tempfile.gettempdir()) / f"molsaki_kernels-{os.getuid()}"
+    return [Path(given)] if given else [Path(home) / "molsaki_kernels", last]

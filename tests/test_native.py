@@ -1,0 +1,260 @@
+"""The C library: the map and the fold at the kernels' own seams, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import molsaki_kernels as mk
+from molsaki_kernels import StepPlan, reference
+from molsaki_kernels.fold import VANISHED, fold
+from molsaki_kernels.native import library
+from molsaki_kernels.native import stepmap as native
+from molsaki_kernels.native.fold import fold_in_one_pass
+from tests.budget import assert_within_budget
+
+needs_library = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+
+
+def case(lengths, words, steps, q_heads, kv_heads, dim, packed=False, gaps=False, seed=0):
+    """q, k, lse in float64, a plan of words of one to three tokens in any order, and cu_seqlens."""
+    g = np.random.default_rng(seed)
+    all_steps, all_words = [], []
+    for length in lengths:
+        cuts = sorted(g.choice(np.arange(1, length), min(steps, length) - 1, replace=False)) if length > 1 else []
+        spans = list(zip([0, *cuts], [*cuts, length], strict=True))
+        all_steps.append([(a + 1, b - 1) if gaps and b - a > 2 else (a, b) for a, b in spans])
+        tokens = g.permutation(length)[:words].tolist()
+        all_words.append([])
+        while tokens:
+            size = int(g.integers(1, 4))
+            all_words[-1].append(tokens[:size])
+            tokens = tokens[size:]
+    batch, M = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
+    t = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(batch, h, M, dim, generator=t, dtype=torch.float64) for h in (q_heads, kv_heads))
+    lse = torch.randn(batch, q_heads, M, generator=t, dtype=torch.float64) * 0.3 + 3
+    cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packed else None
+    return (q, k, lse), StepPlan.from_spans(all_steps, all_words), cu
+
+
+def results(function, tensors, plan, cu, dtype, options, **extra):
+    q, k, lse = tensors
+    leaves = [q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_()]
+    leaves.append(lse.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
+    maps = function(*leaves, plan, cu_seqlens=cu, **options, **extra)
+    weight = torch.randn(maps.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    grads = torch.autograd.grad((maps.double() * weight).sum(), leaves)
+    return dict(zip(("maps", "dq", "dk", "dlse"), (maps.detach(), *grads), strict=True))
+
+
+CASES = {
+    "rows are no multiple of a tile": (dict(lengths=[111, 95], words=20, steps=5, q_heads=4, kv_heads=2, dim=64), {}),
+    "a row": (dict(lengths=[1], words=1, steps=1, q_heads=2, kv_heads=2, dim=16), {}),
+    "every row a step, every token a word": (
+        dict(lengths=[130], words=130, steps=130, q_heads=3, kv_heads=1, dim=32), {}),
+    "rows in no step": (dict(lengths=[300], words=100, steps=7, q_heads=6, kv_heads=3, dim=80, gaps=True), {}),
+    "window": (dict(lengths=[300], words=100, steps=7, q_heads=6, kv_heads=3, dim=48, gaps=True), dict(window=37)),
+    "not causal": (dict(lengths=[130, 7], words=60, steps=9, q_heads=3, kv_heads=3, dim=128), dict(causal=False)),
+    "not causal, window, heads": (
+        dict(lengths=[130, 7], words=60, steps=9, q_heads=3, kv_heads=3, dim=64),
+        dict(causal=False, window=20, heads="none")),
+    "packed, heads": (
+        dict(lengths=[50, 1, 200, 33], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True, gaps=True),
+        dict(heads="none")),
+    "packed, window": (
+        dict(lengths=[50, 1, 200, 33], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True),
+        dict(window=11)),
+    "more columns than a tile": (dict(lengths=[700], words=650, steps=10, q_heads=2, kv_heads=2, dim=64), {}),
+    "more columns than a tile, window": (
+        dict(lengths=[700], words=650, steps=10, q_heads=2, kv_heads=1, dim=16), dict(window=300)),
+    "the widest head": (dict(lengths=[111], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.3)),
+    "dS kept": (dict(lengths=[111, 95], words=40, steps=5, q_heads=4, kv_heads=2, dim=128), {}),
+}  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_map(name, dtype):
+    shape, options = CASES[name]
+    tensors, plan, cu = case(**shape)
+    tensors = [tensors[0].to(dtype).double(), tensors[1].to(dtype).double(), tensors[2]]
+    oracle = results(reference.stepwise_map, tensors, plan, cu, torch.float64, options)
+    eager = results(reference.stepwise_map, tensors, plan, cu, dtype, options)
+    got = results(mk.stepwise_map, tensors, plan, cu, dtype, options, backend="native")
+    for key, value in got.items():
+        assert_within_budget(key, value, oracle[key], eager[key])
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["packed, heads", "more columns than a tile", "dS kept"])
+def test_any_number_of_threads(name):
+    """The same bits twice, and the same numbers from any number of threads."""
+    shape, options = CASES[name]
+    tensors, plan, cu = case(**shape)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3, 3):
+            torch.set_num_threads(count)
+            found.append(results(mk.stepwise_map, tensors, plan, cu, torch.float32, options, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for key in found[0]:
+        assert torch.equal(found[1][key], found[2][key]), key
+        torch.testing.assert_close(found[0][key], found[1][key])
+
+
+@needs_library
+def test_rows_in_no_step_and_tokens_in_no_word_may_hold_anything():
+    tensors, plan, _ = case([90, 40], 12, 4, 4, 2, 32)
+    clean = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+    q, k, lse = (t.clone() for t in tensors)
+    q[1, :, 40:], k[1, :, 40:], lse[1, :, 40:] = float("nan"), float("inf"), float("nan")
+    words = set(plan.tokens[0].tolist())
+    k[0, :, [t for t in range(90) if t not in words]] = float("nan")
+    poisoned = results(mk.stepwise_map, (q, k, lse), plan, None, torch.float32, {}, backend="native")
+    for key, value in clean.items():
+        assert torch.equal(value, poisoned[key]), key
+
+
+@needs_library
+def test_scores_far_from_lse():
+    """No overflow where a weight is not visible, and no subnormal numbers where it vanishes."""
+    plan = StepPlan.from_spans([[(0, 40)]], [[[3], [39]]])
+    q = torch.full((1, 1, 40, 16), 10.0)
+    k = torch.zeros(1, 1, 40, 16)
+    k[:, :, 39] = 10.0  # seen by the last row alone; its score is 1,600 times the scale
+    lse = torch.full((1, 1, 40), 0.0)
+    lse[..., 39] = 400.0
+    maps = mk.stepwise_map(q, k, lse, plan, backend="native")
+    torch.testing.assert_close(maps, torch.tensor([[[36.0 - 0, 1.0]]]))
+
+
+@needs_library
+@pytest.mark.parametrize("reason", ["softcap", "float64", "float16", "head_dim"])
+def test_what_it_does_not_take_goes_to_torch(reason):
+    tensors, plan, _ = case([30], 5, 3, 2, 2, 8 if reason == "head_dim" else 16)
+    options = dict(softcap=3.0) if reason == "softcap" else {}
+    dtype = getattr(torch, reason) if reason.startswith("float") else torch.float32
+    with pytest.raises(ValueError, match=f'backend: "native" cannot serve this call: .*{reason}'):
+        results(mk.stepwise_map, tensors, plan, None, dtype, options, backend="native")
+    auto = results(mk.stepwise_map, tensors, plan, None, dtype, options)
+    plain = results(mk.stepwise_map, tensors, plan, None, dtype, options, backend="torch")
+    assert all(torch.equal(auto[key], plain[key]) for key in auto)
+
+
+@needs_library
+def test_a_plan_beyond_its_sequence_is_refused():
+    """The door cannot look into cu_seqlens while it is traced; the library must not read past a sequence."""
+    (q, k, lse), _, cu = case([20, 20], 5, 2, 2, 2, 16, packed=True)
+    plan = StepPlan.from_spans([[(0, 5)], [(0, 5)]], [[[1]], [[25]]])
+    arguments = (q.float(), k.float(), lse.float(), plan.steps, plan.tokens, plan.word_of_token, 1, cu)
+    with pytest.raises(ValueError, match="plan: expected indices within each sequence"):
+        torch.ops.molsaki.stepwise_map(*arguments, True, 0.25, None, None, False, "native")
+
+
+@needs_library
+@pytest.mark.parametrize("layout", ["bhmd", "bmhd"])
+def test_fold(layout):
+    def tensor():
+        x = torch.randn(2, 50, 3, 48) if layout == "bmhd" else torch.randn(2, 3, 50, 48)
+        return x.transpose(1, 2) if layout == "bmhd" else x
+
+    out, dout, dlse = tensor(), tensor(), torch.randn(2, 3, 50)
+    folded = torch.full_like(out, float("nan"))
+    assert fold_in_one_pass(out, dout, dlse, folded, VANISHED)
+    expected = (out.double() * dout.double()).sum(-1) - dlse
+    torch.testing.assert_close((folded.double() * dout.double()).sum(-1), expected, rtol=1e-5, atol=1e-5)
+    dout[1, 2, 49] = 0  # nothing to fold along: the other way takes the call
+    assert not fold_in_one_pass(out, dout, dlse, folded, VANISHED)
+    assert fold(out, dout, dlse)[0].isfinite().all()
+
+
+@needs_library
+def test_no_wider_than_avx2(tmp_path):
+    """The same source for processors without AVX-512 passes the same cases."""
+    source = "import molsaki_kernels.native.library as library\nlibrary.FLAGS += ('-mno-avx512f',)\n"
+    source += (
+        "import pytest, sys\nsys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', sys.argv[1], '-k', 'test_map']))"
+    )
+    environment = os.environ | {"MOLSAKI_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", source, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.so")
+    if shutil.which("objdump"):
+        disassembled = subprocess.run(["objdump", "-d", built], capture_output=True, text=True).stdout
+        assert "ymm" in disassembled and "zmm" not in disassembled
+
+
+def test_without_a_library(without_native):
+    tensors, plan, _ = case([30], 5, 3, 2, 2, 16)
+    with pytest.raises(ValueError, match='"native" cannot serve this call: switched off by a test'):
+        results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+    results(mk.stepwise_map, tensors, plan, None, torch.float32, {})
+
+
+def reason_with(monkeypatch, **environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    return library._loaded.__wrapped__()[1]
+
+
+def test_switched_off(monkeypatch):
+    assert reason_with(monkeypatch, MOLSAKI_NATIVE="0") == "switched off by MOLSAKI_NATIVE=0"
+
+
+@needs_library
+def test_no_compiler(monkeypatch):
+    assert "no C compiler" in reason_with(monkeypatch, PATH="/nowhere", CC="")
+
+
+@needs_library
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no space left >&2\nexit 3\n")
+    broken.chmod(0o755)
+    reason = reason_with(monkeypatch, CC=broken, MOLSAKI_CACHE=tmp_path / "cache")
+    assert reason == f"{broken} failed: no space left"
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_library
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "could not be compiled or loaded" in reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "file")
+
+
+@needs_library
+def test_compiled_once(monkeypatch, tmp_path):
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
+    (built,) = tmp_path.iterdir()
+    before = built.stat().st_mtime_ns
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
+    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [before]
+
+
+@needs_library
+def test_threads_of_their_own():
+    """Working memory is a thread's own: calls from several Python threads do not mix."""
+    import concurrent.futures
+
+    tensors, plan, _ = case([200], 40, 6, 4, 2, 64)
+    expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+
+    def call(scale):
+        found = [results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native") for _ in range(10)]
+        return all(torch.equal(x[key], expected[key]) for x in found for key in expected)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(4)))
+
+
+def test_the_reason_of_a_device():
+    assert native.why_not(torch.device("meta"), torch.float32, 64, None) == "it takes CPU tensors, not meta"
