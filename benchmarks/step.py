@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --model FOLDER [--student FOLDER] [--device cpu|cuda] [--csv FILE] [--shape 1x1024]
                               [--contenders 'NAME; NAME'] [--measure time memory profile] [--compile] [--seconds S]
+                              [--dtype float32|bfloat16]
 
 ``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher`` and ``1b`` are
 random Llamas. What is measured:
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import csv
 import dataclasses
 import multiprocessing
@@ -59,6 +59,7 @@ RANDOM = {
 }  # fmt: skip
 CONTENDERS = ("dss", "molsaki, stored maps", "molsaki, live teacher", "dss, padded", "molsaki, padded", "eager")
 OURS = "molsaki, stored maps"
+DTYPES = {"float32": "float32", "bfloat16": "bf16 autocast"}  # the option, and what a row says
 TARGETS = {
     (OURS, "time over dss"): 1.10,
     (OURS, "times faster than eager"): 3.0,
@@ -109,6 +110,9 @@ def main() -> None:
     parser.add_argument("--contenders", help=f"only these of {'; '.join(CONTENDERS)}, separated by semicolons")
     parser.add_argument("--seconds", type=float, default=60, help="of timing a batch, after one call each")
     parser.add_argument("--measure", nargs="+", choices=list(MEASURES), default=["time"], help="what to measure")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="bfloat16 is autocast (default: float32 on a CPU, bfloat16 on CUDA)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the student and its losses")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -119,11 +123,16 @@ def main() -> None:
         rows = list(csv.DictReader(arguments.csv.open()))
     for batch in BATCHES:
         if batch.name.startswith(arguments.shape):
-            setup = Setup(arguments.model, arguments.student or arguments.model, batch, arguments.compile, str(device))
+            student, dtype = arguments.student or arguments.model, arguments.dtype or default_dtype(device)
+            setup = Setup(arguments.model, student, batch, arguments.compile, str(device), dtype)
             for measure in arguments.measure:
                 rows += measured(measure, setup, [name.strip() for name in names], arguments.seconds, machine)
             if arguments.csv:
                 write_csv(arguments.csv, rows)
+
+
+def default_dtype(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +144,7 @@ class Setup:
     batch: Batch
     compiled: bool
     device: str
+    dtype: str
 
     def step(self, name: str) -> Callable[[], Tensor]:
         """Everything that contender ``name`` needs, and its step, which returns the loss."""
@@ -152,7 +162,7 @@ class Setup:
 
         def step() -> Tensor:
             optimizer.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 total = loss()
             total.backward()
             optimizer.step()
@@ -220,7 +230,8 @@ def eager_loss(student, teacher, config, rows, device):
         return losses.cross_entropy(out.logits, labels.view(task["input_ids"].shape))
 
     def reduced(weights: tuple[Tensor, ...]) -> Tensor:
-        return torch.stack([step_rows @ layer.float().mean(1) @ word_columns for layer in weights], 1)
+        with torch.autocast(device.type, enabled=False):  # maps are float32
+            return torch.stack([step_rows @ layer.float().mean(1) @ word_columns for layer in weights], 1)
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -265,7 +276,7 @@ def measured(measure: str, setup: Setup, names: list[str], seconds: float, machi
         "student": Path(setup.student).name,
         "batch": setup.batch.name,
         **{field: getattr(setup.batch, field) for field in ("tokens", "words", "steps")},
-        "dtype": "bf16 autocast" if setup.device.startswith("cuda") else "float32",
+        "dtype": DTYPES[setup.dtype],
         "compiled": setup.compiled,
     }
     rows = []

@@ -16,7 +16,7 @@ DEVICE = torch.device("cpu")
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
 def test_step(benchmark, report, batch):
-    setup = Setup("small", "small", batch, False, "cpu")
+    setup = Setup("small", "small", batch, False, "cpu", "float32")
     steps = {name: setup.step(name) for name in ("dss", OURS, "dss, padded", "molsaki, padded", "eager")}
     for step in steps.values():
         step()
@@ -32,7 +32,7 @@ def test_step(benchmark, report, batch):
 
 
 def test_memory(benchmark, report):
-    setup = Setup("small", "small", BATCHES[-1], False, "cpu")
+    setup = Setup("small", "small", BATCHES[-1], False, "cpu", "float32")
     found = benchmark.pedantic(lambda: list(measure_memory(setup, [OURS, "eager"], 0)), rounds=1)
     (share,) = (value for name, quantity, value in found if quantity == "share of eager's peak")
     benchmark.extra_info["share_of_eager_memory"] = share

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from molsaki.hooks import NAME
 
-LOGITS_AT_ONCE = 1 << 25  # numbers, 128 MiB in float32: more come in chunks, computed again in the backward
+# Numbers, 128 MiB in float32: more come in chunks, computed again in the backward. Half of it is slower and, since the
+# weight's gradients of two chunks are added, takes no less memory (618 labels, 49,152 tokens, width 576).
+LOGITS_AT_ONCE = 1 << 25
 LIGER = "0.8.5"  # earlier ones give every label the gradient of the first
 
 
@@ -93,10 +95,16 @@ class Head:
         if fused and type(head) is nn.Linear and not isinstance(head.weight, DTensor) and head.weight.numel():
             return self._fused(head, hidden, labels)
 
+        # The last operation saves none of its result (a plain linear layer, or a product with a number) and nobody else
+        # has it. Elsewhere the logits are copied.
+        unshared = self != Head() or (type(head) is nn.Linear and not head._forward_hooks)
+
         def part(hidden: Tensor, labels: Tensor) -> Tensor:
             logits = self.logits(model, hidden)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(logits, labels, reduction="none")
+            rows = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if type(rows) is not Tensor or torch.compiler.is_compiling():
+                return F.cross_entropy(rows, labels, reduction="none")
+            return _CrossEntropy.apply(rows if unshared or rows is not logits else rows.clone(), labels)
 
         most = max(LOGITS_AT_ONCE // causal_model(model).config.get_text_config().vocab_size, 1)
         count = max(-(-len(labels) // most), 1)
@@ -112,6 +120,38 @@ class Head:
         return liger_fused_linear_cross_entropy(
             hidden * scale, head.weight.to(hidden.dtype), labels, bias, reduction="none", softcap=self.softcap
         ).float()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy ``(n,)`` of the rows of logits ``x (n, V)``, float32 or float64, in no other memory of their size:
+    there the forward leaves ``exp(x - max x)``, which the backward turns into the gradient. Whatever else has ``x``
+    reads these, and what saved it for a backward is told so by its version."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, labels: Tensor) -> Tensor:
+        x = x.detach()  # the same memory and version
+        label_logits = x.gather(1, labels[:, None])
+        largest = x.amax(1, keepdim=True)
+        total = x.sub_(largest).exp_().sum(1, keepdim=True)
+        ctx.save_for_backward(x, labels, total)
+        ctx.spent = False
+        return (total.log() + (largest - label_logits)).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        """``(softmax(x) - one_hot(labels)) upstream``"""
+        if torch.is_grad_enabled():  # once_differentiable lets an upstream without a gradient pass
+            raise RuntimeError("cross-entropy: create_graph=True is refused: it has no second derivative here")
+        if ctx.spent:  # hooks on saved tensors keep autograd from seeing it
+            raise RuntimeError(
+                "cross-entropy: a second backward through the same graph; the first has made the gradient in the "
+                "memory of the logits, so run the forward again"
+            )
+        ctx.spent = True
+        x, labels, total = ctx.saved_tensors
+        x.mul_(upstream[:, None] / total)
+        x[torch.arange(len(x), device=x.device), labels] -= upstream
+        return x, None
 
 
 def use_fused(choice: str, device: torch.device) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import sys
 import types
 
@@ -17,7 +19,7 @@ from tiny import one_thread  # noqa: F401
 from molsaki import forward
 from molsaki.config import TextOptions
 from molsaki.data import Collator, Example, Side, prepare
-from molsaki.forward import Head, can_pack, causal_model, label_logits, model_inputs
+from molsaki.forward import Head, _CrossEntropy, can_pack, causal_model, label_logits, model_inputs
 
 SMALL = dict(
     vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -78,6 +80,136 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits(name, monkeypatch):
     oracle, eager, got = results
     for key, value in got.items():
         assert_within_budget(key, value, oracle[key], eager[key])
+
+
+class Squashed(torch.nn.Linear):
+    """A head whose last operation saves its result for its backward."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+def headed(kind: str, dtype: torch.dtype):
+    """A model and its head: one of `HEADS`, or a head whose logits others may have."""
+    if kind in HEADS:
+        model = make(kind, dtype)
+        return model, Head.of(model)
+    model = make("Qwen2", dtype, tie_word_embeddings=False)
+    if kind == "squashed":
+        model.set_output_embeddings(Squashed(32, 258, dtype=dtype))
+    if kind == "lora":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], init_lora_weights=False)
+        model = peft.get_peft_model(model, lora)
+    return model, Head()
+
+
+def pytorchs(head: Head, model, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = head.logits(model, hidden)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("kind", [*HEADS, "squashed", "lora"])
+def test_cross_entropy_in_the_memory_of_the_logits(kind, chunks, monkeypatch):
+    """Losses, and gradients of labels that weigh differently, in float64 and in bfloat16 autocast."""
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * -(-40 // chunks))
+    rows, upstream = torch.randn(40, 32, dtype=torch.float64), torch.rand(40)
+    labels = torch.randint(258, (40,))
+    results = []
+    for dtype, own in ((torch.float64, False), (torch.float64, True), (torch.float32, False), (torch.float32, True)):
+        model, head = headed(kind, dtype)
+        hidden = rows.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            loss = head.cross_entropy(model, hidden, labels) if own else pytorchs(head, model, hidden, labels)
+        assert loss.dtype == dtype
+        (loss * upstream).sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"loss": loss.detach(), "hidden": hidden.grad} | grads)
+    oracle, exact, eager, got = results
+    assert got.keys() == oracle.keys() and len(got) > 2
+    for key in oracle:
+        torch.testing.assert_close(exact[key], oracle[key], rtol=1e-12, atol=1e-13)
+        assert_within_budget(key, got[key], oracle[key], eager[key])
+
+
+def test_logits_that_a_hook_keeps_stay_theirs():
+    model = make("Qwen2")
+    kept = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: kept.append(out))
+    hidden = torch.randn(5, 32)
+    Head().cross_entropy(model, hidden, torch.arange(5)).sum().backward()
+    assert torch.equal(kept[0], F.linear(hidden, model.lm_head.weight))
+
+
+def test_logits_of_minus_infinity():
+    logits = torch.randn(4, 9, dtype=torch.float64)
+    logits[:, 2], logits[1, 3:] = -torch.inf, -torch.inf
+    logits[2, :8] = -torch.inf
+    labels, results = torch.tensor([0, 1, 8, 2]), []  # the last one cannot be
+    for function in (lambda x: F.cross_entropy(x, labels, reduction="none"), lambda x: _CrossEntropy.apply(x, labels)):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf * 1)
+        loss.backward(torch.arange(1.0, 5.0, dtype=torch.float64))
+        results.append((loss.detach(), leaf.grad))
+    assert results[0][0][3] == torch.inf
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-15)
+
+
+def test_no_labels():
+    model, hidden = make("Llama"), torch.randn(0, 32, requires_grad=True)
+    loss = Head().cross_entropy(model, hidden, torch.zeros(0, dtype=torch.long))
+    loss.sum().backward()
+    assert loss.shape == (0,) and hidden.grad.shape == (0, 32)
+    assert not model.lm_head.weight.grad.any()
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_second_backward_is_refused(chunks, hooks, monkeypatch):
+    """Also where hooks hand out the saved tensors, so that autograd does not see that they changed."""
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * (8 // chunks))
+    model, hidden = make("Llama"), torch.randn(8, 32, requires_grad=True)
+    same = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with same if hooks else contextlib.nullcontext():
+        loss = Head().cross_entropy(model, hidden, torch.arange(8)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward through the same graph; .* run the forward again"):
+        loss.backward()
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    model, hidden = make("Llama"), torch.randn(8, 32, requires_grad=True)
+    loss = Head().cross_entropy(model, hidden, torch.arange(8)).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True is refused"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+def test_compiled(kind, monkeypatch):
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * 4)
+    (model, head), labels, results = headed(kind, torch.float32), torch.arange(8), []
+    for function in (head.cross_entropy, torch.compile(head.cross_entropy, backend="aot_eager")):
+        hidden = torch.linspace(-1, 1, 8 * 32).view(8, 32).requires_grad_()
+        loss = function(model, hidden, labels)
+        loss.backward(torch.arange(8.0))
+        results.append((loss.detach(), hidden.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_memory_is_that_of_one_chunk(chunks, monkeypatch, tmp_path):
+    """What the allocator of a CPU says: without the weight's gradients no other buffer is of the logits' size."""
+    model, hidden = make("Llama", vocab_size=1 << 13), torch.randn(384, 32, requires_grad=True)
+    labels = torch.randint(1 << 13, (384,))
+    chunk = 4 * (1 << 13) * 384 // chunks
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", chunk // 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        Head().cross_entropy(model.requires_grad_(False), hidden, labels).sum().backward()
+    profile.export_chrome_trace(str(tmp_path / "trace"))
+    events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
+    held = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
+    assert chunk <= max(held) - min(held) < 1.2 * chunk
 
 
 @pytest.mark.parametrize("name", HEADS)

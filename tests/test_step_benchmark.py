@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import one_thread  # noqa: F401
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.step import BATCHES, Setup, measured
 
@@ -13,7 +15,7 @@ from benchmarks.step import BATCHES, Setup, measured
 def test_contenders_agree(batch):
     losses = {}
     for name in ("molsaki, live teacher", "eager", "dss", "dss, padded", "molsaki, stored maps", "molsaki, padded"):
-        step = Setup("tiny-teacher", "tiny", batch, False, "cpu").step(name)
+        step = Setup("tiny-teacher", "tiny", batch, False, "cpu", "float32").step(name)
         losses[name] = [step() for _ in range(2)]  # the second one is of updated weights
     for a, b in (
         ("molsaki, live teacher", "eager"),
@@ -26,10 +28,33 @@ def test_contenders_agree(batch):
     assert losses["eager"][0] > losses["dss"][0] + 1e-3  # L_att is seen in it
 
 
-def test_rows(capsys):
-    setup = Setup("tiny-teacher", "tiny", BATCHES[0], False, "cpu")
+@pytest.mark.parametrize("name", ["eager", "molsaki, live teacher", "molsaki, padded", "dss"])
+def test_every_contender_computes_in_the_dtype(name):
+    """Student and teacher, 32 and 48 wide; the loss is that of float32 up to bfloat16's rounding."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        seen = set()
+
+        def watch(module, args, out, seen=seen):
+            if isinstance(module, LlamaMLP):
+                seen.add((out.shape[-1], out.dtype))
+
+        step = Setup("tiny-teacher", "tiny", BATCHES[0], False, "cpu", dtype).step(name)
+        hook = register_module_forward_hook(watch)
+        found.append(step())
+        hook.remove()
+        widths = (32, 48) if name in ("eager", "molsaki, live teacher") else (32,)
+        assert seen == {(width, getattr(torch, dtype)) for width in widths}
+    assert found[1].dtype == torch.float32 and not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", "float32"), ("bfloat16", "bf16 autocast")])
+def test_rows(dtype, said, capsys):
+    setup = Setup("tiny-teacher", "tiny", BATCHES[0], False, "cpu", dtype)
     rows = measured("time", setup, ["dss", "molsaki, stored maps"], 0.0, {"device": "here"})
     rows += measured("profile", setup, ["dss"], 0.0, {"device": "here"})
+    assert {row["dtype"] for row in rows} == {said}
     found = {(row["contender"], row["quantity"]): row for row in rows}
     assert found["molsaki, stored maps", "time over dss"]["target"] == 1.1
     parts = sum(row["value"] for row in rows if row["quantity"].startswith("seconds, "))
