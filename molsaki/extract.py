@@ -1,7 +1,7 @@
 """Runs the white-box teacher once over a data set and stores its maps: all that training needs of it.
 
 No logits are computed. Texts share a forward pass, packed into one row where the model allows it, else padded to a like
-length. A finished shard is never computed again. Of several
+length; meanwhile a thread cuts and tokenizes the next ones. A finished shard is never computed again. Of several
 processes, started by torchrun, ``accelerate launch`` or by hand, each takes the next shard that nobody has; they do not
 talk to each other, and the others make what a lost one left.
 """
@@ -15,7 +15,8 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from molsaki.store import Entry, Store, StoreWriter, fingerprint_model, fingerpr
 from molsaki_kernels import StepPlan
 
 SORTED = 256  # texts that are put in order of their lengths before they are packed: like ones run together on a CPU
+Item = TypeVar("Item")
 
 
 def extract(
@@ -138,7 +140,7 @@ def entries_of(
 ) -> Iterator[tuple[dict[int, Entry], int]]:
     """The entries of the examples of these numbers, batch by batch, and how many tokens each batch has.
 
-    What is in a batch depends on the numbers and the config alone.
+    What is in a batch depends on the numbers and the config alone. While the teacher runs it, a thread makes the next.
 
     Args:
         sides: the teacher's, and those besides that a text has to fit.
@@ -146,14 +148,23 @@ def entries_of(
     """
     batches = _batches(_texts(examples, numbers, config, sides), config.batch_tokens, packing)
     pad = sides[0].tokenizer.pad_token_id
-    for batch in batches:
-        task = _task(batch, pad, packing)
+    for batch, task in _ahead((batch, _task(batch, pad, packing)) for batch in batches):
         found = {number: entry for number, entry, _ in batch}
         if task is not None:
             run = [number for number, _, text in batch if text is not None]
             for number, maps, weights in zip(run, *_run(teacher, mixture, task), strict=True):
                 found[number] = found[number]._replace(maps=maps, weights=weights)
         yield found, sum(item.tokens for item in batch)
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each made by a thread while the one before it is in use; what making one raises is raised here."""
+    end = object()
+    with ThreadPoolExecutor(1, "extract") as pool:
+        made = pool.submit(next, items, end)
+        while (item := made.result()) is not end:
+            made = pool.submit(next, items, end)
+            yield item
 
 
 def _texts(

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -214,6 +215,55 @@ def test_a_teacher_that_cannot_pack_is_padded(tmp_path):
     with pytest.raises(ValueError, match="--packing: texts that share a row change one another in LlamaForCausalLM"):
         extract(config(tmp_path, packing=True, store=str(tmp_path / "other")), teacher, OTHER)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_next_texts_are_cut_while_the_teacher_runs(tmp_path, monkeypatch):
+    """The first forward passes wait for the texts of the one after; the last of a shard has none to wait for."""
+    run, cut_ids, seen, runs = extract_module._run, [], threading.Condition(), []
+
+    def watched(example, *args):
+        with seen:
+            cut_ids.append((example.id, threading.current_thread().name))
+            seen.notify_all()
+        return cut(example, *args)
+
+    def waiting(teacher, mixture, task):
+        runs.append(len(task["plan"]))
+        with seen:
+            assert seen.wait_for(lambda: len(cut_ids) >= min(sum(runs) + 2, 10), timeout=10)  # one closes a batch
+        return run(teacher, mixture, task)
+
+    monkeypatch.setattr(extract_module, "cut", watched)
+    monkeypatch.setattr(extract_module, "_run", waiting)
+    monkeypatch.setattr(extract_module, "SORTED", 1)
+    extract(config(tmp_path, tiny.problems(10), shard_size=10), TEACHER, OTHER)
+    assert len(runs) > 2 and sum(runs) == 10
+    assert [id for id, _ in cut_ids] == [f"p{n}" for n in range(10)]
+    assert all(name.startswith("extract") for _, name in cut_ids)
+    assert not any(thread.name.startswith("extract") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("packing", [None, False])
+@pytest.mark.parametrize("bad", [0, 6, 10])
+def test_an_error_in_the_background_is_the_command_s(tmp_path, monkeypatch, packing, bad):
+    """The shards before it are kept, and the same command goes on when its cause is gone."""
+
+    def failing(example, *args):
+        if example.id == f"p{bad}":
+            raise ValueError("tokenizer: it gives no token for p")
+        return cut(example, *args)
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    extract(config(whole, tiny.problems(11), packing=packing), TEACHER, OTHER)
+    monkeypatch.setattr(extract_module, "cut", failing)
+    with pytest.raises(ValueError, match="tokenizer: it gives no token for p"):
+        extract(config(tmp_path, tiny.problems(11), packing=packing), TEACHER, OTHER)
+    assert len(list((tmp_path / "store").glob("shard-*"))) == bad // 4
+    assert not any(thread.name.startswith("extract") for thread in threading.enumerate())
+    monkeypatch.setattr(extract_module, "cut", cut)
+    extract(config(tmp_path, tiny.problems(11), packing=packing), TEACHER, OTHER)
+    assert files(tmp_path / "store") == files(whole / "store")
 
 
 def test_interrupted_and_continued(tmp_path, monkeypatch):
