@@ -146,15 +146,23 @@ def entries_of(
         sides: the teacher's, and those besides that a text has to fit.
         mixture: None to keep the maps of all layers.
     """
-    batches = _batches(_texts(examples, numbers, config, sides), config.batch_tokens, packing)
-    pad = sides[0].tokenizer.pad_token_id
-    for batch, task in _ahead((batch, _task(batch, pad, packing)) for batch in batches):
+    for batch, task in _ahead(tasks_of(examples, numbers, config, sides, packing)):
         found = {number: entry for number, entry, _ in batch}
         if task is not None:
             run = [number for number, _, text in batch if text is not None]
             for number, maps, weights in zip(run, *_run(teacher, mixture, task), strict=True):
                 found[number] = found[number]._replace(maps=maps, weights=weights)
         yield found, sum(item.tokens for item in batch)
+
+
+def tasks_of(
+    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, sides: Sequence[Side], packing: bool
+) -> Iterator[tuple[list[_Text], dict | None]]:
+    """What runs together, batch by batch: the examples, and a task of those that are not left out, if there are any."""
+    pad = sides[0].tokenizer.pad_token_id
+    for batch in _batches(_texts(examples, numbers, config, sides), config.batch_tokens, packing):
+        texts = [item.text for item in batch if item.text is not None]
+        yield batch, teacher_task(texts, pad, packing) if texts else None
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -200,11 +208,6 @@ def _batches(texts: Iterator[_Text], batch_tokens: int, packing: bool) -> Iterat
             real += item.tokens
     if batch:
         yield batch
-
-
-def _task(batch: Sequence[_Text], pad: int, packing: bool) -> dict | None:
-    texts = [item.text for item in batch if item.text is not None]
-    return teacher_task(texts, pad, packing) if texts else None
 
 
 def _run(
