@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import itertools
 import json
 import os
 import time
@@ -33,7 +32,6 @@ from molsaki.models import check_tokenizer, context_length, load_model, load_tok
 from molsaki.store import Entry, Store, StoreWriter, fingerprint_model, fingerprint_spans, fingerprint_tokenizer
 from molsaki_kernels import StepPlan
 
-SORTED = 256  # texts that are put in order of their lengths before they are packed: like ones run together on a CPU
 Item = TypeVar("Item")
 
 
@@ -191,21 +189,18 @@ def _texts(
         yield _Text(number, Entry(example.id, fingerprint_spans(spans)), text)
 
 
-def _batches(texts: Iterator[_Text], batch_tokens: int, packing: bool) -> Iterator[list[_Text]]:
-    """Texts to run together: at most ``batch_tokens`` with padding (or one text), in order of length.
-
-    Padded ones are all there before the first batch is; packed ones are put in order a few at a time.
-    """
+def _batches(texts: Iterable[_Text], batch_tokens: int, packing: bool) -> Iterator[list[_Text]]:
+    """Texts to run together, at most ``batch_tokens`` with padding (or one text): packed in their order, each batch as
+    soon as it is full; padded the longest first, once all are there."""
     batch: list[_Text] = []
     real = 0
-    while some := sorted(itertools.islice(texts, SORTED if packing else None), key=lambda item: -item.tokens):
-        for item in some:
-            together = real + item.tokens if packing else (len(batch) + 1) * batch[0].tokens if batch else 0
-            if batch and together > batch_tokens:
-                yield batch
-                batch, real = [], 0
-            batch.append(item)
-            real += item.tokens
+    for item in texts if packing else sorted(texts, key=lambda item: -item.tokens):
+        together = real + item.tokens if packing else (len(batch) + 1) * batch[0].tokens if batch else 0
+        if batch and together > batch_tokens:
+            yield batch
+            batch, real = [], 0
+        batch.append(item)
+        real += item.tokens
     if batch:
         yield batch
 

@@ -104,7 +104,6 @@ def test_one_forward_a_text_in_batches_of_like_length(tmp_path):
 
 def test_packed_batches_hold_no_padding(tmp_path, monkeypatch):
     """Two runs make the same batches, each as full as its next text allows."""
-    monkeypatch.setattr(extract_module, "SORTED", 16)
     rows, runs = tiny.problems(40), []
     for n, row in enumerate(rows):
         row["rationale"] = " ".join([row["rationale"]] * (1 + n * 7 % 5))
@@ -120,7 +119,7 @@ def test_packed_batches_hold_no_padding(tmp_path, monkeypatch):
     assert runs[0] == runs[1] and sum(map(len, runs[0])) == 40
     assert sum(map(sum, runs[0])) == result["tokens"]
     assert all(sum(batch) <= 1000 < sum(batch) + after[0] for batch, after in zip(runs[0], runs[0][1:], strict=False))
-    assert len(runs[0]) > 3  # texts are put in order a few at a time, but batches go on across those
+    assert len(runs[0]) > 3
 
 
 def test_throughput_and_time_left_are_shown(tmp_path, capsys):
@@ -235,7 +234,6 @@ def test_the_next_texts_are_cut_while_the_teacher_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(extract_module, "cut", watched)
     monkeypatch.setattr(extract_module, "_run", waiting)
-    monkeypatch.setattr(extract_module, "SORTED", 1)
     extract(config(tmp_path, tiny.problems(10), shard_size=10), TEACHER, OTHER)
     assert len(runs) > 2 and sum(runs) == 10
     assert [id for id, _ in cut_ids] == [f"p{n}" for n in range(10)]
