@@ -93,6 +93,9 @@ class ExtractConfig(TextOptions, MixtureOptions):
         None, "Folder or hub name of the student; needed with too_long=cut and for mixtures that pair up layers."
     )
     all_layers: bool = option(False, "Store the map of every layer, so that any mixture can be used later.")
+    packing: bool | None = option(
+        None, "Run the texts of a forward pass in one row without padding; if unset, wherever the teacher can."
+    )
     batch_tokens: int = option(8192, "Tokens, padding included, in one forward pass of the teacher.")
     shard_size: int = option(1024, "Examples in one file of the store, and the most work an interruption can lose.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The teacher's floating-point type.")

@@ -470,9 +470,13 @@ class Collator:
             else:
                 batch |= {"teacher_map": maps, "teacher_weights": torch.stack([entry.weights for entry in stored])}
         elif rows[0].teacher is not None:
-            texts = [row.teacher for row in rows]
-            batch["teacher"] = _task(texts, self.teacher_pad, self.teacher_packing) | {"plan": _plan(texts)}
+            batch["teacher"] = teacher_task([row.teacher for row in rows], self.teacher_pad, self.teacher_packing)
         return batch
+
+
+def teacher_task(texts: Sequence[Text], pad: int | None, packing: bool) -> dict:
+    """A task of texts whose maps are wanted, see :class:`Collator`."""
+    return _task(texts, pad, packing) | {"plan": _plan(texts)}
 
 
 def _plan(texts: Sequence[Text]) -> StepPlan:

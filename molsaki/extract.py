@@ -1,6 +1,7 @@
 """Runs the white-box teacher once over a data set and stores its maps: all that training needs of it.
 
-No logits are computed. Texts of like length share a forward pass; a finished shard is never computed again. Of several
+No logits are computed. Texts share a forward pass, packed into one row where the model allows it, else padded to a like
+length; meanwhile a thread cuts and tokenizes the next ones. A finished shard is never computed again. Of several
 processes, started by torchrun, ``accelerate launch`` or by hand, each takes the next shard that nobody has; they do not
 talk to each other, and the others make what a lost one left.
 """
@@ -12,21 +13,26 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.config import ExtractConfig, MixtureOptions, TextOptions, require
-from molsaki.data import Example, LeftOut, Side, all_left_out, cut, read_examples, spans_of
+from molsaki.data import Example, LeftOut, Side, Text, all_left_out, cut, read_examples, spans_of, teacher_task
+from molsaki.forward import can_pack, input_device, model_inputs
 from molsaki.hooks import NAME, capture
 from molsaki.mixture import MixtureOfLayers
 from molsaki.models import check_tokenizer, context_length, load_model, load_tokenizer
 from molsaki.store import Entry, Store, StoreWriter, fingerprint_model, fingerprint_spans, fingerprint_tokenizer
-from molsaki.tokens import Encoded
 from molsaki_kernels import StepPlan
+
+Item = TypeVar("Item")
 
 
 def extract(
@@ -60,6 +66,9 @@ def extract(
         teacher.to(_local_device())
     teacher.eval().set_attn_implementation(NAME)
 
+    packing = config.packing is not False and can_pack(teacher)
+    if config.packing and not packing:
+        raise ValueError(f"--packing: texts that share a row change one another in {type(teacher).__name__}")
     layers, _ = probe(teacher.base_model)
     side = Side(tokenizer, config.teacher_template, config.teacher_max_length or context_length(teacher.config))
     sides, student_layers = [side], None
@@ -82,27 +91,15 @@ def extract(
     with tqdm(total=total, unit="example", desc="extract", disable=rank != 0) as bar:
         for shard in writer.claim(missing):
             bar.update(max(missing.index(shard) * config.shard_size - bar.n, 0))  # what other processes took
+            numbers = writer.examples_of(shard)
             entries: dict[int, Entry] = {}
-            texts: list[tuple[int, Encoded]] = []
-            for number in writer.examples_of(shard):
-                example = examples[number]
-                try:
-                    spans, encoded, _ = cut(example, config, sides)
-                    entries[number] = Entry(example.id, fingerprint_spans(spans))
-                    texts.append((number, encoded[0]))
-                except LeftOut as reason:
-                    text = fingerprint_spans(spans_of(example, config))
-                    entries[number] = Entry(example.id, text, reason=str(reason))
-                    bar.update()
-            for batch in _batches(texts, config.batch_tokens):
-                found = _run(teacher, mixture, [encoded for _, encoded in batch], tokenizer.pad_token_id)
-                for (number, _), maps, weights in zip(batch, *found, strict=True):
-                    entries[number] = entries[number]._replace(maps=maps, weights=weights)
-                tokens += sum(len(encoded.input_ids) for _, encoded in batch)
+            for found, count in entries_of(examples, numbers, config, sides, teacher, mixture, packing):
+                entries |= found
+                tokens += count
                 seconds = time.perf_counter() - start
-                bar.update(len(batch))
+                bar.update(len(found))
                 bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s here")
-            writer.write(shard, [entries[number] for number in writer.examples_of(shard)])
+            writer.write(shard, [entries[number] for number in numbers])
             written += 1
         bar.update(total - bar.n)
     writer.finish()
@@ -118,34 +115,110 @@ def _local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-def _batches(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, Encoded]]]:
-    """Texts of like length together, the longest first, at most ``batch_tokens`` with padding (or one text)."""
-    batch: list[tuple[int, Encoded]] = []
-    for text in sorted(texts, key=lambda item: -len(item[1].input_ids)):
-        if batch and (len(batch) + 1) * len(batch[0][1].input_ids) > batch_tokens:
+class _Text(NamedTuple):
+    """An example on its way: its entry, yet without a map, and what the teacher is to run, None if it is left out."""
+
+    number: int
+    entry: Entry
+    text: Text | None
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.text is None else len(self.text.input_ids)
+
+
+def entries_of(
+    examples: Sequence[Example],
+    numbers: Iterable[int],
+    config: ExtractConfig,
+    sides: Sequence[Side],
+    teacher: PreTrainedModel,
+    mixture: MixtureOfLayers | None,
+    packing: bool,
+) -> Iterator[tuple[dict[int, Entry], int]]:
+    """The entries of the examples of these numbers, batch by batch, and how many tokens each batch has.
+
+    What is in a batch depends on the numbers and the config alone. While the teacher runs it, a thread makes the next.
+
+    Args:
+        sides: the teacher's, and those besides that a text has to fit.
+        mixture: None to keep the maps of all layers.
+    """
+    for batch, task in _ahead(tasks_of(examples, numbers, config, sides, packing)):
+        found = {number: entry for number, entry, _ in batch}
+        if task is not None:
+            run = [number for number, _, text in batch if text is not None]
+            for number, maps, weights in zip(run, *_run(teacher, mixture, task), strict=True):
+                found[number] = found[number]._replace(maps=maps, weights=weights)
+        yield found, sum(item.tokens for item in batch)
+
+
+def tasks_of(
+    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, sides: Sequence[Side], packing: bool
+) -> Iterator[tuple[list[_Text], dict | None]]:
+    """What runs together, batch by batch: the examples, and a task of those that are not left out, if there are any."""
+    pad = sides[0].tokenizer.pad_token_id
+    for batch in _batches(_texts(examples, numbers, config, sides), config.batch_tokens, packing):
+        texts = [item.text for item in batch if item.text is not None]
+        yield batch, teacher_task(texts, pad, packing) if texts else None
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each made by a thread while the one before it is in use; what making one raises is raised here."""
+    end = object()
+    with ThreadPoolExecutor(1, "extract") as pool:
+        made = pool.submit(next, items, end)
+        while (item := made.result()) is not end:
+            made = pool.submit(next, items, end)
+            yield item
+
+
+def _texts(
+    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, sides: Sequence[Side]
+) -> Iterator[_Text]:
+    for number in numbers:
+        example = examples[number]
+        try:
+            spans, (encoded, *_), _ = cut(example, config, sides)
+        except LeftOut as reason:
+            entry = Entry(example.id, fingerprint_spans(spans_of(example, config)), reason=str(reason))
+            yield _Text(number, entry, None)
+            continue
+        ids = np.array(encoded.input_ids, np.int32)
+        text = Text(ids, encoded.target_start, encoded.steps, encoded.words)
+        yield _Text(number, Entry(example.id, fingerprint_spans(spans)), text)
+
+
+def _batches(texts: Iterable[_Text], batch_tokens: int, packing: bool) -> Iterator[list[_Text]]:
+    """Texts to run together, at most ``batch_tokens`` with padding (or one text): packed in their order, each batch as
+    soon as it is full; padded the longest first, once all are there."""
+    batch: list[_Text] = []
+    real = 0
+    for item in texts if packing else sorted(texts, key=lambda item: -item.tokens):
+        together = real + item.tokens if packing else (len(batch) + 1) * batch[0].tokens if batch else 0
+        if batch and together > batch_tokens:
             yield batch
-            batch = []
-        batch.append(text)
+            batch, real = [], 0
+        batch.append(item)
+        real += item.tokens
     if batch:
         yield batch
 
 
 def _run(
-    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, texts: Sequence[Encoded], pad: int
+    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, task: dict
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each text's maps, ``(K, S, W)`` or ``(Lt, S, W)`` without a mixture, and weights ``(K, Lt)`` or None."""
-    lengths = torch.tensor([len(text.input_ids) for text in texts])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids = torch.full(mask.shape, pad)
-    input_ids[mask] = torch.tensor([id for text in texts for id in text.input_ids])
-    device = _device(teacher)
-    plan = StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts]).to(device)
-    maps = teacher_maps(teacher, input_ids.to(device), mask.long().to(device), plan)
-    weights: list[Tensor | None] = [None] * len(texts)
+    device = input_device(teacher)
+    plan = task["plan"].to(device)
+    inputs = {name: value.to(device) for name, value in model_inputs(task).items() if isinstance(value, Tensor)}
+    maps = teacher_maps(teacher, plan=plan, **inputs)
+    weights: list[Tensor | None] = [None] * len(plan)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
-        weights = list(mixed)
-    return [m[:, : len(t.steps), : len(t.words)] for m, t in zip(maps.cpu(), texts, strict=True)], weights
+        weights = list(mixed.cpu())
+    sizes = zip(task["plan"].step_mask.sum(1).tolist(), task["plan"].word_mask.sum(1).tolist(), strict=True)
+    return [m[:, :steps, :words] for m, (steps, words) in zip(maps.cpu(), sizes, strict=True)], weights
 
 
 def describe(
@@ -196,7 +269,7 @@ def teacher_maps(
 @torch.no_grad()
 def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
     """How many attention layers a model has, and how wide Eq. 5's values are, from a forward of two tokens."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=_device(model))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     was_training = model.training
     model.eval()
     with capture(model, StepPlan.from_spans([[(0, 2)]], [[[0]]]), values=True, value_heads=value_heads) as record:
@@ -204,13 +277,6 @@ def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
     model.train(was_training)
     _, layers, width = record.values.shape
     return layers, width
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where a model takes its input; weights that a ``device_map`` left elsewhere are brought there when they run."""
-    first = next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
-    hook = getattr(first, "_hf_hook", None)
-    return next(first.parameters(recurse=False)).device if hook is None else torch.device(hook.execution_device)
 
 
 def mixture_of(options: MixtureOptions, teacher_layers: int, student_layers: int, value_width: int) -> MixtureOfLayers:

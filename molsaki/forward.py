@@ -31,6 +31,13 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its input; weights that a ``device_map`` left elsewhere are brought there when they run."""
+    first = next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+    hook = getattr(first, "_hf_hook", None)
+    return next(first.parameters(recurse=False)).device if hook is None else torch.device(hook.execution_device)
+
+
 def model_inputs(task: dict) -> dict:
     """The keywords of a model's or decoder's forward."""
     names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
@@ -185,11 +192,11 @@ def can_pack(model: nn.Module) -> bool:
     Layers other than attention, such as convolutions and recurrent states, may run on from one text into the next.
     """
     causal = causal_model(model)
-    previous, was_training = causal.config._attn_implementation, causal.training
-    texts = [torch.tensor([[0, 1]], device=causal.device), torch.tensor([[1, 2, 0]], device=causal.device)]
-    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=causal.device)
+    previous, was_training, device = causal.config._attn_implementation, causal.training, input_device(causal)
+    texts = [torch.tensor([[0, 1]], device=device), torch.tensor([[1, 2, 0]], device=device)]
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
     row = {"input_ids": torch.cat(texts, 1), "attention_mask": torch.ones_like(torch.cat(texts, 1))}
-    row |= {"position_ids": torch.cat([torch.arange(2), torch.arange(3)])[None].to(causal.device)}
+    row |= {"position_ids": torch.cat([torch.arange(2), torch.arange(3)])[None].to(device)}
     causal.set_attn_implementation(NAME)
     causal.eval()
     try:

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_one_forward_a_text_in_batches_of_like_length(tmp_path):
     handle = TEACHER.model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["attention_mask"].sum(1).tolist()), with_kwargs=True
     )
-    result = extract(config(tmp_path, rows, batch_tokens=1000, shard_size=40), TEACHER, OTHER)
+    result = extract(config(tmp_path, rows, batch_tokens=1000, shard_size=40, packing=False), TEACHER, OTHER)
     handle.remove()
     lengths = lengths[1:]  # the first is the probe's
     assert sum(map(len, lengths)) == 40 and sum(map(sum, lengths)) == result["tokens"]
@@ -99,6 +100,26 @@ def test_one_forward_a_text_in_batches_of_like_length(tmp_path):
     unsorted = [len(OTHER(row["question"] + " " + row["rationale"]).input_ids) for row in rows]
     padded = sum(max(unsorted[n : n + size]) * size for n in range(0, 40, size))
     assert sum(max(batch) * len(batch) for batch in lengths) < 1.13 * result["tokens"] < padded / 1.3
+
+
+def test_packed_batches_hold_no_padding(tmp_path, monkeypatch):
+    """Two runs make the same batches, each as full as its next text allows."""
+    rows, runs = tiny.problems(40), []
+    for n, row in enumerate(rows):
+        row["rationale"] = " ".join([row["rationale"]] * (1 + n * 7 % 5))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        tasks: list[dict] = []
+        run = extract_module._run
+        monkeypatch.setattr(extract_module, "_run", lambda *args, t=tasks, run=run: t.append(args[2]) or run(*args))
+        result = extract(config(tmp_path / name, rows, batch_tokens=1000, shard_size=40), TEACHER, OTHER)
+        monkeypatch.setattr(extract_module, "_run", run)
+        runs.append([task["cu_seq_lens_q"].diff().tolist() for task in tasks])
+        assert all(task["input_ids"].shape == (1, task["cu_seq_lens_q"][-1]) for task in tasks)
+    assert runs[0] == runs[1] and sum(map(len, runs[0])) == 40
+    assert sum(map(sum, runs[0])) == result["tokens"]
+    assert all(sum(batch) <= 1000 < sum(batch) + after[0] for batch, after in zip(runs[0], runs[0][1:], strict=False))
+    assert len(runs[0]) > 3
 
 
 def test_throughput_and_time_left_are_shown(tmp_path, capsys):
@@ -152,6 +173,97 @@ def test_batching_and_padding_change_nothing(tmp_path):
     assert stores[0]["w"].maps.shape == (1, 3, 0)
 
 
+@pytest.mark.parametrize("all_layers", [False, True])
+def test_packed_maps_are_those_of_padded_texts(tmp_path, all_layers):
+    rows = [tiny.problems(1)[0] | {"id": "none", "rationale": " "}, *tiny.problems(10), WORDLESS]
+    stores = []
+    for packing in (True, False):
+        folder = tmp_path / str(packing)
+        folder.mkdir()
+        extract(config(folder, rows, packing=packing, shard_size=12, all_layers=all_layers), TEACHER, OTHER)
+        stores.append(Store(folder / "store"))
+        assert stores[-1].left_out == {"no rationale": 1}
+    assert stores[0].description == stores[1].description
+    for packed, padded in zip(*stores, strict=True):
+        assert packed._replace(maps=None, weights=None) == padded._replace(maps=None, weights=None)
+        if packed.maps is not None:
+            tolerance = dict(rtol=2e-3, atol=1e-6) if all_layers else dict(rtol=1e-5, atol=1e-6)  # fp16, float32
+            torch.testing.assert_close(packed.maps, padded.maps, **tolerance)
+        if not all_layers and packed.maps is not None:
+            torch.testing.assert_close(packed.weights, padded.weights, rtol=1e-5, atol=1e-6)
+
+
+class Mixing(torch.nn.Module):
+    """A convolution over two tokens: it runs on from one text of a row into the next."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 0.1 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def test_a_teacher_that_cannot_pack_is_padded(tmp_path):
+    teacher = tiny.model(3, len(OTHER), seed=1)
+    teacher.model.layers[1].mlp = Mixing(teacher.model.layers[1].mlp)
+    extract(config(tmp_path), teacher, OTHER)
+    (tmp_path / "padded").mkdir()
+    extract(config(tmp_path / "padded", packing=False), teacher, OTHER)
+    assert files(tmp_path / "store") == files(tmp_path / "padded" / "store")
+    with pytest.raises(ValueError, match="--packing: texts that share a row change one another in LlamaForCausalLM"):
+        extract(config(tmp_path, packing=True, store=str(tmp_path / "other")), teacher, OTHER)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_next_texts_are_cut_while_the_teacher_runs(tmp_path, monkeypatch):
+    """The first forward passes wait for the texts of the one after; the last of a shard has none to wait for."""
+    run, cut_ids, seen, runs = extract_module._run, [], threading.Condition(), []
+
+    def watched(example, *args):
+        with seen:
+            cut_ids.append((example.id, threading.current_thread().name))
+            seen.notify_all()
+        return cut(example, *args)
+
+    def waiting(teacher, mixture, task):
+        runs.append(len(task["plan"]))
+        with seen:
+            assert seen.wait_for(lambda: len(cut_ids) >= min(sum(runs) + 2, 10), timeout=10)  # one closes a batch
+        return run(teacher, mixture, task)
+
+    monkeypatch.setattr(extract_module, "cut", watched)
+    monkeypatch.setattr(extract_module, "_run", waiting)
+    extract(config(tmp_path, tiny.problems(10), shard_size=10), TEACHER, OTHER)
+    assert len(runs) > 2 and sum(runs) == 10
+    assert [id for id, _ in cut_ids] == [f"p{n}" for n in range(10)]
+    assert all(name.startswith("extract") for _, name in cut_ids)
+    assert not any(thread.name.startswith("extract") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("packing", [None, False])
+@pytest.mark.parametrize("bad", [0, 6, 10])
+def test_an_error_in_the_background_is_the_command_s(tmp_path, monkeypatch, packing, bad):
+    """The shards before it are kept, and the same command goes on when its cause is gone."""
+
+    def failing(example, *args):
+        if example.id == f"p{bad}":
+            raise ValueError("tokenizer: it gives no token for p")
+        return cut(example, *args)
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    extract(config(whole, tiny.problems(11), packing=packing), TEACHER, OTHER)
+    monkeypatch.setattr(extract_module, "cut", failing)
+    with pytest.raises(ValueError, match="tokenizer: it gives no token for p"):
+        extract(config(tmp_path, tiny.problems(11), packing=packing), TEACHER, OTHER)
+    assert len(list((tmp_path / "store").glob("shard-*"))) == bad // 4
+    assert not any(thread.name.startswith("extract") for thread in threading.enumerate())
+    monkeypatch.setattr(extract_module, "cut", cut)
+    extract(config(tmp_path, tiny.problems(11), packing=packing), TEACHER, OTHER)
+    assert files(tmp_path / "store") == files(whole / "store")
+
+
 def test_interrupted_and_continued(tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -185,6 +297,7 @@ def test_left_out_is_counted_and_stays_left_out(tmp_path):
     rows = tiny.problems(4) + [{**tiny.problems(1)[0], "id": "none", "rationale": ""}]
     rows.append({**rows[0], "id": "long", "rationale": rows[0]["rationale"] * 3})
     result = extract(config(tmp_path, rows, teacher_max_length=80), TEACHER, OTHER)
+    assert Store(tmp_path / "store")["long"].reason == "text longer than max_length"
     assert result["left_out"] == {"no rationale": 1, "text longer than max_length": 1}
     t = distill(tmp_path, Store(tmp_path / "store"))
     assert t.train_dataset.skipped == {"no rationale": 1, "text longer than max_length (in the store)": 1}
