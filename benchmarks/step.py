@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import multiprocessing
+import os
 import re
 import statistics
 import tempfile
@@ -403,8 +405,22 @@ def peak_memory(setup: Setup, name: str) -> tuple[float, float]:
         peak = torch.cuda.max_memory_allocated()
         return (peak - before) / 2**20, peak / 2**20
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with _without_hoarding(), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_cpu_peak, setup, name).result()
+
+
+@contextlib.contextmanager
+def _without_hoarding() -> Iterator[None]:
+    """Processes started inside give freed tensors back: glibc would keep 100 MiB or more of them, now and then."""
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(1 << 18)
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _cpu_peak(setup: Setup, name: str) -> tuple[float, float]:
