@@ -166,15 +166,13 @@ def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], b
     position = torch.tensor([sum((list(range(p, len(t))) for t, p in zip(texts, prefixes, strict=True)), [])])
     bounds = torch.tensor([0, *map(len, tails)], device=device).cumsum(0).int()
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "position_ids": position.to(device)}
-    inputs |= {"cu_seq_lens_q": bounds, "use_cache": False}
-    if branches is not None:
-        inputs["branches"] = branches.to(device)
+    inputs |= {"cu_seq_lens_q": bounds} | ({} if branches is None else {"branches": branches.to(device)})
     causal.set_attn_implementation(NAME)
     causal.eval()
     try:
         alone = [causal.base_model(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts]
         expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()
-        found = causal.base_model(**inputs)[0].float()
+        found = causal.base_model(**model_inputs(inputs))[0].float()
     except TypeError:
         return False  # the model takes none of these keywords
     finally:

@@ -336,6 +336,7 @@ def _masked(
     elif mask is not None:
         scores = scores + mask
     if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, query.shape[1], -1, 1).expand(*scores.shape[:-1], 1).to(scores)], dim=-1)
+        sinks = sinks.view(1, query.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks.to(scores)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., : key.shape[2]]
     return nn.functional.dropout(weights.to(value.dtype), dropout) @ value
