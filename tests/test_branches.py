@@ -214,12 +214,12 @@ def test_memory_is_that_of_the_tails(softcap):
     assert largest.number <= max(k.numel(), 3 * 8 * 5 * 305)
 
 
-def test_which_models_can_branch():
-    for name in ARCHITECTURES:
-        model = make(name, torch.float32).train()
-        before = model.config._attn_implementation
-        assert can_branch(model), name
-        assert model.training and model.config._attn_implementation == before
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_these_models_can_branch(name):
+    model = make(name, torch.float32).train()
+    before = model.config._attn_implementation
+    assert can_branch(model)
+    assert model.training and model.config._attn_implementation == before
 
 
 def test_a_model_that_keeps_keywords_from_its_attention_cannot():
