@@ -7,9 +7,10 @@
 ``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher`` and ``1b`` are
 random Llamas. What is measured:
 
-- ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward;
+- ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward that runs the question once;
 - ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att: ``over_dss`` is its price;
 - ``molsaki, live teacher``: with the teacher's forward in every step;
+- ``dss, packed`` and ``molsaki, packed``: one forward that runs the question in both tasks;
 - ``dss, padded`` and ``molsaki, padded``: a padded forward for each task;
 - ``eager``: what everyone writes: both models with ``attn_implementation="eager"`` and ``output_attentions=True``, all
   weights kept and reduced afterwards, logits of all tokens, a padded forward for each task; the same losses.
@@ -38,6 +39,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from molsaki import losses
+from molsaki.branches import Branches
 from molsaki.config import DistillConfig
 from molsaki.data import IGNORE, Collator, Row, Text
 from molsaki.extract import mixture_of, probe, teacher_maps
@@ -59,7 +61,11 @@ RANDOM = {
     "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=256, initializer_range=0.3),
 }  # fmt: skip
-CONTENDERS = ("dss", "molsaki, stored maps", "molsaki, live teacher", "dss, padded", "molsaki, padded", "eager")
+LAYOUTS = ("packed", "padded")  # other than the default's
+CONTENDERS = (
+    "dss", "molsaki, stored maps", "molsaki, live teacher", *(f"dss, {layout}" for layout in LAYOUTS),
+    *(f"molsaki, {layout}" for layout in LAYOUTS), "eager",
+)  # fmt: skip
 OURS = "molsaki, stored maps"
 DTYPES = {"float32": "float32", "bfloat16": "bf16 autocast"}  # the option, and what a row says
 TARGETS = {
@@ -159,7 +165,8 @@ class Setup:
         if name == "eager":
             loss, parameters = eager_loss(student, teacher, config, rows, device)
         else:
-            loss, parameters = own_loss(student, teacher, config, rows, device, "padded" not in name, self)
+            layout = name.rpartition(", ")[2]
+            loss, parameters = own_loss(student, teacher, config, rows, device, layout, self)
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
         def step() -> Tensor:
@@ -185,13 +192,15 @@ def _config(objective: str) -> DistillConfig:
     return DistillConfig(output_dir=tempfile.gettempdir(), objective=objective)
 
 
-def own_loss(student, teacher, config, rows, device, packing, setup):
+def own_loss(student, teacher, config, rows, device, layout, setup):
     student.set_attn_implementation(NAME)
     depth, width = probe(student)
     teacher_depth = depth if setup.teacher == setup.student else probe(teacher or load(setup.teacher))[0]
     mixture = mixture_of(config, teacher_depth, depth, width).to(device) if config.objective == "molsaki" else None
     distiller = Distiller(student, mixture, config)
-    batch = moved(Collator(0, 0, packing, packing)([(row, None) for row in rows]), device)
+    packing = layout != "padded"
+    collator = Collator(0, 0, packing, packing, share_question=layout not in LAYOUTS)
+    batch = moved(collator([(row, None) for row in rows]), device)
     plan, side = batch["plan"], batch["teacher"]
     inputs = {"tasks": batch["tasks"], "plan": plan}
     if mixture is not None and teacher is None:  # as a store gives them
@@ -268,7 +277,7 @@ def moved(batch, device: torch.device):
         return {name: moved(value, device) for name, value in batch.items()}
     if isinstance(batch, list):
         return [moved(value, device) for value in batch]
-    return batch.to(device) if isinstance(batch, (Tensor, StepPlan)) else batch
+    return batch.to(device) if isinstance(batch, (Tensor, StepPlan, Branches)) else batch
 
 
 def measured(measure: str, setup: Setup, names: list[str], seconds: float, machine: dict) -> list[dict]:
@@ -304,8 +313,9 @@ def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tup
         yield name, "steps timed", len(times[name])
         if "dss" in times and name != "dss":
             yield name, "time over dss", ratio(times[name], times["dss"])
-        if name == "molsaki, padded" and "dss, padded" in times:
-            yield name, "time over dss, padded", ratio(times[name], times["dss, padded"])
+        alike = name.replace("molsaki", "dss")
+        if alike != name and alike in times:
+            yield name, f"time over {alike}", ratio(times[name], times[alike])
         if "eager" in times and name != "eager":
             yield name, "times faster than eager", ratio(times["eager"], times[name])
 

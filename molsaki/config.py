@@ -145,6 +145,11 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
         None,
         "Run all texts of a batch, of both tasks, in one row without padding; if unset, wherever the student can.",
     )
+    share_question: bool | None = option(
+        None,
+        "In such a row, run the question, with which both texts of an example begin, once; if unset, wherever the "
+        "student can.",
+    )
     fused_cross_entropy: Literal["auto", "torch", "liger"] = option(
         "auto",
         "What computes the cross-entropy of the labels: torch, in chunks of the vocabulary's logits, or liger-kernel's "
@@ -186,6 +191,11 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if self.share_question and (self.packing is False or self.objective == "vanilla"):
+            raise ValueError(
+                "share_question: expected packing and an objective of both tasks, got "
+                f"packing={self.packing} and objective={self.objective}"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, the batches are nested")
         if self.label_smoothing_factor:

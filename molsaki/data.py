@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from molsaki.answers import same_answer
+from molsaki.branches import Branches
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.segment import Spans, segment
 from molsaki.store import Entry, Store, fingerprint_spans, id_key
@@ -426,14 +427,17 @@ class Collator:
     """Rows to a batch: a dict of what :class:`molsaki.trainer.Distiller` takes.
 
     ``tasks`` is a list of texts to run in one forward of the student each: with ``packing`` one, of the N explain texts
-    and then the N predict texts, else two, explain and predict. A task of R texts is a dict of
+    and then the N predict texts (of those only what the question does not say already, with ``share_question``), else
+    two, explain and predict. A task of R texts is a dict of
 
     - ``input_ids, attention_mask``: ``(R, M)``, right-padded; packed ``(1, total)`` with ``position_ids``, which start
       anew in each text, and ``cu_seq_lens_q (R + 1,)`` int32, where the texts begin and end.
+    - ``branches``, with ``share_question``: of each predict text only the tail is there, from the first token on that
+      differs from its explain text's; its ``position_ids`` go on from there.
     - ``labels (R, P)``: each text's labels, -100 after the last; ``counts``: how many those are, R ints.
     - ``targets (n,)``: the labels, text after text; ``index (n,)``: where in the flattened ``input_ids`` each is
-      predicted.
-    - ``plan`` of its R texts, for explain texts.
+      predicted; for a label of predict that may be in the explain text.
+    - ``plan`` of its R texts, for explain texts; with ``branches`` of the explain texts alone.
 
     ``plan`` is that of the N explain texts, ``ids`` are the examples' names. With a store there are ``teacher_map
     (N, K, S, W)`` and ``teacher_weights (N, K, Lt)`` or, if it holds all layers, ``teacher_layers (N, Lt, S, W)``; with
@@ -443,6 +447,8 @@ class Collator:
         student_pad, teacher_pad: ids of the padding tokens.
         packing, teacher_packing: pack the texts of a task into one row; without, they are padded.
         explain: whether the student runs the explain texts at all.
+        share_question: of packed texts, run what an example's two begin with once, in batches where that is at least
+            half of the predict texts' tokens.
     """
 
     student_pad: int
@@ -450,13 +456,17 @@ class Collator:
     packing: bool = False
     teacher_packing: bool = False
     explain: bool = True
+    share_question: bool = False
 
     def __call__(self, items: Sequence[tuple[Row, Entry | None]]) -> dict:
         rows, stored = zip(*items, strict=True)
         explain, predict = [row.explain for row in rows], [row.predict for row in rows]
         plan = _plan(explain)
+        shared = [_shared(row.explain, row.predict) for row in rows]
         if not self.explain:
             tasks = [_task(predict, self.student_pad, self.packing)]
+        elif self.packing and self.share_question and 2 * sum(shared) >= sum(len(text.input_ids) for text in predict):
+            tasks = [_branched_task(explain, predict, shared) | {"plan": plan}]
         elif self.packing:
             no_map = StepPlan.from_spans([[]] * len(rows), [[]] * len(rows))
             tasks = [_task(explain + predict, None, True) | {"plan": StepPlan.cat([plan, no_map])}]
@@ -484,29 +494,57 @@ def _plan(texts: Sequence[Text]) -> StepPlan:
 
 
 def _task(texts: Sequence[Text], pad: int | None, packing: bool = False) -> dict:
-    lengths = torch.tensor([len(text.input_ids) for text in texts])
-    ids = [torch.from_numpy(text.input_ids).long() for text in texts]
     if packing:
-        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        input_ids = torch.cat(ids)[None]
-        task = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),  # says that nothing is padding, so no M x M mask is made
-            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
-            "cu_seq_lens_q": bounds.int(),
-        }
-        starts = bounds[:-1].tolist()
-    else:
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad)
-        task = {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
-        starts = [n * input_ids.shape[1] for n in range(len(texts))]
+        task = _packed(texts, [0] * len(texts))
+        return task | _labels(texts, _rows(texts))
+    ids = [torch.from_numpy(text.input_ids).long() for text in texts]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(row) for row in ids])
+    task = {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
+    return task | _labels(texts, list(torch.arange(input_ids.numel()).view_as(input_ids)))
+
+
+def _branched_task(explain: Sequence[Text], predict: Sequence[Text], prefixes: Sequence[int]) -> dict:
+    """One row of all explain texts and then, of each predict text, what comes after its prefix."""
+    task = _packed([*explain, *predict], [0] * len(explain) + list(prefixes))
+    wholes, lengths = (torch.tensor([len(text.input_ids) for text in texts]) for texts in (explain, predict))
+    branches = Branches.of(wholes, torch.tensor(prefixes), lengths - torch.tensor(prefixes))
+    return task | {"branches": branches} | _labels([*explain, *predict], [*_rows(explain), *branches.keys])
+
+
+def _shared(a: Text, b: Text) -> int:
+    """How many tokens, but never its last, a text ``b`` begins with that ``a`` begins with."""
+    length = min(len(a.input_ids), len(b.input_ids) - 1)
+    differ = np.flatnonzero(a.input_ids[:length] != b.input_ids[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def _packed(texts: Sequence[Text], prefixes: Sequence[int]) -> dict:
+    """One row of what comes, in each text, after so many tokens."""
+    ids = [torch.from_numpy(text.input_ids[prefix:]).long() for text, prefix in zip(texts, prefixes, strict=True)]
+    ends = torch.tensor([len(row) for row in ids]).cumsum(0)
+    positions = [torch.arange(prefix, prefix + len(row)) for row, prefix in zip(ids, prefixes, strict=True)]
+    input_ids = torch.cat(ids)[None]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),  # says that nothing is padding, so no M x M mask is made
+        "position_ids": torch.cat(positions)[None],
+        "cu_seq_lens_q": torch.nn.functional.pad(ends, (1, 0)).int(),
+    }
+
+
+def _rows(texts: Sequence[Text]) -> Sequence[Tensor]:
+    """Where each token of the first texts of a packed row is."""
+    lengths = [len(text.input_ids) for text in texts]
+    return torch.arange(sum(lengths)).split(lengths)
+
+
+def _labels(texts: Sequence[Text], rows: Sequence[Tensor]) -> dict:
+    """What a task says of its labels; ``rows``: where in the flattened ``input_ids`` each text's tokens are."""
     firsts = [max(text.target_start, 1) for text in texts]  # nothing predicts a text's first token
-    targets = [row[first:] for row, first in zip(ids, firsts, strict=True)]
-    index = [
-        torch.arange(start + first - 1, start + first - 1 + len(target))
-        for start, first, target in zip(starts, firsts, targets, strict=True)
-    ]
-    return task | {
+    targets = [torch.from_numpy(text.input_ids[first:]).long() for text, first in zip(texts, firsts, strict=True)]
+    index = [row[first - 1 :][: len(target)] for row, first, target in zip(rows, firsts, targets, strict=True)]
+    return {
         "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE),
         "counts": [len(target) for target in targets],
         "targets": torch.cat(targets),

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from molsaki.branches import Branches
 from molsaki.hooks import NAME
 
 # Numbers, 128 MiB in float32: more come in chunks, computed again in the backward. Half of it is slower and, since the
@@ -40,7 +41,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 def model_inputs(task: dict) -> dict:
     """The keywords of a model's or decoder's forward."""
-    names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
+    names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "branches")
     return {name: task[name] for name in names if name in task} | {"use_cache": False}
 
 
@@ -185,27 +186,44 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
 
 
-@torch.no_grad()
 def can_pack(model: nn.Module) -> bool:
     """Whether texts that share a row leave one another alone in this model: tried on two short ones.
 
     Layers other than attention, such as convolutions and recurrent states, may run on from one text into the next.
     """
+    return _runs_alike(model, [[0, 1], [1, 2, 0]], [0, 0], None)
+
+
+def can_branch(model: nn.Module) -> bool:
+    """Whether a text that begins as another of its row does can be its tail alone: tried on two pairs of short ones.
+
+    Where tokens reach one another other than by attention, a tail misses what its text began with.
+    """
+    branches = Branches.of(*(torch.tensor(lengths) for lengths in ([3, 2], [2, 1], [1, 2])))
+    return _runs_alike(model, [[0, 1, 2], [1, 0], [0, 1, 1], [1, 2, 2]], [0, 0, 2, 1], branches)
+
+
+@torch.no_grad()
+def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], branches: Branches | None) -> bool:
+    """Whether the decoder gives texts, each from its prefix on, in one row what it gives each alone."""
     causal = causal_model(model)
     previous, was_training, device = causal.config._attn_implementation, causal.training, input_device(causal)
-    texts = [torch.tensor([[0, 1]], device=device), torch.tensor([[1, 2, 0]], device=device)]
-    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
-    row = {"input_ids": torch.cat(texts, 1), "attention_mask": torch.ones_like(torch.cat(texts, 1))}
-    row |= {"position_ids": torch.cat([torch.arange(2), torch.arange(3)])[None].to(device)}
+    tails = [text[prefix:] for text, prefix in zip(texts, prefixes, strict=True)]
+    row = torch.tensor([sum(tails, [])], device=device)
+    position = torch.tensor([sum((list(range(p, len(t))) for t, p in zip(texts, prefixes, strict=True)), [])])
+    bounds = torch.tensor([0, *map(len, tails)], device=device).cumsum(0).int()
+    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "position_ids": position.to(device)}
+    inputs |= {"cu_seq_lens_q": bounds} | ({} if branches is None else {"branches": branches.to(device)})
     causal.set_attn_implementation(NAME)
     causal.eval()
     try:
-        alone = torch.cat([causal.base_model(input_ids=ids, use_cache=False)[0] for ids in texts], 1).float()
-        packed = causal.base_model(**row, cu_seq_lens_q=bounds, use_cache=False)[0].float()
+        alone = [causal.base_model(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts]
+        expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()
+        found = causal.base_model(**model_inputs(inputs))[0].float()
     except TypeError:
         return False  # the model takes none of these keywords
     finally:
         causal.train(was_training)
         causal.set_attn_implementation(previous)
     allowed = 1e-3 if causal.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((packed - alone).norm() <= allowed * alone.norm())
+    return bool((found - expected).norm() <= allowed * expected.norm())

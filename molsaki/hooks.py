@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from molsaki.branches import Branches
 from molsaki_kernels import StepPlan, pool_values, stepwise_attention
 from molsaki_kernels.reference import visible
 
@@ -155,6 +156,7 @@ def attention(
     step_plan: StepPlan | None = None,
     step_record: Record | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    branches: Branches | None = None,
     output_attentions: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
@@ -163,6 +165,8 @@ def attention(
     Args:
         query: ``(B, Hq, M, D)``. key, value: ``(B, Hkv, M, D)``, or longer than the queries with a cache.
         step_plan: of this batch; passed as an extra keyword of the model's forward, with ``output_attentions=True``.
+        cu_seq_lens_q: where the texts of a packed row begin and end.
+        branches: which of those are tails of the first N; plan, map and pooled values are of the latter.
         dropout: applied to the output's weights; the map is of the undropped ones.
     """
     if output_attentions and step_plan is None:
@@ -180,6 +184,14 @@ def attention(
         return _masked(query, key, value, attention_mask, dropout, **plain).transpose(1, 2).contiguous(), None
 
     cu_seqlens = None if cu_seq_lens_q is None else cu_seq_lens_q.to(torch.int32)
+    tails = None
+    if branches is not None:
+        if cu_seqlens is None:
+            raise ValueError("branches: expected with cu_seq_lens_q, the bounds of a packed row, got None")
+        query, tails = query.split([query.shape[2] - len(branches.tails), len(branches.tails)], 2)
+        tails = _branched(tails, key, value, branches.to(query.device), window, dropout, **plain)
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        cu_seqlens = cu_seqlens[: len(branches) + 1]
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     layer = getattr(module, "layer_idx", None) or 0
     if step_plan is None:
@@ -200,7 +212,8 @@ def attention(
         maps = None
     elif step_record is not None:
         step_record._add(layer, maps, value, lengths, cu_seqlens)
-    return out.transpose(1, 2).contiguous(), maps
+    out = out.transpose(1, 2)
+    return out.contiguous() if tails is None else torch.cat([out, tails.to(out.dtype)], 1), maps
 
 
 def attention_mask(
@@ -264,6 +277,39 @@ def _check_lengths(plan: StepPlan, lengths: Tensor) -> None:
             )
 
 
+def _branched(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    branches: Branches,
+    window: int | None,
+    dropout: float,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention ``(1, n, Hq, D)`` of the tails' ``query (1, Hq, n, D)`` over ``key`` and ``value`` of the whole row."""
+    (N, T), kv_heads = branches.queries.shape, key.shape[1]
+    groups = query.shape[1] // kv_heads
+    first = key.shape[2] - query.shape[2]
+
+    def rows(t: Tensor, index: Tensor) -> Tensor:
+        """``(1, H, M, D)`` to ``(N, H, number, D)``, of ``index (N, number)``."""
+        return t[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+    # The heads of a group are rows of one head, so that no key is there twice.
+    query = rows(query, branches.keys.gather(1, branches.queries) - first)
+    query = query.unflatten(1, (kv_heads, groups)).flatten(2, 3)  # (N, Hkv, groups * T, D)
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, groups).repeat_interleave(T, 1)
+    column = torch.arange(branches.keys.shape[1], device=key.device)
+    mask = visible(branches.queries.flatten(), column, True, window).view(N, 1, T, -1).repeat(1, 1, groups, 1)
+    key, value = rows(key, branches.keys), rows(value, branches.keys)
+    out = _masked(query, key, value, mask, dropout, scale, softcap, sinks)
+    out = out.unflatten(2, (groups, T)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)  # (N * T, Hq, D)
+    return out.index_select(0, branches.tails)[None]
+
+
 def _masked(
     query: Tensor,
     key: Tensor,
@@ -274,7 +320,8 @@ def _masked(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention under an explicit mask ``(..., M, n)``, boolean or additive, for generation and dropout: no map."""
+    """Attention under an explicit mask ``(..., M, n)``, boolean or additive, for what has no map: generation, dropout,
+    tails. ``sinks`` are ``(Hq,)``, or ``(Hq, M)`` where rows have their own."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if softcap is None and sinks is None:
@@ -289,6 +336,7 @@ def _masked(
     elif mask is not None:
         scores = scores + mask
     if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores)], dim=-1)
+        sinks = sinks.view(1, query.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks.to(scores)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., : key.shape[2]]
     return nn.functional.dropout(weights.to(value.dtype), dropout) @ value

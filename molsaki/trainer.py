@@ -27,7 +27,7 @@ from molsaki import losses
 from molsaki.config import DistillConfig, require
 from molsaki.data import Collator, DistillDataset, Example, Side, prepare, read_examples
 from molsaki.extract import describe, mixture_of, probe, teacher_maps
-from molsaki.forward import Head, can_pack, causal_model, label_logits, model_inputs, use_fused
+from molsaki.forward import Head, can_branch, can_pack, causal_model, label_logits, model_inputs, use_fused
 from molsaki.hooks import NAME, Record, capture
 from molsaki.mixture import MixtureOfLayers
 from molsaki.models import check_tokenizer, context_length, load_model, load_tokenizer
@@ -153,7 +153,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """Eq. 5 and 6, and what is logged of them."""
         options = (self.options.normalise, self.options.causal_words)
-        maps, values = record.maps[: len(plan)], record.values[: len(plan)]  # packed, texts without a map come after
+        maps, values = record.maps[: len(plan)], record.values[: len(plan)]  # texts without a map may come after
         student_weights, student_map = self.mixture.student(maps, values, plan)
         out = {"loss_att": losses.attention(student_map, teacher_map, plan, *options)}
         with torch.no_grad():
@@ -234,6 +234,12 @@ class DistillTrainer(Trainer):
         packing = config.packing is not False and can_pack(student)
         if config.packing and not packing:
             raise ValueError(f"--packing: texts that share a row change one another in {type(student).__name__}")
+        has_both = config.objective != "vanilla"
+        sharing = has_both and packing and config.share_question is not False and can_branch(student)
+        if config.share_question and not sharing:
+            raise ValueError(
+                f"--share_question: the end of a text, run by itself, comes out otherwise in {type(student).__name__}"
+            )
         mixture = None
         if config.objective == "molsaki" or packing:
             student.set_attn_implementation(NAME)
@@ -271,7 +277,7 @@ class DistillTrainer(Trainer):
             args=config,
             data_collator=Collator(
                 tokenizer.pad_token_id, teacher_side and teacher_side.tokenizer.pad_token_id, packing, teacher_packing,
-                explain=config.objective != "vanilla",
+                explain=has_both, share_question=sharing,
             ),
             train_dataset=datasets[0],
             eval_dataset=datasets[1],

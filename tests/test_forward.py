@@ -19,7 +19,7 @@ from tiny import one_thread  # noqa: F401
 from molsaki import forward
 from molsaki.config import TextOptions
 from molsaki.data import Collator, Example, Side, prepare
-from molsaki.forward import Head, _CrossEntropy, can_pack, causal_model, label_logits, model_inputs
+from molsaki.forward import Head, _CrossEntropy, can_branch, can_pack, causal_model, label_logits, model_inputs
 
 SMALL = dict(
     vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -288,6 +288,7 @@ def test_a_model_that_mixes_the_texts_of_a_row_cannot():
 
     model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
     assert not can_pack(model)
+    assert not can_branch(model)
 
 
 def test_fused_cross_entropy_says_why_not():
@@ -305,3 +306,4 @@ def test_the_model_inside_a_wrapper():
     assert causal_model(wrapped) is model
     assert Head.of(wrapped) == Head()
     assert can_pack(wrapped)
+    assert can_branch(wrapped)

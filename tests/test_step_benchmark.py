@@ -8,19 +8,21 @@ from tiny import one_thread  # noqa: F401
 from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from benchmarks.step import BATCHES, Setup, measured
+from benchmarks.step import BATCHES, CONTENDERS, Setup, measured
 
 
 @pytest.mark.parametrize("batch", BATCHES[1:], ids=lambda b: b.name)
 def test_contenders_agree(batch):
     losses = {}
-    for name in ("molsaki, live teacher", "eager", "dss", "dss, padded", "molsaki, stored maps", "molsaki, padded"):
+    for name in CONTENDERS:
         step = Setup("tiny-teacher", "tiny", batch, False, "cpu", "float32").step(name)
         losses[name] = [step() for _ in range(2)]  # the second one is of updated weights
     for a, b in (
         ("molsaki, live teacher", "eager"),
         ("dss", "dss, padded"),
+        ("dss", "dss, packed"),
         ("molsaki, stored maps", "molsaki, padded"),
+        ("molsaki, stored maps", "molsaki, packed"),
     ):
         torch.testing.assert_close(losses[a][0], losses[b][0], rtol=2e-6, atol=0)
         # Adam makes whole steps of gradients that are rounding alone: the second loss is off by more.

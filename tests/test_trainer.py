@@ -163,14 +163,16 @@ def test_accumulation_gives_the_gradient_of_the_big_batch(tmp_path):
 
 @pytest.mark.parametrize("objective", ["vanilla", "dss", "mmi", "logits", "molsaki"])
 def test_packing_changes_nothing(tmp_path, objective):
-    """Losses and gradients of packed batches, also by the model's own head, within the budget of padded ones."""
+    """Losses and gradients of packed batches, with the question once or twice, also by the model's own head, within the
+    budget of padded ones."""
     found = {}
-    for packing, own, dtype in (
-        (False, False, torch.float64), (False, True, torch.float32), (True, False, torch.float32),
-        (True, True, torch.float32),
+    for packing, sharing, own, dtype in (
+        (False, False, False, torch.float64), (False, False, True, torch.float32), (True, False, False, torch.float32),
+        (True, False, True, torch.float32), (True, True, False, torch.float32), (True, True, True, torch.float32),
     ):  # fmt: skip
+        sharing &= objective != "vanilla"
         t = DistillTrainer(
-            config(tmp_path, objective=objective, packing=packing), tiny.model(2), TOKENIZER,
+            config(tmp_path, objective=objective, packing=packing, share_question=sharing), tiny.model(2), TOKENIZER,
             tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(4),
         )  # fmt: skip
         t.model.to(dtype)
@@ -183,13 +185,14 @@ def test_packing_changes_nothing(tmp_path, objective):
         batch = t.data_collator([t.train_dataset[i] for i in range(4)])
         assert len(batch["tasks"]) == (1 if packing or objective == "vanilla" else 2)
         assert ("cu_seq_lens_q" in batch["tasks"][0]) == packing
+        assert ("branches" in batch["tasks"][0]) == sharing
         out = t._forward(t.model, batch)
         out["loss"].sum().backward()
         grads = {n: p.grad for n, p in t.model.named_parameters()}
-        found[packing, own] = {n: x.detach() for n, x in out.items() if x.is_floating_point()} | grads
-    oracle, padded = found[False, False], found[False, True]
-    for own in (False, True):
-        for name, value in found[True, own].items():
+        found[packing, sharing, own] = {n: x.detach() for n, x in out.items() if x.is_floating_point()} | grads
+    oracle, padded = found.pop((False, False, False)), found.pop((False, False, True))
+    for values in found.values():
+        for name, value in values.items():
             assert_within_budget(name, value, oracle[name], padded[name])
 
 
@@ -206,17 +209,19 @@ def stored(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"share_question": False}, {"packing": False}], ids=["shared", "packed", "padded"]
+)
 @pytest.mark.parametrize(
     "options",
     [{}, {"gradient_accumulation_steps": 2}, {"dataloader_num_workers": 2}, {"bf16": True},
      {"bf16": True, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2, "gradient_checkpointing": True}],
     ids=["plain", "accumulation", "workers", "bf16", "all"],
 )  # fmt: skip
-def test_the_store_is_the_live_teacher(stored, tmp_path, packing, options, monkeypatch):
+def test_the_store_is_the_live_teacher(stored, tmp_path, layout, options, monkeypatch):
     """Loss and gradients of the first step, to float32 rounding; under autocast the teacher runs in its own dtype."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    options = dict(max_steps=1, save_strategy="no", packing=packing, beta=10.0) | options
+    options = dict(max_steps=1, save_strategy="no", beta=10.0) | layout | options
     live = trainer(tmp_path / "live", **options)
     held = DistillTrainer(
         config(tmp_path / "stored", store=str(stored / "store"), **options), tiny.model(2), TOKENIZER,
@@ -257,9 +262,23 @@ def test_resume_is_bitwise_however_batches_are_made(tmp_path, options, monkeypat
 
 def test_packing_that_a_student_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setattr("molsaki.trainer.can_pack", lambda model: False)
-    assert not trainer(tmp_path).data_collator.packing
+    collator = trainer(tmp_path).data_collator
+    assert not collator.packing and not collator.share_question
     with pytest.raises(ValueError, match="--packing: texts that share a row change one another in LlamaForCausalLM"):
         trainer(tmp_path, packing=True)
+
+
+def test_sharing_that_a_student_cannot_do(tmp_path, monkeypatch):
+    assert trainer(tmp_path).data_collator.share_question
+    assert not trainer(tmp_path, share_question=False).data_collator.share_question
+    monkeypatch.setattr("molsaki.trainer.can_branch", lambda model: False)
+    collator = trainer(tmp_path).data_collator
+    assert collator.packing and not collator.share_question
+    with pytest.raises(ValueError, match="--share_question: the end of a text, run by itself, .* in LlamaForCausalLM"):
+        trainer(tmp_path, share_question=True)
+    for options in ({"packing": False}, {"objective": "vanilla"}):
+        with pytest.raises(ValueError, match="share_question: expected packing and an objective of both tasks, got"):
+            config(tmp_path, share_question=True, **options)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(straight, tmp_path):
