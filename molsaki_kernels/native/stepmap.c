@@ -134,22 +134,24 @@ static int load_rows(const Call *c, int64_t n, int64_t h, int64_t first, int64_t
     if (c->causal) rows->high = below(tokens, rows->high, first + rows->count);
     if (c->window > 0) rows->low = below(tokens, rows->high, first - c->window + 1) / (2 * LANES) * (2 * LANES);
     if (!any || rows->low >= rows->high) return 0;
-    const int64_t row = c->begin[n] + first;
+    const int64_t row = c->begin[n] + first, width = c->is_bf16 ? 2 : 4;
     const int64_t offset = c->batch[n] * c->q_strides[0] + h * c->q_strides[1] + row * c->q_strides[2];
     const float *lse = c->lse + c->batch[n] * c->lse_strides[0] + h * c->lse_strides[1] + row;
+    const char *start = (const char *)c->q + offset * width, *next = start + ROWS * c->q_strides[2] * width;
     for (int r = 0; r < ROWS; r++) {
+        if (first + ROWS + r < stop)
+            for (int64_t x = 0; x < D * width; x += 64) __builtin_prefetch(next + r * c->q_strides[2] * width + x);
         if (rows->step[r] < 0) {
             memset(rows->q[r], 0, D * sizeof(float));
             rows->lse[r] = 0;
             continue;
         }
         rows->lse[r] = lse[r];
-        if (c->is_bf16) {
-            const uint16_t *q = (const uint16_t *)c->q + offset + r * c->q_strides[2];
-            for (int64_t d = 0; d < D; d++) rows->q[r][d] = from_bf16(q[d]);
-        } else {
-            memcpy(rows->q[r], (const float *)c->q + offset + r * c->q_strides[2], D * sizeof(float));
-        }
+        const char *q = start + r * c->q_strides[2] * width;
+        if (c->is_bf16)
+            for (int64_t d = 0; d < D; d++) rows->q[r][d] = from_bf16(((const uint16_t *)q)[d]);
+        else
+            memcpy(rows->q[r], q, D * sizeof(float));
     }
     return 1;
 }
@@ -467,18 +469,17 @@ INLINE void add_row(void *target, int64_t offset, const float *row, int64_t D, i
     }
 }
 
-/* Second half: dq of one chunk of one head's rows. */
-static void add_dq(const Call *c, int64_t n, int64_t h, int64_t chunk) {
+/* Second half: dq of ROWS rows of all heads, which lie side by side in a gradient laid out (B, M, H, D). */
+static void add_dq(const Call *c, int64_t n, int64_t first) {
     const int64_t D = c->head_dim, C = c->columns, group = c->q_heads / c->kv_heads;
-    const int64_t stop = lowest((chunk + 1) * c->chunk_rows, c->length[n]);
-    const float *keys = c->keys + (n * c->kv_heads + h / group) * C * D;
     Rows rows;
     float tile[ROWS][TILE] __attribute__((aligned(64)));
     float dq[ROWS][STRIDE] __attribute__((aligned(64)));
     vf unused[ROWS];
     for (int r = 0; r < ROWS; r++) unused[r] = (vf){0};
-    for (int64_t first = chunk * c->chunk_rows; first < stop; first += ROWS) {
-        if (!load_rows(c, n, h, first, stop, &rows)) continue;
+    for (int64_t h = 0; h < c->q_heads; h++) {
+        const float *keys = c->keys + (n * c->kv_heads + h / group) * C * D;
+        if (!load_rows(c, n, h, first, lowest(first + ROWS, c->length[n]), &rows)) continue;
         for (int r = 0; r < rows.count; r++) memset(dq[r], 0, D * sizeof(float));
         for (int64_t origin = rows.low; origin < rows.high; origin += COLUMNS) {
             const int64_t end = lowest(origin + COLUMNS, rows.high);
@@ -509,10 +510,10 @@ void molsaki_map_add(const Call *c) {
     const int64_t D = c->head_dim, C = c->columns;
 #pragma omp parallel num_threads((int)c->threads)
     {
-#pragma omp for collapse(3) schedule(dynamic) nowait
+#pragma omp for collapse(2) schedule(dynamic) nowait
         for (int64_t n = 0; n < c->sequences; n++)
-            for (int64_t h = 0; h < c->q_heads; h++)
-                for (int64_t chunk = 0; chunk < c->chunks; chunk++) add_dq(c, n, h, chunk);
+            for (int64_t first = 0; first < c->longest; first += ROWS)
+                if (first < c->length[n]) add_dq(c, n, first);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < c->sequences; n++)
             for (int64_t g = 0; g < c->kv_heads; g++)
