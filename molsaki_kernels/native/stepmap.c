@@ -9,6 +9,7 @@
  * Deterministic: which rows a task takes and the order in which its parts are added up depend on shapes, the plan and the
  * number of threads alone.
  */
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -63,7 +64,13 @@ typedef struct {
 
 INLINE vf load(const float *x) { return *(const vf_any *)x; }
 INLINE void store(float *x, vf v) { *(vf_any *)x = v; }
-INLINE vf where(vi chosen, vf a, vf b) { return (vf)((chosen & (vi)a) | (~chosen & (vi)b)); }
+#ifdef __AVX512F__
+INLINE vf clamp(vf x, float a, float b) { /* NaN stays NaN */
+    return _mm512_max_ps(_mm512_set1_ps(a), _mm512_min_ps(_mm512_set1_ps(b), x));
+}
+#else
+INLINE vf clamp(vf x, float a, float b) { return _mm256_max_ps(_mm256_set1_ps(a), _mm256_min_ps(_mm256_set1_ps(b), x)); }
+#endif
 INLINE int64_t lowest(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE float from_bf16(uint16_t x) {
@@ -81,13 +88,14 @@ INLINE uint16_t to_bf16(float x) {
     return x != x ? 0x7fc0 : (uint16_t)rounded;
 }
 
-/* exp of numbers in [-80, 80]: two-part reduction by ln 2, then a polynomial (Cephes' expf). */
+/* exp of numbers in [-80, 80]: reduction by ln 2 (one fused product; off by 2e-9 for each factor of 2), then a polynomial
+ * (Cephes' expf). */
 INLINE vf exponential(vf x) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf n = x * 1.44269504088896341f + shift;
     vi power = (vi)n << 23;
     n -= shift;
-    x = x - n * 0.693359375f - n * -2.12194440e-4f;
+    x -= n * 0.693147180559945f;
     vf y = 1.9875691500e-4f * x + 1.3981999507e-3f;
     y = y * x + 8.3334519073e-3f;
     y = y * x + 4.1665795894e-2f;
@@ -183,10 +191,14 @@ static void pack_keys(const Call *c, int64_t n, int64_t g) {
     }
 }
 
-/* The weights of TILE_ROWS rows, from r on, and `vectors` vectors of columns, from `column` on. Hidden ones are 0. */
+/* How many vectors wide a panel is. */
+INLINE int64_t wide(const Call *c, int64_t column) { return lowest(2 * LANES, c->columns - column) / LANES; }
+
+/* The weights of TILE_ROWS rows, from r on, and `vectors` vectors of columns, from `column` on, the first ones of a panel of
+ * `wide` vectors. Hidden ones are 0. */
 INLINE void weights(
     const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
-    vf p[TILE_ROWS][2]
+    int64_t wide, vf p[TILE_ROWS][2]
 ) {
     const int64_t D = c->head_dim;
     const float *q = rows->q[r], *panel = packed + column * D;
@@ -194,16 +206,13 @@ INLINE void weights(
     UNROLL for (int i = 0; i < TILE_ROWS; i++) UNROLL for (int v = 0; v < vectors; v++) score[i][v] = (vf){0};
     for (int64_t d = 0; d < D; d++) {
         vf key[2];
-        UNROLL for (int v = 0; v < vectors; v++) key[v] = load(panel + (d * vectors + v) * LANES);
+        UNROLL for (int v = 0; v < vectors; v++) key[v] = load(panel + (d * wide + v) * LANES);
         UNROLL for (int i = 0; i < TILE_ROWS; i++)
             UNROLL for (int v = 0; v < vectors; v++) score[i][v] += q[i * STRIDE + d] * key[v];
     }
-    const vf most = (vf){0} + 80.0f;
-    UNROLL for (int i = 0; i < TILE_ROWS; i++) UNROLL for (int v = 0; v < vectors; v++) {
-        vf x = score[i][v] - rows->lse[r + i];
-        x = where(x > most, most, x);
-        p[i][v] = exponential(where(x < -most, -most, x));
-    }
+    UNROLL for (int i = 0; i < TILE_ROWS; i++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            p[i][v] = exponential(clamp(score[i][v] - rows->lse[r + i], -80.0f, 80.0f));
     const int64_t first = rows->first + r, last = first + TILE_ROWS - 1, end = column + vectors * LANES;
     const int64_t bound = c->causal ? first : NEVER - 1;
     if (tokens[end - 1] <= bound && (c->window <= 0 || tokens[column] > last - c->window)) return;
@@ -224,10 +233,10 @@ INLINE void add_wide(double *sums, vf p) {
 /* Sums of the weights over the rows of each step. */
 INLINE void sum_tile(
     const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
-    int64_t first_step, double *sums
+    int64_t wide, int64_t first_step, double *sums
 ) {
     vf p[TILE_ROWS][2];
-    weights(c, rows, packed, tokens, r, column, vectors, p);
+    weights(c, rows, packed, tokens, r, column, vectors, wide, p);
     const int32_t step = rows->step[r];
     int same = step >= 0;
     for (int i = 1; i < TILE_ROWS; i++) same &= rows->step[r + i] == step;
@@ -261,9 +270,10 @@ static void forward_task(const Call *c, int64_t t) {
             if (!load_rows(c, n, h, first, stop, &rows)) continue;
             for (int r = 0; r < rows.count; r += TILE_ROWS) {
                 int64_t column = rows.low;
-                for (; column < rows.high && column + 2 * LANES <= C; column += 2 * LANES)
-                    sum_tile(c, &rows, packed, tokens, r, column, 2, c->task_first[t], own);
-                if (column < rows.high) sum_tile(c, &rows, packed, tokens, r, column, 1, c->task_first[t], own);
+                for (; column + LANES < rows.high; column += 2 * LANES)
+                    sum_tile(c, &rows, packed, tokens, r, column, 2, 2, c->task_first[t], own);
+                if (column < rows.high)
+                    sum_tile(c, &rows, packed, tokens, r, column, 1, wide(c, column), c->task_first[t], own);
             }
         }
     }
@@ -322,10 +332,10 @@ static const float no_upstream[COLUMNS];
 /* dS of TILE_ROWS rows and one or two vectors of columns into the tile, and its sums over columns. */
 INLINE void dscores_tile(
     const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, const float *const *upstream, int r,
-    int64_t column, int vectors, int64_t origin, float (*tile)[TILE], vf *sums
+    int64_t column, int vectors, int64_t wide, int64_t origin, float (*tile)[TILE], vf *sums
 ) {
     vf p[TILE_ROWS][2];
-    weights(c, rows, packed, tokens, r, column, vectors, p);
+    weights(c, rows, packed, tokens, r, column, vectors, wide, p);
     UNROLL for (int i = 0; i < TILE_ROWS; i++) UNROLL for (int v = 0; v < vectors; v++) {
         const vf ds = p[i][v] * load(upstream[r + i] + column - origin + v * LANES);
         store(&tile[r + i][column - origin + v * LANES], ds);
@@ -344,10 +354,10 @@ static void dscores(
     for (int r = 0; r < ROWS; r++) upstream[r] = rows->step[r] < 0 ? no_upstream : all + rows->step[r] * C;
     for (int r = 0; r < rows->count; r += TILE_ROWS) {
         int64_t column = origin;
-        for (; column < stop && column + 2 * LANES <= C; column += 2 * LANES)
-            dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 2, origin, tile, sums);
+        for (; column + LANES < stop; column += 2 * LANES)
+            dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 2, 2, origin, tile, sums);
         if (column < stop)
-            dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 1, origin, tile, sums);
+            dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 1, wide(c, column), origin, tile, sums);
     }
 }
 
