@@ -3,8 +3,7 @@
  * The mathematics is that of ../stepmap.py. Here it is tiled for the registers and caches of one core: 24 rows of q are
  * copied, as float32, to the first cache; their scores with the packed key tokens are made in registers, turned into
  * weights there, and summed over the rows of a step (forward) or multiplied by dA (backward). A tile of dS stays in the
- * cache for the two products that follow. Nothing of size M x C reaches memory, unless dS is kept for the second half of
- * the gradient because it is small.
+ * cache for the products that follow. Nothing of size M x C reaches memory.
  *
  * Deterministic: which rows a task takes and the order in which its parts are added up depend on shapes, the plan and the
  * number of threads alone.
@@ -57,7 +56,7 @@ typedef struct {
     float *keys;     /* (sequences, kv_heads, columns, head_dim): key tokens, scaled */
     float *dk_parts; /* (sequences, q_heads, chunks, columns, head_dim) */
     float *dk_tokens; /* (sequences, kv_heads, columns, head_dim) */
-    float *kept;     /* (sequences, q_heads, longest, columns): dS, or NULL */
+    float *kept;     /* (sequences, q_heads, longest, head_dim): dq from the first half to the second, or NULL: made there */
     float *dlse;     /* (B, q_heads, M), zero before */
     void *dq, *dk;
 } Call;
@@ -125,9 +124,9 @@ typedef struct {
     int64_t low, high; /* the columns that some row may see, low a multiple of two vectors */
 } Rows;
 
-/* Returns 0 if no row is in a step or none can see a key token. */
-static int load_rows(const Call *c, int64_t n, int64_t h, int64_t first, int64_t stop, Rows *rows) {
-    const int64_t D = c->head_dim;
+/* Which rows and columns: of rows [first, first + ROWS), at most up to stop. Returns 0 if no row is in a step or none can
+ * see a key token. */
+static int find_rows(const Call *c, int64_t n, int64_t first, int64_t stop, Rows *rows) {
     const int32_t *steps = c->step_of_row + n * c->longest + first;
     const int32_t *tokens = c->tokens + n * c->columns;
     rows->first = first;
@@ -141,8 +140,11 @@ static int load_rows(const Call *c, int64_t n, int64_t h, int64_t first, int64_t
     rows->high = c->tokens_used[n];
     if (c->causal) rows->high = below(tokens, rows->high, first + rows->count);
     if (c->window > 0) rows->low = below(tokens, rows->high, first - c->window + 1) / (2 * LANES) * (2 * LANES);
-    if (!any || rows->low >= rows->high) return 0;
-    const int64_t row = c->begin[n] + first, width = c->is_bf16 ? 2 : 4;
+    return any && rows->low < rows->high;
+}
+
+static void load_rows(const Call *c, int64_t n, int64_t h, int64_t stop, Rows *rows) {
+    const int64_t D = c->head_dim, first = rows->first, row = c->begin[n] + first, width = c->is_bf16 ? 2 : 4;
     const int64_t offset = c->batch[n] * c->q_strides[0] + h * c->q_strides[1] + row * c->q_strides[2];
     const float *lse = c->lse + c->batch[n] * c->lse_strides[0] + h * c->lse_strides[1] + row;
     const char *start = (const char *)c->q + offset * width, *next = start + ROWS * c->q_strides[2] * width;
@@ -161,7 +163,6 @@ static int load_rows(const Call *c, int64_t n, int64_t h, int64_t first, int64_t
         else
             memcpy(rows->q[r], q, D * sizeof(float));
     }
-    return 1;
 }
 
 /* The key tokens of a sequence and key head, scaled: in panels of (head_dim, two vectors of columns), the last one
@@ -267,7 +268,8 @@ static void forward_task(const Call *c, int64_t t) {
         const float *packed = c->packed + (n * c->kv_heads + h / group) * c->head_dim * C;
         double *own = sums + (c->per_head ? h * count * C : 0);
         for (int64_t first = c->task_row[t]; first < stop; first += ROWS) {
-            if (!load_rows(c, n, h, first, stop, &rows)) continue;
+            if (!find_rows(c, n, first, stop, &rows)) continue;
+            load_rows(c, n, h, stop, &rows);
             for (int r = 0; r < rows.count; r += TILE_ROWS) {
                 int64_t column = rows.low;
                 for (; column + LANES < rows.high; column += 2 * LANES)
@@ -399,7 +401,21 @@ INLINE void dq_group(
         UNROLL for (int v = 0; v < vectors; v++) store(&dq[i][d + v * LANES], load(&dq[i][d + v * LANES]) + sum[i][v]);
 }
 
-/* First half: dlse, and dk of the key tokens, of one chunk of one head's rows. */
+/* dq of the rows, from the tile's columns [origin, stop) on. */
+static void add_dq_of_tile(
+    const Call *c, const float (*tile)[TILE], int64_t n, int64_t h, int64_t count, int64_t origin, int64_t stop,
+    float (*dq)[STRIDE]
+) {
+    const int64_t D = c->head_dim, group = c->q_heads / c->kv_heads;
+    const float *keys = c->keys + ((n * c->kv_heads + h / group) * c->columns + origin) * D;
+    for (int r = 0; r < count; r += GROUP) {
+        int64_t d = 0;
+        for (; d + DEEP * LANES <= D; d += DEEP * LANES) dq_group(tile + r, stop - origin, keys, d, DEEP, dq + r, D);
+        for (; d < D; d += LANES) dq_group(tile + r, stop - origin, keys, d, 1, dq + r, D);
+    }
+}
+
+/* First half: dlse, dk of the key tokens and perhaps dq, of one chunk of one head's rows. */
 static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
     const int64_t D = c->head_dim, C = c->columns;
     const int64_t stop = lowest((chunk + 1) * c->chunk_rows, c->length[n]);
@@ -407,10 +423,13 @@ static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
     memset(part, 0, c->tokens_used[n] * D * sizeof(float));
     Rows rows;
     float tile[ROWS][TILE] __attribute__((aligned(64)));
+    float dq[ROWS][STRIDE] __attribute__((aligned(64)));
     for (int64_t first = chunk * c->chunk_rows; first < stop; first += ROWS) {
-        if (!load_rows(c, n, h, first, stop, &rows)) continue;
+        if (!find_rows(c, n, first, stop, &rows)) continue;
+        load_rows(c, n, h, stop, &rows);
         vf sums[ROWS];
         for (int r = 0; r < ROWS; r++) sums[r] = (vf){0};
+        if (c->kept) memset(dq, 0, sizeof dq);
         for (int64_t origin = rows.low; origin < rows.high; origin += COLUMNS) {
             const int64_t end = lowest(origin + COLUMNS, rows.high);
             dscores(c, &rows, n, h, origin, end, tile, sums);
@@ -421,6 +440,7 @@ static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
                     dk_group(rows.q, rows.count, from, end - j, d, DEEP, part + j * D, D);
                 for (; d < D; d += LANES) dk_group(rows.q, rows.count, from, end - j, d, 1, part + j * D, D);
             }
+            if (c->kept) add_dq_of_tile(c, (const float(*)[TILE])tile, n, h, rows.count, origin, end, dq);
         }
         for (int r = 0; r < rows.count; r++) {
             float sum = 0, lanes[LANES];
@@ -431,10 +451,7 @@ static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
             if (rows.step[r] >= 0)
                 c->dlse[(c->batch[n] * c->lse_strides[0] + h * c->lse_strides[1]) + c->begin[n] + first + r] = -sum;
             if (c->kept)
-                memcpy(
-                    c->kept + ((n * c->q_heads + h) * c->longest + first + r) * C + rows.low, tile[r],
-                    (rows.high - rows.low) * sizeof(float)
-                );
+                memcpy(c->kept + ((n * c->q_heads + h) * c->longest + first + r) * D, dq[r], D * sizeof(float));
         }
     }
 }
@@ -481,38 +498,29 @@ INLINE void add_row(void *target, int64_t offset, const float *row, int64_t D, i
 
 /* Second half: dq of ROWS rows of all heads, which lie side by side in a gradient laid out (B, M, H, D). */
 static void add_dq(const Call *c, int64_t n, int64_t first) {
-    const int64_t D = c->head_dim, C = c->columns, group = c->q_heads / c->kv_heads;
+    const int64_t D = c->head_dim;
     Rows rows;
+    if (!find_rows(c, n, first, lowest(first + ROWS, c->length[n]), &rows)) return;
     float tile[ROWS][TILE] __attribute__((aligned(64)));
     float dq[ROWS][STRIDE] __attribute__((aligned(64)));
     vf unused[ROWS];
     for (int r = 0; r < ROWS; r++) unused[r] = (vf){0};
     for (int64_t h = 0; h < c->q_heads; h++) {
-        const float *keys = c->keys + (n * c->kv_heads + h / group) * C * D;
-        if (!load_rows(c, n, h, first, lowest(first + ROWS, c->length[n]), &rows)) continue;
-        for (int r = 0; r < rows.count; r++) memset(dq[r], 0, D * sizeof(float));
-        for (int64_t origin = rows.low; origin < rows.high; origin += COLUMNS) {
-            const int64_t end = lowest(origin + COLUMNS, rows.high);
-            if (c->kept)
-                for (int r = 0; r < rows.count; r++)
-                    memcpy(
-                        tile[r], c->kept + ((n * c->q_heads + h) * c->longest + first + r) * C + origin,
-                        (end - origin) * sizeof(float)
-                    );
-            else
+        if (!c->kept) {
+            load_rows(c, n, h, first + ROWS, &rows);
+            memset(dq, 0, sizeof dq);
+            for (int64_t origin = rows.low; origin < rows.high; origin += COLUMNS) {
+                const int64_t end = lowest(origin + COLUMNS, rows.high);
                 dscores(c, &rows, n, h, origin, end, tile, unused);
-            for (int r = 0; r < rows.count; r += GROUP) {
-                int64_t d = 0;
-                const float(*from)[TILE] = (const float(*)[TILE])tile[r];
-                for (; d + DEEP * LANES <= D; d += DEEP * LANES)
-                    dq_group(from, end - origin, keys + origin * D, d, DEEP, &dq[r], D);
-                for (; d < D; d += LANES) dq_group(from, end - origin, keys + origin * D, d, 1, &dq[r], D);
+                add_dq_of_tile(c, (const float(*)[TILE])tile, n, h, rows.count, origin, end, dq);
             }
         }
+        const float *kept = c->kept ? c->kept + ((n * c->q_heads + h) * c->longest + first) * D : dq[0];
+        const int64_t stride = c->kept ? D : STRIDE;
         const int64_t offset = c->batch[n] * c->dq_strides[0] + h * c->dq_strides[1];
         for (int r = 0; r < rows.count; r++)
             if (rows.step[r] >= 0)
-                add_row(c->dq, offset + (c->begin[n] + first + r) * c->dq_strides[2], dq[r], D, c->is_bf16);
+                add_row(c->dq, offset + (c->begin[n] + first + r) * c->dq_strides[2], kept + r * stride, D, c->is_bf16);
     }
 }
 

@@ -17,7 +17,8 @@ from .library import why_not as why_no_library
 FORWARD_ROWS = 96  # of a task: a multiple of the kernel's tiles
 BACKWARD_ROWS = 24  # of a tile; a task's rows are a multiple
 TASKS_PER_THREAD = 16  # of the backward, so that threads end together
-MAX_HEAD_DIM, LARGEST_TILE = 256, 256  # as in stepmap.c
+MAX_HEAD_DIM = 256  # as in stepmap.c
+LARGEST_KEPT = 4 << 20  # numbers of dq kept from the first half of the gradient to the second, 16 MiB; more are made again
 NEVER = 2**31 - 1  # position of a padding token
 
 
@@ -101,13 +102,14 @@ class Gradient:
         upstream = memory("upstream", N, Hq if per_head else 1, plan.steps.shape[1], C)
         keys, parts = memory("keys", N, Hkv, C, D), memory("dk parts", N, Hq, call.chunks, C, D)
         dk = memory("dk", N, Hkv, C, D)
-        # dS costs less to keep than to make again while it is smaller than dq.
-        dscores = memory("dS", N, Hq, sequences.longest, C) if 2 * C <= D and C <= LARGEST_TILE else None
+        dq = None
+        if N * Hq * sequences.longest * D <= LARGEST_KEPT:
+            dq = memory("dq", N, Hq, sequences.longest, D)
         call.dmaps, call.upstream, call.keys = dmaps.data_ptr(), upstream.data_ptr(), keys.data_ptr()
         call.dk_parts, call.dk_tokens, call.dlse = parts.data_ptr(), dk.data_ptr(), self.dlse.data_ptr()
-        call.kept = None if dscores is None else dscores.data_ptr()
+        call.kept = None if dq is None else dq.data_ptr()
         library().molsaki_map_dlse(ctypes.byref(call))
-        self._call, self._memory = call, (q, k, lse, sequences, upstream, keys, parts, dk, dscores)
+        self._call, self._memory = call, (q, k, lse, sequences, upstream, keys, parts, dk, dq)
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
         """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
