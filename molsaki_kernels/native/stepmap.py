@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ FORWARD_ROWS = 96  # of a task: a multiple of the kernel's tiles
 BACKWARD_ROWS = 24  # of a tile; a task's rows are a multiple
 TASKS_PER_THREAD = 16  # of the backward, so that threads end together
 MAX_HEAD_DIM = 256  # as in stepmap.c
-LARGEST_KEPT = 4 << 20  # numbers of dq kept from the first half of the gradient to the second, 16 MiB; more are made again
+LARGEST_KEPT = 4 << 20  # numbers of dq kept from the first half of the gradient to the second; more are made again
+    4 << 20
+)  # numbers of dq kept from the first half of the gradient to the second, 16 MiB; more are made again
 NEVER = 2**31 - 1  # position of a padding token
 
 
@@ -56,15 +59,14 @@ def forward(
     if _is_empty(q, plan):
         return torch.zeros(shape)
     maps = torch.empty(shape)
-    sequences = _sequences(plan, q.shape[2], cu_seqlens)
+    sequences, known = _sequences(plan, q.shape[2], cu_seqlens)
     q, k, lse = _rows(q), _rows(k), lse.contiguous()
-    call = _call(q, k, lse, plan, options, sequences, per_head)
-    call.chunk_rows = FORWARD_ROWS
-    call.sums = scratch(
-        "map sums", (heads * sequences.task_steps * sequences.columns,), torch.float64, q.device
-    ).data_ptr()
-    call.maps = maps.data_ptr()
+    call = _call(known, q, k, lse, plan, options, per_head)
+    call.chunk_rows, call.maps = FORWARD_ROWS, maps.data_ptr()
+    C, D = sequences.columns, q.shape[3]
+    memory = _workspace(call, packed=N * k.shape[1] * D * C, sums=2 * heads * sequences.task_steps * C)  # in float64
     library().molsaki_map_forward(ctypes.byref(call))
+    del memory  # not before
     return maps
 
 
@@ -87,29 +89,27 @@ class Gradient:
             return
         per_head = dmaps.dim() == 4
         dmaps = dmaps.float().contiguous()
-        sequences = _sequences(plan, q.shape[2], cu_seqlens)
+        sequences, known = _sequences(plan, q.shape[2], cu_seqlens)
         q, k, lse = _rows(q), _rows(k), lse.contiguous()
-        call = _call(q, k, lse, plan, options, sequences, per_head)
+        call = _call(known, q, k, lse, plan, options, per_head)
         (N, C), (Hq, D), Hkv = sequences.tokens.shape, q.shape[1::2], k.shape[1]
         tiles = -(-sequences.longest // BACKWARD_ROWS)
         chunks = min(tiles, -(-TASKS_PER_THREAD * call.threads // (N * Hq)))
         call.chunk_rows = -(-tiles // chunks) * BACKWARD_ROWS
         call.chunks = -(-sequences.longest // call.chunk_rows)
 
-        def memory(name: str, *shape: int) -> Tensor:
-            return scratch(f"map {name}", shape, torch.float32, q.device)
-
-        upstream = memory("upstream", N, Hq if per_head else 1, plan.steps.shape[1], C)
-        keys, parts = memory("keys", N, Hkv, C, D), memory("dk parts", N, Hq, call.chunks, C, D)
-        dk = memory("dk", N, Hkv, C, D)
-        dq = None
-        if N * Hq * sequences.longest * D <= LARGEST_KEPT:
-            dq = memory("dq", N, Hq, sequences.longest, D)
-        call.dmaps, call.upstream, call.keys = dmaps.data_ptr(), upstream.data_ptr(), keys.data_ptr()
-        call.dk_parts, call.dk_tokens, call.dlse = parts.data_ptr(), dk.data_ptr(), self.dlse.data_ptr()
-        call.kept = None if dq is None else dq.data_ptr()
+        sizes = dict(
+            packed=N * Hkv * D * C,
+            keys=N * Hkv * C * D,
+            upstream=N * (Hq if per_head else 1) * plan.steps.shape[1] * C,
+            dk_parts=N * Hq * call.chunks * C * D,
+            dk_tokens=N * Hkv * C * D,
+        )
+        size = N * Hq * sequences.longest * D
+        memory = _workspace(call, **sizes, **(dict(kept=size) if size <= LARGEST_KEPT else {}))
+        call.dmaps, call.dlse = dmaps.data_ptr(), self.dlse.data_ptr()
         library().molsaki_map_dlse(ctypes.byref(call))
-        self._call, self._memory = call, (q, k, lse, sequences, upstream, keys, parts, dk, dq)
+        self._call, self._memory = call, (q, k, lse, sequences, memory)  # what the second half reads
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
         """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
@@ -118,14 +118,15 @@ class Gradient:
         targets = [x if x.stride(-1) == 1 else torch.zeros(x.shape, dtype=x.dtype) for x in (dq, dk)]
         call = self._call
         call.dq, call.dk = (x.data_ptr() for x in targets)
-        call.dq_strides, call.dk_strides = (_Strides(*x.stride()[:3]) for x in targets)
+        call.dq_strides[:], call.dk_strides[:] = (x.stride()[:3] for x in targets)
         library().molsaki_map_add(ctypes.byref(call))
         for x, target in zip((dq, dk), targets, strict=True):
             if target is not x:
                 x += target
 
 
-_Strides = ctypes.c_int64 * 3
+_PLAN = ("batch", "begin", "length", "tokens_used", "tokens", "word_of_token", "step_of_row")
+_TASK = ("sequence", "row", "first", "count", "slot")
 
 
 class _Call(ctypes.Structure):
@@ -136,11 +137,10 @@ class _Call(ctypes.Structure):
             "sequences", "q_heads", "kv_heads", "head_dim", "columns", "steps", "words", "longest",
             "causal", "window", "is_bf16", "per_head", "threads", "chunk_rows", "chunks", "tasks",
         )),
-        *((name, _Strides) for name in ("q_strides", "k_strides", "dq_strides", "dk_strides")),
+        *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "dq_strides", "dk_strides")),
         ("lse_strides", ctypes.c_int64 * 2), ("scale", ctypes.c_double), ("word_weight", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in (
-            "q", "k", "lse", "batch", "begin", "length", "tokens_used", "tokens", "word_of_token", "step_of_row",
-            "task_sequence", "task_row", "task_first", "task_count", "task_slot", "sums", "packed", "maps",
+            "q", "k", "lse", *_PLAN, *(f"task_{name}" for name in _TASK), "sums", "packed", "maps",
             "dmaps", "upstream", "keys", "dk_parts", "dk_tokens", "kept", "dlse", "dq", "dk",
         )),
     ]  # fmt: skip
@@ -160,6 +160,14 @@ class _Sequences(NamedTuple):
     word_of_token: Tensor
     step_of_row: Tensor
     tasks: Tensor  # (5, tasks): sequence, row, first, count, slot (in steps)
+
+    def call(self) -> _Call:
+        """A call with these filled in."""
+        pointers = {name: getattr(self, name).data_ptr() for name in _PLAN}
+        pointers |= {f"task_{name}": row.data_ptr() for name, row in zip(_TASK, self.tasks, strict=True)}
+        return _Call(
+            sequences=len(self.begin), columns=self.columns, longest=self.longest, tasks=self.tasks.shape[1], **pointers
+        )
 
     @classmethod
     def of(cls, plan: PlanTensors, M: int, bounds: list[int] | None) -> _Sequences:
@@ -206,27 +214,36 @@ def _is_empty(q: Tensor, plan: PlanTensors) -> bool:
     return 0 in (*q.shape, *plan.steps.shape[:2], plan.tokens.shape[1], plan.num_words)
 
 
-def _sequences(plan: PlanTensors, M: int, cu_seqlens: Tensor | None) -> _Sequences:
+def _sequences(plan: PlanTensors, M: int, cu_seqlens: Tensor | None) -> tuple[_Sequences, _Call]:
+    """With a call to copy."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return kept(plan, ("native", M, bounds), lambda: _Sequences.of(plan, M, bounds))
+
+    def make() -> tuple[_Sequences, _Call]:
+        sequences = _Sequences.of(plan, M, bounds)
+        return sequences, sequences.call()
+
+    return kept(plan, ("native", M, bounds), make)
 
 
 def _call(
-    q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, options: Options, sequences: _Sequences, per_head: bool
+    known: _Call, q: Tensor, k: Tensor, lse: Tensor, plan: PlanTensors, options: Options, per_head: bool
 ) -> _Call:
-    N, C = sequences.tokens.shape
-    packed = scratch("map packed keys", (N * k.shape[1] * q.shape[3] * C,), torch.float32, q.device)
-    tasks = sequences.tasks
-    return _Call(
-        sequences=N, q_heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3], columns=C, steps=plan.steps.shape[1],
-        words=plan.num_words, longest=sequences.longest, causal=options.causal, window=options.window or 0,
-        is_bf16=q.dtype == torch.bfloat16, per_head=per_head, threads=torch.get_num_threads(), tasks=tasks.shape[1],
-        q_strides=_Strides(*q.stride()[:3]), k_strides=_Strides(*k.stride()[:3]),
-        lse_strides=(ctypes.c_int64 * 2)(*lse.stride()[:2]), scale=options.scale,
-        word_weight=1 if per_head else 1 / q.shape[1], q=q.data_ptr(), k=k.data_ptr(), lse=lse.data_ptr(),
-        batch=sequences.batch.data_ptr(), begin=sequences.begin.data_ptr(), length=sequences.length.data_ptr(),
-        tokens_used=sequences.tokens_used.data_ptr(), tokens=sequences.tokens.data_ptr(),
-        word_of_token=sequences.word_of_token.data_ptr(), step_of_row=sequences.step_of_row.data_ptr(),
-        task_sequence=tasks[0].data_ptr(), task_row=tasks[1].data_ptr(), task_first=tasks[2].data_ptr(),
-        task_count=tasks[3].data_ptr(), task_slot=tasks[4].data_ptr(), packed=packed.data_ptr(),
-    )  # fmt: skip
+    call = _Call.from_buffer_copy(known)
+    (_, call.q_heads, _, call.head_dim), call.kv_heads = q.shape, k.shape[1]
+    call.steps, call.words, call.per_head = plan.steps.shape[1], plan.num_words, per_head
+    call.causal, call.window, call.scale = options.causal, options.window or 0, options.scale
+    call.is_bf16, call.threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    call.word_weight = 1 if per_head else 1 / q.shape[1]
+    call.q, call.k, call.lse = q.data_ptr(), k.data_ptr(), lse.data_ptr()
+    call.q_strides[:], call.k_strides[:], call.lse_strides[:] = q.stride()[:3], k.stride()[:3], lse.stride()[:2]
+    return call
+
+
+def _workspace(call: _Call, **sizes: int) -> Tensor:
+    """Working memory for fields of the call, so many float32 each; it has to be held for as long as they are used."""
+    offsets = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes.values())]
+    memory = scratch("map workspace", (offsets[-1],), torch.float32, torch.device("cpu"))
+    start = memory.data_ptr()
+    for name, offset in zip(sizes, offsets, strict=False):
+        setattr(call, name, start + 4 * offset)
+    return memory
