@@ -69,7 +69,7 @@ def stepwise_attention(
     if name == flex.NAME:  # differentiable as it is, lse too
         out, lse = flex.forward(q, k, v, sinks, cu_seqlens, options)
         return out, _map(q, k, lse, plan, cu_seqlens, options, heads, "auto")
-    out, maps, _ = torch.ops.molsaki.stepwise_attention(
+    out, maps, _ = ops.run_attention(
         q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, sinks, cu_seqlens, options.causal,
         options.scale, options.window, options.softcap, heads == "none", name, backend,
     )  # fmt: skip
@@ -139,7 +139,7 @@ def _map(
     backend: str,
 ) -> Tensor:
     backend = checks.choose_map_backend(backend, q, options.softcap)
-    return torch.ops.molsaki.stepwise_map(
+    return ops.run_map(
         q, k, lse, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, cu_seqlens, options.causal,
         options.scale, options.window, options.softcap, heads == "none", backend,
     )  # fmt: skip

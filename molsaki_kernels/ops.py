@@ -2,6 +2,9 @@
 
 ``attention.py`` checks everything before it calls one. An operator is told by name which engine or backend to run, so
 that its backward runs the same one. Every output is a fresh tensor.
+
+``run_attention`` and ``run_map`` call an operator or, where nothing watches operators, the functions it is made of
+(``plain.py``).
 """
 
 from __future__ import annotations
@@ -13,12 +16,22 @@ from . import stepmap
 from .call import Options, PlanTensors
 from .engines import eager, flash_attn, flex, sdpa, triton
 from .native import stepmap as native_stepmap
+from .plain import function, is_plain, without_autocast
 
 ENGINES = {engine.NAME: engine for engine in (triton, flash_attn, flex, sdpa, eager)}
 
 
-@torch.library.custom_op("molsaki::stepwise_attention", mutates_args=())
-def attention(
+def run_attention(*inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """out, the map and lse; the arguments are those of the operator ``molsaki::stepwise_attention``."""
+    return (_plain_attention if is_plain(*inputs[:3]) else torch.ops.molsaki.stepwise_attention)(*inputs)
+
+
+def run_map(*inputs) -> Tensor:
+    """The map; the arguments are those of the operator ``molsaki::stepwise_map``."""
+    return (_plain_map if is_plain(*inputs[:3]) else torch.ops.molsaki.stepwise_map)(*inputs)
+
+
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,12 +52,17 @@ def attention(
     """out ``(B, Hq, M, D)``, the map ``(N, [Hq,] S, W)`` and lse ``(B, Hq, M)``."""
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    if engine == triton.NAME:
-        out, lse, maps = triton.forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
+    with without_autocast(q):
+        if engine == triton.NAME:
+            out, lse, maps = triton.forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
+        else:
+            out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
+            lse = lse.contiguous()
+            maps = _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend)
         return _laid_out(out, _strides(q)), maps, lse
-    out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
-    lse = lse.contiguous()
-    return _laid_out(out, _strides(q)), _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend), lse
+
+
+attention = torch.library.custom_op("molsaki::stepwise_attention", mutates_args=())(_attention)
 
 
 @attention.register_fake
@@ -54,8 +72,7 @@ def _(q, k, v, steps, tokens, word_of_token, num_words, sinks, cu_seqlens, causa
     return torch.empty_like(q), maps, q.new_empty(q.shape[:3], dtype=maps.dtype)
 
 
-@torch.library.custom_op("molsaki::stepwise_attention_backward", mutates_args=())
-def attention_backward(
+def _attention_gradients(
     dout: Tensor | None,
     dmaps: Tensor | None,
     dlse: Tensor | None,
@@ -78,35 +95,41 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks (empty without sinks)."""
-    options = Options(causal, scale, window, softcap)
-    plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    if engine == triton.NAME:
-        grads = triton.backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
-        dq, dk, dv, dsinks = grads
-        dsinks = q.new_empty(0) if dsinks is None else dsinks
+    with without_autocast(q):
+        options = Options(causal, scale, window, softcap)
+        plan = PlanTensors(steps, tokens, word_of_token, num_words)
+        if engine == triton.NAME:
+            grads = triton.backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
+            dq, dk, dv, dsinks = grads
+            dsinks = q.new_empty(0) if dsinks is None else dsinks
+            return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
+        gradient = None
+        if dmaps is not None:
+            gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
+            dlse = gradient.dlse if dlse is None else gradient.dlse + dlse
+        no_dout = dout is None
+        if no_dout:
+            dout = torch.zeros_like(out)
+        dq, dk, dv = ENGINES[engine].backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, options)
+        if no_dout:
+            dv = torch.zeros_like(v)  # the fold may have left a trace of its tiny dO
+        if gradient is not None:
+            gradient.add_to(dq, dk)
+        dsinks = q.new_empty(0)
+        if sinks is not None:
+            # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows of terms of both signs. For
+            # float32 inputs it is made in float64, or it would be further off than what it is made of.
+            wide = torch.float64 if q.dtype == torch.float32 else lse.dtype
+            delta = (dout.to(wide) * out).sum(-1)
+            delta = -delta if dlse is None else dlse - delta
+            dsinks = ((sinks.to(wide)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
+            dsinks = dsinks.to(sinks.dtype)
         return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
-    gradient = None
-    if dmaps is not None:
-        gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
-        dlse = gradient.dlse if dlse is None else gradient.dlse + dlse
-    no_dout = dout is None
-    if no_dout:
-        dout = torch.zeros_like(out)
-    dq, dk, dv = ENGINES[engine].backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, options)
-    if no_dout:
-        dv = torch.zeros_like(v)  # the fold may have left a trace of its tiny dO
-    if gradient is not None:
-        gradient.add_to(dq, dk)
-    dsinks = q.new_empty(0)
-    if sinks is not None:
-        # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows of terms of both signs. For float32
-        # inputs it is made in float64, or it would be further off than what it is made of.
-        wide = torch.float64 if q.dtype == torch.float32 else lse.dtype
-        delta = (dout.to(wide) * out).sum(-1)
-        delta = -delta if dlse is None else dlse - delta
-        dsinks = ((sinks.to(wide)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
-        dsinks = dsinks.to(sinks.dtype)
-    return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
+
+
+attention_backward = torch.library.custom_op("molsaki::stepwise_attention_backward", mutates_args=())(
+    _attention_gradients
+)
 
 
 @attention_backward.register_fake
@@ -123,23 +146,28 @@ def _attention_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _attention_backward(ctx, dout, dmaps, dlse):
+def _attention_backward(ctx, dout, dmaps, dlse, run=attention_backward):
     nothing = (None,) * 13
     if dout is None and dmaps is None and dlse is None:
         return None, None, None, *nothing
     q, k, v, out, lse, steps, tokens, word_of_token, sinks, cu_seqlens = ctx.saved_tensors
-    dq, dk, dv, dsinks = attention_backward(
+    dq, dk, dv, dsinks = run(
         dout, dmaps, dlse, q, k, v, out, lse, steps, tokens, word_of_token, ctx.num_words, sinks, cu_seqlens,
         *ctx.options, ctx.engine, ctx.backend,
     )  # fmt: skip
     return dq, dk, dv, None, None, None, None, dsinks if sinks is not None else None, *nothing[5:]
 
 
+def _plain_attention_backward(ctx, dout, dmaps, dlse):
+    run = _attention_gradients if is_plain(dout, dmaps, dlse) else attention_backward
+    return _attention_backward(ctx, dout, dmaps, dlse, run)
+
+
 attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+_plain_attention = function("molsaki_attention", _attention, _attention_setup, _plain_attention_backward)
 
 
-@torch.library.custom_op("molsaki::stepwise_map", mutates_args=())
-def stepwise_map(
+def _map(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -158,7 +186,11 @@ def stepwise_map(
     """The map ``(N, [Hq,] S, W)``."""
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    return _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend)
+    with without_autocast(q):
+        return _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend)
+
+
+stepwise_map = torch.library.custom_op("molsaki::stepwise_map", mutates_args=())(_map)
 
 
 @stepwise_map.register_fake
@@ -168,8 +200,7 @@ def _(
     return _fake_map(q, steps, num_words, per_head)
 
 
-@torch.library.custom_op("molsaki::stepwise_map_backward", mutates_args=())
-def stepwise_map_backward(
+def _map_gradients(
     dmaps: Tensor,
     q: Tensor,
     k: Tensor,
@@ -193,10 +224,14 @@ def stepwise_map_backward(
 
         dq, dk, dlse = map_backward(_rows(q), _rows(k), lse, dmaps, plan, options, cu_seqlens)
         return _laid_out(dq, _strides(q)), _laid_out(dk, _strides(k)), dlse
-    gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
-    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-    gradient.add_to(dq, dk)
-    return dq, dk, gradient.dlse.to(lse.dtype)
+    with without_autocast(q):
+        gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        gradient.add_to(dq, dk)
+        return dq, dk, gradient.dlse.to(lse.dtype)
+
+
+stepwise_map_backward = torch.library.custom_op("molsaki::stepwise_map_backward", mutates_args=())(_map_gradients)
 
 
 @stepwise_map_backward.register_fake
@@ -210,13 +245,18 @@ def _map_setup(ctx, inputs, output):
     ctx.num_words, ctx.options, ctx.backend = num_words, options, backend
 
 
-def _map_backward(ctx, dmaps):
+def _map_backward(ctx, dmaps, run=stepwise_map_backward):
     *tensors, cu_seqlens = ctx.saved_tensors
-    grads = stepwise_map_backward(dmaps, *tensors, ctx.num_words, cu_seqlens, *ctx.options, ctx.backend)
+    grads = run(dmaps, *tensors, ctx.num_words, cu_seqlens, *ctx.options, ctx.backend)
     return *grads, *(None,) * 11
 
 
+def _plain_map_backward(ctx, dmaps):
+    return _map_backward(ctx, dmaps, _map_gradients if is_plain(dmaps) else stepwise_map_backward)
+
+
 stepwise_map.register_autograd(_map_backward, setup_context=_map_setup)
+_plain_map = function("molsaki_map", _map, _map_setup, _plain_map_backward)
 
 
 def _map_forward(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .plain import function, is_plain, without_autocast
 
 ROWS = 1024  # tokens at a time: a block of values and its square stay in cache
 
@@ -59,11 +60,11 @@ def pool_values(
         if lengths.device != v.device:
             raise ValueError(f"lengths: expected on v's device {v.device}, got {lengths.device}")
     backend = checks.choose_backend(backend, v)
-    return torch.ops.molsaki.pool_values(v, lengths, eps, pooling == "mean", heads == "mean", cu_seqlens, backend)
+    run = _plain_pool_values if is_plain(v) else torch.ops.molsaki.pool_values
+    return run(v, lengths, eps, pooling == "mean", heads == "mean", cu_seqlens, backend)
 
 
-@torch.library.custom_op("molsaki::pool_values", mutates_args=())
-def _pool_values(
+def _forward(
     v: Tensor,
     lengths: Tensor | None,
     eps: float,
@@ -76,7 +77,11 @@ def _pool_values(
         from .triton.values import pool_values_forward
 
         return pool_values_forward(_rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
-    return forward(v, lengths, eps, mean, mean_heads, cu_seqlens)
+    with without_autocast(v):
+        return forward(v, lengths, eps, mean, mean_heads, cu_seqlens)
+
+
+_pool_values = torch.library.custom_op("molsaki::pool_values", mutates_args=())(_forward)
 
 
 @_pool_values.register_fake
@@ -86,8 +91,7 @@ def _(v, lengths, eps, mean, mean_heads, cu_seqlens, backend):
     return v.new_empty((N, width), dtype=torch.promote_types(v.dtype, torch.float32))
 
 
-@torch.library.custom_op("molsaki::pool_values_backward", mutates_args=())
-def _pool_values_backward(
+def _gradient(
     dpooled: Tensor,
     v: Tensor,
     lengths: Tensor | None,
@@ -102,7 +106,11 @@ def _pool_values_backward(
 
         dv = pool_values_backward(dpooled, _rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
         return dv if dv.stride() == v.stride() else torch.empty_like(v).copy_(dv)
-    return backward(dpooled, v, lengths, eps, mean, mean_heads, cu_seqlens)
+    with without_autocast(v):
+        return backward(dpooled, v, lengths, eps, mean, mean_heads, cu_seqlens)
+
+
+_pool_values_backward = torch.library.custom_op("molsaki::pool_values_backward", mutates_args=())(_gradient)
 
 
 @_pool_values_backward.register_fake
@@ -116,12 +124,17 @@ def _setup(ctx, inputs, output):
     ctx.options, ctx.backend = options, backend
 
 
-def _backward(ctx, dpooled):
+def _backward(ctx, dpooled, run=_pool_values_backward):
     v, lengths, cu_seqlens = ctx.saved_tensors
-    return _pool_values_backward(dpooled, v, lengths, *ctx.options, cu_seqlens, ctx.backend), *(None,) * 6
+    return run(dpooled, v, lengths, *ctx.options, cu_seqlens, ctx.backend), *(None,) * 6
+
+
+def _plain_backward(ctx, dpooled):
+    return _backward(ctx, dpooled, _gradient if is_plain(dpooled) else _pool_values_backward)
 
 
 _pool_values.register_autograd(_backward, setup_context=_setup)
+_plain_pool_values = function("molsaki_pool_values", _forward, _setup, _plain_backward)
 
 
 def forward(v: Tensor, lengths: Tensor | None, eps: float, mean: bool, mean_heads: bool, cu_seqlens: Tensor | None):

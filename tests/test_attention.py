@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import molsaki_kernels as mk
@@ -289,16 +290,54 @@ def test_gradients_after_inference_mode():
     assert all(torch.equal(first[name], kept[name]) for name in kept)
 
 
-def test_autocast_is_that_of_sdpa():
+@pytest.mark.usefixtures("cpu_map")
+@pytest.mark.parametrize("engine", ["sdpa", "eager"])
+def test_autocast_is_that_of_sdpa(engine):
+    """It casts the inputs; the products inside, forward and backward, are those without autocast."""
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, maps = mk.stepwise_attention(q, k.bfloat16(), v, plan)
-    assert out.dtype == torch.bfloat16 and maps.dtype == torch.float32
-    expected, _ = mk.stepwise_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), plan)
-    assert torch.equal(out, expected)
+    results = []
+    for cast in (False, True):
+        leaves = [t.bfloat16().requires_grad_() for t in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out, maps = mk.stepwise_attention(
+                leaves[0].float() if cast else leaves[0], *leaves[1:], plan, engine=engine
+            )
+            (out.double().square().sum() + maps.double().square().sum()).backward()
+        assert out.dtype == torch.bfloat16 and maps.dtype == torch.float32
+        results.append((out, maps, *(leaf.grad for leaf in leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = mk.stepwise_attention(q.double(), k.double(), v.double(), plan)
     assert out.dtype == torch.float64
+
+
+@pytest.mark.parametrize("feature", ["plain", "packed, window, sinks", "heads"])
+def test_operators_compute_what_is_computed_without_them(feature):
+    options = dict(FEATURES[feature])
+    packed, with_sinks = options.pop("packed", False), options.pop("sinks", False)
+    tensors, plan, cu = inputs("ragged", torch.float32, packed=packed, sinks=with_sinks)
+    plain = run(mk.stepwise_attention, tensors, plan, cu, options, torch.float32)
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            seen.append(operator.name())
+            return operator(*arguments, **(keywords or {}))
+
+    with Watching():
+        watched = run(mk.stepwise_attention, tensors, plan, cu, options, torch.float32)
+    assert {"molsaki::stepwise_attention", "molsaki::stepwise_attention_backward"} <= set(seen)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+def test_no_gradient_of_a_gradient():
+    (q, k, v), plan, _ = inputs("ragged", torch.float32)
+    q.requires_grad_()
+    lse = torch.zeros(q.shape[:3])
+    for value in (mk.stepwise_attention(q, k, v, plan)[1], mk.stepwise_map(q, k, lse, plan), mk.pool_values(q)):
+        (dq,) = torch.autograd.grad(value.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dq.sum().backward()
 
 
 @pytest.mark.usefixtures("cpu_map")

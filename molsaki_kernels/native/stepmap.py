@@ -20,8 +20,6 @@ BACKWARD_ROWS = 24  # of a tile; a task's rows are a multiple
 TASKS_PER_THREAD = 16  # of the backward, so that threads end together
 MAX_HEAD_DIM = 256  # as in stepmap.c
 LARGEST_KEPT = 4 << 20  # numbers of dq kept from the first half of the gradient to the second; more are made again
-    4 << 20
-)  # numbers of dq kept from the first half of the gradient to the second, 16 MiB; more are made again
 NEVER = 2**31 - 1  # position of a padding token
 
 
