@@ -75,14 +75,16 @@ CASES = {
     "more columns than a tile, window": (
         dict(lengths=[700], words=650, steps=10, q_heads=2, kv_heads=1, dim=16), dict(window=300)),
     "the widest head": (dict(lengths=[111], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.3)),
-    "dS kept": (dict(lengths=[111, 95], words=40, steps=5, q_heads=4, kv_heads=2, dim=128), {}),
+    "two panels": (dict(lengths=[111, 95], words=40, steps=5, q_heads=4, kv_heads=2, dim=128), {}),
 }  # fmt: skip
 
 
 @needs_library
+@pytest.mark.parametrize("largest_kept", [native.LARGEST_KEPT, 0], ids=["dq kept", "dq made again"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_map(name, dtype):
+def test_map(monkeypatch, name, dtype, largest_kept):
+    monkeypatch.setattr(native, "LARGEST_KEPT", largest_kept)
     shape, options = CASES[name]
     tensors, plan, cu = case(**shape)
     tensors = [tensors[0].to(dtype).double(), tensors[1].to(dtype).double(), tensors[2]]
@@ -94,7 +96,7 @@ def test_map(name, dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["packed, heads", "more columns than a tile", "dS kept"])
+@pytest.mark.parametrize("name", ["packed, heads", "more columns than a tile", "two panels"])
 def test_any_number_of_threads(name):
     """The same bits twice, and the same numbers from any number of threads."""
     shape, options = CASES[name]

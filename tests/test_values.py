@@ -55,6 +55,17 @@ def test_by_hand():
     torch.testing.assert_close(pool_values(v, torch.tensor([2])), torch.tensor([[3.0, 4.0]]) / 12.5**0.5)
 
 
+def test_autocast_changes_nothing():
+    results = []
+    for cast in (False, True):
+        v = torch.randn(2, 3, 50, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            pooled = pool_values(v)
+            pooled.square().sum().backward()
+        results.append((pooled, v.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_opcheck_and_strides():
     v, given = arguments("lengths", torch.float32)
     strided = v.transpose(1, 2).contiguous().transpose(1, 2)

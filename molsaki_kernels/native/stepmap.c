@@ -270,13 +270,13 @@ static void forward_task(const Call *c, int64_t t) {
         for (int64_t first = c->task_row[t]; first < stop; first += ROWS) {
             if (!find_rows(c, n, first, stop, &rows)) continue;
             load_rows(c, n, h, stop, &rows);
-            for (int r = 0; r < rows.count; r += TILE_ROWS) {
-                int64_t column = rows.low;
-                for (; column + LANES < rows.high; column += 2 * LANES)
+            int64_t column = rows.low;
+            for (; column + LANES < rows.high; column += 2 * LANES)
+                for (int r = 0; r < rows.count; r += TILE_ROWS)
                     sum_tile(c, &rows, packed, tokens, r, column, 2, 2, c->task_first[t], own);
-                if (column < rows.high)
+            if (column < rows.high)
+                for (int r = 0; r < rows.count; r += TILE_ROWS)
                     sum_tile(c, &rows, packed, tokens, r, column, 1, wide(c, column), c->task_first[t], own);
-            }
         }
     }
 }
@@ -354,13 +354,13 @@ static void dscores(
     const float *all = c->upstream + (c->per_head ? n * c->q_heads + h : n) * c->steps * C + origin;
     const float *upstream[ROWS];
     for (int r = 0; r < ROWS; r++) upstream[r] = rows->step[r] < 0 ? no_upstream : all + rows->step[r] * C;
-    for (int r = 0; r < rows->count; r += TILE_ROWS) {
-        int64_t column = origin;
-        for (; column + LANES < stop; column += 2 * LANES)
+    int64_t column = origin;
+    for (; column + LANES < stop; column += 2 * LANES)
+        for (int r = 0; r < rows->count; r += TILE_ROWS)
             dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 2, 2, origin, tile, sums);
-        if (column < stop)
+    if (column < stop)
+        for (int r = 0; r < rows->count; r += TILE_ROWS)
             dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 1, wide(c, column), origin, tile, sums);
-    }
 }
 
 /* dk[j] += sum over rows of dS[row, j] q[row], without the scale. GROUP columns, `vectors` vectors of the head. */
