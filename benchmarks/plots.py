@@ -168,7 +168,8 @@ def step_bars(rows: list[dict]) -> Figure:
 
 def step_group(row: dict) -> str:
     compiled = ", compiled" if str(row["compiled"]) == "True" else ""
-    return f"{row['student']}\n{row['batch']}{compiled}"
+    dtype = "" if row["dtype"] == "float32" else f"\n{row['dtype']}"
+    return f"{row['student']}\n{row['batch']}{compiled}{dtype}"
 
 
 def usual(rows: Iterable[dict]) -> list[dict]:

@@ -416,7 +416,8 @@ def test_pictures_of_the_committed_cpu_rows(tmp_path):
 def test_pictures_of_whole_steps(tmp_path):
     """Rows as ``benchmarks.step`` writes them: a row for each quantity."""
     rows = [
-        {"teacher": "t", "student": student, "batch": "1x1024", "compiled": compiled, "contender": name,
+        {"teacher": "t", "student": student, "batch": "1x1024", "dtype": "float32",
+         "compiled": compiled, "contender": name,
          "quantity": quantity, "value": value + i, "target": None, **MACHINE}
         for i, (student, compiled, name) in enumerate(
             (s, c, n) for s in ("135M", "1b") for c in (False, True) for n in ("dss", "molsaki, stored maps")
