@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# tqdm's lock is shared with forked processes: one that a test kills while it holds it would stop everything after.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that might hold it at a fork
 
 
 @pytest.fixture(autouse=True)
