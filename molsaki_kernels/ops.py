@@ -16,7 +16,7 @@ from . import stepmap
 from .call import Options, PlanTensors
 from .engines import eager, flash_attn, flex, sdpa, triton
 from .native import stepmap as native_stepmap
-from .plain import function, is_plain, without_autocast
+from .plain import function, is_plain, is_plain_backward, without_autocast
 
 ENGINES = {engine.NAME: engine for engine in (triton, flash_attn, flex, sdpa, eager)}
 
@@ -159,7 +159,7 @@ def _attention_backward(ctx, dout, dmaps, dlse, run=attention_backward):
 
 
 def _plain_attention_backward(ctx, dout, dmaps, dlse):
-    run = _attention_gradients if is_plain(dout, dmaps, dlse) else attention_backward
+    run = _attention_gradients if is_plain_backward(dout, dmaps, dlse) else attention_backward
     return _attention_backward(ctx, dout, dmaps, dlse, run)
 
 
@@ -252,7 +252,7 @@ def _map_backward(ctx, dmaps, run=stepwise_map_backward):
 
 
 def _plain_map_backward(ctx, dmaps):
-    return _map_backward(ctx, dmaps, _map_gradients if is_plain(dmaps) else stepwise_map_backward)
+    return _map_backward(ctx, dmaps, _map_gradients if is_plain_backward(dmaps) else stepwise_map_backward)
 
 
 stepwise_map.register_autograd(_map_backward, setup_context=_map_setup)

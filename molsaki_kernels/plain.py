@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -34,6 +33,8 @@ def function(name: str, forward: Callable, setup: Callable, backward: Callable) 
     Args:
         name: the profiler's.
         setup: ``setup(ctx, inputs, output)``, as a custom operator's.
+        backward: with gradients enabled (``create_graph=True``) it has to call an operator: one without a gradient of
+            its own says so when it is differentiated.
     """
 
     def both(ctx, *inputs):
@@ -41,9 +42,14 @@ def function(name: str, forward: Callable, setup: Callable, backward: Callable) 
         setup(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(both), "backward": staticmethod(once_differentiable(backward))}
+    methods = {"forward": staticmethod(both), "backward": staticmethod(backward)}
     made: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
     return made.apply
+
+
+def is_plain_backward(*gradients: Tensor | None) -> bool:
+    """As :func:`is_plain`, of a backward that nobody wants the gradient of."""
+    return not torch.is_grad_enabled() and is_plain(*gradients)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

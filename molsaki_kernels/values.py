@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .plain import function, is_plain, without_autocast
+from .plain import function, is_plain, is_plain_backward, without_autocast
 
 ROWS = 1024  # tokens at a time: a block of values and its square stay in cache
 
@@ -130,7 +130,7 @@ def _backward(ctx, dpooled, run=_pool_values_backward):
 
 
 def _plain_backward(ctx, dpooled):
-    return _backward(ctx, dpooled, _gradient if is_plain(dpooled) else _pool_values_backward)
+    return _backward(ctx, dpooled, _gradient if is_plain_backward(dpooled) else _pool_values_backward)
 
 
 _pool_values.register_autograd(_backward, setup_context=_setup)

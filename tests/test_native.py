@@ -152,14 +152,57 @@ def test_what_it_does_not_take_goes_to_torch(reason):
     assert all(torch.equal(auto[key], plain[key]) for key in auto)
 
 
+BAD_PLANS = {
+    "a token beyond its sequence": (dict(tokens=[[1, 3], [2, 25]]), "plan: expected indices within each sequence"),
+    "padding on the left": (dict(word_of_token=[[-1, 0], [0, 0]]), "plan: expected tokens that ascend, padded"),
+    "tokens that do not ascend": (dict(tokens=[[3, 1], [2, 5]]), "plan: expected tokens that ascend"),
+    "a word there is not": (dict(word_of_token=[[0, 1], [0, 0]]), "plan: expected word_of_token below 1 words"),
+    "sequences that end beyond the rows": (dict(cu=[0, 20, 60]), "cu_seqlens: expected to ascend from 0 to at most 40"),
+    "sequences that go back": (dict(cu=[0, 30, 20]), "cu_seqlens: expected to ascend"),
+    "more sequences than rows": (dict(cu=None), "plan: expected one entry for each of 1 sequences, got 2"),
+}
+
+
 @needs_library
-def test_a_plan_beyond_its_sequence_is_refused():
-    """The door cannot look into cu_seqlens while it is traced; the library must not read past a sequence."""
-    (q, k, lse), _, cu = case([20, 20], 5, 2, 2, 2, 16, packed=True)
-    plan = StepPlan.from_spans([[(0, 5)], [(0, 5)]], [[[1]], [[25]]])
-    arguments = (q.float(), k.float(), lse.float(), plan.steps, plan.tokens, plan.word_of_token, 1, cu)
-    with pytest.raises(ValueError, match="plan: expected indices within each sequence"):
-        torch.ops.molsaki.stepwise_map(*arguments, True, 0.25, None, None, False, "native")
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_what_would_reach_past_memory_is_refused(name):
+    """The door cannot look into tensors while it is traced, and takes a plan made by hand for right."""
+    changed, message = BAD_PLANS[name]
+    (q, k, lse), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
+    given = dict(tokens=[[1, 3], [2, 5]], word_of_token=[[0, 0], [0, 0]], cu=[0, 20, 40]) | changed
+    plan = (torch.tensor([[(0, 5)], [(0, 5)]]), torch.tensor(given["tokens"]), torch.tensor(given["word_of_token"]))
+    cu = None if given["cu"] is None else torch.tensor(given["cu"], dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.molsaki.stepwise_map(
+            q.float(), k.float(), lse.float(), *plan, 1, cu, True, 0.25, None, None, False, "native"
+        )
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_default_dtype_and_device_change_nothing(dtype):
+    tensors, _, _ = case([60, 31], 12, 4, 4, 2, 32)
+    expected = results(mk.stepwise_map, tensors, case([60, 31], 12, 4, 4, 2, 32)[1], None, torch.float32, {})
+    plan, found = case([60, 31], 12, 4, 4, 2, 32)[1], []
+    q, k, lse = (t.float().requires_grad_() for t in tensors)
+    weight = torch.randn(expected["maps"].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            maps = mk.stepwise_map(q, k, lse, plan, backend="native")
+            found = [maps, *torch.autograd.grad((maps.double() * weight).sum(), (q, k, lse))]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected.values(), strict=True))
+
+
+@needs_library
+def test_nan_of_any_kind_stays_nan():
+    (q, k, lse), plan, _ = case([40], 5, 1, 2, 2, 16)
+    q = q.float()
+    q[0, 0, 39].view(torch.int32).fill_(-1)  # all bits set
+    assert mk.stepwise_map(q, k.float(), lse.float(), plan, backend="native").isnan().any()
 
 
 @needs_library
@@ -231,6 +274,29 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     assert "could not be compiled or loaded" in reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "file")
+
+
+@needs_library
+def test_a_library_that_somebody_else_could_have_made(monkeypatch, tmp_path):
+    """Where there is no home, only a folder in /tmp that nobody else can write to will do."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file") is None
+    (folder,) = tmp_path.glob("molsaki_kernels-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert "only this user can write to" in reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file")
+
+
+@needs_library
+def test_a_damaged_library_is_made_again(monkeypatch, tmp_path):
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "whole") is None
+    (built,) = (tmp_path / "whole").iterdir()
+    damaged = tmp_path / "damaged" / built.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(built.read_bytes()[:1000])
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=damaged.parent) is None
+    assert damaged.stat().st_size == built.stat().st_size
 
 
 @needs_library

@@ -7,12 +7,14 @@ compiler, or with ``MOLSAKI_NATIVE=0``, the map on a CPU is made by plain PyTorc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -45,9 +47,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if command is None:
         return None, "no C compiler (cc, gcc, clang or $CC)"
     try:
-        loaded = ctypes.CDLL(str(_compiled(command, processor)))
-        loaded.molsaki_fold.restype = ctypes.c_int64
-        return loaded, None
+        return _made(command, processor), None
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
         return None, f"{command} failed: {lines[-1]}"
@@ -67,31 +67,61 @@ def _processor() -> str:
     return " ".join(next((x for x in lines if x.startswith(name)), "") for name in ("model name", "flags"))
 
 
-def _compiled(command: str, processor: str) -> Path:
+def _made(command: str, processor: str) -> ctypes.CDLL:
+    """The library from the first folder that can hold it; one that cannot be loaded is compiled once more."""
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     identity = "\n".join([*(source.read_text() for source in SOURCES), *FLAGS, command, version, processor])
     name = f"molsaki-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    reason = OSError("no folder to keep it in")
     for folder in _folders():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _own(folder)
             path = folder / name
-            if not path.exists():
-                handle, made = tempfile.mkstemp(dir=folder, suffix=".so")
-                os.close(handle)
-                try:
-                    call = [command, *FLAGS, *map(str, SOURCES), "-o", made]
-                    subprocess.run(call, capture_output=True, text=True, check=True)
-                    os.replace(made, path)  # whole or not at all, whoever else compiles it
-                finally:
-                    Path(made).unlink(missing_ok=True)
-            return path
+            if path.exists():
+                with contextlib.suppress(OSError):  # damaged
+                    return _load(path)
+            _compile(command, path)
+            return _load(path)
         except OSError as error:
             reason = error
     raise reason
 
 
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.molsaki_fold.restype = ctypes.c_int64
+    return loaded
+
+
+def _compile(command: str, path: Path) -> None:
+    handle, made = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    try:
+        call = [command, *FLAGS, *map(str, SOURCES), "-o", made]
+        subprocess.run(call, capture_output=True, text=True, check=True)
+        os.chmod(made, 0o755)
+        os.replace(made, path)  # whole or not at all, whoever else compiles it
+    finally:
+        Path(made).unlink(missing_ok=True)
+
+
+def _own(folder: Path) -> None:
+    """Make a folder, or see that nobody else could have put a library of his own into the one that is there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder == _shared():
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise OSError(f"{folder}: expected a folder that only this user can write to")
+
+
+def _shared() -> Path:
+    """In a folder where everybody can make files."""
+    return Path(tempfile.gettempdir()) / f"molsaki_kernels-{os.getuid()}"
+
+
 def _folders() -> list[Path]:
     given = os.environ.get("MOLSAKI_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    last = Path(tempfile.gettempdir()) / f"molsaki_kernels-{os.getuid()}"
-    return [Path(given)] if given else [Path(home) / "molsaki_kernels", last]
+    if given:
+        return [Path(given)]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [*([home / "molsaki_kernels"] if home.is_absolute() else []), _shared()]

@@ -92,7 +92,7 @@ INLINE uint16_t to_bf16(float x) {
 INLINE vf exponential(vf x) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf n = x * 1.44269504088896341f + shift;
-    vi power = (vi)n << 23;
+    const vf power = (vf)(((vi)n << 23) + 0x3f800000);
     n -= shift;
     x -= n * 0.693147180559945f;
     vf y = 1.9875691500e-4f * x + 1.3981999507e-3f;
@@ -101,7 +101,7 @@ INLINE vf exponential(vf x) {
     y = y * x + 1.6666665459e-1f;
     y = y * x + 5.0000001201e-1f;
     y = y * (x * x) + x + 1.0f;
-    return (vf)((vi)y + power);
+    return y * power; /* a product: NaN stays NaN */
 }
 
 /* How many of n ascending tokens are below `bound`. */

@@ -21,6 +21,8 @@ TASKS_PER_THREAD = 16  # of the backward, so that threads end together
 MAX_HEAD_DIM = 256  # as in stepmap.c
 LARGEST_KEPT = 4 << 20  # numbers of dq kept from the first half of the gradient to the second; more are made again
 NEVER = 2**31 - 1  # position of a padding token
+_CPU = torch.device("cpu")  # whatever the defaults are
+_FLOAT32 = {"dtype": torch.float32, "device": _CPU}
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str | None:
@@ -55,9 +57,9 @@ def forward(
     heads = q.shape[1] if per_head else 1
     shape = (N, *((heads,) if per_head else ()), S, plan.num_words)
     if _is_empty(q, plan):
-        return torch.zeros(shape)
-    maps = torch.empty(shape)
-    sequences, known = _sequences(plan, q.shape[2], cu_seqlens)
+        return torch.zeros(shape, **_FLOAT32)
+    maps = torch.empty(shape, **_FLOAT32)
+    sequences, known = _sequences(plan, q.shape[0], q.shape[2], cu_seqlens)
     q, k, lse = _rows(q), _rows(k), lse.contiguous()
     call = _call(known, q, k, lse, plan, options, per_head)
     call.chunk_rows, call.maps = FORWARD_ROWS, maps.data_ptr()
@@ -69,7 +71,10 @@ def forward(
 
 
 class Gradient:
-    """The map's gradient, in two halves. As :class:`molsaki_kernels.stepmap.Gradient`."""
+    """The map's gradient, in two halves. As :class:`molsaki_kernels.stepmap.Gradient`.
+
+    A thread's working memory is its latest Gradient's: the second half has to come before another one is made.
+    """
 
     def __init__(
         self,
@@ -81,13 +86,13 @@ class Gradient:
         options: Options,
         cu_seqlens: Tensor | None = None,
     ):
-        self.dlse = torch.zeros(lse.shape)
+        self.dlse = torch.zeros(lse.shape, **_FLOAT32)
         self._call = None
         if _is_empty(q, plan):
             return
         per_head = dmaps.dim() == 4
         dmaps = dmaps.float().contiguous()
-        sequences, known = _sequences(plan, q.shape[2], cu_seqlens)
+        sequences, known = _sequences(plan, q.shape[0], q.shape[2], cu_seqlens)
         q, k, lse = _rows(q), _rows(k), lse.contiguous()
         call = _call(known, q, k, lse, plan, options, per_head)
         (N, C), (Hq, D), Hkv = sequences.tokens.shape, q.shape[1::2], k.shape[1]
@@ -113,7 +118,7 @@ class Gradient:
         """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
         if self._call is None:
             return
-        targets = [x if x.stride(-1) == 1 else torch.zeros(x.shape, dtype=x.dtype) for x in (dq, dk)]
+        targets = [x if x.stride(-1) == 1 else x.new_zeros(x.shape) for x in (dq, dk)]
         call = self._call
         call.dq, call.dk = (x.data_ptr() for x in targets)
         call.dq_strides[:], call.dk_strides[:] = (x.stride()[:3] for x in targets)
@@ -171,20 +176,16 @@ class _Sequences(NamedTuple):
     def of(cls, plan: PlanTensors, M: int, bounds: list[int] | None) -> _Sequences:
         N, C = plan.tokens.shape
         columns = -(-C // 16) * 16
-        begin = torch.tensor(bounds[:-1] if bounds else [0] * N)
-        length = torch.tensor(bounds).diff() if bounds else torch.full((N,), M)
+        begin = torch.tensor(bounds[:-1] if bounds else [0] * N, device=_CPU)
+        length = torch.tensor(bounds, device=_CPU).diff() if bounds else torch.full((N,), M, device=_CPU)
+        _check(plan, M, bounds, length)
         longest = int(length.max())
         is_token = plan.word_of_token >= 0
-        outside = is_token & ((plan.tokens < 0) | (plan.tokens >= length[:, None]))
-        if outside.any():
-            raise ValueError(
-                f"plan: expected indices within each sequence's tokens {length.tolist()}, got {plan.tokens}"
-            )
-        tokens = torch.full((N, columns), NEVER, dtype=torch.int32)
+        tokens = torch.full((N, columns), NEVER, dtype=torch.int32, device=_CPU)
         tokens[:, :C] = torch.where(is_token, plan.tokens, NEVER)
-        words = torch.zeros((N, columns), dtype=torch.int32)
+        words = torch.zeros((N, columns), dtype=torch.int32, device=_CPU)
         words[:, :C] = plan.word_of_token.clamp_min(0)
-        step_of_row = torch.full((N, longest), -1, dtype=torch.int32)
+        step_of_row = torch.full((N, longest), -1, dtype=torch.int32, device=_CPU)
         for n, steps in enumerate(plan.steps.tolist()):
             for s, (start, stop) in enumerate(steps):
                 step_of_row[n, start:stop] = s
@@ -196,11 +197,25 @@ class _Sequences(NamedTuple):
                 first, count = (int(steps.min()), int(steps.max() - steps.min()) + 1) if len(steps) else (0, 0)
                 rows.append((n, row, first, count, task_steps))
                 task_steps += count
-        batch = torch.zeros(N, dtype=torch.int64) if bounds else torch.arange(N)
-        tasks = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5).T.contiguous()
+        batch = torch.zeros(N, dtype=torch.int64, device=_CPU) if bounds else torch.arange(N, device=_CPU)
+        tasks = torch.tensor(rows, dtype=torch.int64, device=_CPU).reshape(-1, 5).T.contiguous()
         return cls(
             columns, longest, task_steps, batch, begin, length, is_token.sum(1), tokens, words, step_of_row, tasks
         )
+
+
+def _check(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None, length: Tensor) -> None:
+    """What the library takes for granted; nobody has looked at it where a call is traced or a plan made by hand."""
+    if bounds and (bounds[0] < 0 or bounds[-1] > M or length.min() < 0):
+        raise ValueError(f"cu_seqlens: expected to ascend from 0 to at most {M}, got {list(bounds)}")
+    is_token = plan.word_of_token >= 0
+    if (is_token & ((plan.tokens < 0) | (plan.tokens >= length[:, None]))).any():
+        raise ValueError(f"plan: expected indices within each sequence's tokens {length.tolist()}, got {plan.tokens}")
+    first = torch.arange(is_token.shape[1], device=_CPU) < is_token.sum(1, keepdim=True)
+    if (is_token != first).any() or (plan.tokens.diff() <= 0)[is_token[:, 1:]].any():
+        raise ValueError(f"plan: expected tokens that ascend, padded on the right, got {plan.tokens}")
+    if (plan.word_of_token >= plan.num_words).any():
+        raise ValueError(f"plan: expected word_of_token below {plan.num_words} words, got {plan.word_of_token}")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -212,9 +227,12 @@ def _is_empty(q: Tensor, plan: PlanTensors) -> bool:
     return 0 in (*q.shape, *plan.steps.shape[:2], plan.tokens.shape[1], plan.num_words)
 
 
-def _sequences(plan: PlanTensors, M: int, cu_seqlens: Tensor | None) -> tuple[_Sequences, _Call]:
+def _sequences(plan: PlanTensors, B: int, M: int, cu_seqlens: Tensor | None) -> tuple[_Sequences, _Call]:
     """With a call to copy."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+
+    if bounds is None and len(plan.tokens) != B:
+        raise ValueError(f"plan: expected one entry for each of {B} sequences, got {len(plan.tokens)}")
 
     def make() -> tuple[_Sequences, _Call]:
         sequences = _Sequences.of(plan, M, bounds)
@@ -229,7 +247,7 @@ def _call(
     call = _Call.from_buffer_copy(known)
     (_, call.q_heads, _, call.head_dim), call.kv_heads = q.shape, k.shape[1]
     call.steps, call.words, call.per_head = plan.steps.shape[1], plan.num_words, per_head
-    call.causal, call.window, call.scale = options.causal, options.window or 0, options.scale
+    call.causal, call.window, call.scale = options.causal, min(options.window or 0, q.shape[2]), options.scale
     call.is_bf16, call.threads = q.dtype == torch.bfloat16, torch.get_num_threads()
     call.word_weight = 1 if per_head else 1 / q.shape[1]
     call.q, call.k, call.lse = q.data_ptr(), k.data_ptr(), lse.data_ptr()
@@ -240,7 +258,7 @@ def _call(
 def _workspace(call: _Call, **sizes: int) -> Tensor:
     """Working memory for fields of the call, so many float32 each; it has to be held for as long as they are used."""
     offsets = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes.values())]
-    memory = scratch("map workspace", (offsets[-1],), torch.float32, torch.device("cpu"))
+    memory = scratch("map workspace", (offsets[-1],), torch.float32, _CPU)
     start = memory.data_ptr()
     for name, offset in zip(sizes, offsets, strict=False):
         setattr(call, name, start + 4 * offset)
