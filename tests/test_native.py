@@ -294,7 +294,7 @@ def test_a_damaged_library_is_made_again(monkeypatch, tmp_path):
     (built,) = (tmp_path / "whole").iterdir()
     damaged = tmp_path / "damaged" / built.name
     damaged.parent.mkdir()
-    damaged.write_bytes(built.read_bytes()[:1000])
+    damaged.write_bytes(b"")  # what a power cut may leave
     assert reason_with(monkeypatch, MOLSAKI_CACHE=damaged.parent) is None
     assert damaged.stat().st_size == built.stat().st_size
 
