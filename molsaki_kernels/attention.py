@@ -65,10 +65,10 @@ def stepwise_attention(
     checks.check_plan(plan, q, cu_seqlens)
     options = _options(q, causal, scale, window, softcap)
     name = _choose(engine, q, k, v, sinks, cu_seqlens, options)
-    backend = checks.choose_map_backend("auto", q, options.softcap)
     if name == flex.NAME:  # differentiable as it is, lse too
         out, lse = flex.forward(q, k, v, sinks, cu_seqlens, options)
         return out, _map(q, k, lse, plan, cu_seqlens, options, heads, "auto")
+    backend = checks.choose_map_backend("auto", q, options.softcap)
     out, maps, _ = ops.run_attention(
         q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, sinks, cu_seqlens, options.causal,
         options.scale, options.window, options.softcap, heads == "none", name, backend,

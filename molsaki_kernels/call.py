@@ -46,3 +46,7 @@ class PlanTensors(NamedTuple):
     tokens: Tensor
     word_of_token: Tensor
     num_words: int
+
+    def is_empty(self, q: Tensor) -> bool:
+        """No row, key token, step or word anywhere: the map is zero and so is its gradient."""
+        return 0 in (*q.shape, *self.steps.shape[:2], self.tokens.shape[1], self.num_words)

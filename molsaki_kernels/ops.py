@@ -17,6 +17,7 @@ from .call import Options, PlanTensors
 from .engines import eager, flash_attn, flex, sdpa, triton
 from .native import stepmap as native_stepmap
 from .plain import function, is_plain, is_plain_backward, without_autocast
+from .rows import contiguous_rows
 
 ENGINES = {engine.NAME: engine for engine in (triton, flash_attn, flex, sdpa, eager)}
 
@@ -222,7 +223,7 @@ def _map_gradients(
     if backend == "triton":
         from .triton.map_backward import map_backward
 
-        dq, dk, dlse = map_backward(_rows(q), _rows(k), lse, dmaps, plan, options, cu_seqlens)
+        dq, dk, dlse = map_backward(contiguous_rows(q), contiguous_rows(k), lse, dmaps, plan, options, cu_seqlens)
         return _laid_out(dq, _strides(q)), _laid_out(dk, _strides(k)), dlse
     with without_autocast(q):
         gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
@@ -272,7 +273,7 @@ def _map_forward(
     if backend == "triton":
         from .triton.map_forward import map_forward
 
-        return map_forward(_rows(q), _rows(k), lse, plan, options, cu_seqlens, per_head)
+        return map_forward(contiguous_rows(q), contiguous_rows(k), lse, plan, options, cu_seqlens, per_head)
     on_cpu = native_stepmap if backend == "native" else stepmap
     return on_cpu.forward(q, k, lse, plan, options, cu_seqlens, per_head)
 
@@ -283,7 +284,7 @@ class _TritonGradient:
     def __init__(self, dmaps: Tensor, q: Tensor, k: Tensor, lse: Tensor, plan, options, cu_seqlens):
         from .triton.map_backward import map_dlse
 
-        self._arguments = (_rows(q), _rows(k), lse, dmaps, plan, options, cu_seqlens)
+        self._arguments = (contiguous_rows(q), contiguous_rows(k), lse, dmaps, plan, options, cu_seqlens)
         self.dlse = map_dlse(*self._arguments)
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
@@ -293,11 +294,6 @@ class _TritonGradient:
 
 
 _GRADIENTS = {"torch": stepmap.Gradient, "native": native_stepmap.Gradient, "triton": _TritonGradient}
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With a contiguous last dimension, as the Triton kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

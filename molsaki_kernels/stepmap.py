@@ -44,7 +44,7 @@ def forward(
     N, S = plan.steps.shape[:2]
     heads = (q.shape[1],) if per_head else ()
     maps = torch.zeros(N, *heads, S, plan.num_words, dtype=_accumulator(q), device=q.device)
-    if _is_empty(q, plan):
+    if plan.is_empty(q):
         return maps
     for layout in layouts(plan, q.shape[1:], maps.dtype, options, cu_seqlens, per_head):
         part = _Part(layout, q, k, lse, options)
@@ -90,7 +90,7 @@ class Gradient:
         self.dlse = torch.zeros(lse.shape, dtype=dtype, device=q.device)
         dk = scratch("map dk", (N, Hq, C, D), dtype, q.device).zero_()
         self._walk: list[tuple[_Part, Tensor, list[Tensor] | None]] = []  # with dS of each block, if it is kept
-        if not _is_empty(q, plan):
+        if not plan.is_empty(q):
             per_head = dmaps.dim() == 4
             dmaps = dmaps.to(dtype)
             covering = layouts(plan, q.shape[1:], dtype, options, cu_seqlens, per_head)
@@ -223,8 +223,3 @@ class _Part:
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _is_empty(q: Tensor, plan: PlanTensors) -> bool:
-    """No row, key token, step or word anywhere: the map is zero and so is its gradient."""
-    return 0 in (*q.shape, *plan.steps.shape[:2], plan.tokens.shape[1], plan.num_words)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import checks
 from .plain import function, is_plain, is_plain_backward, without_autocast
+from .rows import contiguous_rows
 
 ROWS = 1024  # tokens at a time: a block of values and its square stay in cache
 
@@ -76,7 +77,7 @@ def _forward(
     if backend == "triton":
         from .triton.values import pool_values_forward
 
-        return pool_values_forward(_rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
+        return pool_values_forward(contiguous_rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
     with without_autocast(v):
         return forward(v, lengths, eps, mean, mean_heads, cu_seqlens)
 
@@ -104,7 +105,7 @@ def _gradient(
     if backend == "triton":
         from .triton.values import pool_values_backward
 
-        dv = pool_values_backward(dpooled, _rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
+        dv = pool_values_backward(dpooled, contiguous_rows(v), lengths, eps, mean, mean_heads, cu_seqlens)
         return dv if dv.stride() == v.stride() else torch.empty_like(v).copy_(dv)
     with without_autocast(v):
         return backward(dpooled, v, lengths, eps, mean, mean_heads, cu_seqlens)
@@ -173,11 +174,6 @@ def backward(
             dx = dx.unflatten(-1, (v.shape[1], v.shape[3])).transpose(1, 2)
         dv[slice(None) if cu_seqlens is not None else n, :, rows] = dx.to(v.dtype)
     return dv
-
-
-def _rows(v: Tensor) -> Tensor:
-    """With a contiguous last dimension, as the Triton kernels read it."""
-    return v if v.stride(-1) == 1 else v.contiguous()
 
 
 def _blocks(v: Tensor, lengths: Tensor | None, mean_heads: bool, cu_seqlens: Tensor | None):

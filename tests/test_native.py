@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import shutil
 import subprocess
@@ -181,9 +182,9 @@ def test_what_would_reach_past_memory_is_refused(name):
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_default_dtype_and_device_change_nothing(dtype):
-    tensors, _, _ = case([60, 31], 12, 4, 4, 2, 32)
-    expected = results(mk.stepwise_map, tensors, case([60, 31], 12, 4, 4, 2, 32)[1], None, torch.float32, {})
-    plan, found = case([60, 31], 12, 4, 4, 2, 32)[1], []
+    tensors, plan, _ = case([60, 31], 12, 4, 4, 2, 32)
+    expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+    _, plan, _ = case([60, 31], 12, 4, 4, 2, 32)  # one that nothing is kept of
     q, k, lse = (t.float().requires_grad_() for t in tensors)
     weight = torch.randn(expected["maps"].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     before = torch.get_default_dtype()
@@ -311,12 +312,10 @@ def test_compiled_once(monkeypatch, tmp_path):
 @needs_library
 def test_threads_of_their_own():
     """Working memory is a thread's own: calls from several Python threads do not mix."""
-    import concurrent.futures
-
     tensors, plan, _ = case([200], 40, 6, 4, 2, 64)
     expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
 
-    def call(scale):
+    def call(_):
         found = [results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native") for _ in range(10)]
         return all(torch.equal(x[key], expected[key]) for x in found for key in expected)
 

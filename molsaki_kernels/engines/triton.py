@@ -45,7 +45,7 @@ def forward(
     """out ``(B, Hq, M, D)``, lse ``(B, Hq, M)`` float32 and the map ``(N, [Hq,] S, W)`` float32."""
     from ..triton.flash_forward import flash_forward
 
-    return flash_forward(*_rows(q, k, v), plan, options, sinks, cu_seqlens, per_head)
+    return flash_forward(*map(contiguous_rows, (q, k, v)), plan, options, sinks, cu_seqlens, per_head)
 
 
 def backward(
@@ -65,10 +65,5 @@ def backward(
     """dq, dk, dv and dsinks, the map's part included."""
     from ..triton.flash_backward import flash_backward
 
-    q, k, v, out = _rows(q, k, v, out)
+    q, k, v, out = map(contiguous_rows, (q, k, v, out))
     return flash_backward(q, k, v, out, lse, dout, options, plan, dmaps, dlse, sinks, cu_seqlens)
-
-
-def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """With a contiguous last dimension, as the kernels read them."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)

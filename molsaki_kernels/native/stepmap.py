@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..call import Options, PlanTensors
 from ..plan_cache import kept
+from ..rows import contiguous_rows
 from ..scratch import scratch
 from .library import library
 from .library import why_not as why_no_library
@@ -56,11 +57,11 @@ def forward(
     N, S = plan.steps.shape[:2]
     heads = q.shape[1] if per_head else 1
     shape = (N, *((heads,) if per_head else ()), S, plan.num_words)
-    if _is_empty(q, plan):
+    if plan.is_empty(q):
         return torch.zeros(shape, **_FLOAT32)
     maps = torch.empty(shape, **_FLOAT32)
     sequences, known = _sequences(plan, q.shape[0], q.shape[2], cu_seqlens)
-    q, k, lse = _rows(q), _rows(k), lse.contiguous()
+    q, k, lse = contiguous_rows(q), contiguous_rows(k), lse.contiguous()
     call = _call(known, q, k, lse, plan, options, per_head)
     call.chunk_rows, call.maps = FORWARD_ROWS, maps.data_ptr()
     C, D = sequences.columns, q.shape[3]
@@ -88,12 +89,12 @@ class Gradient:
     ):
         self.dlse = torch.zeros(lse.shape, **_FLOAT32)
         self._call = None
-        if _is_empty(q, plan):
+        if plan.is_empty(q):
             return
         per_head = dmaps.dim() == 4
         dmaps = dmaps.float().contiguous()
         sequences, known = _sequences(plan, q.shape[0], q.shape[2], cu_seqlens)
-        q, k, lse = _rows(q), _rows(k), lse.contiguous()
+        q, k, lse = contiguous_rows(q), contiguous_rows(k), lse.contiguous()
         call = _call(known, q, k, lse, plan, options, per_head)
         (N, C), (Hq, D), Hkv = sequences.tokens.shape, q.shape[1::2], k.shape[1]
         tiles = -(-sequences.longest // BACKWARD_ROWS)
@@ -173,7 +174,7 @@ class _Sequences(NamedTuple):
         )
 
     @classmethod
-    def of(cls, plan: PlanTensors, M: int, bounds: list[int] | None) -> _Sequences:
+    def of(cls, plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> _Sequences:
         N, C = plan.tokens.shape
         columns = -(-C // 16) * 16
         begin = torch.tensor(bounds[:-1] if bounds else [0] * N, device=_CPU)
@@ -218,19 +219,9 @@ def _check(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None, length: Te
         raise ValueError(f"plan: expected word_of_token below {plan.num_words} words, got {plan.word_of_token}")
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With a contiguous last dimension."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _is_empty(q: Tensor, plan: PlanTensors) -> bool:
-    return 0 in (*q.shape, *plan.steps.shape[:2], plan.tokens.shape[1], plan.num_words)
-
-
 def _sequences(plan: PlanTensors, B: int, M: int, cu_seqlens: Tensor | None) -> tuple[_Sequences, _Call]:
     """With a call to copy."""
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-
     if bounds is None and len(plan.tokens) != B:
         raise ValueError(f"plan: expected one entry for each of {B} sequences, got {len(plan.tokens)}")
 
