@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..call import AttentionCall, Options, PlanTensors
 from ..machine import INSTALLED, INTERPRETED, why_no_triton
+from ..rows import contiguous_rows
 
 NAME = "triton"
 
