@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NEEDED = {"avx2", "fma"}
 
@@ -70,7 +71,7 @@ def _processor() -> str:
 def _made(command: str, processor: str) -> ctypes.CDLL:
     """The library from the first folder that can hold it; one that cannot be loaded is compiled once more."""
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join([*(source.read_text() for source in SOURCES), *FLAGS, command, version, processor])
+    identity = "\n".join([*(file.read_text() for file in (*HEADERS, *SOURCES)), *FLAGS, command, version, processor])
     name = f"molsaki-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     reason = OSError("no folder to keep it in")
     for folder in _folders():

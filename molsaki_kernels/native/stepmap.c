@@ -8,45 +8,24 @@
  * Deterministic: which rows a task takes and the order in which its parts are added up depend on shapes, the plan and the
  * number of threads alone.
  */
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
+#include "tiles.h"
 
-#ifdef __AVX512F__
-enum { LANES = 16, TILE_ROWS = 12, DEEP = 4 };
-#else
-enum { LANES = 8, TILE_ROWS = 6, DEEP = 2 };
-#endif
 enum {
     ROWS = 24,      /* of q at a time */
-    GROUP = 6,      /* rows of dq or columns of dk that share registers with DEEP vectors of the head */
-    MAX_D = 256,
     STRIDE = MAX_D + 16,    /* of the copied rows: an odd number of cache lines */
     COLUMNS = 256,  /* of a tile of dS */
     TILE = COLUMNS + 16
 };
 
-typedef float vf __attribute__((vector_size(LANES * 4)));
-typedef int32_t vi __attribute__((vector_size(LANES * 4)));
-typedef float vf_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t vi_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-#define UNROLL _Pragma("GCC unroll 24")
-#define INLINE static inline __attribute__((always_inline))
-#define NEVER INT32_MAX /* the position of a padding token */
-
 typedef struct {
-    int64_t sequences, q_heads, kv_heads, head_dim, columns, steps, words, longest;
-    int64_t causal, window, is_bf16, per_head, threads, chunk_rows, chunks, tasks;
+    Plan plan;
+    int64_t q_heads, kv_heads, head_dim, steps, words;
+    int64_t causal, window, is_bf16, per_head, threads, chunk_rows, chunks;
     int64_t q_strides[3], k_strides[3], dq_strides[3], dk_strides[3], lse_strides[2];
     double scale, word_weight;
     const void *q, *k;
     const float *lse;
-    /* The plan, a row for each sequence: where it is, its key tokens (padded to `columns`), its rows' steps. */
-    const int64_t *batch, *begin, *length, *tokens_used;
-    const int32_t *tokens, *word_of_token, *step_of_row;
-    /* Forward: rows [row, row + chunk_rows) of a sequence, which touch `count` steps from `first` on. */
-    const int64_t *task_sequence, *task_row, *task_first, *task_count, *task_slot;
+    /* Forward. */
     double *sums;  /* a task's, from task_slot * heads out * columns on: (heads out, count, columns) */
     float *packed; /* (sequences, kv_heads, head_dim x columns): key tokens, scaled, in panels of one or two vectors */
     float *maps;
@@ -61,59 +40,6 @@ typedef struct {
     void *dq, *dk;
 } Call;
 
-INLINE vf load(const float *x) { return *(const vf_any *)x; }
-INLINE void store(float *x, vf v) { *(vf_any *)x = v; }
-#ifdef __AVX512F__
-INLINE vf clamp(vf x, float a, float b) { /* NaN stays NaN */
-    return _mm512_max_ps(_mm512_set1_ps(a), _mm512_min_ps(_mm512_set1_ps(b), x));
-}
-#else
-INLINE vf clamp(vf x, float a, float b) { return _mm256_max_ps(_mm256_set1_ps(a), _mm256_min_ps(_mm256_set1_ps(b), x)); }
-#endif
-INLINE int64_t lowest(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE float from_bf16(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* To the nearest, ties to even; NaN stays NaN. */
-INLINE uint16_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return x != x ? 0x7fc0 : (uint16_t)rounded;
-}
-
-/* exp of numbers in [-80, 80]: reduction by ln 2 (one fused product; off by 2e-9 for each factor of 2), then a polynomial
- * (Cephes' expf). */
-INLINE vf exponential(vf x) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    vf n = x * 1.44269504088896341f + shift;
-    const vf power = (vf)(((vi)n << 23) + 0x3f800000);
-    n -= shift;
-    x -= n * 0.693147180559945f;
-    vf y = 1.9875691500e-4f * x + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * (x * x) + x + 1.0f;
-    return y * power; /* a product: NaN stays NaN */
-}
-
-/* How many of n ascending tokens are below `bound`. */
-static int64_t below(const int32_t *tokens, int64_t n, int64_t bound) {
-    int64_t low = 0, high = n;
-    while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if (tokens[middle] < bound) low = middle + 1; else high = middle;
-    }
-    return low;
-}
-
 /* Rows of one sequence and head, in the first cache. Absent rows and rows in no step are zeros, with lse 0: their weights
  * are finite whatever lies in memory. */
 typedef struct {
@@ -127,8 +53,8 @@ typedef struct {
 /* Which rows and columns: of rows [first, first + ROWS), at most up to stop. Returns 0 if no row is in a step or none can
  * see a key token. */
 static int find_rows(const Call *c, int64_t n, int64_t first, int64_t stop, Rows *rows) {
-    const int32_t *steps = c->step_of_row + n * c->longest + first;
-    const int32_t *tokens = c->tokens + n * c->columns;
+    const int32_t *steps = c->plan.step_of_row + n * c->plan.longest + first;
+    const int32_t *tokens = c->plan.tokens + n * c->plan.columns;
     rows->first = first;
     rows->count = lowest(ROWS, stop - first);
     int any = 0;
@@ -137,16 +63,16 @@ static int find_rows(const Call *c, int64_t n, int64_t first, int64_t stop, Rows
         any |= rows->step[r] >= 0;
     }
     rows->low = 0;
-    rows->high = c->tokens_used[n];
+    rows->high = c->plan.tokens_used[n];
     if (c->causal) rows->high = below(tokens, rows->high, first + rows->count);
     if (c->window > 0) rows->low = below(tokens, rows->high, first - c->window + 1) / (2 * LANES) * (2 * LANES);
     return any && rows->low < rows->high;
 }
 
 static void load_rows(const Call *c, int64_t n, int64_t h, int64_t stop, Rows *rows) {
-    const int64_t D = c->head_dim, first = rows->first, row = c->begin[n] + first, width = c->is_bf16 ? 2 : 4;
-    const int64_t offset = c->batch[n] * c->q_strides[0] + h * c->q_strides[1] + row * c->q_strides[2];
-    const float *lse = c->lse + c->batch[n] * c->lse_strides[0] + h * c->lse_strides[1] + row;
+    const int64_t D = c->head_dim, first = rows->first, row = c->plan.begin[n] + first, width = c->is_bf16 ? 2 : 4;
+    const int64_t offset = c->plan.batch[n] * c->q_strides[0] + h * c->q_strides[1] + row * c->q_strides[2];
+    const float *lse = c->lse + c->plan.batch[n] * c->lse_strides[0] + h * c->lse_strides[1] + row;
     const char *start = (const char *)c->q + offset * width, *next = start + ROWS * c->q_strides[2] * width;
     for (int r = 0; r < ROWS; r++) {
         if (first + ROWS + r < stop)
@@ -158,29 +84,23 @@ static void load_rows(const Call *c, int64_t n, int64_t h, int64_t stop, Rows *r
         }
         rows->lse[r] = lse[r];
         const char *q = start + r * c->q_strides[2] * width;
-        if (c->is_bf16)
-            for (int64_t d = 0; d < D; d++) rows->q[r][d] = from_bf16(((const uint16_t *)q)[d]);
-        else
-            memcpy(rows->q[r], q, D * sizeof(float));
+        read_row(q, 0, c->is_bf16, D, rows->q[r]);
     }
 }
 
 /* The key tokens of a sequence and key head, scaled: in panels of (head_dim, two vectors of columns), the last one
  * perhaps of one vector; and, for the backward, as rows. Padding is zero. */
 static void pack_keys(const Call *c, int64_t n, int64_t g) {
-    const int64_t D = c->head_dim, C = c->columns, used = c->tokens_used[n];
-    const int32_t *tokens = c->tokens + n * C;
+    const int64_t D = c->head_dim, C = c->plan.columns, used = c->plan.tokens_used[n];
+    const int32_t *tokens = c->plan.tokens + n * C;
     float *packed = c->packed + (n * c->kv_heads + g) * D * C;
     float *keys = c->keys ? c->keys + (n * c->kv_heads + g) * D * C : 0;
     float row[MAX_D];
     for (int64_t j = 0; j < C; j++) {
         if (j < used) {
             const int64_t offset =
-                c->batch[n] * c->k_strides[0] + g * c->k_strides[1] + (c->begin[n] + tokens[j]) * c->k_strides[2];
-            if (c->is_bf16)
-                for (int64_t d = 0; d < D; d++) row[d] = from_bf16(((const uint16_t *)c->k)[offset + d]);
-            else
-                memcpy(row, (const float *)c->k + offset, D * sizeof(float));
+                c->plan.batch[n] * c->k_strides[0] + g * c->k_strides[1] + (c->plan.begin[n] + tokens[j]) * c->k_strides[2];
+            read_row(c->k, offset, c->is_bf16, D, row);
             for (int64_t d = 0; d < D; d++) row[d] *= (float)c->scale;
         } else {
             memset(row, 0, D * sizeof(float));
@@ -193,31 +113,31 @@ static void pack_keys(const Call *c, int64_t n, int64_t g) {
 }
 
 /* How many vectors wide a panel is. */
-INLINE int64_t wide(const Call *c, int64_t column) { return lowest(2 * LANES, c->columns - column) / LANES; }
+INLINE int64_t wide(const Call *c, int64_t column) { return lowest(2 * LANES, c->plan.columns - column) / LANES; }
 
-/* The weights of TILE_ROWS rows, from r on, and `vectors` vectors of columns, from `column` on, the first ones of a panel of
+/* The weights of STRIP rows, from r on, and `vectors` vectors of columns, from `column` on, the first ones of a panel of
  * `wide` vectors. Hidden ones are 0. */
 INLINE void weights(
     const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
-    int64_t wide, vf p[TILE_ROWS][2]
+    int64_t wide, vf p[STRIP][2]
 ) {
     const int64_t D = c->head_dim;
     const float *q = rows->q[r], *panel = packed + column * D;
-    vf score[TILE_ROWS][2];
-    UNROLL for (int i = 0; i < TILE_ROWS; i++) UNROLL for (int v = 0; v < vectors; v++) score[i][v] = (vf){0};
+    vf score[STRIP][2];
+    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) score[i][v] = (vf){0};
     for (int64_t d = 0; d < D; d++) {
         vf key[2];
         UNROLL for (int v = 0; v < vectors; v++) key[v] = load(panel + (d * wide + v) * LANES);
-        UNROLL for (int i = 0; i < TILE_ROWS; i++)
+        UNROLL for (int i = 0; i < STRIP; i++)
             UNROLL for (int v = 0; v < vectors; v++) score[i][v] += q[i * STRIDE + d] * key[v];
     }
-    UNROLL for (int i = 0; i < TILE_ROWS; i++)
+    UNROLL for (int i = 0; i < STRIP; i++)
         UNROLL for (int v = 0; v < vectors; v++)
             p[i][v] = exponential(clamp(score[i][v] - rows->lse[r + i], -80.0f, 80.0f));
-    const int64_t first = rows->first + r, last = first + TILE_ROWS - 1, end = column + vectors * LANES;
+    const int64_t first = rows->first + r, last = first + STRIP - 1, end = column + vectors * LANES;
     const int64_t bound = c->causal ? first : NEVER - 1;
     if (tokens[end - 1] <= bound && (c->window <= 0 || tokens[column] > last - c->window)) return;
-    UNROLL for (int i = 0; i < TILE_ROWS; i++) UNROLL for (int v = 0; v < vectors; v++) {
+    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) {
         const vi token = *(const vi_any *)(tokens + column + v * LANES);
         vi seen = token <= (int32_t)(c->causal ? first + i : NEVER - 1);
         if (c->window > 0) seen &= token > (int32_t)(first + i - c->window);
@@ -236,69 +156,69 @@ INLINE void sum_tile(
     const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
     int64_t wide, int64_t first_step, double *sums
 ) {
-    vf p[TILE_ROWS][2];
+    vf p[STRIP][2];
     weights(c, rows, packed, tokens, r, column, vectors, wide, p);
     const int32_t step = rows->step[r];
     int same = step >= 0;
-    for (int i = 1; i < TILE_ROWS; i++) same &= rows->step[r + i] == step;
+    for (int i = 1; i < STRIP; i++) same &= rows->step[r + i] == step;
     if (same) {
         UNROLL for (int v = 0; v < vectors; v++) {
             vf sum = p[0][v];
-            UNROLL for (int i = 1; i < TILE_ROWS; i++) sum += p[i][v];
-            add_wide(sums + (step - first_step) * c->columns + column + v * LANES, sum);
+            UNROLL for (int i = 1; i < STRIP; i++) sum += p[i][v];
+            add_wide(sums + (step - first_step) * c->plan.columns + column + v * LANES, sum);
         }
         return;
     }
-    UNROLL for (int i = 0; i < TILE_ROWS; i++)
+    UNROLL for (int i = 0; i < STRIP; i++)
         if (rows->step[r + i] >= 0)
             for (int v = 0; v < vectors; v++)
-                add_wide(sums + (rows->step[r + i] - first_step) * c->columns + column + v * LANES, p[i][v]);
+                add_wide(sums + (rows->step[r + i] - first_step) * c->plan.columns + column + v * LANES, p[i][v]);
 }
 
 static void forward_task(const Call *c, int64_t t) {
-    const int64_t n = c->task_sequence[t], C = c->columns, count = c->task_count[t];
-    const int64_t stop = lowest(c->task_row[t] + c->chunk_rows, c->length[n]);
+    const int64_t n = c->plan.task_sequence[t], C = c->plan.columns, count = c->plan.task_count[t];
+    const int64_t stop = lowest(c->plan.task_row[t] + TASK_ROWS, c->plan.length[n]);
     const int64_t group = c->q_heads / c->kv_heads, heads_out = c->per_head ? c->q_heads : 1;
-    const int32_t *tokens = c->tokens + n * C;
-    double *sums = c->sums + c->task_slot[t] * heads_out * C;
+    const int32_t *tokens = c->plan.tokens + n * C;
+    double *sums = c->sums + c->plan.task_slot[t] * heads_out * C;
     memset(sums, 0, heads_out * count * C * sizeof(double));
     if (count == 0) return;
     Rows rows;
     for (int64_t h = 0; h < c->q_heads; h++) {
         const float *packed = c->packed + (n * c->kv_heads + h / group) * c->head_dim * C;
         double *own = sums + (c->per_head ? h * count * C : 0);
-        for (int64_t first = c->task_row[t]; first < stop; first += ROWS) {
+        for (int64_t first = c->plan.task_row[t]; first < stop; first += ROWS) {
             if (!find_rows(c, n, first, stop, &rows)) continue;
             load_rows(c, n, h, stop, &rows);
             int64_t column = rows.low;
             for (; column + LANES < rows.high; column += 2 * LANES)
-                for (int r = 0; r < rows.count; r += TILE_ROWS)
-                    sum_tile(c, &rows, packed, tokens, r, column, 2, 2, c->task_first[t], own);
+                for (int r = 0; r < rows.count; r += STRIP)
+                    sum_tile(c, &rows, packed, tokens, r, column, 2, 2, c->plan.task_first[t], own);
             if (column < rows.high)
-                for (int r = 0; r < rows.count; r += TILE_ROWS)
-                    sum_tile(c, &rows, packed, tokens, r, column, 1, wide(c, column), c->task_first[t], own);
+                for (int r = 0; r < rows.count; r += STRIP)
+                    sum_tile(c, &rows, packed, tokens, r, column, 1, wide(c, column), c->plan.task_first[t], own);
         }
     }
 }
 
 /* The map of a sequence from its tasks' sums: over tasks, then over the tokens of each word. */
 static void reduce_map(const Call *c, int64_t n) {
-    const int64_t C = c->columns, heads_out = c->per_head ? c->q_heads : 1;
-    const int32_t *word = c->word_of_token + n * C;
+    const int64_t C = c->plan.columns, heads_out = c->per_head ? c->q_heads : 1;
+    const int32_t *word = c->plan.word_of_token + n * C;
     memset(c->maps + n * heads_out * c->steps * c->words, 0, heads_out * c->steps * c->words * sizeof(float));
     int64_t begin = 0, end;
-    while (begin < c->tasks && c->task_sequence[begin] < n) begin++;
-    for (end = begin; end < c->tasks && c->task_sequence[end] == n; end++) {}
+    while (begin < c->plan.tasks && c->plan.task_sequence[begin] < n) begin++;
+    for (end = begin; end < c->plan.tasks && c->plan.task_sequence[end] == n; end++) {}
     for (int64_t h = 0; h < heads_out; h++) {
         int64_t from = begin;
         for (int64_t s = 0; s < c->steps; s++) {
-            while (from < end && c->task_first[from] + c->task_count[from] <= s) from++; /* tasks' steps ascend */
+            while (from < end && c->plan.task_first[from] + c->plan.task_count[from] <= s) from++; /* tasks' steps ascend */
             float *map = c->maps + ((n * heads_out + h) * c->steps + s) * c->words;
-            for (int64_t j = 0; j < c->tokens_used[n]; j++) {
+            for (int64_t j = 0; j < c->plan.tokens_used[n]; j++) {
                 double sum = 0;
-                for (int64_t t = from; t < end && (c->task_count[t] == 0 || c->task_first[t] <= s); t++) {
-                    const int64_t local = s - c->task_first[t], count = c->task_count[t];
-                    if (local < count) sum += c->sums[((c->task_slot[t] * heads_out) + h * count + local) * C + j];
+                for (int64_t t = from; t < end && (c->plan.task_count[t] == 0 || c->plan.task_first[t] <= s); t++) {
+                    const int64_t local = s - c->plan.task_first[t], count = c->plan.task_count[t];
+                    if (local < count) sum += c->sums[((c->plan.task_slot[t] * heads_out) + h * count + local) * C + j];
                 }
                 map[word[j]] += (float)(sum * c->word_weight);
             }
@@ -310,35 +230,35 @@ void molsaki_map_forward(const Call *c) {
 #pragma omp parallel num_threads((int)c->threads)
     {
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t n = 0; n < c->sequences; n++)
+        for (int64_t n = 0; n < c->plan.sequences; n++)
             for (int64_t g = 0; g < c->kv_heads; g++) pack_keys(c, n, g);
 #pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < c->tasks; t++) forward_task(c, t);
+        for (int64_t t = 0; t < c->plan.tasks; t++) forward_task(c, t);
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < c->sequences; n++) reduce_map(c, n);
+        for (int64_t n = 0; n < c->plan.sequences; n++) reduce_map(c, n);
     }
 }
 
 /* dA of the words, weighted, spread over their key tokens; zero for padding. */
 static void spread_upstream(const Call *c, int64_t n) {
-    const int64_t C = c->columns, heads_in = c->per_head ? c->q_heads : 1;
-    const int32_t *word = c->word_of_token + n * C;
+    const int64_t C = c->plan.columns, heads_in = c->per_head ? c->q_heads : 1;
+    const int32_t *word = c->plan.word_of_token + n * C;
     for (int64_t row = n * heads_in * c->steps; row < (n + 1) * heads_in * c->steps; row++)
         for (int64_t j = 0; j < C; j++)
             c->upstream[row * C + j] =
-                j < c->tokens_used[n] ? c->dmaps[row * c->words + word[j]] * (float)c->word_weight : 0;
+                j < c->plan.tokens_used[n] ? c->dmaps[row * c->words + word[j]] * (float)c->word_weight : 0;
 }
 
 static const float no_upstream[COLUMNS];
 
-/* dS of TILE_ROWS rows and one or two vectors of columns into the tile, and its sums over columns. */
+/* dS of STRIP rows and one or two vectors of columns into the tile, and its sums over columns. */
 INLINE void dscores_tile(
     const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, const float *const *upstream, int r,
     int64_t column, int vectors, int64_t wide, int64_t origin, float (*tile)[TILE], vf *sums
 ) {
-    vf p[TILE_ROWS][2];
+    vf p[STRIP][2];
     weights(c, rows, packed, tokens, r, column, vectors, wide, p);
-    UNROLL for (int i = 0; i < TILE_ROWS; i++) UNROLL for (int v = 0; v < vectors; v++) {
+    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) {
         const vf ds = p[i][v] * load(upstream[r + i] + column - origin + v * LANES);
         store(&tile[r + i][column - origin + v * LANES], ds);
         sums[r + i] += ds;
@@ -349,56 +269,18 @@ INLINE void dscores_tile(
 static void dscores(
     const Call *c, const Rows *rows, int64_t n, int64_t h, int64_t origin, int64_t stop, float (*tile)[TILE], vf *sums
 ) {
-    const int64_t C = c->columns, group = c->q_heads / c->kv_heads;
+    const int64_t C = c->plan.columns, group = c->q_heads / c->kv_heads;
     const float *packed = c->packed + (n * c->kv_heads + h / group) * c->head_dim * C;
     const float *all = c->upstream + (c->per_head ? n * c->q_heads + h : n) * c->steps * C + origin;
     const float *upstream[ROWS];
     for (int r = 0; r < ROWS; r++) upstream[r] = rows->step[r] < 0 ? no_upstream : all + rows->step[r] * C;
     int64_t column = origin;
     for (; column + LANES < stop; column += 2 * LANES)
-        for (int r = 0; r < rows->count; r += TILE_ROWS)
-            dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 2, 2, origin, tile, sums);
+        for (int r = 0; r < rows->count; r += STRIP)
+            dscores_tile(c, rows, packed, c->plan.tokens + n * C, upstream, r, column, 2, 2, origin, tile, sums);
     if (column < stop)
-        for (int r = 0; r < rows->count; r += TILE_ROWS)
-            dscores_tile(c, rows, packed, c->tokens + n * C, upstream, r, column, 1, wide(c, column), origin, tile, sums);
-}
-
-/* dk[j] += sum over rows of dS[row, j] q[row], without the scale. GROUP columns, `vectors` vectors of the head. */
-INLINE void dk_group(
-    const float (*q)[STRIDE], int64_t rows, const float (*tile)[TILE], int64_t columns, int64_t d, int vectors,
-    float *dk, int64_t D
-) {
-    vf sum[GROUP][DEEP];
-    UNROLL for (int j = 0; j < GROUP; j++) UNROLL for (int v = 0; v < vectors; v++) sum[j][v] = (vf){0};
-    for (int64_t r = 0; r < rows; r++) {
-        vf x[DEEP];
-        UNROLL for (int v = 0; v < vectors; v++) x[v] = load(&q[r][d + v * LANES]);
-        UNROLL for (int j = 0; j < GROUP; j++)
-            UNROLL for (int v = 0; v < vectors; v++) sum[j][v] += tile[r][j] * x[v];
-    }
-    UNROLL for (int j = 0; j < GROUP; j++)
-        if (j < columns)
-            UNROLL for (int v = 0; v < vectors; v++) {
-                float *target = dk + j * D + d + v * LANES;
-                store(target, load(target) + sum[j][v]);
-            }
-}
-
-/* dq[row] += sum over columns of dS[row, j] keys[j]. GROUP rows, `vectors` vectors of the head. */
-INLINE void dq_group(
-    const float (*tile)[TILE], int64_t columns, const float *keys, int64_t d, int vectors, float (*dq)[STRIDE],
-    int64_t D
-) {
-    vf sum[GROUP][DEEP];
-    UNROLL for (int i = 0; i < GROUP; i++) UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = (vf){0};
-    for (int64_t j = 0; j < columns; j++) {
-        vf x[DEEP];
-        UNROLL for (int v = 0; v < vectors; v++) x[v] = load(keys + j * D + d + v * LANES);
-        UNROLL for (int i = 0; i < GROUP; i++)
-            UNROLL for (int v = 0; v < vectors; v++) sum[i][v] += tile[i][j] * x[v];
-    }
-    UNROLL for (int i = 0; i < GROUP; i++)
-        UNROLL for (int v = 0; v < vectors; v++) store(&dq[i][d + v * LANES], load(&dq[i][d + v * LANES]) + sum[i][v]);
+        for (int r = 0; r < rows->count; r += STRIP)
+            dscores_tile(c, rows, packed, c->plan.tokens + n * C, upstream, r, column, 1, wide(c, column), origin, tile, sums);
 }
 
 /* dq of the rows, from the tile's columns [origin, stop) on. */
@@ -407,20 +289,18 @@ static void add_dq_of_tile(
     float (*dq)[STRIDE]
 ) {
     const int64_t D = c->head_dim, group = c->q_heads / c->kv_heads;
-    const float *keys = c->keys + ((n * c->kv_heads + h / group) * c->columns + origin) * D;
-    for (int r = 0; r < count; r += GROUP) {
-        int64_t d = 0;
-        for (; d + DEEP * LANES <= D; d += DEEP * LANES) dq_group(tile + r, stop - origin, keys, d, DEEP, dq + r, D);
-        for (; d < D; d += LANES) dq_group(tile + r, stop - origin, keys, d, 1, dq + r, D);
-    }
+    const float *keys = c->keys + ((n * c->kv_heads + h / group) * c->plan.columns + origin) * D;
+    for (int r = 0; r < count; r += GROUP)
+        accumulate(tile[r], TILE, 1, keys, D, stop - origin, D, dq[r], STRIDE, GROUP);
 }
 
 /* First half: dlse, dk of the key tokens and perhaps dq, of one chunk of one head's rows. */
 static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
-    const int64_t D = c->head_dim, C = c->columns;
-    const int64_t stop = lowest((chunk + 1) * c->chunk_rows, c->length[n]);
+    const int64_t D = c->head_dim, C = c->plan.columns;
+    const int64_t stop = lowest((chunk + 1) * c->chunk_rows, c->plan.length[n]);
     float *part = c->dk_parts + ((n * c->q_heads + h) * c->chunks + chunk) * C * D;
-    memset(part, 0, c->tokens_used[n] * D * sizeof(float));
+    float *dlse = c->dlse + c->plan.batch[n] * c->lse_strides[0] + h * c->lse_strides[1] + c->plan.begin[n];
+    memset(part, 0, c->plan.tokens_used[n] * D * sizeof(float));
     Rows rows;
     float tile[ROWS][TILE] __attribute__((aligned(64)));
     float dq[ROWS][STRIDE] __attribute__((aligned(64)));
@@ -433,35 +313,25 @@ static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
         for (int64_t origin = rows.low; origin < rows.high; origin += COLUMNS) {
             const int64_t end = lowest(origin + COLUMNS, rows.high);
             dscores(c, &rows, n, h, origin, end, tile, sums);
-            for (int64_t j = origin; j < end; j += GROUP) {
-                int64_t d = 0;
-                const float(*from)[TILE] = (const float(*)[TILE]) & tile[0][j - origin];
-                for (; d + DEEP * LANES <= D; d += DEEP * LANES)
-                    dk_group(rows.q, rows.count, from, end - j, d, DEEP, part + j * D, D);
-                for (; d < D; d += LANES) dk_group(rows.q, rows.count, from, end - j, d, 1, part + j * D, D);
-            }
+            for (int64_t j = origin; j < end; j += GROUP)
+                accumulate(&tile[0][j - origin], 1, TILE, rows.q[0], STRIDE, rows.count, D, part + j * D, D, end - j);
             if (c->kept) add_dq_of_tile(c, (const float(*)[TILE])tile, n, h, rows.count, origin, end, dq);
         }
         for (int r = 0; r < rows.count; r++) {
-            float sum = 0, lanes[LANES];
-            store(lanes, sums[r]);
-            for (int half = LANES / 2; half > 0; half /= 2)
-                for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-            sum = lanes[0];
             if (rows.step[r] >= 0)
-                c->dlse[(c->batch[n] * c->lse_strides[0] + h * c->lse_strides[1]) + c->begin[n] + first + r] = -sum;
+                dlse[first + r] = -sum_of(sums[r]);
             if (c->kept)
-                memcpy(c->kept + ((n * c->q_heads + h) * c->longest + first + r) * D, dq[r], D * sizeof(float));
+                memcpy(c->kept + ((n * c->q_heads + h) * c->plan.longest + first + r) * D, dq[r], D * sizeof(float));
         }
     }
 }
 
 /* dk of a key token: over the chunks of all heads of its group, scaled. */
 static void reduce_dk(const Call *c, int64_t n, int64_t g) {
-    const int64_t D = c->head_dim, C = c->columns, group = c->q_heads / c->kv_heads;
+    const int64_t D = c->head_dim, C = c->plan.columns, group = c->q_heads / c->kv_heads;
     const float *parts = c->dk_parts + (n * c->kv_heads + g) * group * c->chunks * C * D;
     float *dk = c->dk_tokens + (n * c->kv_heads + g) * C * D;
-    const int64_t size = c->tokens_used[n] * D;
+    const int64_t size = c->plan.tokens_used[n] * D;
     memcpy(dk, parts, size * sizeof(float));
     for (int64_t i = 1; i < group * c->chunks; i++)
         for (int64_t x = 0; x < size; x++) dk[x] += parts[i * C * D + x];
@@ -472,16 +342,16 @@ void molsaki_map_dlse(const Call *c) {
 #pragma omp parallel num_threads((int)c->threads)
     {
 #pragma omp for collapse(2) schedule(static) nowait
-        for (int64_t n = 0; n < c->sequences; n++)
+        for (int64_t n = 0; n < c->plan.sequences; n++)
             for (int64_t g = 0; g < c->kv_heads; g++) pack_keys(c, n, g);
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < c->sequences; n++) spread_upstream(c, n);
+        for (int64_t n = 0; n < c->plan.sequences; n++) spread_upstream(c, n);
 #pragma omp for collapse(3) schedule(dynamic)
-        for (int64_t n = 0; n < c->sequences; n++)
+        for (int64_t n = 0; n < c->plan.sequences; n++)
             for (int64_t h = 0; h < c->q_heads; h++)
                 for (int64_t chunk = 0; chunk < c->chunks; chunk++) backward_task(c, n, h, chunk);
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t n = 0; n < c->sequences; n++)
+        for (int64_t n = 0; n < c->plan.sequences; n++)
             for (int64_t g = 0; g < c->kv_heads; g++) reduce_dk(c, n, g);
     }
 }
@@ -500,7 +370,7 @@ INLINE void add_row(void *target, int64_t offset, const float *row, int64_t D, i
 static void add_dq(const Call *c, int64_t n, int64_t first) {
     const int64_t D = c->head_dim;
     Rows rows;
-    if (!find_rows(c, n, first, lowest(first + ROWS, c->length[n]), &rows)) return;
+    if (!find_rows(c, n, first, lowest(first + ROWS, c->plan.length[n]), &rows)) return;
     float tile[ROWS][TILE] __attribute__((aligned(64)));
     float dq[ROWS][STRIDE] __attribute__((aligned(64)));
     vf unused[ROWS];
@@ -515,29 +385,29 @@ static void add_dq(const Call *c, int64_t n, int64_t first) {
                 add_dq_of_tile(c, (const float(*)[TILE])tile, n, h, rows.count, origin, end, dq);
             }
         }
-        const float *kept = c->kept ? c->kept + ((n * c->q_heads + h) * c->longest + first) * D : dq[0];
+        const float *kept = c->kept ? c->kept + ((n * c->q_heads + h) * c->plan.longest + first) * D : dq[0];
         const int64_t stride = c->kept ? D : STRIDE;
-        const int64_t offset = c->batch[n] * c->dq_strides[0] + h * c->dq_strides[1];
+        const int64_t offset = c->plan.batch[n] * c->dq_strides[0] + h * c->dq_strides[1];
         for (int r = 0; r < rows.count; r++)
             if (rows.step[r] >= 0)
-                add_row(c->dq, offset + (c->begin[n] + first + r) * c->dq_strides[2], kept + r * stride, D, c->is_bf16);
+                add_row(c->dq, offset + (c->plan.begin[n] + first + r) * c->dq_strides[2], kept + r * stride, D, c->is_bf16);
     }
 }
 
 void molsaki_map_add(const Call *c) {
-    const int64_t D = c->head_dim, C = c->columns;
+    const int64_t D = c->head_dim, C = c->plan.columns;
 #pragma omp parallel num_threads((int)c->threads)
     {
 #pragma omp for collapse(2) schedule(dynamic) nowait
-        for (int64_t n = 0; n < c->sequences; n++)
-            for (int64_t first = 0; first < c->longest; first += ROWS)
-                if (first < c->length[n]) add_dq(c, n, first);
+        for (int64_t n = 0; n < c->plan.sequences; n++)
+            for (int64_t first = 0; first < c->plan.longest; first += ROWS)
+                if (first < c->plan.length[n]) add_dq(c, n, first);
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t n = 0; n < c->sequences; n++)
+        for (int64_t n = 0; n < c->plan.sequences; n++)
             for (int64_t g = 0; g < c->kv_heads; g++)
-                for (int64_t j = 0; j < c->tokens_used[n]; j++) { /* a token is in one word: no two add to one row */
-                    const int64_t row = c->begin[n] + c->tokens[n * C + j];
-                    const int64_t offset = c->batch[n] * c->dk_strides[0] + g * c->dk_strides[1] + row * c->dk_strides[2];
+                for (int64_t j = 0; j < c->plan.tokens_used[n]; j++) { /* a token is in one word: no two add to one row */
+                    const int64_t row = c->plan.begin[n] + c->plan.tokens[n * C + j];
+                    const int64_t offset = c->plan.batch[n] * c->dk_strides[0] + g * c->dk_strides[1] + row * c->dk_strides[2];
                     add_row(c->dk, offset, c->dk_tokens + ((n * c->kv_heads + g) * C + j) * D, D, c->is_bf16);
                 }
     }
