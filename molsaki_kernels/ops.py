@@ -14,12 +14,13 @@ from torch import Tensor
 
 from . import stepmap
 from .call import Options, PlanTensors
-from .engines import eager, flash_attn, flex, sdpa, triton
+from .engines import eager, flash_attn, flex, native, sdpa, triton
 from .native import stepmap as native_stepmap
 from .plain import function, is_plain, is_plain_backward, without_autocast
 from .rows import contiguous_rows
 
-ENGINES = {engine.NAME: engine for engine in (triton, flash_attn, flex, sdpa, eager)}
+ENGINES = {engine.NAME: engine for engine in (triton, native, flash_attn, flex, sdpa, eager)}
+_FUSED = {triton.NAME: triton, native.NAME: native}  # engines that make the map in the same pass
 
 
 def run_attention(*inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,8 +55,8 @@ def _attention(
     options = Options(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
     with without_autocast(q):
-        if engine == triton.NAME:
-            out, lse, maps = triton.forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
+        if engine in _FUSED:
+            out, lse, maps = _FUSED[engine].forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
         else:
             out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
             lse = lse.contiguous()
@@ -99,8 +100,8 @@ def _attention_gradients(
     with without_autocast(q):
         options = Options(causal, scale, window, softcap)
         plan = PlanTensors(steps, tokens, word_of_token, num_words)
-        if engine == triton.NAME:
-            grads = triton.backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
+        if engine in _FUSED:
+            grads = _FUSED[engine].backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
             dq, dk, dv, dsinks = grads
             dsinks = q.new_empty(0) if dsinks is None else dsinks
             return *_promised((dq, dk, dv), (q, k, v), engine), dsinks

@@ -1,0 +1,651 @@
+/* Attention and its stepwise map on a CPU in one pass, forward and backward (engine "native").
+ *
+ * The mathematics is that of flash attention and of docs/derivation.md. Rows of queries are the lanes of a vector: scores
+ * are made as S^T, of keys (broadcast) and the transposed queries of PANEL rows, so that the softmax over keys has no sums
+ * across lanes, and a key token's scores of all rows lie side by side. A block is TASK_ROWS rows against KEYS keys.
+ *
+ * Forward: the scores of key tokens are set aside; when lse is known they are turned into weights and added up per step.
+ * Backward: the weights of key tokens are made first, for dlse; dA then joins dP where a key token's column comes by.
+ *
+ * Deterministic: what a thread takes and the order in which its parts are added up depend on shapes, the plan and the
+ * number of threads alone.
+ */
+#include "tiles.h"
+
+#include <math.h>
+#include <omp.h>
+
+enum {
+    ROWS = TASK_ROWS,
+    PANEL = 2 * LANES, /* rows that share registers with STRIP keys */
+    PANELS = ROWS / PANEL,
+    VECTORS = ROWS / LANES,
+    KEYS = 96, /* a multiple of STRIP and GROUP */
+    WIDEST = MAX_D + 16 /* rows are copied to a constant width, an odd number of cache lines */
+};
+
+#define HIDDEN -1e30f /* a score that is not visible */
+
+typedef struct {
+    Plan plan;
+    int64_t rows, q_heads, kv_heads, head_dim, steps, words;
+    int64_t causal, window, is_bf16, per_head, threads;
+    int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], dout_strides[3];
+    int64_t dq_strides[3], dk_strides[3], dv_strides[3];
+    double scale, word_weight;
+    const void *q, *k, *v;
+    const float *sinks; /* (q_heads), or NULL */
+    void *out;
+    float *lse;  /* (B, q_heads, rows) */
+    float *work; /* of each thread: (columns + STRIP) x (ROWS + widest row) */
+    /* Forward. */
+    double *sums; /* a task's, from task_slot * q_heads * columns on: (q_heads, count, columns) */
+    float *maps;
+    /* Backward. */
+    const void *dout; /* or NULL: the map is all there is a gradient of */
+    const float *dlse, *dmaps; /* or NULL */
+    double *delta;    /* (B, q_heads, rows), for sinks: rowsum(dO * O) - dlse; or NULL */
+    float *dq, *dk, *dv;
+    float *parts;     /* of each thread: dk and dv of one key head, (2, longest, head_dim) */
+    int64_t *part_of; /* whose they are: n * kv_heads + g, or -1 */
+} Call;
+
+/* Rows of one head of one sequence, TASK_ROWS of them. */
+typedef struct {
+    int64_t n, h, g, task, first, count, length;
+    int64_t low, high;               /* the keys that some row sees */
+    int64_t first_column, columns;   /* the key tokens among them, first_column a multiple of STRIP */
+    float lse[ROWS];
+    float delta[ROWS];               /* rowsum(dO * O) - dlse, the map's dlse included */
+    int32_t step[ROWS];              /* -1: none */
+} Block;
+
+/* 8 x 8 numbers, from rows to columns. */
+INLINE void transpose8(const float *from, int64_t from_row, float *to, int64_t to_row) {
+    __m256 a[8], b[8];
+    UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * from_row);
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_row, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_row, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
+
+/* (ROWS, width) to panels of (D, PANEL). */
+INLINE void to_panels(const float *rows, int64_t panels, int64_t D, int width, float *panel) {
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t d = 0; d < D; d += 8)
+            for (int r = 0; r < PANEL; r += 8)
+                transpose8(rows + (p * PANEL + r) * width + d, width, panel + (p * D + d) * PANEL + r, PANEL);
+}
+
+/* `count` rows of a tensor from `offset` on, the last of them followed by zeros up to `padded`. */
+INLINE void read_rows(
+    const void *x, int64_t offset, int64_t stride, int64_t is_bf16, int64_t D, int64_t count, int64_t padded, int width,
+    float *rows
+) {
+    for (int64_t r = 0; r < count; r++) read_row(x, offset + r * stride, is_bf16, D, rows + r * width);
+    for (int64_t r = count; r < padded; r++) memset(rows + r * width, 0, D * sizeof(float));
+}
+
+INLINE int64_t at(const int64_t *strides, int64_t b, int64_t h, int64_t row) {
+    return b * strides[0] + h * strides[1] + row * strides[2];
+}
+
+/* STRIP keys' scores with the two vectors of a panel, without a mask. */
+INLINE void scores(const float *keys, int width, const float *panel, int64_t D, vf s[STRIP][2]) {
+    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) s[i][v] = (vf){0};
+    for (int64_t d = 0; d < D; d++) {
+        const vf a = load(panel + d * PANEL), b = load(panel + d * PANEL + LANES);
+        UNROLL for (int i = 0; i < STRIP; i++) {
+            const float key = keys[i * width + d];
+            s[i][0] += key * a;
+            s[i][1] += key * b;
+        }
+    }
+}
+
+/* The lanes whose row, from `row` on, sees the key. */
+INLINE vi seen(const Call *c, int64_t row, int64_t key, int64_t length) {
+    vi rows;
+    for (int i = 0; i < LANES; i++) rows[i] = i;
+    if (key >= length) return (vi){0};
+    const int32_t distance = (int32_t)(row - key);
+    vi visible = (vi){0} == 0;
+    if (c->causal) visible &= rows >= -distance;
+    if (c->window > 0) visible &= rows < (int32_t)c->window - distance;
+    return visible;
+}
+
+/* Whether every row of PANEL rows from `row` on sees all keys from `first` to `last`. */
+INLINE int all_seen(const Call *c, int64_t row, int64_t first, int64_t last, int64_t length) {
+    return last < length && (!c->causal || last <= row) && (c->window <= 0 || first > row + PANEL - 1 - c->window);
+}
+
+/* The strips, of keys from `key` on, that hold a key which a row of the panel sees. */
+typedef struct { int64_t from, to; } Range;
+INLINE Range live_strips(const Call *c, const Block *b, int64_t panel, int64_t key, int64_t keys) {
+    const int64_t row = b->first + panel * PANEL, last = lowest(row + PANEL, b->first + b->count) - 1;
+    const int64_t low = c->window > 0 ? highest(row - c->window + 1 - key, 0) : 0;
+    const int64_t high = c->causal ? lowest(last + 1 - key, keys) : keys;
+    if (high <= low) return (Range){0, 0};
+    return (Range){low / STRIP, (high + STRIP - 1) / STRIP};
+}
+
+/* The keys of a block, from `key` on, that some of GROUP rows from r on sees; what lies between is in the tile. */
+INLINE Range keys_of(const Call *c, const Block *b, const Range *live, int64_t r, int64_t key, int64_t keys) {
+    const int64_t last = lowest(r + GROUP, b->count) - 1;
+    Range x = live[r / PANEL], y = live[last / PANEL];
+    if (x.from == x.to) x = y;
+    if (y.from == y.to) y = x;
+    const int64_t to = lowest(y.to * STRIP, keys);
+    return (Range){x.from * STRIP, c->causal ? lowest(b->first + last + 1 - key, to) : to};
+}
+
+/* Zeros where no strip of a panel is live. */
+INLINE void clear_dead(float (*tile)[ROWS], int64_t panel, Range live, int64_t strips) {
+    for (int64_t j = 0; j < strips * STRIP; j++)
+        if (j < live.from * STRIP || j >= live.to * STRIP)
+            UNROLL for (int v = 0; v < 2; v++) store(&tile[j][panel * PANEL + v * LANES], (vf){0});
+}
+
+/* What of a block depends on sequence, head and task alone. Returns 0 if it has no rows. */
+INLINE void find_block(const Call *c, int64_t h, int64_t task, Block *b) {
+    const Plan *p = &c->plan;
+    b->n = p->task_sequence[task];
+    b->h = h;
+    b->g = h / (c->q_heads / c->kv_heads);
+    b->task = task;
+    b->first = p->task_row[task];
+    b->length = p->length[b->n];
+    b->count = lowest(ROWS, b->length - b->first);
+    b->low = c->window > 0 ? highest(b->first - c->window + 1, 0) : 0;
+    b->high = c->causal ? b->first + b->count : b->length;
+    const int32_t *steps = p->step_of_row + b->n * p->longest + b->first;
+    for (int r = 0; r < ROWS; r++) b->step[r] = r < b->count ? steps[r] : -1;
+    const int32_t *tokens = p->tokens + b->n * p->columns;
+    const int64_t used = p->task_count[task] ? p->tokens_used[b->n] : 0; /* without a step no key token matters */
+    b->first_column = below(tokens, used, b->low) / STRIP * STRIP;
+    b->columns = below(tokens, used, b->high) - b->first_column;
+    if (b->columns < 0) b->columns = 0;
+}
+
+/* The steps that rows of a vector are in, by turns. */
+INLINE void sum_steps(const Call *c, const Block *b, const vf *w, int64_t column) {
+    const Plan *p = &c->plan;
+    const int64_t first = p->task_first[b->task], count = p->task_count[b->task], C = p->columns;
+    double *sums = c->sums + (p->task_slot[b->task] * c->q_heads + b->h * count) * C + column;
+    for (int v = 0; v < VECTORS && v * LANES < b->count; v++) {
+        const vi steps = *(const vi_any *)(b->step + v * LANES);
+        int32_t done = -1;
+        for (int i = 0; i < LANES; i++) { /* ascending: a step is a run of lanes, between them rows in none */
+            const int32_t step = b->step[v * LANES + i];
+            if (step <= done) continue;
+            sums[(step - first) * C] += sum_of((vf)((vi)w[v] & (steps == step)));
+            done = step;
+        }
+    }
+}
+
+/* The map's part of a forward block: set-aside scores to weights, and their sums over the rows of each step. */
+INLINE void add_map(const Call *c, const Block *b, float (*aside)[ROWS]) {
+    for (int64_t j = 0; j < b->columns; j++) {
+        vf w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            const vf s = load(&aside[j][v * LANES]);
+            w[v] = exponential(clamp(s - load(b->lse + v * LANES), -80.0f, 80.0f));
+            w[v] = (vf)((vi)w[v] & (s > HIDDEN));
+        }
+        sum_steps(c, b, w, b->first_column + j);
+    }
+}
+
+/* A panel's scores to exp(score - max), over the keys [from, to) of the block; what max and sum become, and by how much
+ * what was made with the old max shrinks. */
+INLINE void softmax(float (*tile)[ROWS], int64_t panel, int64_t from, int64_t to, vf *max, vf *sum, vf *shrink) {
+    float *column = &tile[0][panel * PANEL];
+    UNROLL for (int v = 0; v < 2; v++) {
+        vf m0 = max[v], m1 = m0;
+        int64_t j = from;
+        for (; j + 1 < to; j += 2) {
+            m0 = most(load(column + j * ROWS + v * LANES), m0);
+            m1 = most(load(column + (j + 1) * ROWS + v * LANES), m1);
+        }
+        if (j < to) m0 = most(load(column + j * ROWS + v * LANES), m0);
+        const vf m = most(m0, m1);
+        shrink[v] = exponential(clamp(max[v] - m, -80.0f, 0.0f));
+        max[v] = m;
+    }
+    vf total[2] = {{0}, {0}};
+    for (int64_t j = from; j < to; j++) UNROLL for (int v = 0; v < 2; v++) {
+        float *at = column + j * ROWS + v * LANES;
+        const vf s = load(at);
+        vf p = exponential(clamp(s - max[v], -80.0f, 80.0f));
+        p = (vf)((vi)p & ~(s <= HIDDEN));
+        store(at, p);
+        total[v] += p;
+    }
+    UNROLL for (int v = 0; v < 2; v++) sum[v] = sum[v] * shrink[v] + total[v];
+}
+
+INLINE int differs_from_one(vf x) {
+    const vi unequal = x != splat(1.0f);
+    int any = 0;
+    for (int i = 0; i < LANES; i++) any |= unequal[i];
+    return any;
+}
+
+INLINE void forward_block(const Call *c, int64_t h, int64_t task, float *work, int width) {
+    const int64_t D = c->head_dim;
+    const Plan *plan = &c->plan;
+    Block b;
+    find_block(c, h, task, &b);
+    const int64_t batch = plan->batch[b.n], begin = plan->begin[b.n], panels = (b.count + PANEL - 1) / PANEL;
+    float rows[ROWS * WIDEST] __attribute__((aligned(64))); /* q, then the keys */
+    float values[KEYS * WIDEST] __attribute__((aligned(64)));
+    float panel[ROWS * MAX_D] __attribute__((aligned(64)));
+    float out[ROWS * WIDEST] __attribute__((aligned(64)));
+    float tile[KEYS][ROWS] __attribute__((aligned(64)));
+    float(*aside)[ROWS] = (float(*)[ROWS])work;
+    vf max[VECTORS], sum[VECTORS];
+
+    read_rows(c->q, at(c->q_strides, batch, h, begin + b.first), c->q_strides[2], c->is_bf16, D, b.count,
+              panels * PANEL, width, rows);
+    for (int64_t r = 0; r < b.count; r++)
+        for (int64_t d = 0; d < D; d++) rows[r * width + d] *= (float)c->scale;
+    to_panels(rows, panels, D, width, panel);
+    memset(out, 0, b.count * width * sizeof(float));
+    for (int v = 0; v < VECTORS; v++) {
+        max[v] = splat(c->sinks ? c->sinks[h] : HIDDEN);
+        sum[v] = splat(c->sinks ? 1.0f : 0.0f);
+    }
+    for (int64_t j = 0; j < b.columns; j++)
+        for (int v = 0; v < VECTORS; v++) store(&aside[j][v * LANES], splat(HIDDEN));
+    const int32_t *tokens = plan->tokens + b.n * plan->columns + b.first_column;
+    int64_t token = 0;
+
+    for (int64_t key = b.low; key < b.high; key += KEYS) {
+        const int64_t keys = lowest(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
+        read_rows(c->k, at(c->k_strides, batch, b.g, begin + key), c->k_strides[2], c->is_bf16, D, keys, strips * STRIP,
+                  width, rows);
+        read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, D, keys, keys, width,
+                  values);
+        Range live[PANELS];
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t row = b.first + p * PANEL;
+            live[p] = live_strips(c, &b, p, key, keys);
+            clear_dead(tile, p, live[p], strips);
+            for (int64_t strip = live[p].from; strip < live[p].to; strip++) {
+                const int64_t first = key + strip * STRIP;
+                vf s[STRIP][2];
+                scores(rows + strip * STRIP * width, width, panel + p * D * PANEL, D, s);
+                if (!all_seen(c, row, first, first + STRIP - 1, b.length))
+                    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) {
+                        const vi visible = seen(c, row + v * LANES, first + i, b.length);
+                        s[i][v] = (vf)(((vi)s[i][v] & visible) | ((vi)splat(HIDDEN) & ~visible));
+                    }
+                UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++)
+                    store(&tile[strip * STRIP + i][p * PANEL + v * LANES], s[i][v]);
+            }
+        }
+        while (token < b.columns && tokens[token] < key) token++;
+        for (; token < b.columns && tokens[token] < key + keys; token++) {
+            const int64_t j = tokens[token] - key;
+            for (int64_t p = 0; p < panels; p++)
+                if (j / STRIP >= live[p].from && j / STRIP < live[p].to)
+                    memcpy(&aside[token][p * PANEL], &tile[j][p * PANEL], PANEL * sizeof(float));
+        }
+        for (int64_t p = 0; p < panels; p++) {
+            if (live[p].from == live[p].to) continue;
+            vf shrink[2];
+            softmax(tile, p, live[p].from * STRIP, live[p].to * STRIP, max + 2 * p, sum + 2 * p, shrink);
+            if (key == b.low || !(differs_from_one(shrink[0]) | differs_from_one(shrink[1]))) continue;
+            for (int r = 0; r < PANEL; r++) {
+                const float by = shrink[r / LANES][r % LANES];
+                for (int64_t d = 0; d < D; d++) out[(p * PANEL + r) * width + d] *= by;
+            }
+        }
+        for (int64_t r = 0; r < b.count; r += GROUP) {
+            const Range seen = keys_of(c, &b, live, r, key, keys);
+            if (seen.from < seen.to)
+                accumulate(&tile[seen.from][r], 1, ROWS, values + seen.from * width, width, seen.to - seen.from, D,
+                           out + r * width, width, GROUP);
+        }
+    }
+    float *lse = c->lse + (batch * c->q_heads + h) * c->rows + begin + b.first;
+    for (int64_t r = 0; r < panels * PANEL; r++) {
+        const float total = sum[r / LANES][r % LANES], by = 1.0f / total;
+        b.lse[r] = (float)(max[r / LANES][r % LANES] + log(total)); /* rounded once */
+        if (r >= b.count) {
+            b.lse[r] = 0;
+            continue;
+        }
+        lse[r] = b.lse[r];
+        const int64_t offset = at(c->out_strides, batch, h, begin + b.first + r);
+        if (c->is_bf16)
+            for (int64_t d = 0; d < D; d++) ((uint16_t *)c->out)[offset + d] = to_bf16(out[r * width + d] * by);
+        else
+            for (int64_t d = 0; d < D; d++) ((float *)c->out)[offset + d] = out[r * width + d] * by;
+    }
+    for (int64_t r = panels * PANEL; r < ROWS; r++) b.lse[r] = 0;
+    add_map(c, &b, aside);
+}
+
+static int64_t first_task(const Plan *p, int64_t n) {
+    int64_t low = 0, high = p->tasks;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (p->task_sequence[middle] < n) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
+/* The map of one step of a sequence: over tasks and heads, then over the tokens of each word. */
+static void reduce_map(const Call *c, int64_t n, int64_t s) {
+    const Plan *p = &c->plan;
+    const int64_t C = p->columns, H = c->q_heads, heads = c->per_head ? H : 1;
+    const int32_t *word = p->word_of_token + n * C;
+    for (int64_t h = 0; h < heads; h++)
+        memset(c->maps + ((n * heads + h) * c->steps + s) * c->words, 0, c->words * sizeof(float));
+    double total[MAX_D];
+    for (int64_t h = 0; h < heads; h++) {
+        float *map = c->maps + ((n * heads + h) * c->steps + s) * c->words;
+        for (int64_t origin = 0; origin < p->tokens_used[n]; origin += MAX_D) {
+            const int64_t count = lowest(MAX_D, p->tokens_used[n] - origin);
+            memset(total, 0, sizeof total);
+            for (int64_t t = first_task(p, n); t < p->tasks && p->task_sequence[t] == n; t++) {
+                const int64_t local = s - p->task_first[t];
+                if (local < 0 || local >= p->task_count[t]) continue;
+                for (int64_t from = h; from < (c->per_head ? h + 1 : H); from++) {
+                    const double *sums =
+                        c->sums + (p->task_slot[t] * H + from * p->task_count[t] + local) * C + origin;
+                    for (int64_t j = 0; j < count; j++) total[j] += sums[j];
+                }
+            }
+            for (int64_t j = 0; j < count; j++) map[word[origin + j]] += (float)(total[j] * c->word_weight);
+        }
+    }
+}
+
+static void forward_task(const Call *c, int64_t h, int64_t task, float *work) {
+    const Plan *p = &c->plan;
+    const int64_t count = p->task_count[task];
+    memset(c->sums + (p->task_slot[task] * c->q_heads + h * count) * p->columns, 0, count * p->columns * sizeof(double));
+    if (c->head_dim <= 64) forward_block(c, h, task, work, 80);
+    else if (c->head_dim <= 128) forward_block(c, h, task, work, 144);
+    else forward_block(c, h, task, work, WIDEST);
+}
+
+static float *own_work(const Call *c) {
+    return c->work + omp_get_thread_num() * (c->plan.columns + STRIP) * (ROWS + WIDEST);
+}
+
+void molsaki_attention_forward(const Call *c) {
+    const Plan *p = &c->plan;
+#pragma omp parallel num_threads((int)c->threads)
+    {
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t t = p->tasks - 1; t >= 0; t--) /* under causality the longest first */
+            for (int64_t h = 0; h < c->q_heads; h++) forward_task(c, h, t, own_work(c));
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t n = 0; n < p->sequences; n++)
+            for (int64_t s = 0; s < c->steps; s++) reduce_map(c, n, s);
+    }
+}
+
+/* dA of a key token for the rows of a vector. */
+INLINE vf upstream(const Call *c, const Block *b, int64_t column, int v) {
+    const int32_t *step = b->step + v * LANES, word = c->plan.word_of_token[b->n * c->plan.columns + column];
+    const int64_t map = c->per_head ? b->n * c->q_heads + b->h : b->n;
+    const float *dmaps = c->dmaps + map * c->steps * c->words + word;
+    if (step[0] >= 0 && step[0] == step[LANES - 1]) return splat(dmaps[step[0] * c->words] * (float)c->word_weight);
+    vf x = (vf){0};
+    for (int i = 0; i < LANES; i++)
+        if (step[i] >= 0) x[i] = dmaps[step[i] * c->words] * (float)c->word_weight;
+    return x;
+}
+
+/* The key tokens' dA into `aside`, and what it adds to delta: the weights times dA. */
+INLINE void add_map_to_delta(
+    const Call *c, Block *b, const float *key_tokens, const float *panel, int64_t panels, int width, float (*aside)[ROWS]
+) {
+    const int32_t *tokens = c->plan.tokens + b->n * c->plan.columns;
+    vf delta[VECTORS];
+    for (int v = 0; v < VECTORS; v++) delta[v] = load(b->delta + v * LANES);
+    for (int64_t j = 0; j < b->columns; j += STRIP) {
+        const int64_t column = b->first_column + j;
+        for (int64_t p = 0; p < panels; p++) {
+            vf s[STRIP][2];
+            const int64_t row = b->first + p * PANEL;
+            if (c->causal && tokens[column] >= row + PANEL) {
+                for (int i = 0; i < STRIP; i++)
+                    UNROLL for (int v = 0; v < 2; v++) store(&aside[j + i][p * PANEL + v * LANES], (vf){0});
+                continue;
+            }
+            scores(key_tokens + column * width, width, panel + p * c->head_dim * PANEL, c->head_dim, s);
+            for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) {
+                const int64_t at = 2 * p + v;
+                vf w = exponential(clamp(s[i][v] - load(b->lse + at * LANES), -80.0f, 80.0f));
+                vf da = (vf){0};
+                if (j + i < b->columns) da = upstream(c, b, column + i, at);
+                const vi visible = j + i < b->columns ? seen(c, row + v * LANES, tokens[column + i], b->length) : (vi){0};
+                store(&aside[j + i][at * LANES], da);
+                delta[at] += (vf)((vi)w & visible) * da;
+            }
+        }
+    }
+    for (int v = 0; v < VECTORS; v++) store(b->delta + v * LANES, delta[v]);
+}
+
+/* lse, and delta = rowsum(dO * O) - dlse, of a block's rows. */
+INLINE void read_delta(const Call *c, Block *b, int64_t batch, int64_t row, const float *dout, int width) {
+    const int64_t D = c->head_dim, at_row = (batch * c->q_heads + b->h) * c->rows + row;
+    for (int64_t r = 0; r < ROWS; r++) b->lse[r] = b->delta[r] = 0;
+    for (int64_t r = 0; r < b->count; r++) {
+        b->lse[r] = c->lse[at_row + r];
+        double exact = 0;
+        if (c->dout) {
+            float out[MAX_D];
+            read_row(c->out, at(c->out_strides, batch, b->h, row + r), c->is_bf16, D, out);
+            if (c->delta)
+                for (int64_t d = 0; d < D; d++) exact += (double)dout[r * width + d] * out[d];
+            vf sum = (vf){0};
+            for (int64_t d = 0; d < D; d += LANES) sum += load(dout + r * width + d) * load(out + d);
+            b->delta[r] = sum_of(sum);
+        }
+        if (c->dlse) b->delta[r] -= c->dlse[at_row + r];
+        if (c->delta) c->delta[at_row + r] = exact - (c->dlse ? c->dlse[at_row + r] : 0);
+    }
+}
+
+typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } Keys; /* where a key head's gradients are added up */
+
+INLINE void backward_block(
+    const Call *c, int64_t h, int64_t task, const Keys *to, const float *key_tokens, float (*aside)[ROWS], int width
+) {
+    const int64_t D = c->head_dim;
+    const Plan *plan = &c->plan;
+    Block b;
+    find_block(c, h, task, &b);
+    const int64_t batch = plan->batch[b.n], begin = plan->begin[b.n], panels = (b.count + PANEL - 1) / PANEL;
+    const int64_t row = begin + b.first;
+    float q[ROWS * WIDEST] __attribute__((aligned(64))), dout[ROWS * WIDEST] __attribute__((aligned(64)));
+    float q_panel[ROWS * MAX_D] __attribute__((aligned(64))), dout_panel[ROWS * MAX_D] __attribute__((aligned(64)));
+    float k[KEYS * WIDEST] __attribute__((aligned(64))), v[KEYS * WIDEST] __attribute__((aligned(64)));
+    float dq[ROWS * WIDEST] __attribute__((aligned(64)));
+    float weights[KEYS][ROWS] __attribute__((aligned(64))), dscores[KEYS][ROWS] __attribute__((aligned(64)));
+
+    read_rows(c->q, at(c->q_strides, batch, h, row), c->q_strides[2], c->is_bf16, D, b.count, panels * PANEL, width, q);
+    for (int64_t r = 0; r < b.count; r++)
+        for (int64_t d = 0; d < D; d++) q[r * width + d] *= (float)c->scale;
+    to_panels(q, panels, D, width, q_panel);
+    if (c->dout) {
+        read_rows(c->dout, at(c->dout_strides, batch, h, row), c->dout_strides[2], c->is_bf16, D, b.count,
+                  panels * PANEL, width, dout);
+        to_panels(dout, panels, D, width, dout_panel);
+    }
+    read_delta(c, &b, batch, row, dout, width);
+    if (c->dmaps) {
+        double before[ROWS];
+        for (int r = 0; r < ROWS; r++) before[r] = b.delta[r];
+        add_map_to_delta(c, &b, key_tokens, q_panel, panels, width, aside);
+        if (c->delta)
+            for (int r = 0; r < b.count; r++)
+                c->delta[(batch * c->q_heads + h) * c->rows + row + r] += b.delta[r] - before[r];
+    }
+    memset(dq, 0, b.count * width * sizeof(float));
+    const int32_t *tokens = plan->tokens + b.n * plan->columns + b.first_column;
+    int64_t token = 0;
+
+    for (int64_t key = b.low; key < b.high; key += KEYS) {
+        const int64_t keys = lowest(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
+        read_rows(c->k, at(c->k_strides, batch, b.g, begin + key), c->k_strides[2], c->is_bf16, D, keys, strips * STRIP,
+                  width, k);
+        if (c->dout)
+            read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, D, keys,
+                      strips * STRIP, width, v);
+        const float *da[KEYS];
+        for (int j = 0; j < KEYS; j++) da[j] = 0;
+        if (c->dmaps) {
+            while (token < b.columns && tokens[token] < key) token++;
+            for (; token < b.columns && tokens[token] < key + keys; token++) da[tokens[token] - key] = aside[token];
+        }
+        Range live[PANELS];
+        for (int64_t p = 0; p < panels; p++) {
+            live[p] = live_strips(c, &b, p, key, keys);
+            clear_dead(weights, p, live[p], strips);
+            clear_dead(dscores, p, live[p], strips);
+            const vf lse[2] = {load(b.lse + p * PANEL), load(b.lse + p * PANEL + LANES)};
+            const vf delta[2] = {load(b.delta + p * PANEL), load(b.delta + p * PANEL + LANES)};
+            for (int64_t strip = live[p].from; strip < live[p].to; strip++) {
+                const int64_t j = strip * STRIP, first = key + j;
+                vf s[STRIP][2];
+                scores(k + j * width, width, q_panel + p * D * PANEL, D, s);
+                const int masked = !all_seen(c, b.first + p * PANEL, first, first + STRIP - 1, b.length);
+                UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int x = 0; x < 2; x++) {
+                    vf w = exponential(clamp(s[i][x] - lse[x], -80.0f, 80.0f));
+                    if (masked) w = (vf)((vi)w & seen(c, b.first + p * PANEL + x * LANES, first + i, b.length));
+                    store(&weights[j + i][p * PANEL + x * LANES], w);
+                }
+                if (c->dout) scores(v + j * width, width, dout_panel + p * D * PANEL, D, s);
+                else UNROLL for (int i = 0; i < STRIP; i++) s[i][0] = s[i][1] = (vf){0};
+                UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int x = 0; x < 2; x++) {
+                    vf dp = s[i][x];
+                    if (da[j + i]) dp += load(da[j + i] + p * PANEL + x * LANES);
+                    const vf w = load(&weights[j + i][p * PANEL + x * LANES]);
+                    store(&dscores[j + i][p * PANEL + x * LANES], w * (dp - delta[x]));
+                }
+            }
+        }
+        for (int64_t j = 0; j < keys; j += GROUP) {
+            const int64_t from = c->causal ? highest(key + j - b.first, 0) : 0, limit = lowest(GROUP, keys - j);
+            const int64_t end = c->window > 0 ? lowest(key + j + GROUP - 1 + c->window - b.first, b.count) : b.count;
+            if (from >= end) continue;
+            accumulate(&dscores[j][from], ROWS, 1, q + from * width, width, end - from, D,
+                       to->dk + (key + j) * to->dk_row, to->dk_row, limit);
+            if (c->dout)
+                accumulate(&weights[j][from], ROWS, 1, dout + from * width, width, end - from, D,
+                           to->dv + (key + j) * to->dv_row, to->dv_row, limit);
+        }
+        for (int64_t r = 0; r < b.count; r += GROUP) {
+            const Range seen = keys_of(c, &b, live, r, key, keys);
+            if (seen.from < seen.to)
+                accumulate(&dscores[seen.from][r], 1, ROWS, k + seen.from * width, width, seen.to - seen.from, D,
+                           dq + r * width, width, GROUP);
+        }
+    }
+    for (int64_t r = 0; r < b.count; r++) {
+        float *target = c->dq + at(c->dq_strides, batch, h, row + r);
+        for (int64_t d = 0; d < D; d++) target[d] = dq[r * width + d] * (float)c->scale;
+    }
+}
+
+INLINE void zero_rows(float *x, int64_t row, int64_t count, int64_t D) {
+    for (int64_t r = 0; r < count; r++) memset(x + r * row, 0, D * sizeof(float));
+}
+
+/* How long a task takes, about. */
+INLINE int64_t cost(const Call *c, int64_t task) {
+    const int64_t first = c->plan.task_row[task], length = c->plan.length[c->plan.task_sequence[task]];
+    const int64_t stop = lowest(first + ROWS, length), low = c->window > 0 ? highest(first - c->window + 1, 0) : 0;
+    return (stop - first) * ((c->causal ? stop : length) - low + 64);
+}
+
+/* A thread's share: blocks in the order of sequences, heads, rows. A key head's gradients are added up in place by the
+ * thread that has its first block, and by later ones in parts of their own: a thread begins in the middle of one at most. */
+static void backward_share(const Call *c, int64_t thread, int64_t threads) {
+    const Plan *p = &c->plan;
+    const int64_t D = c->head_dim, H = c->q_heads, group = H / c->kv_heads;
+    const int width = D <= 64 ? 80 : D <= 128 ? 144 : WIDEST;
+    int64_t total = 0, done = 0, current = -1;
+    for (int64_t t = 0; t < p->tasks; t++) total += H * cost(c, t);
+    const int64_t begin = total / threads * thread, end = thread + 1 < threads ? total / threads * (thread + 1) : total;
+    float(*aside)[ROWS] = (float(*)[ROWS])own_work(c), *key_tokens = aside[p->columns + STRIP];
+    Keys to = {0};
+    c->part_of[thread] = -1;
+    for (int64_t n = 0; n < p->sequences; n++) {
+        const int64_t first = first_task(p, n), b = p->batch[n];
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t t = first; t < p->tasks && p->task_sequence[t] == n; done += cost(c, t), t++) {
+                if (done < begin || done >= end) continue;
+                const int64_t g = h / group, key_head = n * c->kv_heads + g;
+                if (key_head != current) {
+                    current = key_head;
+                    if (h == g * group && t == first) {
+                        to.dk = c->dk + at(c->dk_strides, b, g, p->begin[n]), to.dk_row = c->dk_strides[2];
+                        to.dv = c->dv + at(c->dv_strides, b, g, p->begin[n]), to.dv_row = c->dv_strides[2];
+                    } else {
+                        to.dk = c->parts + thread * 2 * p->longest * D, to.dv = to.dk + p->longest * D;
+                        to.dk_row = to.dv_row = D;
+                        c->part_of[thread] = key_head;
+                    }
+                    zero_rows(to.dk, to.dk_row, p->length[n], D);
+                    zero_rows(to.dv, to.dv_row, p->length[n], D);
+                    if (c->dmaps)
+                        for (int64_t j = 0; j < p->columns + STRIP; j++) {
+                            float *row = key_tokens + j * width;
+                            if (j >= p->tokens_used[n]) {
+                                memset(row, 0, D * sizeof(float));
+                                continue;
+                            }
+                            const int64_t token = p->begin[n] + p->tokens[n * p->columns + j];
+                            read_row(c->k, at(c->k_strides, b, g, token), c->is_bf16, D, row);
+                        }
+                }
+                if (width == 80) backward_block(c, h, t, &to, key_tokens, aside, 80);
+                else if (width == 144) backward_block(c, h, t, &to, key_tokens, aside, 144);
+                else backward_block(c, h, t, &to, key_tokens, aside, WIDEST);
+            }
+    }
+}
+
+void molsaki_attention_backward(const Call *c) {
+    const Plan *p = &c->plan;
+    const int64_t D = c->head_dim;
+#pragma omp parallel num_threads((int)c->threads)
+    {
+        const int64_t threads = omp_get_num_threads();
+        backward_share(c, omp_get_thread_num(), threads);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < p->longest; row++)
+            for (int64_t t = 0; t < threads; t++) {
+                const int64_t n = c->part_of[t] / c->kv_heads, g = c->part_of[t] % c->kv_heads;
+                if (c->part_of[t] < 0 || row >= p->length[n]) continue;
+                const float *part = c->parts + (t * 2 * p->longest + row) * D;
+                float *dk = c->dk + at(c->dk_strides, p->batch[n], g, p->begin[n] + row);
+                float *dv = c->dv + at(c->dv_strides, p->batch[n], g, p->begin[n] + row);
+                for (int64_t d = 0; d < D; d++) dk[d] += part[d];
+                for (int64_t d = 0; d < D; d++) dv[d] += part[p->longest * D + d];
+            }
+    }
+}
