@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import molsaki_kernels as mk
-from molsaki_kernels import reference
+from molsaki_kernels import StepPlan, reference
 from molsaki_kernels.call import Options
 from molsaki_kernels.engines import flex
 from molsaki_kernels.ops import ENGINES
@@ -20,6 +20,8 @@ from molsaki_kernels.ops import ENGINES
 from .shapes import Inputs, Shape
 
 MAP_ALONE = "the map alone"
+CPU_FLASH = "sdpa, CPU flash"
+NATIVE_ALONE = "molsaki's native attention"  # without a map: what the map itself costs there
 SLOW_TO_BUILD = ("Flex", "flex")  # compiled anew for every shape, half a minute for both passes
 
 
@@ -34,7 +36,7 @@ class Contender:
 
 def contenders(device: torch.device, shape: Shape) -> list[Contender]:
     """All that can do ``shape`` on ``device``, the plain ones first."""
-    found = [*_plain(device), *_with_map(device)]
+    found = [*_plain(device, shape), *_with_map(device)]
     found.append(Contender(MAP_ALONE, "map alone", lambda x: mk.stepwise_map(x.q, x.k, x.lse, x.plan)))
     if fits_eager(shape, device):
         found.append(Contender("eager with weights", "eager", _eager))
@@ -70,7 +72,7 @@ def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, 
     return result, torch.autograd.grad(result, leaves, upstream)
 
 
-def _plain(device: torch.device) -> list[Contender]:
+def _plain(device: torch.device, shape: Shape) -> list[Contender]:
     def sdpa(backend):
         def run(x: Inputs) -> Tensor:
             with sdpa_kernel(backend):
@@ -80,7 +82,10 @@ def _plain(device: torch.device) -> list[Contender]:
         return run
 
     if device.type == "cpu":
-        return [Contender("sdpa, CPU flash", "plain", sdpa(SDPBackend.FLASH_ATTENTION))]
+        found = [Contender(CPU_FLASH, "plain", sdpa(SDPBackend.FLASH_ATTENTION))]
+        if mk.engines()["native"] == "ready":
+            found.append(Contender(NATIVE_ALONE, "plain", _native_alone(shape.batch)))
+        return found
     found = [
         Contender("sdpa, cuDNN", "plain", sdpa(SDPBackend.CUDNN_ATTENTION)),
         Contender("sdpa, aten flash", "plain", sdpa(SDPBackend.FLASH_ATTENTION)),
@@ -122,6 +127,11 @@ def _with_map(device: torch.device) -> list[Contender]:
     if device.type == "cpu":
         names = [name for name in names if name != "triton"]  # interpreted: not what is measured here
     return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
+
+
+def _native_alone(batch: int) -> Callable[[Inputs], Tensor]:
+    nothing = StepPlan.from_spans([[]] * batch, [[]] * batch)
+    return lambda x: mk.stepwise_attention(x.q, x.k, x.v, nothing, engine="native")[0]
 
 
 def _eager(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from .plan import StepPlan
 
 # Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it, so
 # flash_attn and flex, which can do nothing that triton and eager cannot, wait outside for theirs.
-AUTO = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
+AUTO = {"cpu": ("native", "sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
 
 
 def stepwise_attention(

@@ -1,4 +1,4 @@
-"""Engines sdpa and eager, and the map in C and in plain PyTorch, against the float64 oracle."""
+"""Engines native, sdpa and eager, and the map in C and in plain PyTorch, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -105,31 +105,50 @@ def serves(engine, options):
     return engine == "eager" or "softcap" not in options
 
 
-CASES = [(e, f) for e in ("sdpa", "eager") for f in FEATURES if serves(e, FEATURES[f])]
+ENGINES = ("native", "sdpa", "eager")
+CASES = [(e, f) for e in ENGINES for f in FEATURES if serves(e, FEATURES[f])]
+
+
+@pytest.fixture(autouse=True)
+def ready(request):
+    """Skips what this machine, or a test that switches it off, has no native engine for."""
+    engine = getattr(request.node, "callspec", None) and request.node.callspec.params.get("engine")
+    if "cpu_map" in request.fixturenames:
+        request.getfixturevalue("cpu_map")
+    if engine == "native" and library.why_not():
+        pytest.skip(library.why_not())
+
+
+def ready_engines():
+    return [name for name in ENGINES if mk.engines()[name] == "ready"]
 
 
 @pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("engine, feature", CASES)
 def test_features(engine, feature, dtype):
+    if engine == "native" and dtype not in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="'native' cannot serve .*: it takes float32 and bfloat16"):
+            compare(engine, "ragged", FEATURES[feature], dtype)
+        return
     compare(engine, "ragged", FEATURES[feature], dtype)
 
 
 @pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("engine, feature", CASES)
 def test_map_as_the_only_gradient(engine, feature):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, *([] if engine == "native" else [torch.float16])):
         compare(engine, "ragged", FEATURES[feature], dtype, source="maps")
 
 
-@pytest.mark.parametrize("engine", ["sdpa", "eager"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_output_as_the_only_gradient(engine):
     compare(engine, "ragged", {}, torch.float32, source="out")
 
 
 @pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("engine", ["sdpa", "eager"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("plan_name", [name for name in PLANS if name != "ragged"])
 def test_plans(plan_name, engine, packed):
     compare(engine, plan_name, dict(packed=packed), torch.float32)
@@ -141,8 +160,8 @@ def test_plans(plan_name, engine, packed):
 @pytest.mark.parametrize("layout", ["bhmd", "bmhd"])
 @pytest.mark.parametrize("dim", [16, 80])
 def test_shapes(groups, layout, dim):
-    compare("sdpa", "ragged", {}, torch.float32, groups=groups, layout=layout, dim=dim)
-    compare("eager", "ragged", {}, torch.float32, groups=groups, layout=layout, dim=dim)
+    for engine in ready_engines():
+        compare(engine, "ragged", {}, torch.float32, groups=groups, layout=layout, dim=dim)
 
 
 @pytest.mark.usefixtures("cpu_map")
@@ -150,7 +169,7 @@ def test_last_dimension_not_contiguous():
     tensors, plan, _ = inputs("ragged", torch.float32)
     strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
     assert strided[0].stride(-1) != 1
-    for engine in ("sdpa", "eager"):
+    for engine in ready_engines():
         a = run(mk.stepwise_attention, tensors, plan, None, {}, torch.float32, engine=engine)
         b = run(mk.stepwise_attention, strided, plan, None, {}, torch.float32, engine=engine)
         for name in a:
@@ -211,7 +230,7 @@ def test_rows_in_no_step_may_hold_anything():
 @pytest.mark.usefixtures("cpu_map")
 def test_twice_the_same_bits():
     tensors, plan, _ = inputs("ragged", torch.float32)
-    for engine in ("sdpa", "eager"):
+    for engine in ready_engines():
         a, b = (run(mk.stepwise_attention, tensors, plan, None, {}, torch.float32, engine=engine) for _ in range(2))
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -230,7 +249,7 @@ def test_plan_used_twice_in_one_graph():
 
 
 @pytest.mark.usefixtures("cpu_map")
-@pytest.mark.parametrize("engine", ["sdpa", "eager"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("window, length", [(1, 40), (None, 1)])
 def test_one_visible_key(engine, window, length):
     """Every weight is 1: the output is v, the map counts rows, and no gradient reaches q or k but rounding."""
@@ -249,17 +268,17 @@ def test_one_visible_key(engine, window, length):
 @pytest.mark.usefixtures("cpu_map")
 def test_empty_batch_and_empty_sequence():
     plan = StepPlan.from_spans([], [])
-    q = torch.zeros(0, 2, 5, 8, requires_grad=True)
-    for engine in ("sdpa", "eager"):
+    q = torch.zeros(0, 2, 5, 16, requires_grad=True)
+    for engine in ready_engines():
         out, maps = mk.stepwise_attention(q, q, q, plan, engine=engine)
         assert out.shape == q.shape and maps.shape == (0, 0, 0)
         out.sum().backward()
-        q0 = torch.zeros(2, 2, 0, 8, requires_grad=True)
+        q0 = torch.zeros(2, 2, 0, 16, requires_grad=True)
         out, maps = mk.stepwise_attention(q0, q0, q0, StepPlan.from_spans([[], []], [[], []]), engine=engine)
         assert out.shape == q0.shape and maps.shape == (2, 0, 0)
         (out.sum() + maps.sum()).backward()
         cu = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
-        packed = torch.randn(1, 2, 5, 8, requires_grad=True)
+        packed = torch.randn(1, 2, 5, 16, requires_grad=True)
         plan3 = StepPlan.from_spans([[(0, 3)], [], [(0, 2)]], [[[1]], [], [[0]]])
         out, maps = mk.stepwise_attention(packed, packed, packed, plan3, cu_seqlens=cu, engine=engine)
         assert maps.shape == (3, 1, 1) and maps[1].item() == 0 and maps[0].item() > 0
@@ -291,7 +310,7 @@ def test_gradients_after_inference_mode():
 
 
 @pytest.mark.usefixtures("cpu_map")
-@pytest.mark.parametrize("engine", ["sdpa", "eager"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_autocast_is_that_of_sdpa(engine):
     """It casts the inputs; the products inside, forward and backward, are those without autocast."""
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
@@ -359,11 +378,18 @@ def test_checkpointing():
 
 @pytest.mark.parametrize(
     "feature, engine",
-    [("plain", "sdpa"), ("packed, window, sinks", "sdpa"), ("heads", "sdpa"), ("packed, window, sinks", "triton")],
+    [
+        *(
+            (feature, engine)
+            for feature in ("plain", "packed, window, sinks", "heads")
+            for engine in ("native", "sdpa")
+        ),
+        ("packed, window, sinks", "triton"),
+    ],
 )
 @pytest.mark.parametrize("cpu_backend", ["native", "torch"])
 def test_opcheck(feature, engine, cpu_backend):
-    if cpu_backend == "native" and library.why_not():
+    if "native" in (engine, cpu_backend) and library.why_not():
         pytest.skip(library.why_not())
     options = dict(FEATURES[feature])
     packed, with_sinks = options.pop("packed", False), options.pop("sinks", False)
@@ -446,8 +472,9 @@ def test_engines_and_choice():
     listed = mk.engines()
     assert listed["sdpa"] == listed["eager"] == "ready"
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
-    with pytest.raises(ValueError, match="softcap"):
-        mk.stepwise_attention(q, k, v, plan, softcap=3.0, engine="sdpa")
+    for engine in ("native", "sdpa"):
+        with pytest.raises(ValueError, match="softcap" if listed[engine] == "ready" else "native"):
+            mk.stepwise_attention(q, k, v, plan, softcap=3.0, engine=engine)
     with pytest.raises(ValueError, match="engine: expected"):
         mk.stepwise_attention(q, k, v, plan, engine="fastest")
     out, _ = mk.stepwise_attention(q, k, v, plan, softcap=3.0)  # auto routes it to one that can

@@ -143,7 +143,7 @@ def test_doctor(capsys):
     assert run("doctor", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["engines"]["eager"] == "ready"
-    assert {"flash_attn", "flex"} <= found["engines"].keys() and found["auto"]["cpu"] == "sdpa, then eager"
+    assert {"flash_attn", "flex"} <= found["engines"].keys() and found["auto"]["cpu"] == "native, then sdpa, then eager"
     assert found["packages"]["torch"][0].isdigit()
     assert found["optional"]["deepspeed"][0].isdigit() or "needed for" in found["optional"]["deepspeed"]
     assert run("doctor") == 0

@@ -228,7 +228,7 @@ def test_no_wider_than_avx2(tmp_path):
     """The same source for processors without AVX-512 passes the same cases."""
     source = "import molsaki_kernels.native.library as library\nlibrary.FLAGS += ('-mno-avx512f',)\n"
     source += (
-        "import pytest, sys\nsys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', sys.argv[1], '-k', 'test_map']))"
+        "import pytest, sys\nsys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', sys.argv[1], '-k', 'test_map or test_attention']))"
     )
     environment = os.environ | {"MOLSAKI_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", source, __file__], env=environment, capture_output=True, text=True)
@@ -325,3 +325,178 @@ def test_threads_of_their_own():
 
 def test_the_reason_of_a_device():
     assert native.why_not(torch.device("meta"), torch.float32, 64, None) == "it takes CPU tensors, not meta"
+
+
+ATTENTION = {
+    "more rows than a block, more keys than a tile": (
+        dict(lengths=[450, 193], words=40, steps=7, q_heads=4, kv_heads=2, dim=64), {}),
+    "every row a step, every token a word": (
+        dict(lengths=[230], words=230, steps=230, q_heads=3, kv_heads=1, dim=32), dict(sinks=True)),
+    "rows in no step": (dict(lengths=[300], words=100, steps=7, q_heads=6, kv_heads=3, dim=80, gaps=True), {}),
+    "window": (dict(lengths=[500], words=100, steps=7, q_heads=6, kv_heads=3, dim=48, gaps=True), dict(window=37)),
+    "window of more than a block": (
+        dict(lengths=[700], words=90, steps=7, q_heads=2, kv_heads=1, dim=16), dict(window=301, sinks=True)),
+    "window of two": (dict(lengths=[200], words=60, steps=5, q_heads=2, kv_heads=1, dim=16), dict(window=2)),
+    "not causal": (dict(lengths=[230, 230], words=60, steps=9, q_heads=3, kv_heads=3, dim=128), dict(causal=False)),
+    "not causal, window, heads": (
+        dict(lengths=[330], words=60, steps=9, q_heads=3, kv_heads=3, dim=64),
+        dict(causal=False, window=120, heads="none")),
+    "packed, heads": (
+        dict(lengths=[50, 1, 400, 33], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True, gaps=True),
+        dict(heads="none")),
+    "packed, window, sinks": (
+        dict(lengths=[50, 1, 250, 193], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True),
+        dict(window=11, sinks=True)),
+    "the widest head": (dict(lengths=[211], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.05)),
+    "a negative scale": (dict(lengths=[111], words=20, steps=5, q_heads=4, kv_heads=2, dim=96), dict(scale=-0.1)),
+}  # fmt: skip
+
+
+def attention_results(function, name, dtype, upstream=("out", "maps"), **extra):
+    """out, the map and the gradients of those of ``upstream``; inputs are numbers of ``extra["given"]``."""
+    shape, options = ATTENTION[name]
+    given = extra.pop("given", dtype)
+    (q, k, _), plan, cu = case(**shape)
+    options, t = dict(options), torch.Generator().manual_seed(7)
+    leaves = [q, k, torch.randn(k.shape, generator=t, dtype=torch.float64)]
+    if options.pop("sinks", False):
+        leaves.append(torch.linspace(-1, 2, q.shape[1], dtype=torch.float64))
+    leaves = [x.to(given).to(dtype).requires_grad_() for x in leaves]
+    sinks = leaves[3] if len(leaves) > 3 else None
+    out, maps = function(*leaves[:3], plan, sinks=sinks, cu_seqlens=cu, **options, **extra)
+    found = {"out": out, "maps": maps}
+    loss = sum(
+        (found[key].double() * torch.randn(found[key].shape, generator=t, dtype=torch.float64)).sum()
+        for key in upstream
+    )
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    found |= {name: g for name, g in zip(("dq", "dk", "dv", "dsinks"), grads, strict=False) if g is not None}
+    return {key: value.detach() for key, value in found.items()}
+
+
+@needs_library
+@pytest.mark.parametrize("upstream", [("out", "maps"), ("out",), ("maps",)], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name, dtype, upstream):
+    oracle = attention_results(reference.stepwise_attention, name, torch.float64, upstream, given=dtype)
+    eager = attention_results(reference.stepwise_attention, name, dtype, upstream)
+    got = attention_results(mk.stepwise_attention, name, dtype, upstream, engine="native")
+    for key, value in oracle.items():
+        assert_within_budget(f"{name}: {key}", got.pop(key), value, eager[key])
+    assert not any(value.any() for value in got.values())  # dv where only the map has a gradient
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["more rows than a block, more keys than a tile", "packed, window, sinks", "window"])
+def test_attention_with_any_number_of_threads(name):
+    """The same bits twice; more threads than heads split a head's rows, whose dk and dv are then added up."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7, 7, 16):
+            torch.set_num_threads(count)
+            found.append(attention_results(mk.stepwise_attention, name, torch.float32, engine="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for key, first in found[0].items():
+        assert torch.equal(found[2][key], found[3][key]), key
+        for other in found[1:]:
+            torch.testing.assert_close(other[key], first)
+
+
+@needs_library
+def test_attention_in_threads_of_their_own():
+    name = "packed, window, sinks"
+    expected = attention_results(mk.stepwise_attention, name, torch.float32, engine="native")
+
+    def call(_):
+        found = [attention_results(mk.stepwise_attention, name, torch.float32, engine="native") for _ in range(5)]
+        return all(torch.equal(x[key], expected[key]) for x in found for key in expected)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(4)))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_attention_under_another_default_dtype_and_device(dtype):
+    name = "packed, window, sinks"
+    expected = attention_results(mk.stepwise_attention, name, torch.float32, engine="native")
+    shape, options = ATTENTION[name]
+    (q, k, _), plan, cu = case(**shape)
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    sinks = torch.linspace(-1, 2, q.shape[1], dtype=torch.float64)
+    leaves = [x.float().requires_grad_() for x in (q, k, v, sinks)]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            out, maps = mk.stepwise_attention(
+                *leaves[:3], plan, sinks=leaves[3], cu_seqlens=cu, window=options["window"], engine="native"
+            )
+            grads = torch.autograd.grad(out.sum() + maps.sum(), leaves)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(out, expected["out"]) and torch.equal(maps, expected["maps"])
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+
+@needs_library
+def test_rows_in_no_sequence_are_zero():
+    """The door wants bounds that cover all rows; a traced call may bring others."""
+    q, k, v = (torch.randn(1, h, 40, 16).requires_grad_() for h in (2, 1, 1))
+    plan = StepPlan.from_spans([[(0, 5)]], [[[1]]])
+    cu = torch.tensor([3, 20], dtype=torch.int32)
+    out, maps, lse = torch.ops.molsaki.stepwise_attention(
+        q, k, v, plan.steps, plan.tokens, plan.word_of_token, 1, None, cu, True, 0.25, None, None, False, "native",
+        "native",
+    )  # fmt: skip
+    inside = slice(3, 20)
+    expected, expected_maps = mk.stepwise_attention(*(t[:, :, inside] for t in (q, k, v)), plan, engine="native")
+    torch.testing.assert_close(out[:, :, inside], expected)
+    torch.testing.assert_close(maps, expected_maps)
+    grads = torch.autograd.grad(out.sum() + maps.sum(), (q, k, v))
+    for x in (out, lse[..., None], *grads):
+        assert not x[:, :, :3].any() and not x[:, :, 20:].any() and x[:, :, inside].any()
+
+
+@needs_library
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_attention_that_would_reach_past_memory_is_refused(name):
+    changed, message = BAD_PLANS[name]
+    (q, k, _), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
+    given = dict(tokens=[[1, 3], [2, 5]], word_of_token=[[0, 0], [0, 0]], cu=[0, 20, 40]) | changed
+    plan = (torch.tensor([[(0, 5)], [(0, 5)]]), torch.tensor(given["tokens"]), torch.tensor(given["word_of_token"]))
+    cu = None if given["cu"] is None else torch.tensor(given["cu"], dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.molsaki.stepwise_attention(
+            q.float(), k.float(), k.float(), *plan, 1, None, cu, True, 0.25, None, None, False, "native", "native"
+        )
+
+
+@needs_library
+def test_attention_far_from_zero():
+    """Scores of hundreds, a sink that takes everything, one that takes nothing."""
+    q, k, v = torch.full((1, 3, 100, 16), 10.0), torch.randn(1, 3, 100, 16) * 10, torch.randn(1, 3, 100, 16)
+    plan = StepPlan.from_spans([[(0, 100)]], [[[3], [99]]])
+    sinks = torch.tensor([1e4, -1e4, float("-inf")])
+    out, maps = mk.stepwise_attention(q, k, v, plan, sinks=sinks, heads="none", engine="native")
+    expected, expected_maps = reference.stepwise_attention(
+        q.double(), k.double(), v.double(), plan, sinks=sinks.double(), heads="none"
+    )
+    torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(maps, expected_maps.float(), atol=1e-4, rtol=1e-4)
+    assert not out[:, 0].any() and not maps[0, 0].any()
+
+
+@needs_library
+def test_a_word_nobody_sees_has_no_mass():
+    """Exactly 0, also within a block that looks at it; and NaN reaches whoever sees it, nobody before."""
+    q, k, v = (torch.randn(1, 1, 200, 16) for _ in range(3))
+    plan = StepPlan.from_spans([[(0, 50), (50, 200)]], [[[60], [120]]])
+    _, maps = mk.stepwise_attention(q, k, v, plan, engine="native")
+    assert maps[0, 0].tolist() == [0, 0] and (maps[0, 1] > 0).all()
+    k[..., 120, 3] = float("nan")
+    out, maps = mk.stepwise_attention(q, k, v, plan, engine="native")
+    assert out[:, :, 120:].isnan().all() and out[:, :, :120].isfinite().all()
+    assert maps[0, 0].tolist() == [0, 0] and maps[0, 1].isnan().all()

@@ -24,7 +24,9 @@ enum {
     WIDEST = MAX_D + 16 /* rows are copied to a constant width, an odd number of cache lines */
 };
 
-#define HIDDEN -1e30f /* a score that is not visible */
+/* The score of a key that is not visible, and less than any score that is: what the maximum starts at. */
+#define HIDDEN -1e30f
+#define LEAST -1e29f
 
 typedef struct {
     Plan plan;
@@ -37,9 +39,10 @@ typedef struct {
     const float *sinks; /* (q_heads), or NULL */
     void *out;
     float *lse;  /* (B, q_heads, rows) */
-    float *work; /* of each thread: (columns + STRIP) x (ROWS + widest row) */
+    float *work; /* of each thread: molsaki_attention_work(columns) bytes */
     /* Forward. */
-    double *sums; /* a task's, from task_slot * q_heads * columns on: (q_heads, count, columns) */
+    int64_t groups; /* of query heads: as many tasks for each block; as many as heads for per_head */
+    double *sums; /* a task's, from task_slot * groups * columns on: (groups, count, columns) */
     float *maps;
     /* Backward. */
     const void *dout; /* or NULL: the map is all there is a gradient of */
@@ -50,6 +53,23 @@ typedef struct {
     int64_t *part_of; /* whose they are: n * kv_heads + g, or -1 */
 } Call;
 
+/* A thread's copies of what a block reads, and what it makes; too large for a thread's stack. */
+typedef struct {
+    float q[ROWS * WIDEST], dout[ROWS * WIDEST], k[KEYS * WIDEST], v[KEYS * WIDEST];
+    float q_panel[ROWS * MAX_D], dout_panel[ROWS * MAX_D];
+    float result[ROWS * WIDEST];               /* out or dq */
+    float weights[KEYS][ROWS], dscores[KEYS][ROWS]; /* of keys by rows; weights: scores before */
+    float aside[][ROWS]; /* (columns + STRIP): scores of key tokens or their dA. Then key tokens, (columns + STRIP, WIDEST) */
+} Work;
+
+int64_t molsaki_attention_work(int64_t columns) {
+    return sizeof(Work) + (columns + STRIP) * (ROWS + WIDEST) * sizeof(float);
+}
+
+static Work *own_work(const Call *c) {
+    return (Work *)((char *)c->work + omp_get_thread_num() * molsaki_attention_work(c->plan.columns));
+}
+
 /* Rows of one head of one sequence, TASK_ROWS of them. */
 typedef struct {
     int64_t n, h, g, task, first, count, length;
@@ -59,6 +79,12 @@ typedef struct {
     float delta[ROWS];               /* rowsum(dO * O) - dlse, the map's dlse included */
     int32_t step[ROWS];              /* -1: none */
 } Block;
+
+/* exp, and 0 where that is below 1e-34; NaN stays NaN. */
+INLINE vf weight(vf x) {
+    const vi vanishes = x <= splat(-80.0f);
+    return (vf)((vi)exponential(clamp(x, -80.0f, 80.0f)) & ~vanishes);
+}
 
 /* 8 x 8 numbers, from rows to columns. */
 INLINE void transpose8(const float *from, int64_t from_row, float *to, int64_t to_row) {
@@ -101,8 +127,9 @@ INLINE int64_t at(const int64_t *strides, int64_t b, int64_t h, int64_t row) {
     return b * strides[0] + h * strides[1] + row * strides[2];
 }
 
-/* STRIP keys' scores with the two vectors of a panel, without a mask. */
-INLINE void scores(const float *keys, int width, const float *panel, int64_t D, vf s[STRIP][2]) {
+/* STRIP keys' scores with a panel's rows, without a mask, into PANEL columns of a tile. */
+INLINE void scores_of_width(const float *keys, int width, const float *panel, int64_t D, float *tile) {
+    vf s[STRIP][2];
     UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) s[i][v] = (vf){0};
     for (int64_t d = 0; d < D; d++) {
         const vf a = load(panel + d * PANEL), b = load(panel + d * PANEL + LANES);
@@ -112,6 +139,16 @@ INLINE void scores(const float *keys, int width, const float *panel, int64_t D, 
             s[i][1] += key * b;
         }
     }
+    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) store(tile + i * ROWS + v * LANES, s[i][v]);
+}
+
+/* How far apart the copied rows lie: constants, of which a key's number is one load. */
+static int width_of(int64_t D) { return D <= 64 ? 80 : D <= 128 ? 144 : WIDEST; }
+
+static void scores(const float *keys, const float *panel, int64_t D, float *tile) {
+    if (D <= 64) scores_of_width(keys, 80, panel, D, tile);
+    else if (D <= 128) scores_of_width(keys, 144, panel, D, tile);
+    else scores_of_width(keys, WIDEST, panel, D, tile);
 }
 
 /* The lanes whose row, from `row` on, sees the key. */
@@ -126,9 +163,16 @@ INLINE vi seen(const Call *c, int64_t row, int64_t key, int64_t length) {
     return visible;
 }
 
-/* Whether every row of PANEL rows from `row` on sees all keys from `first` to `last`. */
-INLINE int all_seen(const Call *c, int64_t row, int64_t first, int64_t last, int64_t length) {
-    return last < length && (!c->causal || last <= row) && (c->window <= 0 || first > row + PANEL - 1 - c->window);
+/* `hidden` where a row of the panel from `row` on does not see one of STRIP keys from `key` on. */
+static void hide(const Call *c, int64_t row, int64_t key, int64_t length, float *tile, float hidden) {
+    const int64_t last = key + STRIP - 1;
+    if (last < length && (!c->causal || last <= row) && (c->window <= 0 || key > row + PANEL - 1 - c->window)) return;
+    for (int i = 0; i < STRIP; i++)
+        for (int v = 0; v < 2; v++) {
+            float *x = tile + i * ROWS + v * LANES;
+            const vi visible = seen(c, row + v * LANES, key + i, length);
+            store(x, (vf)(((vi)load(x) & visible) | ((vi)splat(hidden) & ~visible)));
+        }
 }
 
 /* The strips, of keys from `key` on, that hold a key which a row of the panel sees. */
@@ -158,7 +202,7 @@ INLINE void clear_dead(float (*tile)[ROWS], int64_t panel, Range live, int64_t s
             UNROLL for (int v = 0; v < 2; v++) store(&tile[j][panel * PANEL + v * LANES], (vf){0});
 }
 
-/* What of a block depends on sequence, head and task alone. Returns 0 if it has no rows. */
+/* What of a block depends on sequence, head and task alone. */
 INLINE void find_block(const Call *c, int64_t h, int64_t task, Block *b) {
     const Plan *p = &c->plan;
     b->n = p->task_sequence[task];
@@ -180,10 +224,8 @@ INLINE void find_block(const Call *c, int64_t h, int64_t task, Block *b) {
 }
 
 /* The steps that rows of a vector are in, by turns. */
-INLINE void sum_steps(const Call *c, const Block *b, const vf *w, int64_t column) {
-    const Plan *p = &c->plan;
-    const int64_t first = p->task_first[b->task], count = p->task_count[b->task], C = p->columns;
-    double *sums = c->sums + (p->task_slot[b->task] * c->q_heads + b->h * count) * C + column;
+INLINE void sum_steps(const Call *c, const Block *b, const vf *w, double *sums) {
+    const int64_t first = c->plan.task_first[b->task], C = c->plan.columns;
     for (int v = 0; v < VECTORS && v * LANES < b->count; v++) {
         const vi steps = *(const vi_any *)(b->step + v * LANES);
         int32_t done = -1;
@@ -197,15 +239,11 @@ INLINE void sum_steps(const Call *c, const Block *b, const vf *w, int64_t column
 }
 
 /* The map's part of a forward block: set-aside scores to weights, and their sums over the rows of each step. */
-INLINE void add_map(const Call *c, const Block *b, float (*aside)[ROWS]) {
+INLINE void add_map(const Call *c, const Block *b, float (*aside)[ROWS], double *sums) {
     for (int64_t j = 0; j < b->columns; j++) {
         vf w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            const vf s = load(&aside[j][v * LANES]);
-            w[v] = exponential(clamp(s - load(b->lse + v * LANES), -80.0f, 80.0f));
-            w[v] = (vf)((vi)w[v] & (s > HIDDEN));
-        }
-        sum_steps(c, b, w, b->first_column + j);
+        for (int v = 0; v < VECTORS; v++) w[v] = weight(load(&aside[j][v * LANES]) - load(b->lse + v * LANES));
+        sum_steps(c, b, w, sums + b->first_column + j);
     }
 }
 
@@ -222,15 +260,13 @@ INLINE void softmax(float (*tile)[ROWS], int64_t panel, int64_t from, int64_t to
         }
         if (j < to) m0 = most(load(column + j * ROWS + v * LANES), m0);
         const vf m = most(m0, m1);
-        shrink[v] = exponential(clamp(max[v] - m, -80.0f, 0.0f));
+        shrink[v] = weight(max[v] - m);
         max[v] = m;
     }
     vf total[2] = {{0}, {0}};
     for (int64_t j = from; j < to; j++) UNROLL for (int v = 0; v < 2; v++) {
         float *at = column + j * ROWS + v * LANES;
-        const vf s = load(at);
-        vf p = exponential(clamp(s - max[v], -80.0f, 80.0f));
-        p = (vf)((vi)p & ~(s <= HIDDEN));
+        const vf p = weight(load(at) - max[v]);
         store(at, p);
         total[v] += p;
     }
@@ -244,41 +280,37 @@ INLINE int differs_from_one(vf x) {
     return any;
 }
 
-INLINE void forward_block(const Call *c, int64_t h, int64_t task, float *work, int width) {
-    const int64_t D = c->head_dim;
+static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, double *sums) {
+    const int64_t D = c->head_dim, width = width_of(D);
     const Plan *plan = &c->plan;
     Block b;
     find_block(c, h, task, &b);
     const int64_t batch = plan->batch[b.n], begin = plan->begin[b.n], panels = (b.count + PANEL - 1) / PANEL;
-    float rows[ROWS * WIDEST] __attribute__((aligned(64))); /* q, then the keys */
-    float values[KEYS * WIDEST] __attribute__((aligned(64)));
-    float panel[ROWS * MAX_D] __attribute__((aligned(64)));
-    float out[ROWS * WIDEST] __attribute__((aligned(64)));
-    float tile[KEYS][ROWS] __attribute__((aligned(64)));
-    float(*aside)[ROWS] = (float(*)[ROWS])work;
+    float *q = work->q, *k = work->k, *v = work->v, *panel = work->q_panel, *out = work->result;
+    float(*tile)[ROWS] = work->weights, (*aside)[ROWS] = work->aside;
     vf max[VECTORS], sum[VECTORS];
 
     read_rows(c->q, at(c->q_strides, batch, h, begin + b.first), c->q_strides[2], c->is_bf16, D, b.count,
-              panels * PANEL, width, rows);
+              panels * PANEL, width, q);
     for (int64_t r = 0; r < b.count; r++)
-        for (int64_t d = 0; d < D; d++) rows[r * width + d] *= (float)c->scale;
-    to_panels(rows, panels, D, width, panel);
+        for (int64_t d = 0; d < D; d++) q[r * width + d] *= (float)c->scale;
+    to_panels(q, panels, D, width, panel);
     memset(out, 0, b.count * width * sizeof(float));
-    for (int v = 0; v < VECTORS; v++) {
-        max[v] = splat(c->sinks ? c->sinks[h] : HIDDEN);
-        sum[v] = splat(c->sinks ? 1.0f : 0.0f);
+    for (int x = 0; x < VECTORS; x++) {
+        max[x] = splat(c->sinks ? c->sinks[h] : LEAST);
+        sum[x] = splat(c->sinks ? 1.0f : 0.0f);
     }
     for (int64_t j = 0; j < b.columns; j++)
-        for (int v = 0; v < VECTORS; v++) store(&aside[j][v * LANES], splat(HIDDEN));
+        for (int x = 0; x < VECTORS; x++) store(&aside[j][x * LANES], splat(HIDDEN));
     const int32_t *tokens = plan->tokens + b.n * plan->columns + b.first_column;
     int64_t token = 0;
 
     for (int64_t key = b.low; key < b.high; key += KEYS) {
         const int64_t keys = lowest(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
         read_rows(c->k, at(c->k_strides, batch, b.g, begin + key), c->k_strides[2], c->is_bf16, D, keys, strips * STRIP,
-                  width, rows);
+                  width, k);
         read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, D, keys, keys, width,
-                  values);
+                  v);
         Range live[PANELS];
         for (int64_t p = 0; p < panels; p++) {
             const int64_t row = b.first + p * PANEL;
@@ -286,15 +318,8 @@ INLINE void forward_block(const Call *c, int64_t h, int64_t task, float *work, i
             clear_dead(tile, p, live[p], strips);
             for (int64_t strip = live[p].from; strip < live[p].to; strip++) {
                 const int64_t first = key + strip * STRIP;
-                vf s[STRIP][2];
-                scores(rows + strip * STRIP * width, width, panel + p * D * PANEL, D, s);
-                if (!all_seen(c, row, first, first + STRIP - 1, b.length))
-                    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) {
-                        const vi visible = seen(c, row + v * LANES, first + i, b.length);
-                        s[i][v] = (vf)(((vi)s[i][v] & visible) | ((vi)splat(HIDDEN) & ~visible));
-                    }
-                UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++)
-                    store(&tile[strip * STRIP + i][p * PANEL + v * LANES], s[i][v]);
+                scores(k + strip * STRIP * width, panel + p * D * PANEL, D, &tile[strip * STRIP][p * PANEL]);
+                hide(c, row, first, b.length, &tile[strip * STRIP][p * PANEL], HIDDEN);
             }
         }
         while (token < b.columns && tokens[token] < key) token++;
@@ -317,7 +342,7 @@ INLINE void forward_block(const Call *c, int64_t h, int64_t task, float *work, i
         for (int64_t r = 0; r < b.count; r += GROUP) {
             const Range seen = keys_of(c, &b, live, r, key, keys);
             if (seen.from < seen.to)
-                accumulate(&tile[seen.from][r], 1, ROWS, values + seen.from * width, width, seen.to - seen.from, D,
+                accumulate(&tile[seen.from][r], 1, ROWS, v + seen.from * width, width, seen.to - seen.from, D,
                            out + r * width, width, GROUP);
         }
     }
@@ -337,7 +362,7 @@ INLINE void forward_block(const Call *c, int64_t h, int64_t task, float *work, i
             for (int64_t d = 0; d < D; d++) ((float *)c->out)[offset + d] = out[r * width + d] * by;
     }
     for (int64_t r = panels * PANEL; r < ROWS; r++) b.lse[r] = 0;
-    add_map(c, &b, aside);
+    add_map(c, &b, aside, sums);
 }
 
 static int64_t first_task(const Plan *p, int64_t n) {
@@ -349,44 +374,38 @@ static int64_t first_task(const Plan *p, int64_t n) {
     return low;
 }
 
-/* The map of one step of a sequence: over tasks and heads, then over the tokens of each word. */
+/* The map of one step of a sequence: over tasks and groups of heads, then over the tokens of each word. */
 static void reduce_map(const Call *c, int64_t n, int64_t s) {
     const Plan *p = &c->plan;
-    const int64_t C = p->columns, H = c->q_heads, heads = c->per_head ? H : 1;
+    const int64_t C = p->columns, heads = c->per_head ? c->q_heads : 1, groups = c->per_head ? 1 : c->groups;
     const int32_t *word = p->word_of_token + n * C;
-    for (int64_t h = 0; h < heads; h++)
-        memset(c->maps + ((n * heads + h) * c->steps + s) * c->words, 0, c->words * sizeof(float));
-    double total[MAX_D];
+    int64_t begin = first_task(p, n), end;
+    while (begin < p->tasks && p->task_sequence[begin] == n && p->task_first[begin] + p->task_count[begin] <= s) begin++;
+    for (end = begin; end < p->tasks && p->task_sequence[end] == n; end++) /* tasks' steps ascend */
+        if (p->task_count[end] && p->task_first[end] > s) break;
     for (int64_t h = 0; h < heads; h++) {
         float *map = c->maps + ((n * heads + h) * c->steps + s) * c->words;
-        for (int64_t origin = 0; origin < p->tokens_used[n]; origin += MAX_D) {
-            const int64_t count = lowest(MAX_D, p->tokens_used[n] - origin);
-            memset(total, 0, sizeof total);
-            for (int64_t t = first_task(p, n); t < p->tasks && p->task_sequence[t] == n; t++) {
-                const int64_t local = s - p->task_first[t];
-                if (local < 0 || local >= p->task_count[t]) continue;
-                for (int64_t from = h; from < (c->per_head ? h + 1 : H); from++) {
-                    const double *sums =
-                        c->sums + (p->task_slot[t] * H + from * p->task_count[t] + local) * C + origin;
-                    for (int64_t j = 0; j < count; j++) total[j] += sums[j];
+        memset(map, 0, c->words * sizeof(float));
+        for (int64_t j = 0; j < p->tokens_used[n]; j++) {
+            double total = 0;
+            for (int64_t t = begin; t < end; t++)
+                for (int64_t group = h; p->task_count[t] && group < h + groups; group++) {
+                    const int64_t slot = p->task_slot[t] * c->groups + group * p->task_count[t] + s - p->task_first[t];
+                    total += c->sums[slot * C + j];
                 }
-            }
-            for (int64_t j = 0; j < count; j++) map[word[origin + j]] += (float)(total[j] * c->word_weight);
+            map[word[j]] += (float)(total * c->word_weight);
         }
     }
 }
 
-static void forward_task(const Call *c, int64_t h, int64_t task, float *work) {
+/* One block of a group of heads. */
+static void forward_task(const Call *c, int64_t task, int64_t group) {
     const Plan *p = &c->plan;
-    const int64_t count = p->task_count[task];
-    memset(c->sums + (p->task_slot[task] * c->q_heads + h * count) * p->columns, 0, count * p->columns * sizeof(double));
-    if (c->head_dim <= 64) forward_block(c, h, task, work, 80);
-    else if (c->head_dim <= 128) forward_block(c, h, task, work, 144);
-    else forward_block(c, h, task, work, WIDEST);
-}
-
-static float *own_work(const Call *c) {
-    return c->work + omp_get_thread_num() * (c->plan.columns + STRIP) * (ROWS + WIDEST);
+    const int64_t count = p->task_count[task], heads = (c->q_heads + c->groups - 1) / c->groups;
+    double *sums = c->sums + (p->task_slot[task] * c->groups + group * count) * p->columns;
+    memset(sums, 0, count * p->columns * sizeof(double));
+    for (int64_t h = group * heads; h < lowest((group + 1) * heads, c->q_heads); h++)
+        forward_block(c, h, task, own_work(c), sums);
 }
 
 void molsaki_attention_forward(const Call *c) {
@@ -395,7 +414,7 @@ void molsaki_attention_forward(const Call *c) {
     {
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = p->tasks - 1; t >= 0; t--) /* under causality the longest first */
-            for (int64_t h = 0; h < c->q_heads; h++) forward_task(c, h, t, own_work(c));
+            for (int64_t group = 0; group < c->groups; group++) forward_task(c, t, group);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < p->sequences; n++)
             for (int64_t s = 0; s < c->steps; s++) reduce_map(c, n, s);
@@ -414,36 +433,32 @@ INLINE vf upstream(const Call *c, const Block *b, int64_t column, int v) {
     return x;
 }
 
-/* The key tokens' dA into `aside`, and what it adds to delta: the weights times dA. */
-INLINE void add_map_to_delta(
-    const Call *c, Block *b, const float *key_tokens, const float *panel, int64_t panels, int width, float (*aside)[ROWS]
+/* The key tokens' dA into `aside`, and what it adds to each row's delta: its weights times dA. */
+static void upstream_of_map(
+    const Call *c, const Block *b, const float *key_tokens, const float *panel, float (*aside)[ROWS], float *added
 ) {
+    const int64_t D = c->head_dim, width = width_of(D), panels = (b->count + PANEL - 1) / PANEL;
     const int32_t *tokens = c->plan.tokens + b->n * c->plan.columns;
-    vf delta[VECTORS];
-    for (int v = 0; v < VECTORS; v++) delta[v] = load(b->delta + v * LANES);
-    for (int64_t j = 0; j < b->columns; j += STRIP) {
-        const int64_t column = b->first_column + j;
+    vf sums[VECTORS];
+    for (int v = 0; v < VECTORS; v++) sums[v] = (vf){0};
+    for (int64_t j = 0; j < b->columns; j += STRIP)
         for (int64_t p = 0; p < panels; p++) {
-            vf s[STRIP][2];
-            const int64_t row = b->first + p * PANEL;
-            if (c->causal && tokens[column] >= row + PANEL) {
-                for (int i = 0; i < STRIP; i++)
-                    UNROLL for (int v = 0; v < 2; v++) store(&aside[j + i][p * PANEL + v * LANES], (vf){0});
+            const int64_t column = b->first_column + j, row = b->first + p * PANEL, count = lowest(STRIP, b->columns - j);
+            if (c->causal && tokens[column] >= row + PANEL) { /* seen by none, and so the columns after it */
+                for (int64_t i = 0; i < count; i++) memset(&aside[j + i][p * PANEL], 0, PANEL * sizeof(float));
                 continue;
             }
-            scores(key_tokens + column * width, width, panel + p * c->head_dim * PANEL, c->head_dim, s);
-            for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) {
-                const int64_t at = 2 * p + v;
-                vf w = exponential(clamp(s[i][v] - load(b->lse + at * LANES), -80.0f, 80.0f));
-                vf da = (vf){0};
-                if (j + i < b->columns) da = upstream(c, b, column + i, at);
-                const vi visible = j + i < b->columns ? seen(c, row + v * LANES, tokens[column + i], b->length) : (vi){0};
-                store(&aside[j + i][at * LANES], da);
-                delta[at] += (vf)((vi)w & visible) * da;
+            float s[STRIP][ROWS];
+            scores(key_tokens + column * width, panel + p * D * PANEL, D, s[0]);
+            for (int64_t i = 0; i < count; i++) UNROLL for (int x = 0; x < 2; x++) {
+                const int64_t v = 2 * p + x;
+                const vf da = upstream(c, b, column + i, v);
+                const vf w = weight(load(&s[i][x * LANES]) - load(b->lse + v * LANES));
+                store(&aside[j + i][v * LANES], da);
+                sums[v] += (vf)((vi)w & seen(c, row + x * LANES, tokens[column + i], b->length)) * da;
             }
         }
-    }
-    for (int v = 0; v < VECTORS; v++) store(b->delta + v * LANES, delta[v]);
+    for (int v = 0; v < VECTORS; v++) store(added + v * LANES, sums[v]);
 }
 
 /* lse, and delta = rowsum(dO * O) - dlse, of a block's rows. */
@@ -469,20 +484,18 @@ INLINE void read_delta(const Call *c, Block *b, int64_t batch, int64_t row, cons
 
 typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } Keys; /* where a key head's gradients are added up */
 
-INLINE void backward_block(
-    const Call *c, int64_t h, int64_t task, const Keys *to, const float *key_tokens, float (*aside)[ROWS], int width
+static void backward_block(
+    const Call *c, int64_t h, int64_t task, const Keys *to, const float *key_tokens, Work *work
 ) {
-    const int64_t D = c->head_dim;
+    const int64_t D = c->head_dim, width = width_of(D);
     const Plan *plan = &c->plan;
     Block b;
     find_block(c, h, task, &b);
     const int64_t batch = plan->batch[b.n], begin = plan->begin[b.n], panels = (b.count + PANEL - 1) / PANEL;
     const int64_t row = begin + b.first;
-    float q[ROWS * WIDEST] __attribute__((aligned(64))), dout[ROWS * WIDEST] __attribute__((aligned(64)));
-    float q_panel[ROWS * MAX_D] __attribute__((aligned(64))), dout_panel[ROWS * MAX_D] __attribute__((aligned(64)));
-    float k[KEYS * WIDEST] __attribute__((aligned(64))), v[KEYS * WIDEST] __attribute__((aligned(64)));
-    float dq[ROWS * WIDEST] __attribute__((aligned(64)));
-    float weights[KEYS][ROWS] __attribute__((aligned(64))), dscores[KEYS][ROWS] __attribute__((aligned(64)));
+    float *q = work->q, *dout = work->dout, *k = work->k, *v = work->v, *dq = work->result;
+    float *q_panel = work->q_panel, *dout_panel = work->dout_panel;
+    float(*weights)[ROWS] = work->weights, (*dscores)[ROWS] = work->dscores, (*aside)[ROWS] = work->aside;
 
     read_rows(c->q, at(c->q_strides, batch, h, row), c->q_strides[2], c->is_bf16, D, b.count, panels * PANEL, width, q);
     for (int64_t r = 0; r < b.count; r++)
@@ -495,12 +508,11 @@ INLINE void backward_block(
     }
     read_delta(c, &b, batch, row, dout, width);
     if (c->dmaps) {
-        double before[ROWS];
-        for (int r = 0; r < ROWS; r++) before[r] = b.delta[r];
-        add_map_to_delta(c, &b, key_tokens, q_panel, panels, width, aside);
+        float added[ROWS];
+        upstream_of_map(c, &b, key_tokens, q_panel, aside, added);
+        for (int r = 0; r < ROWS; r++) b.delta[r] += added[r];
         if (c->delta)
-            for (int r = 0; r < b.count; r++)
-                c->delta[(batch * c->q_heads + h) * c->rows + row + r] += b.delta[r] - before[r];
+            for (int64_t r = 0; r < b.count; r++) c->delta[(batch * c->q_heads + h) * c->rows + row + r] += added[r];
     }
     memset(dq, 0, b.count * width * sizeof(float));
     const int32_t *tokens = plan->tokens + b.n * plan->columns + b.first_column;
@@ -528,22 +540,23 @@ INLINE void backward_block(
             const vf delta[2] = {load(b.delta + p * PANEL), load(b.delta + p * PANEL + LANES)};
             for (int64_t strip = live[p].from; strip < live[p].to; strip++) {
                 const int64_t j = strip * STRIP, first = key + j;
-                vf s[STRIP][2];
-                scores(k + j * width, width, q_panel + p * D * PANEL, D, s);
-                const int masked = !all_seen(c, b.first + p * PANEL, first, first + STRIP - 1, b.length);
-                UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int x = 0; x < 2; x++) {
-                    vf w = exponential(clamp(s[i][x] - lse[x], -80.0f, 80.0f));
-                    if (masked) w = (vf)((vi)w & seen(c, b.first + p * PANEL + x * LANES, first + i, b.length));
-                    store(&weights[j + i][p * PANEL + x * LANES], w);
-                }
-                if (c->dout) scores(v + j * width, width, dout_panel + p * D * PANEL, D, s);
-                else UNROLL for (int i = 0; i < STRIP; i++) s[i][0] = s[i][1] = (vf){0};
-                UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int x = 0; x < 2; x++) {
-                    vf dp = s[i][x];
-                    if (da[j + i]) dp += load(da[j + i] + p * PANEL + x * LANES);
-                    const vf w = load(&weights[j + i][p * PANEL + x * LANES]);
-                    store(&dscores[j + i][p * PANEL + x * LANES], w * (dp - delta[x]));
-                }
+                float *w = &weights[j][p * PANEL], *ds = &dscores[j][p * PANEL];
+                scores(k + j * width, q_panel + p * D * PANEL, D, w);
+                for (int i = 0; i < STRIP; i++)
+                    UNROLL for (int x = 0; x < 2; x++) {
+                        float *at = w + i * ROWS + x * LANES;
+                        store(at, weight(load(at) - lse[x]));
+                    }
+                hide(c, b.first + p * PANEL, first, b.length, w, 0);
+                if (c->dout) scores(v + j * width, dout_panel + p * D * PANEL, D, ds);
+                else for (int i = 0; i < STRIP; i++) memset(ds + i * ROWS, 0, PANEL * sizeof(float));
+                for (int i = 0; i < STRIP; i++)
+                    UNROLL for (int x = 0; x < 2; x++) {
+                        float *at = ds + i * ROWS + x * LANES;
+                        vf dp = load(at);
+                        if (da[j + i]) dp += load(da[j + i] + p * PANEL + x * LANES);
+                        store(at, load(w + i * ROWS + x * LANES) * (dp - delta[x]));
+                    }
             }
         }
         for (int64_t j = 0; j < keys; j += GROUP) {
@@ -585,11 +598,12 @@ INLINE int64_t cost(const Call *c, int64_t task) {
 static void backward_share(const Call *c, int64_t thread, int64_t threads) {
     const Plan *p = &c->plan;
     const int64_t D = c->head_dim, H = c->q_heads, group = H / c->kv_heads;
-    const int width = D <= 64 ? 80 : D <= 128 ? 144 : WIDEST;
+    const int width = width_of(D);
     int64_t total = 0, done = 0, current = -1;
     for (int64_t t = 0; t < p->tasks; t++) total += H * cost(c, t);
     const int64_t begin = total / threads * thread, end = thread + 1 < threads ? total / threads * (thread + 1) : total;
-    float(*aside)[ROWS] = (float(*)[ROWS])own_work(c), *key_tokens = aside[p->columns + STRIP];
+    Work *work = own_work(c);
+    float *key_tokens = work->aside[p->columns + STRIP];
     Keys to = {0};
     c->part_of[thread] = -1;
     for (int64_t n = 0; n < p->sequences; n++) {
@@ -621,9 +635,7 @@ static void backward_share(const Call *c, int64_t thread, int64_t threads) {
                             read_row(c->k, at(c->k_strides, b, g, token), c->is_bf16, D, row);
                         }
                 }
-                if (width == 80) backward_block(c, h, t, &to, key_tokens, aside, 80);
-                else if (width == 144) backward_block(c, h, t, &to, key_tokens, aside, 144);
-                else backward_block(c, h, t, &to, key_tokens, aside, WIDEST);
+                backward_block(c, h, t, &to, key_tokens, work);
             }
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from ..call import Options, PlanTensors
 from ..rows import contiguous_rows
 from ..scratch import scratch
 from .library import library
-from .sequences import TASK_ROWS, Plan, Sequences, sequences_of
+from .sequences import Plan, Sequences, sequences_of
 
-STRIP, WIDEST = 12, 256 + 16  # as in tiles.h and attention.c, where a strip may be narrower
+TASKS_PER_THREAD = 16  # of the forward pass, so that threads end together
 _CPU = torch.device("cpu")  # whatever the default device is
 _FLOAT32 = {"dtype": torch.float32, "device": _CPU}
 
@@ -28,16 +29,20 @@ def forward(
     options: Options,
     per_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out ``(B, Hq, M, D)`` in q's dtype and layout, lse ``(B, Hq, M)`` float32 and the map ``(N, [Hq,] S, W)`` float32."""
-    heads = (q.shape[1],) if per_head else ()
-    maps = torch.zeros((len(plan.steps), *heads, plan.steps.shape[1], plan.num_words), **_FLOAT32)
-    out, lse = _new(q, cu_seqlens, q.dtype), torch.zeros(q.shape[:3], **_FLOAT32)
-    if out.numel() == 0:
-        return out, lse, maps
+    """out ``(B, Hq, M, D)`` in q's dtype; lse ``(B, Hq, M)`` and the map ``(N, [Hq,] S, W)``, float32."""
+    N, S, heads = *plan.steps.shape[:2], (q.shape[1],) if per_head else ()
+    shape, maps_shape = q.shape[:3], (N, *heads, S, plan.num_words)
+    if q.numel() == 0:
+        return torch.empty_like(q), torch.empty(shape, **_FLOAT32), torch.zeros(maps_shape, **_FLOAT32)
     sequences, known = sequences_of(plan, q.shape[0], q.shape[2], cu_seqlens)
+    make = torch.empty if sequences.total == q.shape[0] * q.shape[2] else torch.zeros  # of rows in no sequence
+    maps, lse = torch.empty(maps_shape, **_FLOAT32), make(shape, **_FLOAT32)
+    out = _new(q, make, q.dtype)
     q, k, v = map(contiguous_rows, (q, k, v))
     call, held = _call(known, q, k, v, out, lse, sinks, plan, options, per_head)
-    sums = scratch("map sums", (q.shape[1] * sequences.task_steps * sequences.columns,), torch.float64, _CPU)
+    blocks = max(known.tasks, 1)
+    call.groups = q.shape[1] if per_head else min(q.shape[1], -(-TASKS_PER_THREAD * call.threads // blocks))
+    sums = scratch("map sums", (call.groups, sequences.task_steps, sequences.columns), torch.float64, _CPU)
     work = _work(call, sequences)
     call.sums, call.maps, call.work = sums.data_ptr(), maps.data_ptr(), work.data_ptr()
     library().molsaki_attention_forward(ctypes.byref(call))
@@ -60,10 +65,12 @@ def backward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv in the dtypes and layouts of q, k, v, and dsinks; the map's part included."""
-    grads = [_new(x, cu_seqlens, torch.float32) for x in (q, k, v)]
+    grads = [torch.empty_like(x, dtype=torch.float32) for x in (q, k, v)]
     delta = None if sinks is None else torch.zeros(lse.shape, dtype=torch.float64, device=_CPU)
     if out.numel():
         sequences, known = sequences_of(plan, q.shape[0], q.shape[2], cu_seqlens)
+        make = torch.empty if sequences.total == q.shape[0] * q.shape[2] else torch.zeros
+        grads = [_new(x, make, torch.float32) for x in (q, k, v)]
         q, k, v, out = map(contiguous_rows, (q, k, v, out))
         per_head = dmaps is not None and dmaps.dim() == 4
         call, held = _call(known, q, k, v, out, lse, sinks, plan, options, per_head)
@@ -109,8 +116,10 @@ class _Call(ctypes.Structure):
         )),
         *((f"{name}_strides", _Strides) for name in (*_TENSORS, "dout", "dq", "dk", "dv")),
         ("scale", ctypes.c_double), ("word_weight", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "sinks", "out", "lse", "work")),
+        ("groups", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in (
-            "q", "k", "v", "sinks", "out", "lse", "work", "sums", "maps",
+            "sums", "maps",
             "dout", "dlse", "dmaps", "delta", "dq", "dk", "dv", "parts", "part_of",
         )),
     ]  # fmt: skip
@@ -135,13 +144,15 @@ def _call(
     return call, sinks
 
 
-def _new(x: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A result laid out as x; zeros where no sequence may cover a row."""
-    make = torch.empty_like if cu_seqlens is None else torch.zeros_like
-    new = make(x, dtype=dtype, device=_CPU)
-    return new if new.stride(-1) == 1 else make(x, dtype=dtype, device=_CPU, memory_format=torch.contiguous_format)
+def _new(x: Tensor, make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+    """A result laid out as x if x's rows are contiguous, ``(B, H, M, D)`` or ``(B, M, H, D)``."""
+    if x.transpose(1, 2).is_contiguous():
+        B, H, M, D = x.shape
+        return make((B, M, H, D), dtype=dtype, device=_CPU).transpose(1, 2)
+    return make(x.shape, dtype=dtype, device=_CPU)
 
 
 def _work(call: _Call, sequences: Sequences) -> Tensor:
-    size = call.threads * (sequences.columns + STRIP) * (TASK_ROWS + WIDEST)
-    return scratch("attention work", (size,), torch.float32, _CPU)
+    """Working memory of every thread; it has to be held for as long as the call runs."""
+    size = call.threads * library().molsaki_attention_work(ctypes.c_int64(sequences.columns))
+    return scratch("attention work", (size,), torch.uint8, _CPU)

@@ -90,7 +90,7 @@ def _made(command: str, processor: str) -> ctypes.CDLL:
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    loaded.molsaki_fold.restype = ctypes.c_int64
+    loaded.molsaki_fold.restype = loaded.molsaki_attention_work.restype = ctypes.c_int64
     return loaded
 
 

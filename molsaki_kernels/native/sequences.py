@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import PlanTensors
 from ..plan_cache import kept
 
-TASK_ROWS = 96  # as in tiles.h
+TASK_ROWS = 192  # as in tiles.h
 NEVER = 2**31 - 1  # position of a padding token
 _CPU = torch.device("cpu")  # whatever the default device is
 _PLAN = ("batch", "begin", "length", "tokens_used", "tokens", "word_of_token", "step_of_row")
@@ -32,6 +32,7 @@ class Sequences(NamedTuple):
 
     columns: int  # the key tokens of the longest sequence, up to a multiple of 16
     longest: int
+    total: int  # rows of all sequences
     task_steps: int  # of all tasks
     batch: Tensor
     begin: Tensor
@@ -71,7 +72,7 @@ def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Seq
     begin = torch.tensor(bounds[:-1] if bounds else [0] * N, device=_CPU)
     length = torch.tensor(bounds, device=_CPU).diff() if bounds else torch.full((N,), M, device=_CPU)
     _check(plan, M, bounds, length)
-    longest = int(length.max())
+    longest, total = int(length.max()), int(length.sum())
     is_token = plan.word_of_token >= 0
     tokens = torch.full((N, columns), NEVER, dtype=torch.int32, device=_CPU)
     tokens[:, :C] = torch.where(is_token, plan.tokens, NEVER)
@@ -92,7 +93,7 @@ def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Seq
     batch = torch.zeros(N, dtype=torch.int64, device=_CPU) if bounds else torch.arange(N, device=_CPU)
     tasks = torch.tensor(rows, dtype=torch.int64, device=_CPU).reshape(-1, 5).T.contiguous()
     return Sequences(
-        columns, longest, task_steps, batch, begin, length, is_token.sum(1), tokens, words, step_of_row, tasks
+        columns, longest, total, task_steps, batch, begin, length, is_token.sum(1), tokens, words, step_of_row, tasks
     )
 
 

@@ -32,7 +32,7 @@ typedef struct {
     const int64_t *task_sequence, *task_row, *task_first, *task_count, *task_slot;
 } Plan;
 
-enum { TASK_ROWS = 96 };
+enum { TASK_ROWS = 192 };
 
 INLINE vf load(const float *x) { return *(const vf_any *)x; }
 INLINE void store(float *x, vf v) { *(vf_any *)x = v; }
