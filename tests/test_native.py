@@ -227,11 +227,10 @@ def test_fold(layout):
 def test_no_wider_than_avx2(tmp_path):
     """The same source for processors without AVX-512 passes the same cases."""
     source = "import molsaki_kernels.native.library as library\nlibrary.FLAGS += ('-mno-avx512f',)\n"
-    source += (
-        "import pytest, sys\nsys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', sys.argv[1], '-k', 'test_map or test_attention']))"
-    )
+    chosen = ["-qx", "-p", "no:cacheprovider", __file__, "-k", "test_map or test_attention"]
+    source += f"import pytest, sys\nsys.exit(pytest.main({chosen}))"
     environment = os.environ | {"MOLSAKI_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", source, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = tmp_path.glob("*.so")
     if shutil.which("objdump"):
@@ -348,6 +347,10 @@ ATTENTION = {
         dict(lengths=[50, 1, 250, 193], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True),
         dict(window=11, sinks=True)),
     "the widest head": (dict(lengths=[211], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.05)),
+    "softcap": (dict(lengths=[230], words=60, steps=9, q_heads=4, kv_heads=2, dim=64), dict(softcap=2.0)),
+    "a large softcap, window, sinks": (
+        dict(lengths=[230], words=60, steps=9, q_heads=4, kv_heads=2, dim=64),
+        dict(softcap=50.0, window=40, sinks=True)),
     "a negative scale": (dict(lengths=[111], words=20, steps=5, q_heads=4, kv_heads=2, dim=96), dict(scale=-0.1)),
 }  # fmt: skip
 

@@ -28,6 +28,4 @@ def why_not(call: AttentionCall) -> str | None:
         return f"it takes float32 and bfloat16, not {call.dtype}"
     if call.head_dim % 16 or call.head_dim > MAX_HEAD_DIM:
         return f"it takes head_dim in multiples of 16 up to {MAX_HEAD_DIM}, not {call.head_dim}"
-    if call.options.softcap is not None:
-        return "it has no softcap"
     return None

@@ -34,7 +34,7 @@ typedef struct {
     int64_t causal, window, is_bf16, per_head, threads;
     int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], dout_strides[3];
     int64_t dq_strides[3], dk_strides[3], dv_strides[3];
-    double scale, word_weight;
+    double scale, softcap, word_weight; /* softcap 0: none */
     const void *q, *k, *v;
     const float *sinks; /* (q_heads), or NULL */
     void *out;
@@ -59,6 +59,7 @@ typedef struct {
     float q_panel[ROWS * MAX_D], dout_panel[ROWS * MAX_D];
     float result[ROWS * WIDEST];               /* out or dq */
     float weights[KEYS][ROWS], dscores[KEYS][ROWS]; /* of keys by rows; weights: scores before */
+    float slopes[STRIP][ROWS]; /* of the softcap: what dscores are multiplied by */
     float aside[][ROWS]; /* (columns + STRIP): scores of key tokens or their dA. Then key tokens, (columns + STRIP, WIDEST) */
 } Work;
 
@@ -149,6 +150,17 @@ static void scores(const float *keys, const float *panel, int64_t D, float *tile
     if (D <= 64) scores_of_width(keys, 80, panel, D, tile);
     else if (D <= 128) scores_of_width(keys, 144, panel, D, tile);
     else scores_of_width(keys, WIDEST, panel, D, tile);
+}
+
+/* softcap tanh(score / softcap) of STRIP keys and a panel's rows, and its slope where `slopes` is not NULL. */
+static void cap_scores(const Call *c, float *tile, float *slopes) {
+    const float cap = (float)c->softcap;
+    for (int i = 0; i < STRIP; i++)
+        for (int v = 0; v < 2; v++) {
+            const vf t = hyperbolic_tangent(load(tile + i * ROWS + v * LANES) * (1.0f / cap));
+            store(tile + i * ROWS + v * LANES, t * cap);
+            if (slopes) store(slopes + i * ROWS + v * LANES, (1.0f - t) * (1.0f + t));
+        }
 }
 
 /* The lanes whose row, from `row` on, sees the key. */
@@ -319,6 +331,7 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
             for (int64_t strip = live[p].from; strip < live[p].to; strip++) {
                 const int64_t first = key + strip * STRIP;
                 scores(k + strip * STRIP * width, panel + p * D * PANEL, D, &tile[strip * STRIP][p * PANEL]);
+                if (c->softcap > 0) cap_scores(c, &tile[strip * STRIP][p * PANEL], 0);
                 hide(c, row, first, b.length, &tile[strip * STRIP][p * PANEL], HIDDEN);
             }
         }
@@ -450,6 +463,7 @@ static void upstream_of_map(
             }
             float s[STRIP][ROWS];
             scores(key_tokens + column * width, panel + p * D * PANEL, D, s[0]);
+            if (c->softcap > 0) cap_scores(c, s[0], 0);
             for (int64_t i = 0; i < count; i++) UNROLL for (int x = 0; x < 2; x++) {
                 const int64_t v = 2 * p + x;
                 const vf da = upstream(c, b, column + i, v);
@@ -542,6 +556,7 @@ static void backward_block(
                 const int64_t j = strip * STRIP, first = key + j;
                 float *w = &weights[j][p * PANEL], *ds = &dscores[j][p * PANEL];
                 scores(k + j * width, q_panel + p * D * PANEL, D, w);
+                if (c->softcap > 0) cap_scores(c, w, work->slopes[0]);
                 for (int i = 0; i < STRIP; i++)
                     UNROLL for (int x = 0; x < 2; x++) {
                         float *at = w + i * ROWS + x * LANES;
@@ -556,6 +571,7 @@ static void backward_block(
                         vf dp = load(at);
                         if (da[j + i]) dp += load(da[j + i] + p * PANEL + x * LANES);
                         store(at, load(w + i * ROWS + x * LANES) * (dp - delta[x]));
+                        if (c->softcap > 0) store(at, load(at) * load(&work->slopes[i][x * LANES]));
                     }
             }
         }

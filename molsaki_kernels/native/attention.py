@@ -115,7 +115,7 @@ class _Call(ctypes.Structure):
             "threads",
         )),
         *((f"{name}_strides", _Strides) for name in (*_TENSORS, "dout", "dq", "dk", "dv")),
-        ("scale", ctypes.c_double), ("word_weight", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("scale", "softcap", "word_weight")),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "sinks", "out", "lse", "work")),
         ("groups", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in (
@@ -135,7 +135,8 @@ def _call(
         plan=known, rows=q.shape[2], q_heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3],
         steps=plan.steps.shape[1], words=plan.num_words, causal=options.causal,
         window=min(options.window or 0, q.shape[2]), is_bf16=q.dtype == torch.bfloat16, per_head=per_head,
-        threads=torch.get_num_threads(), scale=options.scale, word_weight=1 if per_head else 1 / q.shape[1],
+        threads=torch.get_num_threads(), scale=options.scale, softcap=options.softcap or 0,
+        word_weight=1 if per_head else 1 / q.shape[1],
         lse=lse.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(),
     )  # fmt: skip
     for name, x in zip(_TENSORS, (q, k, v, out), strict=True):

@@ -79,12 +79,12 @@ INLINE void read_row(const void *x, int64_t offset, int64_t is_bf16, int64_t D, 
         memcpy(row, (const float *)x + offset, D * sizeof(float));
 }
 
-/* exp of numbers in [-80, 80]: reduction by ln 2 (one fused product; off by 2e-9 for each factor of 2), then a polynomial
- * (Cephes' expf). */
-INLINE vf exponential(vf x) {
+/* exp of numbers in [-80, 80] as (1 + rest) power: reduction by ln 2 (one fused product; off by 2e-9 for each factor of
+ * 2), then a polynomial (Cephes' expf). */
+INLINE vf exponential_parts(vf x, vf *power) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf n = x * 1.44269504088896341f + shift;
-    const vf power = (vf)(((vi)n << 23) + 0x3f800000);
+    *power = (vf)(((vi)n << 23) + 0x3f800000);
     n -= shift;
     x -= n * 0.693147180559945f;
     vf y = 1.9875691500e-4f * x + 1.3981999507e-3f;
@@ -92,8 +92,19 @@ INLINE vf exponential(vf x) {
     y = y * x + 4.1665795894e-2f;
     y = y * x + 1.6666665459e-1f;
     y = y * x + 5.0000001201e-1f;
-    y = y * (x * x) + x + 1.0f;
-    return y * power; /* a product: NaN stays NaN */
+    return y * (x * x) + x;
+}
+
+INLINE vf exponential(vf x) {
+    vf power, rest = exponential_parts(x, &power);
+    return (rest + 1.0f) * power; /* a product: NaN stays NaN */
+}
+
+/* tanh, to a few units in the last place near 0 too: of m = exp(2 x) - 1, m / (m + 2). */
+INLINE vf hyperbolic_tangent(vf x) {
+    vf power, rest = exponential_parts(clamp(2.0f * x, -80.0f, 80.0f), &power);
+    const vf m = rest * power + (power - 1.0f);
+    return m / (m + 2.0f);
 }
 
 /* How many of n ascending tokens are below `bound`. */
