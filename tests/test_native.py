@@ -157,11 +157,24 @@ BAD_PLANS = {
     "a token beyond its sequence": (dict(tokens=[[1, 3], [2, 25]]), "plan: expected indices within each sequence"),
     "padding on the left": (dict(word_of_token=[[-1, 0], [0, 0]]), "plan: expected tokens that ascend, padded"),
     "tokens that do not ascend": (dict(tokens=[[3, 1], [2, 5]]), "plan: expected tokens that ascend"),
+    "steps that do not ascend": (
+        dict(steps=[[(9, 15), (0, 9)]] * 2),
+        "plan: expected steps that ascend within 20 tokens",
+    ),
+    "steps that overlap": (dict(steps=[[(0, 9), (8, 12)]] * 2), "plan: expected steps that ascend"),
+    "a step beyond its sequence": (dict(steps=[[(0, 21)], [(0, 5)]]), "plan: expected steps that ascend within 20"),
     "a word there is not": (dict(word_of_token=[[0, 1], [0, 0]]), "plan: expected word_of_token below 1 words"),
     "sequences that end beyond the rows": (dict(cu=[0, 20, 60]), "cu_seqlens: expected to ascend from 0 to at most 40"),
     "sequences that go back": (dict(cu=[0, 30, 20]), "cu_seqlens: expected to ascend"),
     "more sequences than rows": (dict(cu=None), "plan: expected one entry for each of 1 sequences, got 2"),
 }
+
+
+def plan_by_hand(
+    steps=((((0, 5),),) * 2), tokens=((1, 3), (2, 5)), word_of_token=((0, 0), (0, 0)), cu=(0, 20, 40)
+):  # fmt: skip
+    """A plan's tensors that nobody checked, of two sequences, and their bounds."""
+    return tuple(map(torch.tensor, (steps, tokens, word_of_token))), cu and torch.tensor(cu, dtype=torch.int32)
 
 
 @needs_library
@@ -170,9 +183,7 @@ def test_what_would_reach_past_memory_is_refused(name):
     """The door cannot look into tensors while it is traced, and takes a plan made by hand for right."""
     changed, message = BAD_PLANS[name]
     (q, k, lse), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
-    given = dict(tokens=[[1, 3], [2, 5]], word_of_token=[[0, 0], [0, 0]], cu=[0, 20, 40]) | changed
-    plan = (torch.tensor([[(0, 5)], [(0, 5)]]), torch.tensor(given["tokens"]), torch.tensor(given["word_of_token"]))
-    cu = None if given["cu"] is None else torch.tensor(given["cu"], dtype=torch.int32)
+    plan, cu = plan_by_hand(**changed)
     with pytest.raises(ValueError, match=message):
         torch.ops.molsaki.stepwise_map(
             q.float(), k.float(), lse.float(), *plan, 1, cu, True, 0.25, None, None, False, "native"
@@ -448,17 +459,20 @@ def test_attention_under_another_default_dtype_and_device(dtype):
 def test_rows_in_no_sequence_are_zero():
     """The door wants bounds that cover all rows; a traced call may bring others."""
     q, k, v = (torch.randn(1, h, 40, 16).requires_grad_() for h in (2, 1, 1))
+    sinks = torch.tensor([1000.0, 0.5], requires_grad=True)
     plan = StepPlan.from_spans([[(0, 5)]], [[[1]]])
     cu = torch.tensor([3, 20], dtype=torch.int32)
     out, maps, lse = torch.ops.molsaki.stepwise_attention(
-        q, k, v, plan.steps, plan.tokens, plan.word_of_token, 1, None, cu, True, 0.25, None, None, False, "native",
+        q, k, v, plan.steps, plan.tokens, plan.word_of_token, 1, sinks, cu, True, 0.25, None, None, False, "native",
         "native",
     )  # fmt: skip
     inside = slice(3, 20)
-    expected, expected_maps = mk.stepwise_attention(*(t[:, :, inside] for t in (q, k, v)), plan, engine="native")
+    whole = [t[:, :, inside] for t in (q, k, v)]
+    expected, expected_maps = mk.stepwise_attention(*whole, plan, sinks=sinks, engine="native")
     torch.testing.assert_close(out[:, :, inside], expected)
     torch.testing.assert_close(maps, expected_maps)
-    grads = torch.autograd.grad(out.sum() + maps.sum(), (q, k, v))
+    *grads, dsinks = torch.autograd.grad(out.sum() + maps.sum(), (q, k, v, sinks))
+    assert dsinks.isfinite().all()
     for x in (out, lse[..., None], *grads):
         assert not x[:, :, :3].any() and not x[:, :, 20:].any() and x[:, :, inside].any()
 
@@ -468,9 +482,7 @@ def test_rows_in_no_sequence_are_zero():
 def test_attention_that_would_reach_past_memory_is_refused(name):
     changed, message = BAD_PLANS[name]
     (q, k, _), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
-    given = dict(tokens=[[1, 3], [2, 5]], word_of_token=[[0, 0], [0, 0]], cu=[0, 20, 40]) | changed
-    plan = (torch.tensor([[(0, 5)], [(0, 5)]]), torch.tensor(given["tokens"]), torch.tensor(given["word_of_token"]))
-    cu = None if given["cu"] is None else torch.tensor(given["cu"], dtype=torch.int32)
+    plan, cu = plan_by_hand(**changed)
     with pytest.raises(ValueError, match=message):
         torch.ops.molsaki.stepwise_attention(
             q.float(), k.float(), k.float(), *plan, 1, None, cu, True, 0.25, None, None, False, "native", "native"
@@ -479,17 +491,49 @@ def test_attention_that_would_reach_past_memory_is_refused(name):
 
 @needs_library
 def test_attention_far_from_zero():
-    """Scores of hundreds, a sink that takes everything, one that takes nothing."""
-    q, k, v = torch.full((1, 3, 100, 16), 10.0), torch.randn(1, 3, 100, 16) * 10, torch.randn(1, 3, 100, 16)
+    """Scores of hundreds, sinks that take everything or nothing, and scores of -1e30."""
+    q, k, v = torch.full((1, 5, 100, 16), 10.0), torch.randn(1, 5, 100, 16) * 10, torch.randn(1, 5, 100, 16)
+    q[:, 4], k[:, 4] = 1e15, -1e15
     plan = StepPlan.from_spans([[(0, 100)]], [[[3], [99]]])
-    sinks = torch.tensor([1e4, -1e4, float("-inf")])
+    sinks = torch.tensor([1e4, float("inf"), -1e4, float("-inf"), float("-inf")])
     out, maps = mk.stepwise_attention(q, k, v, plan, sinks=sinks, heads="none", engine="native")
     expected, expected_maps = reference.stepwise_attention(
         q.double(), k.double(), v.double(), plan, sinks=sinks.double(), heads="none"
     )
-    torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(maps, expected_maps.float(), atol=1e-4, rtol=1e-4)
-    assert not out[:, 0].any() and not maps[0, 0].any()
+    torch.testing.assert_close(out[:, :4], expected[:, :4].float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(maps[:, :4], expected_maps[:, :4].float(), atol=1e-4, rtol=1e-4)
+    count = torch.arange(1, 101)[:, None]  # equal scores, so large that lse is one of them even in float64
+    torch.testing.assert_close(out[0, 4], v[0, 4].cumsum(0) / count)
+    torch.testing.assert_close(maps[0, 4, 0], torch.stack([(1 / count[3:]).sum(), 1 / count[99, 0]]))
+    assert not out[:, :2].any() and not maps[0, :2].any()
+
+
+@needs_library
+def test_lse_of_any_layout():
+    """The backward operator takes what it is given."""
+    (q, k, _), _, _ = case([40, 40], 5, 2, 3, 3, 16)
+    q, k = q.float(), k.float()
+    plan = StepPlan.from_spans([[(0, 40)]] * 2, [[[3], [9]]] * 2)
+    options = (plan.steps, plan.tokens, plan.word_of_token, 2, None, None, True, 0.25, None, None)
+    out, maps, lse = torch.ops.molsaki.stepwise_attention(q, k, k, *options, False, "native", "native")
+    other = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    upstream = (torch.randn_like(out), torch.randn_like(maps), torch.randn_like(lse))
+    a, b = (
+        torch.ops.molsaki.stepwise_attention_backward(*upstream, q, k, k, out, x, *options, "native", "native")
+        for x in (lse, other)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@needs_library
+def test_no_sequence_at_all():
+    q = torch.randn(1, 2, 40, 16)
+    nothing = StepPlan.from_spans([], [])
+    out, maps, lse = torch.ops.molsaki.stepwise_attention(
+        q, q, q, nothing.steps, nothing.tokens, nothing.word_of_token, 0, None, torch.zeros(1, dtype=torch.int32), True,
+        0.25, None, None, False, "native", "native",
+    )  # fmt: skip
+    assert maps.shape == (0, 0, 0) and not out.any() and not lse.any()
 
 
 @needs_library

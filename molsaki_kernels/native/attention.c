@@ -12,6 +12,7 @@
  */
 #include "tiles.h"
 
+#include <float.h>
 #include <math.h>
 #include <omp.h>
 
@@ -24,9 +25,8 @@ enum {
     WIDEST = MAX_D + 16 /* rows are copied to a constant width, an odd number of cache lines */
 };
 
-/* The score of a key that is not visible, and less than any score that is: what the maximum starts at. */
-#define HIDDEN -1e30f
-#define LEAST -1e29f
+#define HIDDEN -INFINITY /* the score of a key that is not visible */
+#define LEAST -FLT_MAX   /* what the maximum starts at */
 
 typedef struct {
     Plan plan;
@@ -39,7 +39,7 @@ typedef struct {
     const float *sinks; /* (q_heads), or NULL */
     void *out;
     float *lse;  /* (B, q_heads, rows) */
-    float *work; /* of each thread: molsaki_attention_work(columns) bytes */
+    float *work; /* of each thread: molsaki_attention_work(columns, head_dim) bytes */
     /* Forward. */
     int64_t groups; /* of query heads: as many tasks for each block; as many as heads for per_head */
     double *sums; /* a task's, from task_slot * groups * columns on: (groups, count, columns) */
@@ -60,22 +60,25 @@ typedef struct {
     float result[ROWS * WIDEST];               /* out or dq */
     float weights[KEYS][ROWS], dscores[KEYS][ROWS]; /* of keys by rows; weights: scores before */
     float slopes[STRIP][ROWS]; /* of the softcap: what dscores are multiplied by */
-    float aside[][ROWS]; /* (columns + STRIP): scores of key tokens or their dA. Then key tokens, (columns + STRIP, WIDEST) */
+    float aside[][ROWS]; /* (columns + STRIP): scores of key tokens, or their dA. After them the key tokens, as rows */
 } Work;
 
-int64_t molsaki_attention_work(int64_t columns) {
-    return sizeof(Work) + (columns + STRIP) * (ROWS + WIDEST) * sizeof(float);
+/* How far apart the copied rows lie: constants, of which a key's number is one load. */
+static int64_t width_of(int64_t D) { return D <= 64 ? 80 : D <= 128 ? 144 : WIDEST; }
+
+int64_t molsaki_attention_work(int64_t columns, int64_t D) {
+    return sizeof(Work) + (columns + STRIP) * (ROWS + width_of(D)) * sizeof(float);
 }
 
 static Work *own_work(const Call *c) {
-    return (Work *)((char *)c->work + omp_get_thread_num() * molsaki_attention_work(c->plan.columns));
+    return (Work *)((char *)c->work + omp_get_thread_num() * molsaki_attention_work(c->plan.columns, c->head_dim));
 }
 
 /* Rows of one head of one sequence, TASK_ROWS of them. */
 typedef struct {
     int64_t n, h, g, task, first, count, length;
     int64_t low, high;               /* the keys that some row sees */
-    int64_t first_column, columns;   /* the key tokens among them, first_column a multiple of STRIP */
+    int64_t first_column, columns;   /* the key tokens among them */
     float lse[ROWS];
     float delta[ROWS];               /* rowsum(dO * O) - dlse, the map's dlse included */
     int32_t step[ROWS];              /* -1: none */
@@ -108,7 +111,7 @@ INLINE void transpose8(const float *from, int64_t from_row, float *to, int64_t t
 }
 
 /* (ROWS, width) to panels of (D, PANEL). */
-INLINE void to_panels(const float *rows, int64_t panels, int64_t D, int width, float *panel) {
+INLINE void to_panels(const float *rows, int64_t panels, int64_t D, int64_t width, float *panel) {
     for (int64_t p = 0; p < panels; p++)
         for (int64_t d = 0; d < D; d += 8)
             for (int r = 0; r < PANEL; r += 8)
@@ -117,7 +120,7 @@ INLINE void to_panels(const float *rows, int64_t panels, int64_t D, int width, f
 
 /* `count` rows of a tensor from `offset` on, the last of them followed by zeros up to `padded`. */
 INLINE void read_rows(
-    const void *x, int64_t offset, int64_t stride, int64_t is_bf16, int64_t D, int64_t count, int64_t padded, int width,
+    const void *x, int64_t offset, int64_t stride, int64_t is_bf16, int64_t D, int64_t count, int64_t padded, int64_t width,
     float *rows
 ) {
     for (int64_t r = 0; r < count; r++) read_row(x, offset + r * stride, is_bf16, D, rows + r * width);
@@ -142,9 +145,6 @@ INLINE void scores_of_width(const float *keys, int width, const float *panel, in
     }
     UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) store(tile + i * ROWS + v * LANES, s[i][v]);
 }
-
-/* How far apart the copied rows lie: constants, of which a key's number is one load. */
-static int width_of(int64_t D) { return D <= 64 ? 80 : D <= 128 ? 144 : WIDEST; }
 
 static void scores(const float *keys, const float *panel, int64_t D, float *tile) {
     if (D <= 64) scores_of_width(keys, 80, panel, D, tile);
@@ -230,9 +230,8 @@ INLINE void find_block(const Call *c, int64_t h, int64_t task, Block *b) {
     for (int r = 0; r < ROWS; r++) b->step[r] = r < b->count ? steps[r] : -1;
     const int32_t *tokens = p->tokens + b->n * p->columns;
     const int64_t used = p->task_count[task] ? p->tokens_used[b->n] : 0; /* without a step no key token matters */
-    b->first_column = below(tokens, used, b->low) / STRIP * STRIP;
+    b->first_column = below(tokens, used, b->low);
     b->columns = below(tokens, used, b->high) - b->first_column;
-    if (b->columns < 0) b->columns = 0;
 }
 
 /* The steps that rows of a vector are in, by turns. */
@@ -251,10 +250,14 @@ INLINE void sum_steps(const Call *c, const Block *b, const vf *w, double *sums) 
 }
 
 /* The map's part of a forward block: set-aside scores to weights, and their sums over the rows of each step. */
-INLINE void add_map(const Call *c, const Block *b, float (*aside)[ROWS], double *sums) {
+INLINE void add_map(
+    const Call *c, const Block *b, float (*aside)[ROWS], const vf *max, const vf *sum, double *sums
+) {
+    vf share[VECTORS];
+    for (int v = 0; v < VECTORS; v++) share[v] = 1.0f / sum[v];
     for (int64_t j = 0; j < b->columns; j++) {
-        vf w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) w[v] = weight(load(&aside[j][v * LANES]) - load(b->lse + v * LANES));
+        vf w[VECTORS]; /* of max and sum, not of lse, which is rounded */
+        for (int v = 0; v < VECTORS; v++) w[v] = weight(load(&aside[j][v * LANES]) - max[v]) * share[v];
         sum_steps(c, b, w, sums + b->first_column + j);
     }
 }
@@ -273,13 +276,14 @@ INLINE void softmax(float (*tile)[ROWS], int64_t panel, int64_t from, int64_t to
         if (j < to) m0 = most(load(column + j * ROWS + v * LANES), m0);
         const vf m = most(m0, m1);
         shrink[v] = weight(max[v] - m);
+        shrink[v] = (vf)(((vi)shrink[v] & (max[v] != m)) | ((vi)splat(1.0f) & (max[v] == m))); /* inf too */
         max[v] = m;
     }
     vf total[2] = {{0}, {0}};
     for (int64_t j = from; j < to; j++) UNROLL for (int v = 0; v < 2; v++) {
-        float *at = column + j * ROWS + v * LANES;
-        const vf p = weight(load(at) - max[v]);
-        store(at, p);
+        float *score = column + j * ROWS + v * LANES;
+        const vf p = weight(load(score) - max[v]);
+        store(score, p);
         total[v] += p;
     }
     UNROLL for (int v = 0; v < 2; v++) sum[v] = sum[v] * shrink[v] + total[v];
@@ -308,8 +312,9 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
         for (int64_t d = 0; d < D; d++) q[r * width + d] *= (float)c->scale;
     to_panels(q, panels, D, width, panel);
     memset(out, 0, b.count * width * sizeof(float));
+    const float start = c->sinks && !(c->sinks[h] < LEAST) ? c->sinks[h] : LEAST; /* NaN stays NaN */
     for (int x = 0; x < VECTORS; x++) {
-        max[x] = splat(c->sinks ? c->sinks[h] : LEAST);
+        max[x] = splat(start);
         sum[x] = splat(c->sinks ? 1.0f : 0.0f);
     }
     for (int64_t j = 0; j < b.columns; j++)
@@ -353,9 +358,9 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
             }
         }
         for (int64_t r = 0; r < b.count; r += GROUP) {
-            const Range seen = keys_of(c, &b, live, r, key, keys);
-            if (seen.from < seen.to)
-                accumulate(&tile[seen.from][r], 1, ROWS, v + seen.from * width, width, seen.to - seen.from, D,
+            const Range range = keys_of(c, &b, live, r, key, keys);
+            if (range.from < range.to)
+                accumulate(&tile[range.from][r], 1, ROWS, v + range.from * width, width, range.to - range.from, D,
                            out + r * width, width, GROUP);
         }
     }
@@ -375,7 +380,7 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
             for (int64_t d = 0; d < D; d++) ((float *)c->out)[offset + d] = out[r * width + d] * by;
     }
     for (int64_t r = panels * PANEL; r < ROWS; r++) b.lse[r] = 0;
-    add_map(c, &b, aside, sums);
+    add_map(c, &b, aside, max, sum, sums);
 }
 
 static int64_t first_task(const Plan *p, int64_t n) {
@@ -416,7 +421,7 @@ static void forward_task(const Call *c, int64_t task, int64_t group) {
     const Plan *p = &c->plan;
     const int64_t count = p->task_count[task], heads = (c->q_heads + c->groups - 1) / c->groups;
     double *sums = c->sums + (p->task_slot[task] * c->groups + group * count) * p->columns;
-    memset(sums, 0, count * p->columns * sizeof(double));
+    if (count * p->columns > 0) memset(sums, 0, count * p->columns * sizeof(double));
     for (int64_t h = group * heads; h < lowest((group + 1) * heads, c->q_heads); h++)
         forward_block(c, h, task, own_work(c), sums);
 }
@@ -430,7 +435,8 @@ void molsaki_attention_forward(const Call *c) {
             for (int64_t group = 0; group < c->groups; group++) forward_task(c, t, group);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < p->sequences; n++)
-            for (int64_t s = 0; s < c->steps; s++) reduce_map(c, n, s);
+            for (int64_t s = 0; s < c->steps; s++)
+                if (c->words > 0) reduce_map(c, n, s);
     }
 }
 
@@ -476,7 +482,7 @@ static void upstream_of_map(
 }
 
 /* lse, and delta = rowsum(dO * O) - dlse, of a block's rows. */
-INLINE void read_delta(const Call *c, Block *b, int64_t batch, int64_t row, const float *dout, int width) {
+INLINE void read_delta(const Call *c, Block *b, int64_t batch, int64_t row, const float *dout, int64_t width) {
     const int64_t D = c->head_dim, at_row = (batch * c->q_heads + b->h) * c->rows + row;
     for (int64_t r = 0; r < ROWS; r++) b->lse[r] = b->delta[r] = 0;
     for (int64_t r = 0; r < b->count; r++) {
@@ -496,7 +502,36 @@ INLINE void read_delta(const Call *c, Block *b, int64_t batch, int64_t row, cons
     }
 }
 
-typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } Keys; /* where a key head's gradients are added up */
+INLINE void zero_rows(float *x, int64_t row, int64_t count, int64_t D) {
+    for (int64_t r = 0; r < count; r++) memset(x + r * row, 0, D * sizeof(float));
+}
+
+/* Where a key head's gradients are added up, from zero: in place or in the thread's part. */
+typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } Keys;
+static Keys keys_to(const Call *c, int64_t n, int64_t g, int in_place, int64_t thread) {
+    const Plan *p = &c->plan;
+    const int64_t D = c->head_dim, b = p->batch[n], row = p->begin[n], size = p->longest * D;
+    Keys to = {c->parts + thread * 2 * size, c->parts + (thread * 2 + 1) * size, D, D};
+    if (in_place)
+        to = (Keys){c->dk + at(c->dk_strides, b, g, row), c->dv + at(c->dv_strides, b, g, row), c->dk_strides[2],
+                    c->dv_strides[2]};
+    else
+        c->part_of[thread] = n * c->kv_heads + g;
+    zero_rows(to.dk, to.dk_row, p->length[n], D);
+    zero_rows(to.dv, to.dv_row, p->length[n], D);
+    return to;
+}
+
+/* A key head's key tokens, as rows, then zeros. */
+static void read_key_tokens(const Call *c, int64_t n, int64_t g, float *rows) {
+    const Plan *p = &c->plan;
+    const int64_t D = c->head_dim, width = width_of(D), used = p->tokens_used[n];
+    for (int64_t j = 0; j < used; j++) {
+        const int64_t row = p->begin[n] + p->tokens[n * p->columns + j];
+        read_row(c->k, at(c->k_strides, p->batch[n], g, row), c->is_bf16, D, rows + j * width);
+    }
+    zero_rows(rows + used * width, width, p->columns + STRIP - used, D);
+}
 
 static void backward_block(
     const Call *c, int64_t h, int64_t task, const Keys *to, const float *key_tokens, Work *work
@@ -559,19 +594,19 @@ static void backward_block(
                 if (c->softcap > 0) cap_scores(c, w, work->slopes[0]);
                 for (int i = 0; i < STRIP; i++)
                     UNROLL for (int x = 0; x < 2; x++) {
-                        float *at = w + i * ROWS + x * LANES;
-                        store(at, weight(load(at) - lse[x]));
+                        float *score = w + i * ROWS + x * LANES;
+                        store(score, weight(load(score) - lse[x]));
                     }
                 hide(c, b.first + p * PANEL, first, b.length, w, 0);
                 if (c->dout) scores(v + j * width, dout_panel + p * D * PANEL, D, ds);
                 else for (int i = 0; i < STRIP; i++) memset(ds + i * ROWS, 0, PANEL * sizeof(float));
                 for (int i = 0; i < STRIP; i++)
                     UNROLL for (int x = 0; x < 2; x++) {
-                        float *at = ds + i * ROWS + x * LANES;
-                        vf dp = load(at);
+                        float *to_ds = ds + i * ROWS + x * LANES;
+                        vf dp = load(to_ds);
                         if (da[j + i]) dp += load(da[j + i] + p * PANEL + x * LANES);
-                        store(at, load(w + i * ROWS + x * LANES) * (dp - delta[x]));
-                        if (c->softcap > 0) store(at, load(at) * load(&work->slopes[i][x * LANES]));
+                        dp = load(w + i * ROWS + x * LANES) * (dp - delta[x]);
+                        store(to_ds, c->softcap > 0 ? dp * load(&work->slopes[i][x * LANES]) : dp);
                     }
             }
         }
@@ -586,9 +621,9 @@ static void backward_block(
                            to->dv + (key + j) * to->dv_row, to->dv_row, limit);
         }
         for (int64_t r = 0; r < b.count; r += GROUP) {
-            const Range seen = keys_of(c, &b, live, r, key, keys);
-            if (seen.from < seen.to)
-                accumulate(&dscores[seen.from][r], 1, ROWS, k + seen.from * width, width, seen.to - seen.from, D,
+            const Range range = keys_of(c, &b, live, r, key, keys);
+            if (range.from < range.to)
+                accumulate(&dscores[range.from][r], 1, ROWS, k + range.from * width, width, range.to - range.from, D,
                            dq + r * width, width, GROUP);
         }
     }
@@ -596,10 +631,6 @@ static void backward_block(
         float *target = c->dq + at(c->dq_strides, batch, h, row + r);
         for (int64_t d = 0; d < D; d++) target[d] = dq[r * width + d] * (float)c->scale;
     }
-}
-
-INLINE void zero_rows(float *x, int64_t row, int64_t count, int64_t D) {
-    for (int64_t r = 0; r < count; r++) memset(x + r * row, 0, D * sizeof(float));
 }
 
 /* How long a task takes, about. */
@@ -613,46 +644,34 @@ INLINE int64_t cost(const Call *c, int64_t task) {
  * thread that has its first block, and by later ones in parts of their own: a thread begins in the middle of one at most. */
 static void backward_share(const Call *c, int64_t thread, int64_t threads) {
     const Plan *p = &c->plan;
-    const int64_t D = c->head_dim, H = c->q_heads, group = H / c->kv_heads;
-    const int width = width_of(D);
-    int64_t total = 0, done = 0, current = -1;
+    const int64_t H = c->q_heads, group = H / c->kv_heads;
+    int64_t total = 0, done = 0, current = -1, tasks;
     for (int64_t t = 0; t < p->tasks; t++) total += H * cost(c, t);
     const int64_t begin = total / threads * thread, end = thread + 1 < threads ? total / threads * (thread + 1) : total;
     Work *work = own_work(c);
     float *key_tokens = work->aside[p->columns + STRIP];
     Keys to = {0};
     c->part_of[thread] = -1;
-    for (int64_t n = 0; n < p->sequences; n++) {
-        const int64_t first = first_task(p, n), b = p->batch[n];
-        for (int64_t h = 0; h < H; h++)
-            for (int64_t t = first; t < p->tasks && p->task_sequence[t] == n; done += cost(c, t), t++) {
+    for (int64_t first = 0; first < p->tasks; first += tasks) {
+        const int64_t n = p->task_sequence[first];
+        int64_t of_head = 0;
+        for (tasks = 0; first + tasks < p->tasks && p->task_sequence[first + tasks] == n; tasks++)
+            of_head += cost(c, first + tasks);
+        for (int64_t h = 0; h < H; h++) {
+            if (done + of_head <= begin || done >= end) {
+                done += of_head;
+                continue;
+            }
+            for (int64_t t = first; t < first + tasks; done += cost(c, t), t++) {
                 if (done < begin || done >= end) continue;
-                const int64_t g = h / group, key_head = n * c->kv_heads + g;
-                if (key_head != current) {
-                    current = key_head;
-                    if (h == g * group && t == first) {
-                        to.dk = c->dk + at(c->dk_strides, b, g, p->begin[n]), to.dk_row = c->dk_strides[2];
-                        to.dv = c->dv + at(c->dv_strides, b, g, p->begin[n]), to.dv_row = c->dv_strides[2];
-                    } else {
-                        to.dk = c->parts + thread * 2 * p->longest * D, to.dv = to.dk + p->longest * D;
-                        to.dk_row = to.dv_row = D;
-                        c->part_of[thread] = key_head;
-                    }
-                    zero_rows(to.dk, to.dk_row, p->length[n], D);
-                    zero_rows(to.dv, to.dv_row, p->length[n], D);
-                    if (c->dmaps)
-                        for (int64_t j = 0; j < p->columns + STRIP; j++) {
-                            float *row = key_tokens + j * width;
-                            if (j >= p->tokens_used[n]) {
-                                memset(row, 0, D * sizeof(float));
-                                continue;
-                            }
-                            const int64_t token = p->begin[n] + p->tokens[n * p->columns + j];
-                            read_row(c->k, at(c->k_strides, b, g, token), c->is_bf16, D, row);
-                        }
+                if (n * c->kv_heads + h / group != current) {
+                    current = n * c->kv_heads + h / group;
+                    to = keys_to(c, n, h / group, h % group == 0 && t == first, thread);
+                    if (c->dmaps) read_key_tokens(c, n, h / group, key_tokens);
                 }
                 backward_block(c, h, t, &to, key_tokens, work);
             }
+        }
     }
 }
 

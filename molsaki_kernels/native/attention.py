@@ -71,7 +71,7 @@ def backward(
         sequences, known = sequences_of(plan, q.shape[0], q.shape[2], cu_seqlens)
         make = torch.empty if sequences.total == q.shape[0] * q.shape[2] else torch.zeros
         grads = [_new(x, make, torch.float32) for x in (q, k, v)]
-        q, k, v, out = map(contiguous_rows, (q, k, v, out))
+        q, k, v, out, lse = *map(contiguous_rows, (q, k, v, out)), lse.contiguous()
         per_head = dmaps is not None and dmaps.dim() == 4
         call, held = _call(known, q, k, v, out, lse, sinks, plan, options, per_head)
         work = _work(call, sequences)
@@ -96,7 +96,8 @@ def backward(
         del held
     dsinks = None
     if sinks is not None:  # dS of the sink's column: p_sink (0 - delta), summed over the rows
-        dsinks = -((sinks.double()[:, None] - lse).exp_() * delta).sum((0, 2)).to(sinks.dtype)
+        terms = (sinks.double()[:, None] - lse).exp_() * delta
+        dsinks = -terms.masked_fill_(delta == 0, 0).sum((0, 2)).to(sinks.dtype)  # a row in no sequence has no lse
     dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv, dsinks
 
@@ -155,5 +156,5 @@ def _new(x: Tensor, make: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
 
 def _work(call: _Call, sequences: Sequences) -> Tensor:
     """Working memory of every thread; it has to be held for as long as the call runs."""
-    size = call.threads * library().molsaki_attention_work(ctypes.c_int64(sequences.columns))
+    size = call.threads * library().molsaki_attention_work(*map(ctypes.c_int64, (sequences.columns, call.head_dim)))
     return scratch("attention work", (size,), torch.uint8, _CPU)

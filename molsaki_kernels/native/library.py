@@ -2,7 +2,8 @@
 
 Compiled once a machine, with the C compiler that is there (``$CC``, cc, gcc or clang), for the processor that is there;
 kept in ``$MOLSAKI_CACHE``, else ``$XDG_CACHE_HOME/molsaki_kernels`` (``~/.cache``), else a temporary folder. Without a
-compiler, or with ``MOLSAKI_NATIVE=0``, the map on a CPU is made by plain PyTorch (``../stepmap.py``).
+compiler, or with ``MOLSAKI_NATIVE=0``, attention on a CPU is PyTorch's and its map is made by plain PyTorch
+(``../stepmap.py``).
 """
 
 from __future__ import annotations
@@ -19,15 +20,30 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NEEDED = {"avx2", "fma"}
+MAX_HEAD_DIM = 256  # MAX_D of tiles.h
 
 
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Why this machine has no native library, or None. The first call may compile it, in seconds."""
     return _loaded()[1]
+
+
+def why_not_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why such q, k and v cannot be handed to the library, or None."""
+    if device.type != "cpu":
+        return f"it takes CPU tensors, not {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {dtype}"
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+        return f"it takes head_dim in multiples of 16 up to {MAX_HEAD_DIM}, not {head_dim}"
+    return why_not()
 
 
 def library() -> ctypes.CDLL:

@@ -53,7 +53,8 @@ def sequences_of(plan: PlanTensors, B: int, M: int, cu_seqlens: Tensor | None) -
     """Those of ``B`` rows of ``M`` tokens, or of the packed row that ``cu_seqlens`` cuts; kept with the plan.
 
     Raises:
-        ValueError: what the library takes for granted does not hold: indices out of range, tokens out of order.
+        ValueError: what the library takes for granted does not hold: indices out of range, steps or tokens that do not
+            ascend.
     """
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     if bounds is None and len(plan.tokens) != B:
@@ -69,10 +70,10 @@ def sequences_of(plan: PlanTensors, B: int, M: int, cu_seqlens: Tensor | None) -
 def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Sequences:
     N, C = plan.tokens.shape
     columns = -(-C // 16) * 16
-    begin = torch.tensor(bounds[:-1] if bounds else [0] * N, device=_CPU)
+    begin = torch.tensor(bounds[:-1] if bounds else [0] * N, dtype=torch.int64, device=_CPU)
     length = torch.tensor(bounds, device=_CPU).diff() if bounds else torch.full((N,), M, device=_CPU)
     _check(plan, M, bounds, length)
-    longest, total = int(length.max()), int(length.sum())
+    longest, total = int(length.max()) if N else 0, int(length.sum())
     is_token = plan.word_of_token >= 0
     tokens = torch.full((N, columns), NEVER, dtype=torch.int32, device=_CPU)
     tokens[:, :C] = torch.where(is_token, plan.tokens, NEVER)
@@ -80,8 +81,14 @@ def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Seq
     words[:, :C] = plan.word_of_token.clamp_min(0)
     step_of_row = torch.full((N, longest), -1, dtype=torch.int32, device=_CPU)
     for n, steps in enumerate(plan.steps.tolist()):
+        before = 0
         for s, (start, stop) in enumerate(steps):
+            if start >= stop:
+                continue
+            if start < before or stop > length[n]:
+                raise ValueError(f"plan: expected steps that ascend within {int(length[n])} tokens, got {steps}")
             step_of_row[n, start:stop] = s
+            before = stop
     rows, task_steps = [], 0
     for n in range(N):
         for row in range(0, int(length[n]), TASK_ROWS):
@@ -99,7 +106,7 @@ def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Seq
 
 def _check(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None, length: Tensor) -> None:
     """What the library takes for granted; nobody has looked at it where a call is traced or a plan made by hand."""
-    if bounds and (bounds[0] < 0 or bounds[-1] > M or length.min() < 0):
+    if bounds and (bounds[0] < 0 or bounds[-1] > M or (length < 0).any()):
         raise ValueError(f"cu_seqlens: expected to ascend from 0 to at most {M}, got {list(bounds)}")
     is_token = plan.word_of_token >= 0
     if (is_token & ((plan.tokens < 0) | (plan.tokens >= length[:, None]))).any():

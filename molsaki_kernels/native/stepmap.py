@@ -11,13 +11,11 @@ from torch import Tensor
 from ..call import Options, PlanTensors
 from ..rows import contiguous_rows
 from ..scratch import scratch
-from .library import library
-from .library import why_not as why_no_library
+from .library import library, why_not_for
 from .sequences import Plan, sequences_of
 
 BACKWARD_ROWS = 24  # of a tile; a task's rows are a multiple
 TASKS_PER_THREAD = 16  # of the backward, so that threads end together
-MAX_HEAD_DIM = 256  # as in stepmap.c
 LARGEST_KEPT = 4 << 20  # numbers of dq kept from the first half of the gradient to the second; more are made again
 _CPU = torch.device("cpu")  # whatever the defaults are
 _FLOAT32 = {"dtype": torch.float32, "device": _CPU}
@@ -25,20 +23,7 @@ _FLOAT32 = {"dtype": torch.float32, "device": _CPU}
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str | None:
     """Why the native library cannot make this map, or None."""
-    if device.type != "cpu":
-        return f"it takes CPU tensors, not {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16, not {dtype}"
-    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
-        return f"it takes head_dim in multiples of 16 up to {MAX_HEAD_DIM}, not {head_dim}"
-    if softcap is not None:
-        return "it has no softcap"
-    return _why_no_library()
-
-
-@torch.compiler.assume_constant_result
-def _why_no_library() -> str | None:
-    return why_no_library()
+    return "it has no softcap" if softcap is not None else why_not_for(device, dtype, head_dim)
 
 
 def forward(
