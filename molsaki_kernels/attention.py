@@ -8,6 +8,7 @@ from torch import Tensor
 from . import auto, checks, ops
 from .call import AttentionCall, Options
 from .engines import flex
+from .native.library import has_amx
 from .plan import StepPlan
 
 # Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it, so
@@ -178,7 +179,7 @@ def _choose(
         packed=cu_seqlens is not None,
         backward=torch.is_grad_enabled() and any(t.requires_grad for t in gradients),
     )
-    names = auto.order(call, AUTO.get(q.device.type, ("eager",))) if engine == "auto" else (engine,)
+    names = auto.order(call, _default_order(call)) if engine == "auto" else (engine,)
     reasons = {}
     for name in names:
         reasons[name] = ops.ENGINES[name].available() or ops.ENGINES[name].why_not(call)
@@ -186,6 +187,13 @@ def _choose(
             return name
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ValueError(f"engine: {engine!r} cannot serve this call ({listed})")
+
+
+def _default_order(call: AttentionCall) -> tuple[str, ...]:
+    names = AUTO.get(call.device.type, ("eager",))
+    if call.device.type == "cpu" and call.dtype == torch.bfloat16 and not call.backward and has_amx():
+        return ("sdpa", *(name for name in names if name != "sdpa"))  # twice as fast there (docs/notes.md)
+    return names
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -482,6 +482,20 @@ def test_engines_and_choice():
     assert torch.equal(out, expected)
 
 
+def test_forward_of_bfloat16_on_amx_is_left_to_sdpa(monkeypatch):
+    if library.why_not():
+        pytest.skip(library.why_not())
+    chosen = []
+    monkeypatch.setattr(mk.attention.ops, "run_attention", lambda *inputs: (chosen.append(inputs[-2]), None, None))
+    (q, k, v), plan, _ = inputs("ragged", torch.float32)
+    for amx in (True, False):
+        monkeypatch.setattr(mk.attention, "has_amx", lambda amx=amx: amx)
+        for dtype in (torch.bfloat16, torch.float32):
+            for wanted in (False, True):
+                mk.stepwise_attention(q.to(dtype, copy=True).requires_grad_(wanted), k.to(dtype), v.to(dtype), plan)
+    assert chosen == ["sdpa"] + ["native"] * 7
+
+
 def bad_calls():
     q, k, v = torch.zeros(2, 4, 6, 8), torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6, 8)
     plan = StepPlan.from_spans([[(0, 6)], [(0, 3)]], [[[1]], [[2]]])
