@@ -37,7 +37,7 @@ format: $(VENV)/.test-installed
 
 plots: demo
 	$(BIN)/python -m benchmarks.plots --output-dir benchmarks/results/plots \
-	  $(filter-out benchmarks/results/predicted-%,$(wildcard benchmarks/results/*.csv))
+	  $(filter-out benchmarks/results/predicted-% benchmarks/results/extract-%,$(wildcard benchmarks/results/*.csv))
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
