@@ -4,7 +4,7 @@
  * are made as S^T, of keys (broadcast) and the transposed queries of PANEL rows, so that the softmax over keys has no sums
  * across lanes, and a key token's scores of all rows lie side by side. A block is TASK_ROWS rows against KEYS keys.
  *
- * Forward: the scores of key tokens are set aside; when lse is known they are turned into weights and added up per step.
+ * Forward: the scores of key tokens are set aside; when maximum and sum are known, they become weights, added up per step.
  * Backward: the weights of key tokens are made first, for dlse; dA then joins dP where a key token's column comes by.
  *
  * Deterministic: what a thread takes and the order in which its parts are added up depend on shapes, the plan and the
@@ -39,7 +39,7 @@ typedef struct {
     const float *sinks; /* (q_heads), or NULL */
     void *out;
     float *lse;  /* (B, q_heads, rows) */
-    float *work; /* of each thread: molsaki_attention_work(columns, head_dim) bytes */
+    void *work;  /* of each thread: molsaki_attention_work(columns, head_dim) bytes */
     /* Forward. */
     int64_t groups; /* of query heads: as many tasks for each block; as many as heads for per_head */
     double *sums; /* a task's, from task_slot * groups * columns on: (groups, count, columns) */
@@ -57,9 +57,9 @@ typedef struct {
 typedef struct {
     float q[ROWS * WIDEST], dout[ROWS * WIDEST], k[KEYS * WIDEST], v[KEYS * WIDEST];
     float q_panel[ROWS * MAX_D], dout_panel[ROWS * MAX_D];
-    float result[ROWS * WIDEST];               /* out or dq */
+    float result[ROWS * WIDEST]; /* out or dq */
     float weights[KEYS][ROWS], dscores[KEYS][ROWS]; /* of keys by rows; weights: scores before */
-    float slopes[STRIP][ROWS]; /* of the softcap: what dscores are multiplied by */
+    float slopes[STRIP][ROWS];                      /* of the softcap: what dscores are multiplied by */
     float aside[][ROWS]; /* (columns + STRIP): scores of key tokens, or their dA. After them the key tokens, as rows */
 } Work;
 
@@ -79,9 +79,8 @@ typedef struct {
     int64_t n, h, g, task, first, count, length;
     int64_t low, high;               /* the keys that some row sees */
     int64_t first_column, columns;   /* the key tokens among them */
-    float lse[ROWS];
-    float delta[ROWS];               /* rowsum(dO * O) - dlse, the map's dlse included */
     int32_t step[ROWS];              /* -1: none */
+    float lse[ROWS], delta[ROWS];    /* backward; delta: rowsum(dO * O) - dlse, the map's dlse included */
 } Block;
 
 /* exp, and 0 where that is below 1e-34; NaN stays NaN. */
@@ -365,21 +364,15 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
         }
     }
     float *lse = c->lse + (batch * c->q_heads + h) * c->rows + begin + b.first;
-    for (int64_t r = 0; r < panels * PANEL; r++) {
+    for (int64_t r = 0; r < b.count; r++) {
         const float total = sum[r / LANES][r % LANES], by = 1.0f / total;
-        b.lse[r] = (float)(max[r / LANES][r % LANES] + log(total)); /* rounded once */
-        if (r >= b.count) {
-            b.lse[r] = 0;
-            continue;
-        }
-        lse[r] = b.lse[r];
+        lse[r] = (float)(max[r / LANES][r % LANES] + log(total)); /* rounded once */
         const int64_t offset = at(c->out_strides, batch, h, begin + b.first + r);
         if (c->is_bf16)
             for (int64_t d = 0; d < D; d++) ((uint16_t *)c->out)[offset + d] = to_bf16(out[r * width + d] * by);
         else
             for (int64_t d = 0; d < D; d++) ((float *)c->out)[offset + d] = out[r * width + d] * by;
     }
-    for (int64_t r = panels * PANEL; r < ROWS; r++) b.lse[r] = 0;
     add_map(c, &b, aside, max, sum, sums);
 }
 
@@ -462,7 +455,8 @@ static void upstream_of_map(
     for (int v = 0; v < VECTORS; v++) sums[v] = (vf){0};
     for (int64_t j = 0; j < b->columns; j += STRIP)
         for (int64_t p = 0; p < panels; p++) {
-            const int64_t column = b->first_column + j, row = b->first + p * PANEL, count = lowest(STRIP, b->columns - j);
+            const int64_t column = b->first_column + j, count = lowest(STRIP, b->columns - j);
+            const int64_t row = b->first + p * PANEL;
             if (c->causal && tokens[column] >= row + PANEL) { /* seen by none, and so the columns after it */
                 for (int64_t i = 0; i < count; i++) memset(&aside[j + i][p * PANEL], 0, PANEL * sizeof(float));
                 continue;

@@ -98,8 +98,8 @@ static void pack_keys(const Call *c, int64_t n, int64_t g) {
     float row[MAX_D];
     for (int64_t j = 0; j < C; j++) {
         if (j < used) {
-            const int64_t offset =
-                c->plan.batch[n] * c->k_strides[0] + g * c->k_strides[1] + (c->plan.begin[n] + tokens[j]) * c->k_strides[2];
+            const int64_t token = c->plan.begin[n] + tokens[j];
+            const int64_t offset = c->plan.batch[n] * c->k_strides[0] + g * c->k_strides[1] + token * c->k_strides[2];
             read_row(c->k, offset, c->is_bf16, D, row);
             for (int64_t d = 0; d < D; d++) row[d] *= (float)c->scale;
         } else {
@@ -270,6 +270,7 @@ static void dscores(
     const Call *c, const Rows *rows, int64_t n, int64_t h, int64_t origin, int64_t stop, float (*tile)[TILE], vf *sums
 ) {
     const int64_t C = c->plan.columns, group = c->q_heads / c->kv_heads;
+    const int32_t *tokens = c->plan.tokens + n * C;
     const float *packed = c->packed + (n * c->kv_heads + h / group) * c->head_dim * C;
     const float *all = c->upstream + (c->per_head ? n * c->q_heads + h : n) * c->steps * C + origin;
     const float *upstream[ROWS];
@@ -277,10 +278,10 @@ static void dscores(
     int64_t column = origin;
     for (; column + LANES < stop; column += 2 * LANES)
         for (int r = 0; r < rows->count; r += STRIP)
-            dscores_tile(c, rows, packed, c->plan.tokens + n * C, upstream, r, column, 2, 2, origin, tile, sums);
+            dscores_tile(c, rows, packed, tokens, upstream, r, column, 2, 2, origin, tile, sums);
     if (column < stop)
         for (int r = 0; r < rows->count; r += STRIP)
-            dscores_tile(c, rows, packed, c->plan.tokens + n * C, upstream, r, column, 1, wide(c, column), origin, tile, sums);
+            dscores_tile(c, rows, packed, tokens, upstream, r, column, 1, wide(c, column), origin, tile, sums);
 }
 
 /* dq of the rows, from the tile's columns [origin, stop) on. */
@@ -387,10 +388,10 @@ static void add_dq(const Call *c, int64_t n, int64_t first) {
         }
         const float *kept = c->kept ? c->kept + ((n * c->q_heads + h) * c->plan.longest + first) * D : dq[0];
         const int64_t stride = c->kept ? D : STRIDE;
-        const int64_t offset = c->plan.batch[n] * c->dq_strides[0] + h * c->dq_strides[1];
+        const int64_t row = c->plan.begin[n] + first;
+        const int64_t offset = c->plan.batch[n] * c->dq_strides[0] + h * c->dq_strides[1] + row * c->dq_strides[2];
         for (int r = 0; r < rows.count; r++)
-            if (rows.step[r] >= 0)
-                add_row(c->dq, offset + (c->plan.begin[n] + first + r) * c->dq_strides[2], kept + r * stride, D, c->is_bf16);
+            if (rows.step[r] >= 0) add_row(c->dq, offset + r * c->dq_strides[2], kept + r * stride, D, c->is_bf16);
     }
 }
 
@@ -406,8 +407,8 @@ void molsaki_map_add(const Call *c) {
         for (int64_t n = 0; n < c->plan.sequences; n++)
             for (int64_t g = 0; g < c->kv_heads; g++)
                 for (int64_t j = 0; j < c->plan.tokens_used[n]; j++) { /* a token is in one word: no two add to one row */
-                    const int64_t row = c->plan.begin[n] + c->plan.tokens[n * C + j];
-                    const int64_t offset = c->plan.batch[n] * c->dk_strides[0] + g * c->dk_strides[1] + row * c->dk_strides[2];
+                    const int64_t row = c->plan.begin[n] + c->plan.tokens[n * C + j], b = c->plan.batch[n];
+                    const int64_t offset = b * c->dk_strides[0] + g * c->dk_strides[1] + row * c->dk_strides[2];
                     add_row(c->dk, offset, c->dk_tokens + ((n * c->kv_heads + g) * C + j) * D, D, c->is_bf16);
                 }
     }
