@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
 
 import molsaki
-from molsaki_kernels import StepPlan
+from molsaki_kernels import StepPlan, ops
+from molsaki_kernels.native import library
 from molsaki_kernels.reference import pool_values, reduce_weights
 
 TRANSFORMERS = int(transformers.__version__.split(".")[0])
@@ -150,6 +153,42 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.testing.assert_close(record.maps, expected_maps, rtol=0, atol=0)
     for a, b in zip(got, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_float32_goes_through_the_native_engine(monkeypatch, name):
+    """Heads of 16, as the engine takes them: maps and weight gradients off by at most twice what eager's are."""
+    if library.why_not():
+        pytest.skip(library.why_not())
+    wide = (
+        dict(n_embd=64)
+        if name == "GPT2"
+        else dict(hidden_size=64, **({"head_dim": 16} if "head_dim" in ARCHITECTURES[name] else {}))
+    )
+    model = make(name, torch.float32, **wide)
+    exact = copy.deepcopy(model).double()
+    if name == "GptOss" and TRANSFORMERS > 4:
+        exact.set_experts_implementation("eager")
+    inputs, plan = batch()
+    run, engines = ops.run_attention, []
+    monkeypatch.setattr(ops, "run_attention", lambda *call: engines.append(call[-2]) or run(*call))
+
+    def results(model, by_hand):
+        if by_hand:
+            maps, logits = eager(model, inputs, plan)
+        else:
+            with molsaki.capture(model, plan) as record:
+                logits = model(**inputs).logits
+            maps = record.maps
+        grads = torch.autograd.grad(objective(maps, logits, inputs["attention_mask"]), list(model.parameters()),
+                                    allow_unused=True)  # fmt: skip
+        return [maps, *(g for g in grads if g is not None)]
+
+    oracle, by_eager, ours = results(exact, True), results(model, True), results(model, False)
+    assert engines == ["native"] * model.config.num_hidden_layers
+    assert relative(ours[0], oracle[0]) <= 2 * relative(by_eager[0], oracle[0]) + 2**-23
+    errors = [torch.tensor([relative(a, b) for a, b in zip(x[1:], oracle[1:], strict=True)]) for x in (ours, by_eager)]
+    assert errors[0].norm() <= 2 * errors[1].norm() + 2**-23
 
 
 def test_reentrant_checkpointing_is_refused():
