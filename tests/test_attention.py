@@ -482,6 +482,15 @@ def test_engines_and_choice():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.usefixtures("cpu_map")
+def test_scale_of_zero():
+    """Weights are all equal: auto goes by the one engine that cannot."""
+    with pytest.raises(ValueError, match="scale of 0"):
+        compare("sdpa", "ragged", dict(scale=0.0), torch.float32)
+    for engine in ("auto", "eager"):
+        compare(engine, "ragged", dict(scale=0.0), torch.float32)
+
+
 def test_forward_of_bfloat16_on_amx_is_left_to_sdpa(monkeypatch):
     if library.why_not():
         pytest.skip(library.why_not())

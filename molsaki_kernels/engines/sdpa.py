@@ -35,7 +35,7 @@ def why_not(call: AttentionCall) -> str | None:
     if call.options.softcap is not None:
         return "PyTorch's flash attention has no softcap"
     if call.device.type == "cpu":
-        return None
+        return "the CPU flash operator gives NaN at a scale of 0" if call.options.scale == 0 else None
     if call.device.type != "cuda":
         return f"no flash attention for {call.device.type} tensors"
     if call.dtype not in (torch.bfloat16, torch.float16):
