@@ -257,6 +257,7 @@ def test_without_a_library(without_native):
 
 
 def reason_with(monkeypatch, **environment):
+    monkeypatch.delenv("MOLSAKI_CACHE", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     return library._loaded.__wrapped__()[1]
