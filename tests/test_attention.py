@@ -431,6 +431,17 @@ def test_compile(dynamic):
         torch.testing.assert_close(a, b)
 
 
+def test_compile_of_bfloat16_without_gradients():
+    """Where auto asks about the processor."""
+    torch.compiler.reset()
+    (q, k, v), plan, _ = inputs("ragged", torch.bfloat16)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    compiled = torch.compile(mk.stepwise_attention, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for a, b in zip(compiled(q, k, v, plan), mk.stepwise_attention(q, k, v, plan), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_fake_and_meta_tensors():
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
     meta = [t.to("meta") for t in (q, k, v)]

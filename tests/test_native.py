@@ -183,10 +183,13 @@ def test_what_would_reach_past_memory_is_refused(name):
     """The door cannot look into tensors while it is traced, and takes a plan made by hand for right."""
     changed, message = BAD_PLANS[name]
     (q, k, lse), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
+    q, k, lse = q.float(), k.float(), lse.float()
     plan, cu = plan_by_hand(**changed)
     with pytest.raises(ValueError, match=message):
-        torch.ops.molsaki.stepwise_map(
-            q.float(), k.float(), lse.float(), *plan, 1, cu, True, 0.25, None, None, False, "native"
+        torch.ops.molsaki.stepwise_map(q, k, lse, *plan, 1, cu, True, 0.25, None, None, False, "native")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.molsaki.stepwise_attention(
+            q, k, k, *plan, 1, None, cu, True, 0.25, None, None, False, "native", "native"
         )
 
 
@@ -442,18 +445,23 @@ def test_attention_under_another_default_dtype_and_device(dtype):
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     sinks = torch.linspace(-1, 2, q.shape[1], dtype=torch.float64)
     leaves = [x.float().requires_grad_() for x in (q, k, v, sinks)]
-    before = torch.get_default_dtype()
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) for x in expected.values()][:2]
+
+    def everything():
+        results = mk.stepwise_attention(
+            *leaves[:3], plan, sinks=leaves[3], cu_seqlens=cu, window=options["window"], engine="native"
+        )
+        return *results, *torch.autograd.grad(results, leaves, weights)
+
+    usual, before = everything(), torch.get_default_dtype()
+    _, plan, cu = case(**shape)  # one that nothing is kept of
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
-            out, maps = mk.stepwise_attention(
-                *leaves[:3], plan, sinks=leaves[3], cu_seqlens=cu, window=options["window"], engine="native"
-            )
-            grads = torch.autograd.grad(out.sum() + maps.sum(), leaves)
+            found = everything()
     finally:
         torch.set_default_dtype(before)
-    assert torch.equal(out, expected["out"]) and torch.equal(maps, expected["maps"])
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, usual, strict=True))
 
 
 @needs_library
@@ -479,18 +487,6 @@ def test_rows_in_no_sequence_are_zero():
 
 
 @needs_library
-@pytest.mark.parametrize("name", BAD_PLANS)
-def test_attention_that_would_reach_past_memory_is_refused(name):
-    changed, message = BAD_PLANS[name]
-    (q, k, _), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
-    plan, cu = plan_by_hand(**changed)
-    with pytest.raises(ValueError, match=message):
-        torch.ops.molsaki.stepwise_attention(
-            q.float(), k.float(), k.float(), *plan, 1, None, cu, True, 0.25, None, None, False, "native", "native"
-        )
-
-
-@needs_library
 def test_attention_far_from_zero():
     """Scores of hundreds, sinks that take everything or nothing, and scores of -1e30."""
     q, k, v = torch.full((1, 5, 100, 16), 10.0), torch.randn(1, 5, 100, 16) * 10, torch.randn(1, 5, 100, 16)
@@ -498,11 +494,12 @@ def test_attention_far_from_zero():
     plan = StepPlan.from_spans([[(0, 100)]], [[[3], [99]]])
     sinks = torch.tensor([1e4, float("inf"), -1e4, float("-inf"), float("-inf")])
     out, maps = mk.stepwise_attention(q, k, v, plan, sinks=sinks, heads="none", engine="native")
-    expected, expected_maps = reference.stepwise_attention(
-        q.double(), k.double(), v.double(), plan, sinks=sinks.double(), heads="none"
+    oracle, eager = (
+        reference.stepwise_attention(q.to(t), k.to(t), v.to(t), plan, sinks=sinks.to(t), heads="none")
+        for t in (torch.float64, torch.float32)
     )
-    torch.testing.assert_close(out[:, :4], expected[:, :4].float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(maps[:, :4], expected_maps[:, :4].float(), atol=1e-4, rtol=1e-4)
+    for name, got, exact, theirs in zip(("out", "maps"), (out, maps), oracle, eager, strict=True):
+        assert_within_budget(name, got[:, :4], exact[:, :4], theirs[:, :4])
     count = torch.arange(1, 101)[:, None]  # equal scores, so large that lse is one of them even in float64
     torch.testing.assert_close(out[0, 4], v[0, 4].cumsum(0) / count)
     torch.testing.assert_close(maps[0, 4, 0], torch.stack([(1 / count[3:]).sum(), 1 / count[99, 0]]))

@@ -233,6 +233,16 @@ INLINE void find_block(const Call *c, int64_t h, int64_t task, Block *b) {
     b->columns = below(tokens, used, b->high) - b->first_column;
 }
 
+/* A block's queries, scaled, as rows and as panels. */
+static void read_queries(const Call *c, const Block *b, float *q, float *panel) {
+    const int64_t D = c->head_dim, width = width_of(D), panels = (b->count + PANEL - 1) / PANEL;
+    const int64_t row = c->plan.begin[b->n] + b->first, offset = at(c->q_strides, c->plan.batch[b->n], b->h, row);
+    read_rows(c->q, offset, c->q_strides[2], c->is_bf16, D, b->count, panels * PANEL, width, q);
+    for (int64_t r = 0; r < b->count; r++)
+        for (int64_t d = 0; d < D; d++) q[r * width + d] *= (float)c->scale;
+    to_panels(q, panels, D, width, panel);
+}
+
 /* The steps that rows of a vector are in, by turns. */
 INLINE void sum_steps(const Call *c, const Block *b, const vf *w, double *sums) {
     const int64_t first = c->plan.task_first[b->task], C = c->plan.columns;
@@ -305,11 +315,7 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
     float(*tile)[ROWS] = work->weights, (*aside)[ROWS] = work->aside;
     vf max[VECTORS], sum[VECTORS];
 
-    read_rows(c->q, at(c->q_strides, batch, h, begin + b.first), c->q_strides[2], c->is_bf16, D, b.count,
-              panels * PANEL, width, q);
-    for (int64_t r = 0; r < b.count; r++)
-        for (int64_t d = 0; d < D; d++) q[r * width + d] *= (float)c->scale;
-    to_panels(q, panels, D, width, panel);
+    read_queries(c, &b, q, panel);
     memset(out, 0, b.count * width * sizeof(float));
     const float start = c->sinks && !(c->sinks[h] < LEAST) ? c->sinks[h] : LEAST; /* NaN stays NaN */
     for (int x = 0; x < VECTORS; x++) {
@@ -540,10 +546,7 @@ static void backward_block(
     float *q_panel = work->q_panel, *dout_panel = work->dout_panel;
     float(*weights)[ROWS] = work->weights, (*dscores)[ROWS] = work->dscores, (*aside)[ROWS] = work->aside;
 
-    read_rows(c->q, at(c->q_strides, batch, h, row), c->q_strides[2], c->is_bf16, D, b.count, panels * PANEL, width, q);
-    for (int64_t r = 0; r < b.count; r++)
-        for (int64_t d = 0; d < D; d++) q[r * width + d] *= (float)c->scale;
-    to_panels(q, panels, D, width, q_panel);
+    read_queries(c, &b, q, q_panel);
     if (c->dout) {
         read_rows(c->dout, at(c->dout_strides, batch, h, row), c->dout_strides[2], c->is_bf16, D, b.count,
                   panels * PANEL, width, dout);

@@ -79,12 +79,12 @@ def compiler() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def has_amx() -> bool:
     """Whether PyTorch's bfloat16 products run on AMX here, which this library does not use."""
     return platform.system() == "Linux" and "amx_bf16" in _processor().split()
 
 
+@functools.cache
 def _processor() -> str:
     """Model and features, which decide what ``-march=native`` means."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
