@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from molsaki_kernels.auto import Measured, padded_head_dim
+from molsaki_kernels.engine_selection import Measured, padded_head_dim
 
 from .layer import read_rows
 

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
-from molsaki_kernels.call import Options
-from molsaki_kernels.engines import flex
+from molsaki_kernels.attention import flex
 from molsaki_kernels.ops import ENGINES
+from molsaki_kernels.spec import AttentionOptions
 
 from .shapes import Inputs, Shape
 
@@ -52,7 +52,7 @@ def fits_eager(shape: Shape, device: torch.device) -> bool:
 
 def with_lse(inputs: Inputs) -> Inputs:
     """The inputs with the attention's log-sum-exp, which the map alone takes as it takes q and k."""
-    options = Options(causal=True, scale=inputs.q.shape[-1] ** -0.5)
+    options = AttentionOptions(causal=True, scale=inputs.q.shape[-1] ** -0.5)
     with torch.no_grad():
         _, lse = ENGINES["sdpa"].forward(inputs.q, inputs.k, inputs.v, None, None, options)
     return inputs._replace(lse=lse.contiguous().requires_grad_())

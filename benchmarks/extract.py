@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from molsaki.batches.data import Side, read_examples
 from molsaki.config import ExtractConfig
-from molsaki.data import Side, read_examples
-from molsaki.extract import entries_of, mixture_of, probe, tasks_of
-from molsaki.forward import can_pack, model_inputs
-from molsaki.hooks import NAME
-from molsaki.models import context_length, load_model, load_tokenizer
+from molsaki.modeling.forward import can_pack, model_inputs
+from molsaki.modeling.hooks import NAME
+from molsaki.modeling.loading import context_length, load_model, load_tokenizer
+from molsaki.teacher.extract import entries_of, mixture_of, probe, tasks_of
 
 from .layer import describe, write_csv
 from .measure import ratio

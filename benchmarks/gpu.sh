@@ -105,7 +105,7 @@ small_cases() {
 import torch
 
 from molsaki_kernels import StepPlan, pool_values, stepwise_attention, stepwise_map
-from molsaki_kernels.triton.fold import fold
+from molsaki_kernels._triton.lse_gradient import fold
 
 torch.manual_seed(0)
 steps = [[(0, 9), (9, 50), (60, 130)], [(3, 4)], []]

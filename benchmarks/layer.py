@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from molsaki_kernels import auto
+from molsaki_kernels import engine_selection as auto
 
 from .contenders import SLOW_TO_BUILD, Contender, contenders, fits_eager, step, with_lse
 from .measure import captured, cuda_peak, interleaved, launches, peak_memory, profiled, ratio

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from molsaki_kernels.triton import configs
+from molsaki_kernels._triton import configs
 
 from .shapes import Shape, cuda_grid
 

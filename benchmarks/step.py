@@ -38,14 +38,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from molsaki import losses
-from molsaki.branches import Branches
+from molsaki.batches.data import IGNORE, Collator, Row, Text
+from molsaki.batches.shared_prefix import Branches
 from molsaki.config import DistillConfig
-from molsaki.data import IGNORE, Collator, Row, Text
-from molsaki.extract import mixture_of, probe, teacher_maps
-from molsaki.forward import model_inputs
-from molsaki.hooks import NAME
-from molsaki.trainer import Distiller
+from molsaki.modeling.forward import model_inputs
+from molsaki.modeling.hooks import NAME
+from molsaki.teacher.extract import mixture_of, probe, teacher_maps
+from molsaki.training import losses
+from molsaki.training.trainer import Distiller
 from molsaki_kernels import StepPlan, pool_values
 
 from .layer import describe, write_csv

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import importlib
 
-from . import losses
-from .hooks import capture
-from .mixture import MixtureOfLayers
-from .segment import Spans, segment
-from .tokens import encode, fit, plan
+from molsaki.modeling.hooks import capture
+from molsaki.text.segment import Spans, segment
+from molsaki.text.tokens import encode, fit, plan
+from molsaki.training import losses
+from molsaki.training.mixture import MixtureOfLayers
 
 # Imported when asked for: transformers' Trainer takes seconds, and who only wants maps never needs it.
 _LATER = {
     "DistillConfig": "molsaki.config",
-    "DistillTrainer": "molsaki.trainer",
-    "Store": "molsaki.store",
-    "StoreWriter": "molsaki.store",
+    "DistillTrainer": "molsaki.training.trainer",
+    "Store": "molsaki.teacher.store",
+    "StoreWriter": "molsaki.teacher.store",
 }
 
 __all__ = [

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _annotate(argv: list[str]) -> None:
     """have a teacher write rationales, and keep the right ones"""
-    from molsaki.annotate import annotate
+    from molsaki.annotation.annotate import annotate
     from molsaki.config import AnnotateConfig, parse
 
     _print(annotate(parse(AnnotateConfig, argv, "molsaki annotate")))
@@ -49,7 +49,7 @@ def _annotate(argv: list[str]) -> None:
 def _extract(argv: list[str]) -> None:
     """run the teacher once over a data set and store its maps"""
     from molsaki.config import ExtractConfig, parse
-    from molsaki.extract import extract
+    from molsaki.teacher.extract import extract
 
     _print(extract(parse(ExtractConfig, argv, "molsaki extract")))
 
@@ -57,7 +57,7 @@ def _extract(argv: list[str]) -> None:
 def _distill(argv: list[str]) -> None:
     """train a student, with the teacher live or from the store"""
     from molsaki.config import DistillConfig, parse
-    from molsaki.trainer import distill
+    from molsaki.training.trainer import distill
 
     _print(distill(parse(DistillConfig, argv, "molsaki distill")))
 
@@ -65,7 +65,7 @@ def _distill(argv: list[str]) -> None:
 def _evaluate(argv: list[str]) -> None:
     """decode greedily, score exactly, write every prediction"""
     from molsaki.config import EvaluateConfig, parse
-    from molsaki.evaluate import evaluate
+    from molsaki.evaluation.evaluate import evaluate
 
     _print(evaluate(parse(EvaluateConfig, argv, "molsaki evaluate")))
 
@@ -73,7 +73,7 @@ def _evaluate(argv: list[str]) -> None:
 def _plot(argv: list[str]) -> None:
     """draw losses, layer weights and maps"""
     from molsaki.config import PlotConfig, parse
-    from molsaki.figures import plot
+    from molsaki.plotting.plot_run import plot
 
     for path in plot(parse(PlotConfig, argv, "molsaki plot")):
         print(path)
@@ -86,7 +86,7 @@ def _store(argv: list[str]) -> int:
     parser.add_argument("folder", help="folder of the store")
     parser.add_argument("-n", type=int, default=3, help="head: how many examples")
     args = parser.parse_args(argv)
-    from molsaki.store import Store, verify
+    from molsaki.teacher.store import Store, verify
 
     if args.action == "verify":
         faults = verify(args.folder)

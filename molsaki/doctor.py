@@ -27,8 +27,8 @@ def report() -> dict:
     import torch
 
     import molsaki_kernels
-    from molsaki_kernels.attention import AUTO
-    from molsaki_kernels.native import library
+    from molsaki_kernels._native import build as library
+    from molsaki_kernels.api import AUTO
 
     return {
         "machine": {

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import stepmap
-from .call import Options, PlanTensors
-from .engines import eager, flash_attn, flex, native, sdpa, triton
-from .native import stepmap as native_stepmap
-from .plain import function, is_plain, is_plain_backward, without_autocast
-from .rows import contiguous_rows
+from molsaki_kernels.attention import eager, flash_attn, flex, native, sdpa, triton
+from molsaki_kernels.attention_map import native as native_stepmap
+from molsaki_kernels.attention_map import torch as stepmap
+from molsaki_kernels.direct_call import function, is_plain, is_plain_backward, without_autocast
+from molsaki_kernels.spec import AttentionOptions, PlanTensors
+from molsaki_kernels.strides import contiguous_rows
 
 ENGINES = {engine.NAME: engine for engine in (triton, native, flash_attn, flex, sdpa, eager)}
 _FUSED = {triton.NAME: triton, native.NAME: native}  # engines that make the map in the same pass
@@ -52,7 +52,7 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out ``(B, Hq, M, D)``, the map ``(N, [Hq,] S, W)`` and lse ``(B, Hq, M)``."""
-    options = Options(causal, scale, window, softcap)
+    options = AttentionOptions(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
     with without_autocast(q):
         if engine in _FUSED:
@@ -98,7 +98,7 @@ def _attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks (empty without sinks)."""
     with without_autocast(q):
-        options = Options(causal, scale, window, softcap)
+        options = AttentionOptions(causal, scale, window, softcap)
         plan = PlanTensors(steps, tokens, word_of_token, num_words)
         if engine in _FUSED:
             grads = _FUSED[engine].backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
@@ -186,7 +186,7 @@ def _map(
     backend: str,
 ) -> Tensor:
     """The map ``(N, [Hq,] S, W)``."""
-    options = Options(causal, scale, window, softcap)
+    options = AttentionOptions(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
     with without_autocast(q):
         return _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend)
@@ -219,10 +219,10 @@ def _map_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dlse."""
-    options = Options(causal, scale, window, softcap)
+    options = AttentionOptions(causal, scale, window, softcap)
     plan = PlanTensors(steps, tokens, word_of_token, num_words)
     if backend == "triton":
-        from .triton.map_backward import map_backward
+        from molsaki_kernels._triton.map_backward import map_backward
 
         dq, dk, dlse = map_backward(contiguous_rows(q), contiguous_rows(k), lse, dmaps, plan, options, cu_seqlens)
         return _laid_out(dq, _strides(q)), _laid_out(dk, _strides(k)), dlse
@@ -266,13 +266,13 @@ def _map_forward(
     k: Tensor,
     lse: Tensor,
     plan: PlanTensors,
-    options: Options,
+    options: AttentionOptions,
     cu_seqlens: Tensor | None,
     per_head: bool,
     backend: str,
 ) -> Tensor:
     if backend == "triton":
-        from .triton.map_forward import map_forward
+        from molsaki_kernels._triton.map_forward import map_forward
 
         return map_forward(contiguous_rows(q), contiguous_rows(k), lse, plan, options, cu_seqlens, per_head)
     on_cpu = native_stepmap if backend == "native" else stepmap
@@ -283,13 +283,13 @@ class _TritonGradient:
     """As :class:`stepmap.Gradient`. The second half makes the weights again, which costs less than to keep them."""
 
     def __init__(self, dmaps: Tensor, q: Tensor, k: Tensor, lse: Tensor, plan, options, cu_seqlens):
-        from .triton.map_backward import map_dlse
+        from molsaki_kernels._triton.map_backward import map_dlse
 
         self._arguments = (contiguous_rows(q), contiguous_rows(k), lse, dmaps, plan, options, cu_seqlens)
         self.dlse = map_dlse(*self._arguments)
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
-        from .triton.map_backward import map_backward
+        from molsaki_kernels._triton.map_backward import map_backward
 
         map_backward(*self._arguments, dq=dq, dk=dk)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plan import StepPlan
+from molsaki_kernels.plan import StepPlan
 
 
 def visible(rows: Tensor, columns: Tensor, causal: bool, window: int | None) -> Tensor:

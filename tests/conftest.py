@@ -26,7 +26,7 @@ def seeded():
 @pytest.fixture
 def without_native(monkeypatch):
     """The map on a CPU in plain PyTorch, as on a machine without a C compiler."""
-    from molsaki_kernels.native import library
+    from molsaki_kernels._native import build as library
 
     monkeypatch.setattr(library, "_loaded", lambda: (None, "switched off by a test"))
 
@@ -34,7 +34,7 @@ def without_native(monkeypatch):
 @pytest.fixture(params=["native", "torch"])
 def cpu_map(request):
     """Both ways to make the map on a CPU."""
-    from molsaki_kernels.native import library
+    from molsaki_kernels._native import build as library
 
     if request.param == "torch":
         request.getfixturevalue("without_native")

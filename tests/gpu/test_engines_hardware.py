@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernel_cases import Case, Inputs, check, make, oracle
 from molsaki_kernels import ops, stepwise_attention
-from molsaki_kernels.call import AttentionCall
-from tests.gpu.hardware_cases import FEATURES, long_inputs, walk
+from molsaki_kernels.spec import AttentionRequest
+from tests.helpers.hardware_cases import FEATURES, long_inputs, walk
+from tests.helpers.kernel_cases import Case, Inputs, check, make, oracle
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
 
@@ -47,7 +47,7 @@ def deterministic(on: bool = True):
 
 def need(engine: str, case: Case, x: Inputs, backward: bool = True) -> None:
     """Skips with the engine's own reason."""
-    call = AttentionCall(
+    call = AttentionRequest(
         x.q.device, x.q.dtype, x.q.shape[0], x.q.shape[1], x.k.shape[1], x.q.shape[2], x.q.shape[3], case.options(),
         x.sinks is not None, x.cu_seqlens is not None, backward,
     )  # fmt: skip

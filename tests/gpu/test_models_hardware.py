@@ -9,16 +9,16 @@ import copy
 import os
 
 import pytest
-import tiny
 import torch
 
 import molsaki
 from molsaki.config import DistillConfig, ExtractConfig
-from molsaki.extract import extract
-from molsaki.store import Store
-from molsaki.trainer import DistillTrainer
-from tests.budget import assert_within_budget
-from tests.test_hooks import ARCHITECTURES, TRANSFORMERS, batch, eager, make, objective
+from molsaki.teacher.extract import extract
+from molsaki.teacher.store import Store
+from molsaki.training.trainer import DistillTrainer
+from tests.distill.test_hooks import ARCHITECTURES, TRANSFORMERS, batch, eager, make, objective
+from tests.helpers import tiny
+from tests.helpers.budget import assert_within_budget
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

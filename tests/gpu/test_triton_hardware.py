@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from kernel_cases import Case, Inputs, check, check_fused, check_map, kernels, make
 from molsaki_kernels import StepPlan, reference
-from molsaki_kernels.triton.flash_backward import flash_backward
-from molsaki_kernels.triton.flash_forward import flash_forward
-from molsaki_kernels.triton.map_backward import map_backward
-from molsaki_kernels.triton.map_forward import map_forward
-from tests.gpu.hardware_cases import DTYPES, FEATURES, long_inputs, walk
+from molsaki_kernels._triton.attention_backward import flash_backward
+from molsaki_kernels._triton.attention_forward import flash_forward
+from molsaki_kernels._triton.map_backward import map_backward
+from molsaki_kernels._triton.map_forward import map_forward
+from tests.helpers.hardware_cases import DTYPES, FEATURES, long_inputs, walk
+from tests.helpers.kernel_cases import Case, Inputs, check, check_fused, check_map, kernels, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

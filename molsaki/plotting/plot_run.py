@@ -1,0 +1,184 @@
+"""Collects what :mod:`molsaki.plots` draws: what a run has logged, and the maps of texts from models or a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from molsaki.batches.data import Example, read_examples, spans_of
+from molsaki.config import MixtureOptions, PlotConfig, TextOptions, require
+from molsaki.modeling.hooks import capture
+from molsaki.modeling.loading import load_model, load_tokenizer
+from molsaki.plotting import plots
+from molsaki.teacher.extract import mixture_of, probe, teacher_maps
+from molsaki.teacher.store import Store
+from molsaki.text.segment import Spans
+from molsaki.text.tokens import encode
+from molsaki.training.mixture import MixtureOfLayers
+from molsaki.training.trainer import CONFIG, ROUTER, WEIGHTS_LOG, checkpoints
+from molsaki_kernels import StepPlan
+
+CURVES = {
+    "loss": ["loss", "loss_pre", "loss_exp", "eval_loss"],
+    "attention loss": ["loss_att", "loss_att_uniform", "eval_loss_att"],
+    "entropy of the layer weights": ["entropy_teacher", "entropy_student"],
+}
+
+
+def plot(config: PlotConfig) -> list[Path]:
+    """Draw everything that the config's run, models, store and data give, and return the files.
+
+    From a run: ``losses`` and ``layer_weights``. From a data set with a teacher, a store or a student: for each of its
+    first examples ``map_ID``, and ``attention_ID`` for the sides whose tokenizer there is.
+
+    Raises:
+        ValueError, OSError: a flag is missing, a file is not there, or there is nothing to draw.
+    """
+    if config.run is None:
+        require(config, "output_dir")
+    folder = Path(config.output_dir or Path(config.run, "plots"))
+    drawn = [] if config.run is None else _draw_run(Path(config.run), folder, config.format)
+    if config.data_file is not None:
+        drawn += _draw_examples(config, folder)
+    if not drawn:
+        raise ValueError("nothing to draw: give --run, or --data_file with --teacher, --store or --student")
+    return drawn
+
+
+def _draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
+    if not run.is_dir():
+        raise FileNotFoundError(f"--run: no such folder: {run}")
+    drawn = []
+    states = [path for path in (run, *checkpoints(run)) if (path / "trainer_state.json").is_file()]
+    if states:
+        history = json.loads((states[0] / "trainer_state.json").read_text())["log_history"]
+        drawn.append(plots.plot_losses(history, CURVES, folder / f"losses.{suffix}"))
+    if (run / WEIGHTS_LOG).is_file():
+        records = [json.loads(line) for line in (run / WEIGHTS_LOG).read_text().splitlines()]
+        if records:
+            drawn.append(plots.plot_layer_weights(records, folder / f"layer_weights.{suffix}"))
+    return drawn
+
+
+@dataclasses.dataclass
+class _Side:
+    """A model and its tokenizer, where there are any."""
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    template: str = "plain"
+
+    def tokens(self, spans: Spans) -> tuple[Tensor, StepPlan]:
+        encoded = encode(spans, self.tokenizer, template=self.template)
+        ids = torch.tensor([encoded.input_ids], device=self.model.device)
+        return ids, StepPlan.from_spans([encoded.steps], [encoded.words], device=self.model.device)
+
+
+def _draw_examples(config: PlotConfig, folder: Path) -> list[Path]:
+    options = _options(config)
+    store = None if config.store is None else Store(config.store)
+    teacher, student = (_Side(), _Side())
+    if config.teacher is not None:
+        model = load_model(config.teacher, "--teacher") if store is None else None
+        teacher = _Side(model, load_tokenizer(config.teacher, "--teacher"), options.teacher_template)
+    if config.student is not None:
+        model = load_model(config.student, "--student")
+        student = _Side(model, load_tokenizer(config.student, "--student"), options.student_template)
+    if teacher.model is None and student.model is None and store is None:
+        raise ValueError("--data_file: needs --teacher, --store or --student to draw maps of it")
+
+    layers, width = (1, 1) if student.model is None else probe(student.model, options.value_heads)
+    depth = store.num_layers if store is not None else layers if teacher.model is None else probe(teacher.model)[0]
+    mixture = mixture_of(options, depth, layers, width)
+    is_trained = _load_router(mixture, config)
+    student_name = "student" if is_trained else "student, layers weighted alike"
+
+    drawn = []
+    for example in _chosen(config):
+        spans = spans_of(example, options)
+        steps = [spans.text[a:b] for a, b in spans.steps]
+        words = [spans.text[a:b] for a, b in spans.words]
+        maps: dict[str, Tensor] = {}
+        tokens: dict[str, list[int]] = {}
+        if store is not None or teacher.model is not None:
+            maps["teacher"] = _teacher_map(example, spans, store, teacher, mixture)
+        if student.model is not None:
+            maps[student_name] = _student_map(spans, student, mixture, options)
+        for name, side in (("teacher", teacher), (student_name, student)):
+            if name in maps and side.tokenizer is not None:
+                ranges = encode(spans, side.tokenizer, template=side.template).steps
+                tokens[name] = [stop - start for start, stop in ranges]
+        values = {name: value.float().cpu().numpy() for name, value in maps.items()}
+        name = re.sub(r"[^\w.-]", "_", example.id)
+        drawn.append(plots.plot_map(values, steps, words, folder / f"map_{name}.{config.format}", example.id))
+        if tokens:
+            shown = {side: values[side] for side in tokens}
+            path = folder / f"attention_{name}.{config.format}"
+            drawn.append(plots.plot_attention_by_step(shown, tokens, steps, path, example.id))
+    return drawn
+
+
+def _options(config: PlotConfig) -> PlotConfig:
+    """The config, with the text and mixture options of the run, where there is one."""
+    path = None if config.run is None else Path(config.run, CONFIG)
+    if path is None or not path.is_file():
+        return config
+    saved = json.loads(path.read_text())
+    names = [field.name for options in (TextOptions, MixtureOptions) for field in dataclasses.fields(options)]
+    return dataclasses.replace(config, **{name: saved[name] for name in names if name in saved})
+
+
+def _load_router(mixture: MixtureOfLayers, config: PlotConfig) -> bool:
+    """Load the router from the student's folder or the run's last checkpoint; whether there was one, or needs none."""
+    if not mixture.state_dict():
+        return True
+    folders = [Path(config.student or ".")] + ([] if config.run is None else checkpoints(config.run)[:1])
+    for folder in folders:
+        if (folder / ROUTER).is_file():
+            mixture.load_state_dict(load_file(folder / ROUTER))
+            return True
+    return False
+
+
+def _chosen(config: PlotConfig) -> list[Example]:
+    examples = [example for example in read_examples(config.data_file) if example.rationale.strip()]
+    if not config.ids:
+        return examples[: config.examples]
+    known = {example.id: example for example in examples}
+    missing = [id for id in config.ids if id not in known]
+    if missing:
+        raise ValueError(f"--ids: {config.data_file} holds no example {missing[0]!r} with a rationale")
+    return [known[id] for id in config.ids]
+
+
+def _teacher_map(example: Example, spans: Spans, store: Store | None, side: _Side, mixture: MixtureOfLayers) -> Tensor:
+    """``(S, W)``, averaged over the pairs of layers."""
+    if store is None:
+        ids, plan = side.tokens(spans)
+        maps = teacher_maps(side.model, ids, torch.ones_like(ids), plan)
+    else:
+        entry = store[example.id]
+        if entry.maps is None:
+            raise ValueError(f"--store: {store.folder}: example {example.id!r} was left out: {entry.reason}")
+        if not store.all_layers:
+            return entry.maps.mean(0)
+        maps = entry.maps[None].float()
+        plan = StepPlan.from_spans([[(s, s + 1) for s in range(maps.shape[2])]], [[[w] for w in range(maps.shape[3])]])
+    return mixture.teacher(maps, plan)[1][0].mean(0)
+
+
+@torch.no_grad()
+def _student_map(spans: Spans, side: _Side, mixture: MixtureOfLayers, options: PlotConfig) -> Tensor:
+    """``(S, W)``, averaged over the pairs of layers."""
+    ids, plan = side.tokens(spans)
+    pooled = dict(value_heads=options.value_heads, pooling=options.pooling)
+    with capture(side.model, plan, True, **pooled) as record:
+        side.model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
+    return mixture.student(record.maps, record.values, plan)[1][0].mean(0)

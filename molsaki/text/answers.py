@@ -1,0 +1,73 @@
+"""Reads answers out of texts and compares them: numbers by value, choices and other texts by their words."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from fractions import Fraction
+
+from molsaki.text.segment import segment
+
+
+def find_number(text: str, last: bool = False) -> str | None:
+    """The first or last number of a text as it is written there, by the rules of :func:`molsaki.segment`."""
+    words = segment("", text).words
+    if not words:
+        return None
+    start, stop = words[-1 if last else 0]
+    return text.strip()[start:stop]
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a text that is one number (``12 == 12.0``, ``1,200``, ``3/4``, ``1 1/2``), else None.
+
+    Currency signs, percent signs and a final period are ignored.
+    """
+    text = text.strip().lstrip("$€£¥₹ ").rstrip("%. ").replace("−", "-").replace("–", "-").replace("⁄", "/")
+    if re.search(r"[eE][-+]?\d{4}", text):
+        return None  # the exact value would not fit in memory
+    text = re.sub(r"(?<=\d)[,\u2009\u202f](?=\d{3}(?!\d))", "", text).replace("\u00a0", " ")
+    sign, parts = (-1, text[1:].split()) if text[:1] == "-" else (1, text.removeprefix("+").split())
+    try:
+        values = [_fraction(part) for part in _split_vulgar(parts)]
+    except (ValueError, ZeroDivisionError):
+        return None
+    is_mixed = len(values) == 2 and values[0].denominator == 1 and 0 < values[1] < 1
+    return sign * sum(values, Fraction(0)) if len(values) == 1 or is_mixed else None
+
+
+def find_choice(text: str, choices: Sequence[str], last: bool = False) -> str | None:
+    """The first or last choice that a text names by its words or, if none, by its letter as in ``(b)``."""
+    spans = segment("", text, key=choices)
+    if spans.words:
+        start, stop = spans.words[-1 if last else 0]
+        return next(c for c in choices if same_text(c, spans.text[start:stop]))
+    letters = re.findall(r"\(([a-z])\)|^\W*([a-z])\W*$", text.strip().lower())
+    found = [ord(a or b) - ord("a") for a, b in letters]
+    found = [i for i in found if i < len(choices)]
+    return choices[found[-1 if last else 0]] if found else None
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Whether two answers are the same number or, where they are no numbers, the same words."""
+    x, y = parse_number(a), parse_number(b)
+    return same_text(a, b) if x is None or y is None else x == y
+
+
+def same_text(a: str, b: str) -> bool:
+    """Whether two texts have the same words, in any case, whatever white space, quotes and periods surround them."""
+    return _plain(a) == _plain(b)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().strip(" .\"'").split())
+
+
+def _fraction(text: str) -> Fraction:
+    return Fraction(unicodedata.numeric(text)).limit_denominator(10) if len(text) == 1 else Fraction(text)
+
+
+def _split_vulgar(parts: list[str]) -> list[str]:
+    """Split ``1½`` into ``1`` and ``½``."""
+    return [piece for part in parts for piece in re.findall(r"[^¼½¾⅐-⅞]+|[¼½¾⅐-⅞]", part)]

@@ -1,0 +1,118 @@
+"""What the native library needs to know of a plan and the sequences' bounds, made once a plan."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molsaki_kernels._plan_cache import kept
+from molsaki_kernels.spec import PlanTensors
+
+TASK_ROWS = 192  # as in tiles.h
+NEVER = 2**31 - 1  # position of a padding token
+_CPU = torch.device("cpu")  # whatever the default device is
+_PLAN = ("batch", "begin", "length", "tokens_used", "tokens", "word_of_token", "step_of_row")
+_TASK = ("sequence", "row", "first", "count", "slot")
+
+
+class Plan(ctypes.Structure):
+    """``Plan`` of tiles.h: pointers into a :class:`Sequences`, which has to be held meanwhile."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("sequences", "columns", "longest", "tasks")),
+        *((name, ctypes.c_void_p) for name in (*_PLAN, *(f"task_{name}" for name in _TASK))),
+    ]  # fmt: skip
+
+
+class Sequences(NamedTuple):
+    """The names are those of ``Plan``."""
+
+    columns: int  # the key tokens of the longest sequence, up to a multiple of 16
+    longest: int
+    total: int  # rows of all sequences
+    task_steps: int  # of all tasks
+    batch: Tensor
+    begin: Tensor
+    length: Tensor
+    tokens_used: Tensor
+    tokens: Tensor
+    word_of_token: Tensor
+    step_of_row: Tensor
+    tasks: Tensor  # (5, tasks): sequence, row, first, count, slot (in steps)
+
+    def plan(self) -> Plan:
+        pointers = {name: getattr(self, name).data_ptr() for name in _PLAN}
+        pointers |= {f"task_{name}": row.data_ptr() for name, row in zip(_TASK, self.tasks, strict=True)}
+        return Plan(len(self.begin), self.columns, self.longest, self.tasks.shape[1], **pointers)
+
+
+def sequences_of(plan: PlanTensors, B: int, M: int, cu_seqlens: Tensor | None) -> tuple[Sequences, Plan]:
+    """Those of ``B`` rows of ``M`` tokens, or of the packed row that ``cu_seqlens`` cuts; kept with the plan.
+
+    Raises:
+        ValueError: what the library takes for granted does not hold: indices out of range, steps or tokens that do not
+            ascend.
+    """
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    if bounds is None and len(plan.tokens) != B:
+        raise ValueError(f"plan: expected one entry for each of {B} sequences, got {len(plan.tokens)}")
+
+    def make() -> tuple[Sequences, Plan]:
+        sequences = _sequences(plan, M, bounds)
+        return sequences, sequences.plan()
+
+    return kept(plan, ("native", M, bounds), make)
+
+
+def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Sequences:
+    N, C = plan.tokens.shape
+    columns = -(-C // 16) * 16
+    begin = torch.tensor(bounds[:-1] if bounds else [0] * N, dtype=torch.int64, device=_CPU)
+    length = torch.tensor(bounds, device=_CPU).diff() if bounds else torch.full((N,), M, device=_CPU)
+    _check(plan, M, bounds, length)
+    longest, total = int(length.max()) if N else 0, int(length.sum())
+    is_token = plan.word_of_token >= 0
+    tokens = torch.full((N, columns), NEVER, dtype=torch.int32, device=_CPU)
+    tokens[:, :C] = torch.where(is_token, plan.tokens, NEVER)
+    words = torch.zeros((N, columns), dtype=torch.int32, device=_CPU)
+    words[:, :C] = plan.word_of_token.clamp_min(0)
+    step_of_row = torch.full((N, longest), -1, dtype=torch.int32, device=_CPU)
+    for n, steps in enumerate(plan.steps.tolist()):
+        before = 0
+        for s, (start, stop) in enumerate(steps):
+            if start >= stop:
+                continue
+            if start < before or stop > length[n]:
+                raise ValueError(f"plan: expected steps that ascend within {int(length[n])} tokens, got {steps}")
+            step_of_row[n, start:stop] = s
+            before = stop
+    rows, task_steps = [], 0
+    for n in range(N):
+        for row in range(0, int(length[n]), TASK_ROWS):
+            steps = step_of_row[n, row : min(row + TASK_ROWS, int(length[n]))]
+            steps = steps[steps >= 0]
+            first, count = (int(steps.min()), int(steps.max() - steps.min()) + 1) if len(steps) else (0, 0)
+            rows.append((n, row, first, count, task_steps))
+            task_steps += count
+    batch = torch.zeros(N, dtype=torch.int64, device=_CPU) if bounds else torch.arange(N, device=_CPU)
+    tasks = torch.tensor(rows, dtype=torch.int64, device=_CPU).reshape(-1, 5).T.contiguous()
+    return Sequences(
+        columns, longest, total, task_steps, batch, begin, length, is_token.sum(1), tokens, words, step_of_row, tasks
+    )
+
+
+def _check(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None, length: Tensor) -> None:
+    """What the library takes for granted; nobody has looked at it where a call is traced or a plan made by hand."""
+    if bounds and (bounds[0] < 0 or bounds[-1] > M or (length < 0).any()):
+        raise ValueError(f"cu_seqlens: expected to ascend from 0 to at most {M}, got {list(bounds)}")
+    is_token = plan.word_of_token >= 0
+    if (is_token & ((plan.tokens < 0) | (plan.tokens >= length[:, None]))).any():
+        raise ValueError(f"plan: expected indices within each sequence's tokens {length.tolist()}, got {plan.tokens}")
+    first = torch.arange(is_token.shape[1], device=_CPU) < is_token.sum(1, keepdim=True)
+    if (is_token != first).any() or (plan.tokens.diff() <= 0)[is_token[:, 1:]].any():
+        raise ValueError(f"plan: expected tokens that ascend, padded on the right, got {plan.tokens}")
+    if (plan.word_of_token >= plan.num_words).any():
+        raise ValueError(f"plan: expected word_of_token below {plan.num_words} words, got {plan.word_of_token}")

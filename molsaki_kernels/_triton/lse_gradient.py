@@ -1,0 +1,109 @@
+"""Fold the gradient of the log-sum-exp into O along dO, for attention backwards that drop it.
+
+For each row i of out, dout (B, H, M, D) and dlse (B, H, M), with D[i] = rowsum(dO[i] * O[i]), in float32 and then cast:
+
+    a = max_d |dO[i]|,   n = dO[i] / a,   O'[i] = O[i] - dlse[i] / (a |n|^2) n
+    rowsum(dO[i] * O'[i]) = D[i] - dlse[i]
+
+A row with a < 1e-15 has no direction to fold along: its dO is replaced first by the constant 1e-20, too small to be
+seen in dP and dv. With a divided out, |n|^2 lies between 1 and the head dimension, and no square leaves float32.
+One pass, elementwise; a program owns a tile of rows of one head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molsaki_kernels._triton import configs
+from molsaki_kernels._triton.tiles import RAGGED
+
+VANISHED = tl.constexpr(1e-15)
+TINY = tl.constexpr(1e-20)
+TILE_ELEMENTS = 4096  # of a tile: 32 floats a thread of each of O and dO in 4 warps
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def fold_kernel(
+    out,  # (B, H, M, D)
+    dout,  # (B, H, M, D)
+    dlse,  # (B, H, M)
+    folded_out,  # (B, H, M, D)
+    folded_dout,  # (B, H, M, D)
+    stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm, stride_lb, stride_lh, stride_lm,
+    stride_fob, stride_foh, stride_fom, stride_fdb, stride_fdh, stride_fdm, heads, M,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(M, BM)
+    i_bh = tl.program_id(0) // tiles
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    rows = (tl.program_id(0) % tiles * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    mask = (rows < M) & (d < D)
+    o = tl.load(out + i_b * stride_ob + i_h * stride_oh + rows * stride_om + d, mask=mask, other=0.0)
+    do = tl.load(dout + i_b * stride_db + i_h * stride_dh + rows * stride_dm + d, mask=mask, other=0.0)
+    dl = tl.load(dlse + i_b * stride_lb + i_h * stride_lh + rows * stride_lm, mask=rows < M, other=0.0)  # [BM, 1]
+
+    # The constant as dO's dtype holds it: the backward multiplies by that number.
+    tiny = tl.where(d < D, TINY, 0.0).to(do.dtype)
+    vanished = tl.max(tl.abs(do.to(tl.float32)), 1, keep_dims=True) < VANISHED
+    do = tl.where(vanished, tiny, do)  # [BM, BD]
+    n = do.to(tl.float32)
+    a = tl.max(tl.abs(n), 1, keep_dims=True)
+    n /= a
+    o = o.to(tl.float32) - dl.to(tl.float32) / (a * tl.sum(n * n, 1, keep_dims=True)) * n
+    tl.store(folded_out + i_b * stride_fob + i_h * stride_foh + rows * stride_fom + d, o.to(out.dtype.element_ty), mask)
+    tl.store(folded_dout + i_b * stride_fdb + i_h * stride_fdh + rows * stride_fdm + d, do, mask)
+
+
+def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """O' and the dO to go with it, in the dtypes and layouts of ``out`` and ``dout``.
+
+    Args:
+        out: ``(B, H, M, D)`` in bfloat16 or float32, any strides with a contiguous last dimension.
+        dout: the same, any strides. dlse: ``(B, H, M)``, any strides.
+
+    Raises:
+        TypeError: ``out`` or ``dout`` is float16, which has no number small enough for the rows without a direction.
+    """
+    if torch.float16 in (out.dtype, dout.dtype):
+        raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
+    B, H, M, D = out.shape
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # the gradient of a sum is one number, expanded
+    folded_out, folded_dout = torch.empty_like(out), torch.empty_like(dout)
+    if out.numel() == 0:
+        return folded_out, folded_dout
+    rows, columns = tile(D)
+    with torch.cuda.device_of(out):
+        fold_kernel[(B * H * triton.cdiv(M, rows),)](
+            out, dout, dlse, folded_out, folded_dout, *out.stride()[:3], *dout.stride()[:3], *dlse.stride(),
+            *folded_out.stride()[:3], *folded_dout.stride()[:3], H, M, D=D, BD=columns, BM=rows, num_warps=4,
+            num_stages=1,
+        )  # fmt: skip
+    return folded_out, folded_dout
+
+
+def tile(D: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile."""
+    columns = triton.next_power_of_2(D)
+    return max(TILE_ELEMENTS // columns, 1), columns
+
+
+def variants(arch: str) -> list[configs.Variant]:
+    """What :mod:`molsaki_kernels.aot` compiles."""
+    found = []
+    for dtype, D in (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)):
+        rows, columns = tile(D)
+        constexprs = dict(D=D, BD=columns, BM=rows, stride_lm=1)
+        types = dict.fromkeys(("out", "dout", "folded_out", "folded_dout"), f"*{dtype}") | {"dlse": "*fp32"}
+        types |= dict.fromkeys(constexprs, "constexpr")
+        types = {arg: types.get(arg, "i32") for arg in fold_kernel.arg_names}
+        attrs = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (arg, type_) in enumerate(types.items())
+            if type_[0] == "*" or (arg.startswith("stride_") and type_ == "i32")
+        }
+        found.append(configs.Variant(f"fold-{dtype}-d{D}", fold_kernel, types, constexprs, attrs, 4, 1, False))
+    return found

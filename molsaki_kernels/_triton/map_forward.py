@@ -1,0 +1,292 @@
+"""The stepwise map from q, k and lse (Eq. 2 and 3), without a weight in memory.
+
+    q (B, Hq, M, D), k (B, Hkv, M, D), lse (B, Hq, M) natural log
+    P[i, c]    = exp(scale q_i.k_token(c) - lse_i)                       0 where token c is hidden from row i
+    A[s, w]    = sum over heads h, rows i of step s, key tokens c of word w of P[h, i, c], divided by Hq
+
+Stage 1, :func:`map_partials_kernel`: a program owns one tile of rows and one block of key tokens, and walks over the
+heads of its group with the step sums in registers. The rows of a tile are summed into their steps by a one-hot product
+on the tensor cores: ``P^T [BC, BM] @ E [BM, BS]``. It writes one number for each (step in the tile, key token):
+
+    partial (groups, slots, C) float32,   slot = tile + n S + s
+
+Steps are ascending and disjoint, so (tile, step) pairs that share a row form a staircase on which ``tile + s`` always
+grows: no two pairs share a slot, and ``tiles + N S`` slots are enough.
+
+Stage 2, :func:`map_reduce_kernel`: a program owns one step and one block of words; it adds up the step's tiles and the
+groups, then the tokens of each word. Both stages add in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molsaki_kernels._triton import configs
+from molsaki_kernels._triton.tiles import (
+    RAGGED,
+    column_weights,
+    dot_one_hot,
+    dot_precision,
+    first_tile,
+    gather_keys,
+    load_columns,
+    load_rows,
+    locate,
+    one_hot,
+    score_factors,
+    step_of,
+    steps_in,
+)
+from molsaki_kernels.spec import AttentionOptions, PlanTensors
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def map_partials_kernel(
+    q,  # (B, Hq, M, D)
+    k,  # (B, Hkv, M, D)
+    lse,  # (B, Hq, M) float32
+    steps,  # (N, S, 2)
+    tokens,  # (N, C)
+    words,  # (N, C)
+    partial,  # (groups, num_slots, C) float32
+    cu_seqlens,  # (N + 1,) or None
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_km,
+    factor, inner, window, M, N, S, C, num_slots, heads, group_size, heads_per_program,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(C, BC)
+    i_g = tl.program_id(0) // blocks
+    i_c = tl.program_id(0) % blocks
+    i_group = tl.program_id(1)
+    i_n, i_b, i_t, bos, length = locate(i_g, cu_seqlens, M, N, BM, PACKED)
+    m0 = i_t * BM
+    if m0 >= length:
+        return
+    steps += i_n.to(tl.int64) * S * 2
+    s_lo, s_hi = steps_in(steps, S, m0, tl.minimum(m0 + BM, length))
+    if s_hi == 0:
+        return
+
+    c = i_c * BC + tl.arange(0, BC)
+    tokens += i_n.to(tl.int64) * C
+    words += i_n.to(tl.int64) * C
+    token, word = load_columns(tokens, words, c, C, length)
+    # What stage 2 reads: key tokens that some row of the tile may see.
+    wanted = word >= 0
+    if CAUSAL:
+        wanted = wanted & (token <= m0 + BM - 1)
+    if HAS_WINDOW:
+        wanted = wanted & (token > m0 - window)
+    if tl.max(wanted.to(tl.int32), 0) == 0:
+        return
+
+    rows = m0 + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    step = step_of(steps, S, rows, s_lo, s_hi, BS)
+    h_lo = i_group * heads_per_program
+    h_hi = tl.minimum(h_lo + heads_per_program, heads)
+    p_q = q + i_b.to(tl.int64) * stride_qb + (bos + rows).to(tl.int64)[:, None] * stride_qm + d[None, :]
+    p_k = k + i_b.to(tl.int64) * stride_kb + bos.to(tl.int64) * stride_km
+    p_lse = lse + i_b.to(tl.int64) * heads * M + bos + rows
+    partial += (i_group.to(tl.int64) * num_slots + i_g + i_n.to(tl.int64) * S) * C
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
+
+    for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
+        e = one_hot(step - s0, BS, EXACT)  # [BM, BS]
+        sums = tl.zeros([BC, BS], tl.float32)
+        for i_h in tl.range(h_lo, h_hi):
+            b_q = load_rows(p_q + tl.cast(i_h, tl.int64) * stride_qh, rows, length, D, BD, True)  # [BM, BD]
+            b_k = gather_keys(p_k + tl.cast(i_h // group_size, tl.int64) * stride_kh, stride_km, token, word, D, BD)
+            b_lse = tl.load(p_lse + tl.cast(i_h, tl.int64) * M, mask=rows < length, other=float("inf"))
+            p, _ = column_weights(
+                b_k, b_q, b_lse, token, word, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+            )
+            sums = dot_one_hot(p, e, sums)
+        s = s0 + tl.arange(0, BS)
+        p_partial = partial + s.to(tl.int64)[None, :] * C + c[:, None]
+        tl.store(p_partial, sums, mask=(c < C)[:, None] & (s < s_hi)[None, :])
+
+
+@triton.jit(do_not_specialize=RAGGED)
+def map_reduce_kernel(
+    partial,  # (groups, num_slots, C) float32
+    steps,  # (N, S, 2)
+    tokens,  # (N, C)
+    words,  # (N, C)
+    maps,  # (N, heads_out, S, W) float32
+    cu_seqlens,  # (N + 1,) or None
+    weight, window, M, S, C, W, groups, num_slots,
+    ROWS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Program (n, s, block of words), head: ``groups`` slices of partial, from ``head * groups`` on, make one map."""
+    blocks = tl.cdiv(W, BW)
+    i_ns = tl.program_id(0) // blocks
+    w0 = tl.program_id(0) % blocks * BW
+    i_n = i_ns // S
+    i_s = i_ns % S
+    i_h = tl.program_id(1)
+    bos = i_n * 0
+    length = bos + M
+    if PACKED:
+        bos = tl.load(cu_seqlens + i_n).to(tl.int32)
+        length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
+    start, stop = load_steps_scalar(steps + i_ns.to(tl.int64) * 2)
+    stop = tl.minimum(stop, length)
+    t_lo = start // ROWS
+    t_hi = tl.where(stop > start, (stop - 1) // ROWS + 1, t_lo)
+    tokens += i_n.to(tl.int64) * C
+    words += i_n.to(tl.int64) * C
+    c_lo, c_hi = tokens_of_words(words, C, w0, w0 + BW)
+
+    w = w0 + tl.arange(0, BW)
+    i_g = tl.arange(0, BG)
+    first = (i_h * groups).to(tl.int64) * num_slots + first_tile(i_n, bos, M, ROWS, PACKED) + i_ns
+    total = tl.zeros([BW], tl.float32)
+    for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
+        c = c0 + tl.arange(0, BC)
+        token, word = load_columns(tokens, words, c, c_hi, length)
+        sums = tl.zeros([BC], tl.float32)
+        for i_t in tl.range(t_lo, t_hi, num_stages=1):
+            written = word >= 0
+            if CAUSAL:
+                written = written & (token <= i_t * ROWS + ROWS - 1)
+            if HAS_WINDOW:
+                written = written & (token > i_t * ROWS - window)
+            for g0 in tl.range(0, groups, BG, num_stages=1):
+                slot = first + (i_g + g0).to(tl.int64) * num_slots + i_t
+                mask = (g0 + i_g < groups)[:, None] & written[None, :]
+                sums += tl.sum(tl.load(partial + slot[:, None] * C + c[None, :], mask=mask, other=0.0), 0)  # [BG, BC]
+        total += tl.sum(tl.where(word[None, :] == w[:, None], sums[None, :], 0.0), 1)  # [BW, BC]
+    p_maps = maps + ((i_n * tl.num_programs(1) + i_h).to(tl.int64) * S + i_s) * W + w
+    tl.store(p_maps, total * weight, mask=w < W)
+
+
+@triton.jit
+def load_steps_scalar(p):
+    return tl.load(p).to(tl.int32), tl.load(p + 1).to(tl.int32)
+
+
+@triton.jit
+def tokens_of_words(words, C, w_lo, w_hi):
+    """The smallest range ``[lo, hi)`` of key tokens that holds every token of words ``[w_lo, w_hi)``."""
+    lo = w_lo * 0 + C
+    hi = w_lo * 0
+    for c0 in tl.range(0, C, 128, num_stages=1):
+        c = c0 + tl.arange(0, 128)
+        word = tl.load(words + c, mask=c < C, other=-1).to(tl.int32)
+        hit = (word >= w_lo) & (word < w_hi)
+        lo = tl.minimum(lo, tl.min(tl.where(hit, c, C), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(hit, c + 1, 0), 0))
+    return lo, hi
+
+
+def map_forward(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: PlanTensors,
+    options: AttentionOptions,
+    cu_seqlens: Tensor | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """The map ``(N, S, W)`` float32, or ``(N, Hq, S, W)`` with ``per_head``.
+
+    Args:
+        q, k: ``(B, Hq, M, D)`` and ``(B, Hkv, M, D)``, any strides with a contiguous last dimension.
+        lse: ``(B, Hq, M)`` float32, natural log.
+        cu_seqlens: ``(N + 1,)`` int32 if q and k are packed ``(1, H, total, D)``.
+    """
+    Hq, M, D = q.shape[1:]
+    N, S = plan.steps.shape[:2]
+    C = plan.tokens.shape[1]
+    if 0 in (N, S, C, plan.num_words, M):
+        return new_maps(q, plan, per_head).zero_()
+    packed = cu_seqlens is not None
+    config = configs.map_forward(configs.arch_of(q), q.dtype, D, C)
+    tiles = configs.num_tiles(M, N, packed, config.rows)
+    blocks = triton.cdiv(C, config.columns)
+    heads_per_program = 1 if per_head else configs.heads_per_program(configs.arch_of(q), Hq, tiles * blocks)
+    groups = triton.cdiv(Hq, heads_per_program)
+    partial = q.new_empty((groups, tiles + N * S, C), dtype=torch.float32)
+    factor, inner = score_factors(options.scale, options.softcap)
+    with torch.cuda.device_of(q):
+        map_partials_kernel[(tiles * blocks, groups)](
+            q, k, lse.contiguous(), plan.steps, plan.tokens, plan.word_of_token, partial, cu_seqlens,
+            *q.stride()[:3], *k.stride()[:3],
+            factor, inner, options.window or 0, M, N, S, C, tiles + N * S, Hq, Hq // k.shape[1], heads_per_program,
+            D=D, BD=triton.next_power_of_2(D), BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK,
+            CAUSAL=options.causal, HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None,
+            PACKED=packed, PRECISION=dot_precision(q.dtype), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return reduce_partials(partial, q, plan, options, cu_seqlens, per_head, config.rows)
+
+
+def new_maps(q: Tensor, plan: PlanTensors, per_head: bool) -> Tensor:
+    N, S = plan.steps.shape[:2]
+    shape = (N, q.shape[1], S, plan.num_words) if per_head else (N, S, plan.num_words)
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+def reduce_partials(
+    partial: Tensor,
+    q: Tensor,
+    plan: PlanTensors,
+    options: AttentionOptions,
+    cu_seqlens: Tensor | None,
+    per_head: bool,
+    rows: int,
+) -> Tensor:
+    """Stage 2: ``partial (groups, slots, C)``, made with tiles of ``rows`` rows, to the map."""
+    Hq, M = q.shape[1:3]
+    N, S = plan.steps.shape[:2]
+    C, W = plan.tokens.shape[1], plan.num_words
+    maps = new_maps(q, plan, per_head)
+    groups = 1 if per_head else partial.shape[0]
+    config = configs.map_reduce(groups, C)
+    with torch.cuda.device_of(q):
+        map_reduce_kernel[(N * S * triton.cdiv(W, config.words), Hq if per_head else 1)](
+            partial, plan.steps, plan.tokens, plan.word_of_token, maps, cu_seqlens,
+            1.0 if per_head else 1.0 / Hq, options.window or 0, M, S, C, W, groups, partial.shape[1],
+            ROWS=rows, BG=config.groups, BC=config.columns, BW=config.words,
+            CAUSAL=options.causal, HAS_WINDOW=options.window is not None, PACKED=cu_seqlens is not None,
+            num_warps=config.warps, num_stages=1,
+        )  # fmt: skip
+    return maps
+
+
+def variants(arch: str) -> list[configs.Variant]:
+    """What :mod:`molsaki_kernels.aot` compiles."""
+    found = []
+    for name, dtype, D, on in configs.cases():
+        if not on["map"] or on["sinks"] or on["per_head"]:
+            continue
+        shared = dict(CAUSAL=on["causal"], HAS_WINDOW=on["window"], PACKED=on["packed"])
+        absent = () if on["packed"] else ("cu_seqlens",)
+        for key_tokens in (64, 256) if name in ("bf16-d64", "bf16-d128") else (256,):
+            tile = configs.map_forward(arch, dtype, D, key_tokens)
+            found.append(
+                configs.variant(
+                    f"map_partials-{name}-c{key_tokens}", map_partials_kernel, dtype, tile, dtype != torch.float32,
+                    absent,
+                    D=D, BD=triton.next_power_of_2(D), BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK,
+                    HAS_SOFTCAP=on["softcap"], PRECISION="ieee", **shared,
+                )
+            )  # fmt: skip
+    for name, packed, window in (("", False, False), ("-packed", True, False), ("-window", False, True)):
+        for groups, key_tokens in ((1, 32), (32, 256)):
+            stage = configs.map_reduce(groups, key_tokens)
+            found.append(
+                configs.variant(
+                    f"map_reduce{name}-g{groups}-c{key_tokens}", map_reduce_kernel, torch.float32,
+                    configs.MapTile(0, 0, stage.warps, 1), False, () if packed else ("cu_seqlens",),
+                    ROWS=64, BG=stage.groups, BC=stage.columns, BW=stage.words,
+                    CAUSAL=True, HAS_WINDOW=window, PACKED=packed,
+                )
+            )  # fmt: skip
+    return found

@@ -1,0 +1,190 @@
+"""What of the map in plain PyTorch depends on the plan and the shapes alone: row blocks, their masks, the words.
+
+Every layer of a model, forward and backward, walks the same blocks, so a layout is made once a plan and kept.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molsaki_kernels._plan_cache import kept
+from molsaki_kernels.spec import AttentionOptions, PlanTensors
+
+TILE_ELEMENTS = 1 << 19  # of a block's weights (2 MiB in float32): they stay in cache from the product to the sum
+# Tiles of 512 rows lie so that their columns share places in the cache: what runs at 165 GFLOP/s with 480 rows runs
+# at 130. Columns that do not begin with a cache line (291 rows in place of 288) cost 10 %.
+MIN_ROWS, MAX_ROWS, ROWS_STEP = 16, 480, 32
+LARGEST_KEPT = 16 << 20  # bytes of a layout's blocks that are kept; the rest is made anew in every walk
+
+
+class Block(NamedTuple):
+    """Some rows with the steps and columns they touch."""
+
+    rows: slice
+    columns: slice
+    steps: slice
+    in_step: Tensor  # (n, s, m): 1 where row i is in step s
+    masked: int  # columns from this one on may be hidden from a row
+    seen: Tensor | None  # (n, 1, c - masked, m): 1 where row i sees column j; None: all of them
+    elements: int  # n m c
+
+
+class Layout:
+    """Some sequences of one length, cut into row blocks.
+
+    Attributes:
+        sequences: the plan's sequences; ``rows``: with packed ones their rows, else None.
+        tokens: ``(n, C)``. words: ``(n, C, W)``, ``weight`` where token j is in word w, zero for padding.
+        outside: ``(n, 1, M)``, True for a row in no step; None if there is none (known on a CPU only).
+        block_rows: rows of the largest block. elements: of all blocks.
+    """
+
+    def __init__(
+        self,
+        sequences: slice,
+        rows: slice | None,
+        length: int,
+        plan: PlanTensors,
+        options: AttentionOptions,
+        heads: int,
+        weight: float,
+        dtype: torch.dtype,
+    ):
+        self.sequences, self.rows = sequences, rows
+        self._options, self._length = options, length
+        steps, tokens, words = (
+            t[sequences].clone() for t in (plan.steps, plan.tokens, plan.word_of_token)
+        )  # no view: that would keep the plan alive
+        self.tokens = tokens
+        word = torch.arange(plan.num_words, device=tokens.device)
+        self.words = (words[..., None] == word).to(dtype).mul_(weight)
+        self._starts, self._stops = steps[..., :1], steps[..., 1:]
+        self._row = torch.arange(length, device=tokens.device)
+        outside = ~self._in_step(slice(None), slice(None)).any(1, keepdim=True)
+        self.outside = outside if tokens.device.type != "cpu" or outside.any() else None
+        self._sequence = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+        most = min(max(TILE_ELEMENTS // (len(tokens) * heads * tokens.shape[1]), MIN_ROWS), MAX_ROWS)
+        self.block_rows = min(most if most < ROWS_STEP else most // ROWS_STEP * ROWS_STEP, length)
+        self._bounds = list(self._bounds_on_host(steps, tokens, words))
+        self.elements = sum(self._elements(rows, columns) for rows, columns, *_ in self._bounds)
+        self._kept: list[Block] = []
+        size = 0
+        for bound in self._bounds:
+            block = self._block(*bound)
+            size += block.in_step.nbytes + (0 if block.seen is None else block.seen.nbytes)
+            if size > LARGEST_KEPT:
+                break
+            self._kept.append(block)
+
+    def __len__(self) -> int:
+        """How many sequences."""
+        return len(self.tokens)
+
+    def blocks(self) -> Iterator[Block]:
+        """The row blocks that hold a row of a step, ascending."""
+        yield from self._kept
+        for bound in self._bounds[len(self._kept) :]:
+            yield self._block(*bound)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These sequences' view of a ``(B, H, M, ...)`` tensor."""
+        return tensor[self.sequences] if self.rows is None else tensor[:, :, self.rows]
+
+    def key_rows(self, k: Tensor) -> Tensor:
+        """``(n, Hkv, C, D)``, a copy: the key tokens of k ``(n, Hkv, M, D)``."""
+        heads = torch.arange(k.shape[1], device=k.device)
+        return k[self._sequence, heads[:, None], self.tokens[:, None]]
+
+    def _bounds_on_host(
+        self, steps: Tensor, tokens: Tensor, words: Tensor
+    ) -> Iterator[tuple[slice, slice, slice, int, bool]]:
+        """Rows, columns and steps of each block, the first masked column, and whether the window may hide one. On a
+        CPU the plan's numbers are free to look at; elsewhere a block takes all columns and steps."""
+        M, C, options = self._length, tokens.shape[1], self._options
+        on_cpu = tokens.device.type == "cpu"
+        if on_cpu:
+            host_steps = steps.tolist()
+            host_tokens = [
+                [t for t, w in zip(t_row, w_row, strict=True) if w >= 0]
+                for t_row, w_row in zip(tokens.tolist(), words.tolist(), strict=True)
+            ]
+        for start in range(0, M, self.block_rows):
+            rows = slice(start, min(start + self.block_rows, M))
+            if not on_cpu:
+                hides = options.causal or options.window is not None
+                yield rows, slice(0, C), slice(0, steps.shape[1]), 0 if hides else C, options.window is not None
+                continue
+            touched = [
+                s for row in host_steps for s, (a, b) in enumerate(row) if max(a, rows.start) < min(b, rows.stop)
+            ]
+            low = 0 if options.window is None else rows.start - options.window + 1
+            high = rows.stop if options.causal else M
+            first = min(bisect.bisect_left(row, low) for row in host_tokens)
+            last = max(bisect.bisect_left(row, high) for row in host_tokens)
+            if not touched or first >= last:
+                continue
+            masked = last
+            if options.causal:
+                masked = max(first, min(bisect.bisect_right(row, rows.start) for row in host_tokens))
+            windowed = options.window is not None and rows.stop - options.window > min(
+                (row[first] for row in host_tokens if first < len(row)), default=M
+            )
+            masked = first if windowed else masked
+            yield rows, slice(first, last), slice(min(touched), max(touched) + 1), masked - first, windowed
+
+    def _block(self, rows: slice, columns: slice, steps: slice, masked: int, windowed: bool) -> Block:
+        dtype, seen = self.words.dtype, None
+        if masked < columns.stop - columns.start:
+            column, row = self.tokens[:, None, columns][..., masked:, None], self._row[rows]
+            seen = column <= row if self._options.causal else torch.ones_like(column <= row)
+            if windowed:
+                seen &= column > row - self._options.window
+            seen = seen.to(dtype)
+        in_step = self._in_step(rows, steps).to(dtype)
+        return Block(rows, columns, steps, in_step, masked, seen, self._elements(rows, columns))
+
+    def _elements(self, rows: slice, columns: slice) -> int:
+        return len(self) * (rows.stop - rows.start) * (columns.stop - columns.start)
+
+    def _in_step(self, rows: slice, steps: slice) -> Tensor:
+        """``(n, s, m)`` bool: is row i in step s?"""
+        row = self._row[rows]
+        return (row >= self._starts[:, steps]) & (row < self._stops[:, steps])
+
+
+def layouts(
+    plan: PlanTensors,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    options: AttentionOptions,
+    cu_seqlens: Tensor | None,
+    per_head: bool,
+) -> list[Layout]:
+    """The layouts that cover a batch: few enough sequences each that MIN_ROWS rows fit a tile; packed ones one by one.
+
+    Args:
+        shape: heads, length and head_dim of q. dtype: the map's.
+        per_head: whether the words' weight is 1, or 1 / heads for their mean.
+    """
+    heads, length, _ = shape
+    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    common = (plan, options, heads, 1.0 if per_head else 1 / max(heads, 1), dtype)
+    key = ("layouts", heads, length, dtype, options, bounds, per_head)
+    return kept(plan, key, lambda: list(_cover(bounds, length, heads, plan.tokens.shape, common)))
+
+
+def _cover(bounds: tuple[int, ...] | None, length: int, heads: int, shape: torch.Size, common) -> Iterator[Layout]:
+    N, C = shape
+    if bounds is not None:
+        for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if b > a:
+                yield Layout(slice(n, n + 1), slice(a, b), b - a, *common)
+        return
+    size = max(1, TILE_ELEMENTS // (heads * min(length, MAX_ROWS) * C))
+    for n in range(0, N, size):
+        yield Layout(slice(n, min(n + size, N)), None, length, *common)

@@ -1,0 +1,160 @@
+"""The values that a call passes down: its inputs, its options and the plan's tensors, and what engines return.
+
+From the public functions to every engine they are passed in one order: ``inputs, options, plan``, with an incoming
+gradient or a forward's outputs before them. Only ``ops.py`` flattens them, because a PyTorch operator takes tensors and
+numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+    """The tensors of one attention call.
+
+    Attributes:
+        q: ``(B, Hq, M, D)`` queries.
+        k, v: ``(B, Hkv, M, D)`` keys and values.
+        sinks: ``(Hq,)`` logits in the softmax's denominator, or None.
+        cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences (then B is 1 and M is their total), or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MapInputs:
+    """The tensors that the map needs when the attention was computed before.
+
+    Attributes:
+        q: ``(B, Hq, M, D)``. k: ``(B, Hkv, M, D)``.
+        lse: ``(B, Hq, M)`` float32 (float64 for float64 inputs), natural logarithm, sinks counted.
+        cu_seqlens: as in :class:`AttentionInputs`.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    cu_seqlens: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """How scores become weights, ``P = softmax(mask(softcap(scale q k^T)), sinks)``, and how the map is reduced.
+
+    Attributes:
+        causal: a query sees no key after itself.
+        scale: of the scores.
+        window: a query sees its last ``window`` keys, itself included; None: no limit.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask; None: no cap.
+        per_head: the map has one entry per query head; otherwise it is the mean over the heads.
+    """
+
+    causal: bool
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    per_head: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanTensors:
+    """The tensors of a :class:`~molsaki_kernels.StepPlan` for N sequences.
+
+    Attributes:
+        steps: ``(N, S, 2)`` int64. tokens, word_of_token: ``(N, C)`` int64.
+        num_words: W.
+    """
+
+    steps: Tensor
+    tokens: Tensor
+    word_of_token: Tensor
+    num_words: int
+
+    def is_empty(self, q: Tensor) -> bool:
+        """Return whether there is no query, key token, step or word, so that the map and its gradient are zero."""
+        return 0 in (*q.shape, *self.steps.shape[:2], self.tokens.shape[1], self.num_words)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOutputs:
+    """What an engine's ``forward`` returns.
+
+    Attributes:
+        out: ``(B, Hq, M, D)`` in q's dtype.
+        lse: ``(B, Hq, M)`` float32 (float64 for float64 inputs), natural logarithm, sinks counted.
+        maps: ``(N, [Hq,] S, W)`` in lse's dtype, or None from an engine that does not compute the map.
+    """
+
+    out: Tensor
+    lse: Tensor
+    maps: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputGradients:
+    """The gradients of :class:`AttentionOutputs`; None where there is none.
+
+    Attributes:
+        dout: ``(B, Hq, M, D)``. dlse: ``(B, Hq, M)``. dmaps: ``(N, [Hq,] S, W)``.
+    """
+
+    dout: Tensor | None
+    dlse: Tensor | None = None
+    dmaps: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGradients:
+    """The gradients of :class:`AttentionInputs`.
+
+    Attributes:
+        dq, dk, dv: in the shapes and dtypes of q, k, v.
+        dsinks: ``(Hq,)`` from an engine that computes it, else None.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dsinks: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionRequest:
+    """The facts of one call that decide which engine can serve it: no tensors, so that no device is touched."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    q_heads: int
+    kv_heads: int
+    length: int  # M; the total of packed sequences
+    head_dim: int
+    options: AttentionOptions
+    sinks: bool
+    packed: bool
+    backward: bool  # whether a gradient will be needed
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolingOptions:
+    """How value vectors are pooled (Eq. 5).
+
+    Attributes:
+        eps: of the RMS norm.
+        mean: the mean over a sequence's tokens; otherwise their sum.
+        mean_heads: the heads are averaged before the norm; otherwise they are concatenated.
+    """
+
+    eps: float
+    mean: bool
+    mean_heads: bool

@@ -1,0 +1,64 @@
+"""The contenders of benchmarks/step.py compute the same losses and gradients, or their times say nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from benchmarks.step import BATCHES, CONTENDERS, Setup, measured
+from tests.helpers.tiny import one_thread  # noqa: F401
+
+
+@pytest.mark.parametrize("batch", BATCHES[1:], ids=lambda b: b.name)
+def test_contenders_agree(batch):
+    losses = {}
+    for name in CONTENDERS:
+        step = Setup("tiny-teacher", "tiny", batch, False, "cpu", "float32").step(name)
+        losses[name] = [step() for _ in range(2)]  # the second one is of updated weights
+    for a, b in (
+        ("molsaki, live teacher", "eager"),
+        ("dss", "dss, padded"),
+        ("dss", "dss, packed"),
+        ("molsaki, stored maps", "molsaki, padded"),
+        ("molsaki, stored maps", "molsaki, packed"),
+    ):
+        torch.testing.assert_close(losses[a][0], losses[b][0], rtol=2e-6, atol=0)
+        # Adam makes whole steps of gradients that are rounding alone: the second loss is off by more.
+        torch.testing.assert_close(losses[a][1], losses[b][1], rtol=2e-5, atol=0)
+    assert losses["eager"][0] > losses["dss"][0] + 1e-3  # L_att is seen in it
+
+
+@pytest.mark.parametrize("name", ["eager", "molsaki, live teacher", "molsaki, padded", "dss"])
+def test_every_contender_computes_in_the_dtype(name):
+    """Student and teacher, 32 and 48 wide; the loss is that of float32 up to bfloat16's rounding."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        seen = set()
+
+        def watch(module, args, out, seen=seen):
+            if isinstance(module, LlamaMLP):
+                seen.add((out.shape[-1], out.dtype))
+
+        step = Setup("tiny-teacher", "tiny", BATCHES[0], False, "cpu", dtype).step(name)
+        hook = register_module_forward_hook(watch)
+        found.append(step())
+        hook.remove()
+        widths = (32, 48) if name in ("eager", "molsaki, live teacher") else (32,)
+        assert seen == {(width, getattr(torch, dtype)) for width in widths}
+    assert found[1].dtype == torch.float32 and not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float32", "float32"), ("bfloat16", "bf16 autocast")])
+def test_rows(dtype, said, capsys):
+    setup = Setup("tiny-teacher", "tiny", BATCHES[0], False, "cpu", dtype)
+    rows = measured("time", setup, ["dss", "molsaki, stored maps"], 0.0, {"device": "here"})
+    rows += measured("profile", setup, ["dss"], 0.0, {"device": "here"})
+    assert {row["dtype"] for row in rows} == {said}
+    found = {(row["contender"], row["quantity"]): row for row in rows}
+    assert found["molsaki, stored maps", "time over dss"]["target"] == 1.1
+    parts = sum(row["value"] for row in rows if row["quantity"].startswith("seconds, "))
+    assert 0 < parts < 60
+    assert "time over dss" in capsys.readouterr().out

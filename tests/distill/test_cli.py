@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from molsaki.cli import main
+from molsaki.evaluation import evaluate as evaluate_module
+from tests.helpers import tiny
+from tests.helpers.tiny import one_thread  # noqa: F401
+
+TRAJECTORY = Path(__file__).with_name("trajectory.json")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with models and data, the teacher's store and a short run, all made by the commands."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.save(folder / "teacher", 3, tiny.tokenizer(60), seed=1)
+    tiny.save(folder / "student", 2)
+    tiny.write_jsonl(folder / "train.jsonl", tiny.problems(16))
+    tiny.write_jsonl(folder / "test.jsonl", [{**row, "id": "t/" + row["id"]} for row in tiny.problems(6)])
+    extract = ["extract", "--teacher", folder / "teacher", "--data_files", folder / "train.jsonl"]
+    assert run(*extract, "--store", folder / "store", "--shard_size", 8) == 0
+    assert run(*distill(folder), "--output_dir", folder / "run") == 0
+    return folder
+
+
+def run(*argv) -> int:
+    return main([str(word) for word in argv])
+
+
+def distill(folder: Path) -> list:
+    config = folder / "distill.yaml"
+    config.write_text(
+        "max_steps: 6\nper_device_train_batch_size: 4\nlearning_rate: 3.0e-3\nlogging_steps: 1\nsave_steps: 3\n"
+        "use_cpu: true\ndisable_tqdm: true\nrouter_learning_rate: 1.0e-4\nadam_epsilon: 1.0e-4\n"
+    )
+    files = ["--student", folder / "student", "--store", folder / "store", "--train_file", folder / "train.jsonl"]
+    return ["distill", "--config", config, *files]
+
+
+def history(folder: Path) -> list[dict]:
+    return [e for e in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+
+
+def test_trajectory(work):
+    """The losses of a run are those of the committed one; MOLSAKI_PIN=1 writes them anew."""
+    names = (
+        "loss",
+        "loss_pre",
+        "loss_exp",
+        "loss_att",
+        "loss_att_uniform",
+        "entropy_teacher",
+        "entropy_student",
+        "grad_norm",
+    )
+    found = [{name: entry[name] for name in names} for entry in history(work / "run")]
+    if os.environ.get("MOLSAKI_PIN"):
+        TRAJECTORY.write_text(json.dumps(found, indent=1) + "\n")
+    expected = json.loads(TRAJECTORY.read_text())
+    assert len(found) == len(expected) == 6
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_evaluate_plot_and_store(work, capsys):
+    assert run("evaluate", "--model", work / "run", "--data_file", work / "test.jsonl", "--output_dir", work / "e") == 0
+    assert len((work / "e/predictions.jsonl").read_text().splitlines()) == 6
+    student = ["--student", work / "run", "--run", work / "run", "--data_file", work / "test.jsonl"]
+    assert run("plot", "--teacher", work / "teacher", *student, "--output_dir", work / "plots", "--examples", 2) == 0
+    names = {path.name for path in (work / "plots").iterdir()}
+    maps = {"map_t_p0.png", "map_t_p1.png", "attention_t_p0.png", "attention_t_p1.png"}
+    assert names == maps | {"losses.png", "layer_weights.png"}
+    stored = ["--store", work / "store", "--data_file", work / "train.jsonl", "--ids", "p3", "--format", "svg"]
+    assert run("plot", *stored, "--output_dir", work / "stored") == 0
+    assert [path.name for path in (work / "stored").iterdir()] == ["map_p3.svg"]
+    capsys.readouterr()
+    assert run("store", "verify", work / "store") == 0
+    assert capsys.readouterr().out == "16 examples in 2 shards, all whole\n"
+    assert run("store", "info", work / "store") == 0
+    assert "num_layers: 3" in capsys.readouterr().out
+    assert run("store", "head", work / "store", "-n", 2) == 0
+    assert "p0: map 1 x 5 x 9" in capsys.readouterr().out
+
+
+def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
+    for path in (work / "store").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = tmp_path / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    assert run("store", "verify", tmp_path) == 1
+    assert capsys.readouterr().out.startswith("shard-00001.safetensors: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["distill", "--lerning_rate", "1"], "--lerning_rate: no such flag; did you mean --learning_rate?"),
+        (["distill", "--use_cpu"], "--train_file: required"),
+        (["distill", "--use_cpu", "--train_file", "none.jsonl", "--student", "/no/model"], "--student: no such folder"),
+        (["extract", "--data_files", "none.jsonl", "--store", "s"], "none.jsonl: no such file"),
+        (["evaluate", "--mode", "guess"], "invalid choice: 'guess'"),
+        (["plot"], "--output_dir: required"),
+        (["store", "info", "/no/store"], "/no/store: no store there"),
+        (["distill", "--config", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
+    assert run(*argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"molsaki {argv[0]}: error: ")
+    assert message in error
+
+
+def test_interruption_says_how_to_continue(monkeypatch, capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, "evaluate", interrupt)
+    assert run("evaluate") == 130
+    assert "molsaki evaluate: interrupted. Run it again." in capsys.readouterr().err
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("train")
+    assert caught.value.code == 2
+    assert "invalid choice: 'train'" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert run("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["engines"]["eager"] == "ready"
+    assert {"flash_attn", "flex"} <= found["engines"].keys() and found["auto"]["cpu"] == "native, then sdpa, then eager"
+    assert found["packages"]["torch"][0].isdigit()
+    assert found["optional"]["deepspeed"][0].isdigit() or "needed for" in found["optional"]["deepspeed"]
+    assert run("doctor") == 0
+    assert "engines" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys, torch
+from molsaki import cli
+from molsaki.training import trainer
+
+def seal(folder, whole=trainer.seal):
+    if folder.name == "checkpoint-3":
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(folder)
+
+trainer.seal = seal
+torch.set_num_threads(1)
+cli.main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_is_bitwise_the_same(work):
+    """SIGKILL in the middle of a checkpoint."""
+    folder = work / "killed"
+    argv = [str(a) for a in [*distill(work), "--output_dir", folder, "--save_steps", 1]]
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *argv], cwd=Path(__file__).parents[2], capture_output=True, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert (folder / "checkpoint-3/trainer_state.json").exists()
+    assert run(*argv, "--resume") == 0
+    names = ("step", "loss", "loss_att", "entropy_student", "grad_norm")
+    assert [[e[n] for n in names] for e in history(folder)] == [[e[n] for n in names] for e in history(work / "run")]
+    assert (folder / "model.safetensors").read_bytes() == (work / "run/model.safetensors").read_bytes()
+    assert (folder / "layer_weights.jsonl").read_text() == (work / "run/layer_weights.jsonl").read_text()
+
+
+def test_two_processes_are_one_with_twice_the_batch(work):
+    """Two gloo processes under torchrun: the same losses, gradients and weights to rounding."""
+    folder = work / "two"
+    argv = [str(a) for a in [*distill(work), "--output_dir", folder, "--per_device_train_batch_size", 2]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "molsaki.cli", *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    process = subprocess.run(torchrun, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    names = ("loss", "loss_pre", "loss_exp", "loss_att", "entropy_teacher", "words_mean", "grad_norm")
+    for a, b in zip(history(folder), history(work / "run"), strict=True):
+        assert [a[n] for n in names] == pytest.approx([b[n] for n in names], rel=1e-4)
+    a, b = (load_file(path / "model.safetensors") for path in (folder, work / "run"))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-4) for name in b)

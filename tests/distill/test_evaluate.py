@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+import torch
+
+from molsaki.batches.data import Example, predict_prompt
+from molsaki.config import EvaluateConfig
+from molsaki.evaluation.evaluate import evaluate, generate, paired_test, score, wilson
+from molsaki.text.answers import find_choice, find_number, parse_number, same_answer
+from molsaki.text.tokens import prompt
+from tests.helpers import tiny
+from tests.helpers.tiny import one_thread  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12), ("12.0", 12), ("1,200", 1200), ("$1,200.50", Fraction("1200.5")), ("-5", -5), ("−5", -5), ("+7", 7),
+        ("3/4", Fraction(3, 4)), ("1 1/2", Fraction(3, 2)), ("⅓", Fraction(1, 3)), ("1½", Fraction(3, 2)),
+        (".5", Fraction(1, 2)), ("5%", 5), ("1e3", 1000), ("12.", 12),
+        ("1e99999999", None), ("1/0", None), ("twelve", None), ("1 2", None),
+        ("1,20", None), ("", None), ("5 apples", None),
+    ],
+)  # fmt: skip
+def test_parse_number(text, value):
+    assert parse_number(text) == value
+
+
+def test_find_number():
+    text = " So 3 * 4 = 12, or 1,200.0 cents."
+    assert (find_number(text), find_number(text, last=True)) == ("3", "1,200.0")
+    assert find_number("no idea") is None
+
+
+def test_find_choice():
+    choices = ("park", "coloring book", "math problem")
+    assert find_choice("Not a park but a Math problem.", choices) == "park"
+    assert find_choice("Not a park but a Math  problem.", choices, last=True) == "math problem"
+    assert find_choice("The answer is (b)", choices) == "coloring book"
+    assert find_choice("c", choices) == "math problem"
+    assert find_choice("(z)", choices) is None
+    assert find_choice("parking", choices) is None
+
+
+def test_same_answer():
+    assert same_answer("12", "12.0")
+    assert same_answer("Math Problem.", "math problem")
+    assert not same_answer("12", "13")
+    assert not same_answer("12", "")
+
+
+@pytest.mark.parametrize(
+    ("reply", "mode", "gold", "choices", "prediction", "right"),
+    [
+        (" 12.0\n13", "answer", "12", None, "12.0", True),
+        (" 12\n13", "rationale", "12", None, "13", False),
+        (" hm", "answer", "12", None, None, False),
+        (" So a park.", "rationale", "park", ("park", "tree"), "park", True),
+        (" Paris.\nBerlin", "answer", "paris", None, "Paris.", True),
+        ("", "answer", "paris", None, None, False),
+    ],
+)
+def test_score(reply, mode, gold, choices, prediction, right):
+    row = score(Example("i", "q", "", gold, None, choices), reply, mode)
+    assert (row["prediction"], row["right"], row["gold"]) == (prediction, right, gold)
+
+
+def test_wilson_interval_by_hand():
+    n, p, z = 40, 0.25, 1.959963985
+    center, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5,
+    )
+    assert wilson(10, 40) == pytest.approx((center - half, center + half), abs=1e-9)
+
+
+def test_paired_test_by_hand():
+    a = [True] * 6 + [False] * 1 + [True] * 5
+    b = [False] * 6 + [True] * 1 + [True] * 5
+    assert paired_test(a, b) == {"only_this": 6, "only_other": 1, "p_value": pytest.approx(2 * (1 + 7) / 2**7)}
+    assert paired_test(a, a)["p_value"] == 1.0
+    with pytest.raises(ValueError, match="expected 12 results"):
+        paired_test(a, b[1:])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model"), 2)
+
+
+def test_batched_replies_are_those_of_one_at_a_time():
+    model, tokenizer = tiny.model(2), tiny.tokenizer()
+    examples = [
+        Example(r["id"], r["question"] + " Hm." * (i % 3), "", r["answer"]) for i, r in enumerate(tiny.problems(5))
+    ]
+    for mode in ("answer", "rationale"):
+        config = EvaluateConfig(mode=mode, max_new_tokens=6, batch_size=3)
+        replies, _ = generate(model, tokenizer, examples, config)
+        for example, reply in zip(examples, replies, strict=True):
+            ids = prompt(example.question, tokenizer)
+            if mode == "answer":
+                ids = predict_prompt(example, tokenizer, "plain", config.predict_template)
+            start = len(ids)
+            while len(ids) < start + 6 and ids[-1] != tokenizer.eos_token_id:
+                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+            assert reply == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_files_and_paired_comparison(folder, tmp_path):
+    rows = tiny.problems(6)
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", [{k: r[k] for k in ("id", "question", "answer")} for r in rows])
+    config = EvaluateConfig(model=str(folder), data_file=str(data), output_dir=str(tmp_path / "a"), max_new_tokens=4)
+    summary = evaluate(config)
+    written = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in written] == [row["id"] for row in rows]
+    assert summary["right"] == sum(row["right"] for row in written)
+    assert json.loads((tmp_path / "a/summary.json").read_text()) == summary
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["predictions.jsonl", "summary.json"]
+    config.compare, config.output_dir = str(tmp_path / "a/predictions.jsonl"), str(tmp_path / "b")
+    paired = evaluate(config)["paired"]
+    assert (paired["only_this"], paired["only_other"], paired["p_value"]) == (0, 0, 1.0)
+    config.limit = 3
+    with pytest.raises(ValueError, match="is of other data: it holds 6 examples in place of 3"):
+        evaluate(config)
+
+
+def test_bad_input(folder, tmp_path):
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.problems(2))
+    base = dict(model=str(folder), data_file=str(data), output_dir=str(tmp_path / "o"))
+    with pytest.raises(ValueError, match=r"--model: no such folder: /no/model"):
+        evaluate(EvaluateConfig(**{**base, "model": "/no/model"}))
+    with pytest.raises(ValueError, match="--output_dir: required"):
+        evaluate(EvaluateConfig(**{**base, "output_dir": None}))
+    with pytest.raises(
+        ValueError, match=r"example p0: \d+ tokens and a reply of 500 exceed the model's context of 512"
+    ):
+        evaluate(EvaluateConfig(**base, max_new_tokens=500))
+    with pytest.raises(ValueError, match="not a predictions.jsonl"):
+        evaluate(EvaluateConfig(**base, compare=str(data)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--model: cannot load"):
+        evaluate(EvaluateConfig(**{**base, "model": str(tmp_path / "empty")}))

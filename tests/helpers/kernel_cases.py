@@ -1,0 +1,223 @@
+"""What the kernel tests share: a case, its inputs and plan, the float64 oracle, and the error budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import torch
+
+from molsaki_kernels import StepPlan, reference
+from molsaki_kernels._triton.attention_backward import flash_backward
+from molsaki_kernels._triton.attention_forward import flash_forward
+from molsaki_kernels._triton.map_backward import map_backward
+from molsaki_kernels._triton.map_forward import map_forward
+from molsaki_kernels.spec import AttentionOptions, PlanTensors
+from tests.helpers.budget import assert_within_budget, error
+
+SEED = 7
+WORST: dict[str, dict[str, float]] = {}  # case name -> result -> error as a share of its budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    M: int = 63
+    D: int = 32
+    B: int = 1
+    Hq: int = 2
+    Hkv: int = 1
+    dtype: torch.dtype = torch.float32
+    plan: str = "mixed"
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    scale: float | None = None
+    lengths: tuple[int, ...] | None = None  # packed
+    per_head: bool = False
+    layout: str = "contiguous"
+    device: str = "cpu"
+
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(
+            self.causal, self.D**-0.5 if self.scale is None else self.scale, self.window, self.softcap
+        )
+
+    def keywords(self) -> dict:
+        return {
+            "causal": self.causal,
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "heads": "none" if self.per_head else "mean",
+        }
+
+
+@dataclasses.dataclass
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sinks: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    plan: StepPlan
+    dout: torch.Tensor
+    dmaps: torch.Tensor
+    dlse: torch.Tensor
+
+    def tensors(self) -> PlanTensors:
+        return PlanTensors(self.plan.steps, self.plan.tokens, self.plan.word_of_token, self.plan.num_words)
+
+
+def spans(length: int, kind: str, rng: random.Random) -> tuple[list, list]:
+    """Steps and words of one sequence."""
+    tokens = list(range(length))
+    if kind == "whole":  # every row in one step, every token a word
+        return [(0, length)], [[t] for t in tokens]
+    if kind == "rows":  # every row a step
+        return [(t, t + 1) for t in tokens], [[0], tokens[-2:-1]] if length > 2 else [[0]]
+    if kind == "no_steps":
+        return [], [[0]]
+    if kind == "no_words":
+        return [(0, length)], []
+    if kind == "middle":  # tiles without a step before and after, and rows of a step that see no key token yet
+        start, stop = length // 3, 2 * length // 3
+        return [(start, stop)], [[start + 9], [length - 1]]
+    # Gaps, a step of no row, of one row, and one longer than a tile; words of one to three tokens in any order.
+    steps, at = [], rng.randrange(min(3, length))
+    for size in (min(5, length), 0, 1, length // 2, length):
+        stop = min(at + size, length)
+        if stop < at:
+            break
+        steps.append((at, stop))
+        at = stop + rng.randrange(4)
+    chosen = [0, *rng.sample(tokens[1:], k=min(length - 1, 3 + length // 8))]
+    words = []
+    while chosen:
+        size = min(len(chosen), rng.randrange(1, 4))
+        words.append(chosen[:size])
+        chosen = chosen[size:]
+    rng.shuffle(words)
+    return steps, words
+
+
+def random_rows(shape, layout: str, dtype, device, generator) -> torch.Tensor:
+    B, H, M, D = shape
+    if layout == "contiguous":
+        x = torch.randn(shape, generator=generator)
+    elif layout == "transposed":  # what a projection gives: (B, M, H, D)
+        x = torch.randn((B, M, H, D), generator=generator).transpose(1, 2)
+    else:  # a slice of a fused projection
+        x = torch.randn((B, M, H, 3 * D), generator=generator)[..., D : 2 * D].transpose(1, 2)
+    return x.to(device=device, dtype=dtype)
+
+
+def make(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(SEED)
+    rng = random.Random(SEED)
+    lengths = case.lengths or (case.M,) * case.B
+    B, M = (1, sum(lengths)) if case.lengths else (case.B, case.M)
+    q, dout = (random_rows((B, case.Hq, M, case.D), case.layout, case.dtype, case.device, generator) for _ in range(2))
+    k, v = (random_rows((B, case.Hkv, M, case.D), case.layout, case.dtype, case.device, generator) for _ in range(2))
+    sinks = torch.randn(case.Hq, generator=generator).to(case.device, case.dtype) if case.sinks else None
+    rows = [spans(length, case.plan, rng) if length else ([], []) for length in lengths]
+    plan = StepPlan.from_spans([s for s, _ in rows], [w for _, w in rows], device=case.device)
+    shape = (len(plan), *((case.Hq,) if case.per_head else ()), plan.num_steps, plan.num_words)
+    dmaps = torch.randn(shape, generator=generator).to(case.device)
+    dlse = torch.randn((B, case.Hq, M), generator=generator).to(case.device)
+    cu_seqlens = None
+    if case.lengths:
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(case.device, torch.int32)
+    return Inputs(q, k, v, sinks, cu_seqlens, plan, dout, dmaps, dlse)
+
+
+FAR_STRIDES = {"batch": (2**31 + 64, 16, 16, 1), "rows": (16, 16, 2**27 + 64, 1)}
+
+
+def far_copy(x: torch.Tensor, strides: tuple[int, ...], folder) -> torch.Tensor:
+    """x in a sparse file with a flat index past 2**31: only the pages touched exist."""
+    size = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
+    path = str(folder / f"{len(list(folder.iterdir()))}")
+    return torch.from_file(path, shared=True, size=size, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+def oracle(case: Case, x: Inputs, dtype: torch.dtype, source: str) -> dict[str, torch.Tensor]:
+    """The reference in ``dtype``: results, and gradients of what ``source`` names ("both", "map", "out" or "lse")."""
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in (x.q, x.k, x.v))
+    sinks = None if x.sinks is None else x.sinks.detach().to(dtype).requires_grad_()
+    out, maps = reference.stepwise_attention(q, k, v, x.plan, sinks=sinks, cu_seqlens=x.cu_seqlens, **case.keywords())
+    options = {key: value for key, value in case.keywords().items() if key != "heads"}
+    parts = reference._sequences(x.cu_seqlens, q, k)
+    lse = torch.cat([reference.attention_weights(a, b, sinks=sinks, **options)[1] for a, b in parts], -1)
+    loss = out.new_zeros((), dtype=lse.dtype)
+    if source in ("both", "out"):
+        loss = loss + (out * x.dout.to(out.dtype)).sum()
+    if source in ("both", "map"):
+        loss = loss + (maps * x.dmaps.to(maps.dtype)).sum()
+    if source == "lse":
+        loss = loss + (lse * x.dlse.to(lse.dtype)).sum()
+    leaves = {"dq": q, "dk": k, "dv": v} | ({} if sinks is None else {"dsinks": sinks})
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {"out": out.detach(), "lse": lse.detach(), "maps": maps.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def kernels(case: Case, x: Inputs, source: str) -> dict[str, torch.Tensor]:
+    """The fused kernels' answer to the same question."""
+    options, plan = case.options(), x.tensors()
+    out, lse, maps = flash_forward(x.q, x.k, x.v, plan, options, x.sinks, x.cu_seqlens, case.per_head)
+    dq, dk, dv, dsinks = flash_backward(
+        x.q, x.k, x.v, out, lse, x.dout if source in ("both", "out") else None, options, plan,
+        x.dmaps if source in ("both", "map") else None, x.dlse if source == "lse" else None, x.sinks, x.cu_seqlens,
+    )  # fmt: skip
+    found = {"out": out, "lse": lse, "maps": maps, "dq": dq, "dk": dk, "dv": dv}
+    return found if dsinks is None else {**found, "dsinks": dsinks}
+
+
+def map_oracle(case: Case, x: Inputs, lse: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The map alone, from q, k and lse, and its gradients."""
+    q, k = (t.detach().to(dtype).requires_grad_() for t in (x.q, x.k))
+    lse = lse.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    maps = reference.stepwise_map(q, k, lse, x.plan, cu_seqlens=x.cu_seqlens, **case.keywords())
+    loss = (maps * x.dmaps.to(maps.dtype)).sum()
+    dq, dk, dlse = torch.autograd.grad(loss, (q, k, lse), allow_unused=True, materialize_grads=True)
+    return {"maps": maps.detach(), "dq": dq, "dk": dk, "dlse": dlse}
+
+
+def map_kernels(case: Case, x: Inputs, lse: torch.Tensor) -> dict[str, torch.Tensor]:
+    plan, options = x.tensors(), case.options()
+    maps = map_forward(x.q, x.k, lse, plan, options, x.cu_seqlens, case.per_head)
+    dq, dk, dlse = map_backward(x.q, x.k, lse, x.dmaps, plan, options, x.cu_seqlens)
+    return {"maps": maps, "dq": dq, "dk": dk, "dlse": dlse}
+
+
+def check(name: str, found: dict, exact: dict, eager: dict) -> None:
+    """Every result within its budget; how much of it was spent goes to WORST.
+
+    A result that is zero everywhere (dq where every row sees one key) is what terms of order ten leave, and eager,
+    which has no other terms, is off by nothing: there, the budget is a rounding step of 16.
+    """
+    assert found.keys() == exact.keys()
+    shares = WORST.setdefault(name, {})
+    for key, right in exact.items():
+        step = torch.finfo(found[key].dtype).eps
+        if right.any():
+            assert_within_budget(f"{name}: {key}", found[key], right, eager[key])
+            shares[key] = error(found[key], right) / (2 * error(eager[key], right) + step)
+        else:
+            assert found[key].shape == right.shape
+            assert (found[key].abs() <= 16 * step).all(), f"{name}: {key} should be zero"
+
+
+def check_fused(case: Case, source: str = "both") -> None:
+    x = make(case)
+    exact = oracle(case, x, torch.float64, source)
+    eager = oracle(case, x, case.dtype, source)
+    check(f"{case.name}/{source}", kernels(case, x, source), exact, eager)
+
+
+def check_map(case: Case) -> None:
+    x = make(case)
+    lse = oracle(case, x, torch.float64, "out")["lse"].float()
+    exact = map_oracle(case, x, lse, torch.float64)
+    check(f"{case.name}/alone", map_kernels(case, x, lse), exact, map_oracle(case, x, lse, case.dtype))

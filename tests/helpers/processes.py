@@ -1,0 +1,176 @@
+"""What one process of several runs in the tests of distributed training: ``python tests/processes.py ACTION ...``.
+
+accelerate 1.15 knows FSDP on accelerators only and silently trains without on a CPU, where PyTorch can do it over gloo;
+`_allow_fsdp_on_a_cpu` takes that one condition away. Everything else is what a user's processes run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import TrainerCallback
+
+from molsaki import capture, cli, plan, segment
+from molsaki.config import DistillConfig, parse
+from molsaki.teacher import extract as extract_module
+from molsaki.training.trainer import DistillTrainer
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 240  # seconds that any of these subprocesses may take
+
+
+def torchrun(*argv, processes: int = 2) -> subprocess.CompletedProcess:
+    """Run this program in several gloo processes under torchrun, which finds a free port."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, __file__]
+    return python("-m", *launcher, *argv)
+
+
+def python(*argv, **environment) -> subprocess.CompletedProcess:
+    words = [sys.executable, *map(str, argv)]
+    env = _environment(environment)
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
+
+
+def by_hand(*argv, processes: int = 2) -> list[subprocess.Popen]:
+    """Start the processes one by one, as on several machines: nobody ends the others when one is lost."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [sys.executable, __file__, *map(str, argv)]
+    return [
+        subprocess.Popen(
+            words, cwd=ROOT, env=_environment(shared | {"RANK": rank, "LOCAL_RANK": rank}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def _environment(more: dict) -> dict[str, str]:
+    base = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return base | {name: str(value) for name, value in more.items()}
+
+
+def _allow_fsdp_on_a_cpu() -> None:
+    plain = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def distill(report: str, *argv: str) -> None:
+    """``molsaki distill``, and what each process holds afterwards, in ``REPORT.RANK``."""
+    config = parse(DistillConfig, argv)
+    trainer = DistillTrainer(config)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    found = {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "held": sum(_local(p).numel() for p in trainer.model.parameters()),
+        "all": sum(p.numel() for p in trainer.model.parameters()),
+        "layers_sharded": sum(isinstance(m, FSDPModule) for m in trainer.model.modules()),
+        "router": [_whole(p).flatten().tolist() for p in trainer.model.mixture.parameters()],
+        "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    Path(f"{report}.{config.process_index}").write_text(json.dumps(found))
+    trainer.accelerator.end_training()
+
+
+def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
+    """``molsaki distill``, one process of which, when it begins a step, kills itself or finds its weights broken."""
+
+    class Fault(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if args.process_index == int(rank) and state.global_step == int(step):
+                if fault == "lost":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                next(model.student.parameters()).data.fill_(float("nan"))
+
+    made = DistillTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.add_callback(Fault())
+
+    DistillTrainer.__init__ = init
+    return cli.main(["distill", *argv])
+
+
+def lose_extract(rank: str, batch: str, *argv: str) -> int:
+    """``molsaki extract``, one process of which kills itself before a forward pass."""
+    run, batches = extract_module._run, []
+
+    def counted(*args):
+        if os.environ["RANK"] == rank and len(batches) == int(batch):
+            os.kill(os.getpid(), signal.SIGKILL)
+        batches.append(1)
+        return run(*args)
+
+    extract_module._run = counted
+    return cli.main(["extract", *argv])
+
+
+def wrapped(report: str) -> None:
+    """Maps, values and gradients of a wrapped model, each process with one of two texts, in ``REPORT.KIND.RANK``."""
+    from tests.helpers import tiny
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    for kind in ("ddp", "fsdp2"):
+        model = tiny.model(2)
+        if kind == "ddp":
+            model = nn.parallel.DistributedDataParallel(model)
+        else:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        loss, record = losses_of(model, rank)
+        loss.backward()
+        gradients = {name.removeprefix("module."): _whole(p.grad) for name, p in model.named_parameters()}
+        found = {"maps": record.maps.detach(), "values": record.values.detach(), "grads": gradients}
+        torch.save(found, f"{report}.{kind}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def losses_of(model: nn.Module, number: int):
+    """A loss on the logits and maps of one text, and the record."""
+    from tests.helpers import tiny
+
+    row = tiny.problems(2)[number]
+    spans = segment(row["question"], row["rationale"])
+    tokenizer = tiny.tokenizer()
+    with capture(model, plan(spans, tokenizer), values=True) as record:
+        out = model(**tokenizer(spans.text, return_tensors="pt"), use_cache=False)
+    return out.logits.logsumexp(-1).mean() + record.maps.square().mean() + record.values.square().mean(), record
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _allow_fsdp_on_a_cpu()
+    actions = {"distill": distill, "distill_but": distill_but, "lose_extract": lose_extract, "wrapped": wrapped}
+    sys.exit(actions[sys.argv[1]](*sys.argv[2:]))

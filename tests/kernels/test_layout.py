@@ -1,0 +1,97 @@
+"""What depends on a plan alone is made once a plan, and again when anything changes; none outlives its plan."""
+
+import gc
+
+import pytest
+import torch
+
+from molsaki_kernels import StepPlan, reference, stepwise_attention, stepwise_map
+from molsaki_kernels import _plan_cache as plan_cache
+from molsaki_kernels.attention_map import torch_blocks as layout
+
+
+def plan_of(words=((1,), (4, 5))):
+    return StepPlan.from_spans([[(0, 3), (3, 7)]] * 2, [[list(word) for word in words]] * 2)
+
+
+def inputs(M=9, heads=2):
+    g = torch.Generator().manual_seed(M)
+    return [torch.randn(2, heads, M, 16, generator=g) for _ in range(3)]
+
+
+def check(plan, M=9, **options):
+    maps = stepwise_attention(*inputs(M), plan, **options)[1]
+    torch.testing.assert_close(maps, reference.stepwise_attention(*inputs(M), plan, **options)[1])
+
+
+def test_one_layout_serves_every_layer(monkeypatch, without_native):
+    made = []
+
+    class Counted(layout.Layout):
+        def __init__(self, *arguments):
+            made.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(layout, "Layout", Counted)
+    plan = plan_of()
+    q, k, v = (t.requires_grad_() for t in inputs())
+    for _ in range(3):
+        out, maps = stepwise_attention(q, k, v, plan)
+        (out.sum() + maps.square().sum()).backward()
+    assert len(made) == 1
+
+
+@pytest.mark.usefixtures("cpu_map")
+@pytest.mark.parametrize("change", [{"M": 12}, {"causal": False}, {"window": 3}, {"heads": "none"}])
+def test_another_shape_or_option_has_its_own(change):
+    plan = plan_of()
+    check(plan)
+    check(plan, **change)
+    check(plan)
+
+
+@pytest.mark.usefixtures("cpu_map")
+def test_a_plan_changed_in_place():
+    plan = plan_of()
+    check(plan)
+    plan.tokens[:, 0] = 2
+    check(plan)
+    plan.steps[:, 0, 1] = 2
+    check(plan)
+    plan.word_of_token[:, 0] = 1
+    check(plan)
+
+
+@pytest.mark.usefixtures("cpu_map")
+def test_plans_share_no_layout():
+    first, second = plan_of(), plan_of(((2,), (6,)))
+    for _ in range(2):
+        check(first)
+        check(second)
+
+
+@pytest.mark.usefixtures("cpu_map")
+def test_nothing_outlives_its_plan():
+    gc.collect()
+    before = len(plan_cache._kept)
+    plan = plan_of()
+    q, k, _ = inputs()
+    stepwise_map(q, k, torch.full((2, 2, 9), 3.0), plan)
+    check(plan)
+    assert len(plan_cache._kept) == before + 1
+    del plan
+    gc.collect()
+    assert len(plan_cache._kept) == before
+
+
+def test_inference_mode_plan():
+    with torch.inference_mode():
+        check(plan_of())
+
+
+def test_blocks_that_are_not_kept(monkeypatch):
+    monkeypatch.setattr(layout, "LARGEST_KEPT", 0)
+    for options in ({}, {"window": 4}, {"causal": False}):
+        plan = plan_of()
+        check(plan, **options)
+        check(plan, **options)
