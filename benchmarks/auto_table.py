@@ -1,10 +1,10 @@
-"""The rows of ``molsaki_kernels/auto.py`` that measured rows call for.
+"""Computes the entries of ``engine_selection.MEASURED`` from the records of ``benchmarks.layer``.
 
     python -m benchmarks.auto_table benchmarks/results/FILE.csv [--mode eager]
 
 Prints ``Measured(...)`` entries to paste: for each architecture, pass and head dimension, the engines from fastest to
-slowest in each stretch of lengths, by the geometric mean of ``over_plain`` over the shapes of that length. Only engines
-that were measured on every one of these shapes are compared; neighbouring lengths with the same order are one entry.
+slowest per range of lengths, by the geometric mean of ``over_plain`` over the shapes of that length. Only engines
+that were measured on every one of these shapes are compared; neighbouring lengths with the same order form one entry.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pathlib import Path
 
 from molsaki_kernels.engine_selection import Measured, padded_head_dim
 
-from .layer import read_rows
+from .layer import read_records
 
-PREFIX = "molsaki, "  # of contenders that are engines
+PREFIX = "molsaki, "  # the names of contenders that are engines begin so
 
 
-def proposed(rows: Iterable[dict], source: str, mode: str = "eager") -> list[Measured]:
-    """The entries for rows of ``benchmarks.layer``; ``source`` names the CSV they are in.
+def proposed(records: Iterable[dict], source: str, mode: str = "eager") -> list[Measured]:
+    """Return the entries for records of ``benchmarks.layer``; ``source`` is the name of their CSV.
 
-    A stretch goes from one measured length to the next; the last one ends at twice the longest. The benchmark's shapes
+    A range goes from one measured length to the next; the last one ends at twice the longest. The benchmark's shapes
     are causal and have no other feature.
     """
     ratios: dict[tuple, dict[int, dict[str, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row["contender"].startswith(PREFIX) and row.get("mode", "eager") == mode and row["over_plain"]:
-            key = row["arch"], row["pass"] == "forward+backward", padded_head_dim(row["head_dim"])
-            shapes = ratios[key][row["tokens"]]
-            shapes.setdefault(row["shape"], {})[row["contender"].removeprefix(PREFIX)] = float(row["over_plain"])
+    for r in records:
+        if r["contender"].startswith(PREFIX) and r.get("mode", "eager") == mode and r["over_plain"]:
+            key = r["arch"], r["pass"] == "forward+backward", padded_head_dim(r["head_dim"])
+            shapes = ratios[key][r["tokens"]]
+            shapes.setdefault(r["shape"], {})[r["contender"].removeprefix(PREFIX)] = float(r["over_plain"])
     found: list[Measured] = []
     for (arch, backward, head_dim), lengths in sorted(ratios.items()):
         starts = sorted(lengths)
@@ -50,7 +50,7 @@ def proposed(rows: Iterable[dict], source: str, mode: str = "eager") -> list[Mea
 
 
 def ordered(shapes: Iterable[dict[str, float]]) -> tuple[str, ...]:
-    """The engines that every shape has, the fastest first."""
+    """Return the engines that were measured on every shape, the fastest first."""
     shapes = list(shapes)
     common = set(shapes[0]).intersection(*shapes[1:])
     means = {name: statistics.fmean(math.log(ratios[name]) for ratios in shapes) for name in common}
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("csv", type=Path)
     parser.add_argument("--mode", default="eager", choices=("eager", "graph", "compile"))
     arguments = parser.parse_args(argv)
-    rows = read_rows(arguments.csv)
-    if not rows:
-        parser.error(f"csv: expected the rows of benchmarks.layer, {arguments.csv} has none")
-    if any("arch" not in row for row in rows):
-        parser.error(f"csv: expected a column arch, {arguments.csv} was written before there was one")
-    for entry in proposed(rows, arguments.csv.name, arguments.mode):
+    records = read_records(arguments.csv)
+    if not records:
+        parser.error(f"csv: expected records of benchmarks.layer, {arguments.csv} has none")
+    if any("arch" not in record for record in records):
+        parser.error(f"csv: expected a column arch, {arguments.csv} has none")
+    for entry in proposed(records, arguments.csv.name, arguments.mode):
         print(f"    {entry},")
 
 

@@ -1,4 +1,8 @@
+"""Prints the ratios that the benchmarks report, after the run."""
+
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 
@@ -6,12 +10,12 @@ _LINES: list[str] = []
 
 
 @pytest.fixture
-def report():
-    """Lines that are printed after the run, whatever pytest captures."""
+def report() -> Callable[[str], None]:
+    """Return a function that takes a line to print after the run, also where pytest captures output."""
     return _LINES.append
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _LINES:
         terminalreporter.section("against plain attention, in one run")
         for line in _LINES:

@@ -1,4 +1,4 @@
-"""What is measured against what: plain attentions without a map, ours with it, and eager attention with its weights."""
+"""Defines the contenders: plain attentions (without a map), ours with the map, and eager attention with its weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .shapes import Inputs, Shape
 
 MAP_ALONE = "the map alone"
 CPU_FLASH = "sdpa, CPU flash"
-NATIVE_ALONE = "molsaki's native attention"  # without a map: what the map itself costs there
-SLOW_TO_BUILD = ("Flex", "flex")  # compiled anew for every shape, half a minute for both passes
+NATIVE_ALONE = "molsaki's native attention"  # without a map, to measure the cost of the map itself
+SLOW_TO_BUILD = ("Flex", "flex")  # compiles for every shape, half a minute for both passes
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """``run(inputs) -> out``, ``(out, map)`` or the map; ``kind`` is plain, map, "map alone" or eager."""
+    """``run(inputs)`` returns out, ``(out, map)`` or the map; ``kind`` is "plain", "map", "map alone" or "eager"."""
 
     name: str
     kind: str
@@ -35,7 +35,7 @@ class Contender:
 
 
 def contenders(device: torch.device, shape: Shape) -> list[Contender]:
-    """All that can do ``shape`` on ``device``, the plain ones first."""
+    """Return all contenders that can serve ``shape`` on ``device``, the plain ones first."""
     found = [*_plain(device, shape), *_with_map(device)]
     found.append(Contender(MAP_ALONE, "map alone", lambda x: mk.stepwise_map(x.q, x.k, x.lse, x.plan)))
     if fits_eager(shape, device):
@@ -46,12 +46,12 @@ def contenders(device: torch.device, shape: Shape) -> list[Contender]:
 
 
 def fits_eager(shape: Shape, device: torch.device) -> bool:
-    """Whether the weights of eager attention, in float32, leave room for the copies it makes of them."""
+    """Return whether eager attention's weights in float32, and its copies of them, fit in memory."""
     return shape.batch * shape.q_heads * shape.tokens**2 * 4 < (2 << 30 if device.type == "cpu" else 6 << 30)
 
 
 def with_lse(inputs: Inputs) -> Inputs:
-    """The inputs with the attention's log-sum-exp, which the map alone takes as it takes q and k."""
+    """Return the inputs with the log-sum-exp of the attention, an input of the map alone."""
     options = AttentionOptions(causal=True, scale=inputs.q.shape[-1] ** -0.5)
     with torch.no_grad():
         _, lse = ENGINES["sdpa"].forward(inputs.q, inputs.k, inputs.v, None, None, options)
@@ -59,7 +59,7 @@ def with_lse(inputs: Inputs) -> Inputs:
 
 
 def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
-    """One forward, or one forward and backward: the result, and the gradients of the leaves."""
+    """Run one forward, or one forward and backward; return the result and the gradients of the leaves."""
     if not backward:
         with torch.no_grad():
             return contender.run(inputs), None
@@ -73,7 +73,7 @@ def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, 
 
 
 def _plain(device: torch.device, shape: Shape) -> list[Contender]:
-    def sdpa(backend):
+    def sdpa(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
         def run(x: Inputs) -> Tensor:
             with sdpa_kernel(backend):
                 grouped = x.q.shape[1] != x.k.shape[1]
@@ -109,8 +109,8 @@ def _flash_attn(function: Callable) -> Callable[[Inputs], Tensor]:
 
 
 def _flex() -> Callable[[Inputs], Tensor]:
-    """Compiled as the engine compiles it, an error where it could not be, and with the engine's mask: flex's own looks
-    at every pair, 17 GB of them at 131,072 tokens."""
+    """Compile as engine flex does (an error where it cannot) and use its block mask: the one that PyTorch builds
+    examines every pair of tokens, 17 GB of them at 131,072 tokens."""
 
     def run(x: Inputs) -> Tensor:
         mask = flex.kept_mask(x.q.shape[2], True, None, x.q.device)
@@ -125,7 +125,7 @@ def _with_map(device: torch.device) -> list[Contender]:
 
     names = [name for name, state in mk.engines().items() if state == "ready" and name != "eager"]
     if device.type == "cpu":
-        names = [name for name in names if name != "triton"]  # interpreted: not what is measured here
+        names = [name for name in names if name != "triton"]  # the interpreter is not measured
     return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
 
 
@@ -135,7 +135,7 @@ def _native_alone(batch: int) -> Callable[[Inputs], Tensor]:
 
 
 def _eager(x: Inputs) -> tuple[Tensor, Tensor]:
-    """As a model's eager attention with ``output_attentions``: weights in the inputs' dtype, then reduced."""
+    """Compute as a model's eager attention does with ``output_attentions``: weights in the dtype of q, then reduced."""
     weights, _ = reference.attention_weights(x.q, x.k)
     weights = weights.to(x.q.dtype)
     out = weights @ x.v.repeat_interleave(x.q.shape[1] // x.v.shape[1], dim=1)

@@ -1,24 +1,22 @@
-"""Extraction of a data set's maps against a plain forward without logits of the same texts in the same batches.
+"""Measures the extraction of a data set's maps against a forward without maps of the same texts in the same batches.
 
     python -m benchmarks.extract --model FOLDER --data FILE [--examples 200] [--batch_tokens 8192] [--rounds 5]
                                  [--threads N] [--dtype float32] [--device cpu|cuda] [--csv FILE]
 
-What is measured, each over all the texts, round after round:
+Each contender processes all the texts, in turns:
 
-- ``extract``: all that `molsaki extract` does between the first text and the last map: cutting and tokenizing, the
-  forward with maps, the mixture; the texts packed into rows without padding;
-- ``plain, packed``: the decoder's forward alone, of the same rows, by the same attention without maps;
-- ``extract, padded``, and ``plain``: the texts padded to a like length; the latter is transformers' own SDPA.
+- ``extract``: everything that `molsaki extract` does between the first text and the last map: segmenting and
+  tokenizing, the forward with maps, the mixture; the texts are packed without padding;
+- ``plain, packed``: only the decoder's forward of the same packed texts, with the same attention but no maps;
+- ``extract, padded`` and ``plain``: the texts are padded to similar lengths; the latter uses transformers' SDPA.
 
-Tokens are counted without padding. On a machine that others use too, processor time in one thread says more than
-seconds: the quantities that are called so, with ``--threads 1``.
+Tokens are counted without padding. On a busy machine, compare the quantities of processor time, with ``--threads 1``.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -34,7 +32,7 @@ from molsaki.modeling.hooks import NAME
 from molsaki.modeling.loading import context_length, load_model, load_tokenizer
 from molsaki.teacher.extract import entries_of, mixture_of, probe, tasks_of
 
-from .layer import describe, write_csv
+from .layer import describe, read_records, write_csv
 from .measure import ratio
 from .step import moved
 
@@ -45,24 +43,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of the teacher and its tokenizer")
     parser.add_argument("--data", required=True, help="JSON lines file with question and rationale")
-    parser.add_argument("--examples", type=int, default=200, help="use the first so many")
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward, padding included")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed, after one call each")
-    parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--examples", type=int, default=200, help="use that many from the start")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens per forward, padding included")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls per contender, after one warm-up call")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="write the rows here, after those that are there")
+    parser.add_argument("--csv", type=Path, help="append the records to this file")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = list(csv.DictReader(arguments.csv.open())) if arguments.csv and arguments.csv.exists() else []
-    rows += measured(arguments, describe(torch.device(arguments.device)))
+    records = read_records(arguments.csv)
+    records += measured(arguments, describe(torch.device(arguments.device)))
     if arguments.csv:
-        write_csv(arguments.csv, rows)
+        write_csv(arguments.csv, records)
 
 
 def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], object]], int, int]:
-    """What is timed, by name; how many texts that is and how many tokens."""
+    """Return the functions to time by name, the number of texts and the number of tokens."""
     device = torch.device(arguments.device)
     config = ExtractConfig(batch_tokens=arguments.batch_tokens)
     teacher = load_model(arguments.model, "--model", arguments.dtype).to(device).eval()
@@ -100,7 +98,7 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
 
 
 def measured(arguments: argparse.Namespace, machine: dict) -> list[dict]:
-    """The rows: contender, quantity and value each."""
+    """Time every contender; return records of contender, quantity and value."""
     runs, texts, tokens = contenders(arguments)
     for run in runs.values():
         run()
@@ -121,7 +119,7 @@ def measured(arguments: argparse.Namespace, machine: dict) -> list[dict]:
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
     }
-    rows = []
+    records = []
     for name in runs:
         values = {
             "tokens a second": tokens / statistics.median(seconds[name]),
@@ -134,9 +132,9 @@ def measured(arguments: argparse.Namespace, machine: dict) -> list[dict]:
             values[f"processor time over {base}"] = ratio(processor[name], processor[base])
         for quantity, value in values.items():
             value = float(f"{value:.5g}")
-            rows.append(common | {"contender": name, "quantity": quantity, "value": value} | machine)
+            records.append(common | {"contender": name, "quantity": quantity, "value": value} | machine)
             print(f"{name:16s} {quantity:40s} {value:10.4f}")
-    return rows
+    return records
 
 
 if __name__ == "__main__":

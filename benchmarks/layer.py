@@ -1,15 +1,15 @@
-"""One attention layer with its map against every plain attention of this machine without one, and against eager.
+"""Measures one attention layer with its map against every plain attention of this machine, and against eager.
 
     python -m benchmarks.layer [--device cpu|cuda] [--csv FILE] [--json FILE] [--seconds S] [--only TEXT] [--memory]
-    python -m benchmarks.layer --csv FILE --limit 240     again and again, until the grid is complete
-    python -m benchmarks.layer --expected                 what the grid takes, in calls of --limit; runs nothing
+    python -m benchmarks.layer --csv FILE --limit 240     repeat until it reports that nothing is left
+    python -m benchmarks.layer --expected                 print the expected time of the grid; run nothing
     python -m benchmarks.layer --only TEXT --profile DIR  traces and tables of torch.profiler (see profile.sh for ncu)
 
-Prints a table as it goes and writes a row for each contender, mode, pass and shape as soon as a shape's pass is done.
-A shape's pass whose rows are in the CSV already, from the same device and commit, is not measured again. ``over_plain``
-is the median ratio of neighbouring calls to the fastest plain attention of the same mode; ``predicted_*`` is what
-``predict.py`` expects. Modes: "eager" calls as a user does, "graph" replays a CUDA graph, so that the host's share is
-gone, "compile" calls through ``torch.compile``; the last two for short shapes.
+A plain attention is one without a map. The program prints a table and writes one record per shape, pass, mode and
+contender, after each pass of a shape. It skips a shape and pass that the CSV already holds from the same device and
+commit. ``over_plain`` is the median ratio of neighbouring calls to the fastest plain attention of the same mode;
+``predicted_*`` is the expectation of ``predict.py``. Mode "eager" calls as a user does, "graph" replays a CUDA graph,
+which removes the host's share, "compile" uses ``torch.compile``; the last two are measured for short shapes only.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from pathlib import Path
 
 import torch
 
-from molsaki_kernels import engine_selection as auto
+from molsaki_kernels.engine_selection import arch_of
 
 from .contenders import SLOW_TO_BUILD, Contender, contenders, fits_eager, step, with_lse
 from .measure import captured, cuda_peak, interleaved, launches, peak_memory, profiled, ratio
 from .shapes import CPU, CPU_MORE, Inputs, Shape, cuda_grid
 
-SHORT = 16 * 512  # tokens of a batch up to which launches decide, so that graphs and torch.compile are measured too
-# Seconds a bare machine takes to build what it runs: guesses for --expected and --limit, replaced by nothing measured.
+SHORT = 16 * 512  # up to so many tokens per batch launches decide; graphs and torch.compile are measured there too
+# Seconds that a fresh machine needs to compile: guesses, used by --expected and --limit only.
 BUILD_KERNELS, BUILD_FLEX, BUILD_COMPILE, SETUP = 20.0, 20.0, 3.0, 0.8
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="write the rows here, beside those that are there")
-    parser.add_argument("--json", type=Path, help="write the same rows here")
-    parser.add_argument("--seconds", type=float, help="of timing a shape, pass and mode (CPU: 20, CUDA: 1 or 0.4)")
+    parser.add_argument("--csv", type=Path, help="append the records to this file")
+    parser.add_argument("--json", type=Path, help="write the same records to this file")
+    parser.add_argument("--seconds", type=float, help="to time a shape, pass and mode (CPU: 20, CUDA: 1 or 0.4)")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds; start nothing that would end later")
+    parser.add_argument("--only", default="", help="only shapes whose name contains this text")
     parser.add_argument(
-        "--limit", type=float, default=float("inf"), help="seconds; starts nothing that would end later"
+        "--tier", type=int, default=2, help="0: shapes that have a target, 1: and those that show a trend, 2: all"
     )
-    parser.add_argument("--only", default="", help="only shapes whose name holds this text")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory on a CPU (one process per record)")
+    parser.add_argument("--expected", action="store_true", help="print the order and the expected seconds")
     parser.add_argument(
-        "--tier", type=int, default=2, help="0: shapes that a target is judged by, 1: and trends, 2: all"
+        "--profile", type=Path, metavar="DIR", help="write a trace of each contender instead of timing it"
     )
-    parser.add_argument("--memory", action="store_true", help="also the peak memory on a CPU (a process a row)")
-    parser.add_argument("--expected", action="store_true", help="print the order and the seconds expected")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="write a trace of each contender instead of timing")
-    parser.add_argument("--once", action="store_true", help="only run each contender, for a profiler from outside")
+    parser.add_argument("--once", action="store_true", help="only run each contender, for an external profiler")
     arguments = parser.parse_args(argv)
     begin = time.monotonic()
     device = torch.device(arguments.device)
@@ -66,19 +66,21 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [s for s in shapes if arguments.only in s.name and (s.tier <= arguments.tier or s in CPU + CPU_MORE)]
     todo = [(shape, backward) for shape in chosen for backward in (True, False)]
     if not todo:
-        parser.error(f"--only: no shape's name holds {arguments.only!r}")
+        parser.error(f"--only: expected a part of a shape's name, got {arguments.only!r}")
     if arguments.expected:
         print(*expectation(todo, arguments.seconds, arguments.limit), sep="\n")
         return 0
-    torch._dynamo.config.recompile_limit = 1000  # FlexAttention is compiled for every shape; past the limit it is eager
+    torch._dynamo.config.recompile_limit = (
+        1000  # FlexAttention compiles for every shape; beyond the limit it runs eagerly
+    )
     if arguments.once or arguments.profile:
         for shape, backward in todo:
             observe(shape, device, backward, arguments.profile)
         return 0
 
     machine = describe(device)
-    rows = read_rows(arguments.csv)
-    done = measured_already(rows, machine)
+    records = read_records(arguments.csv)
+    done = measured_already(records, machine)
     failed: list[str] = []
     built: set = set()
     for shape, backward in todo:
@@ -91,13 +93,13 @@ def main(argv: list[str] | None = None) -> int:
             break
         built.add(build_key(shape))
         seconds = timing_seconds(shape, device, arguments.seconds)
-        rows += measured(shape, device, backward, seconds, arguments.memory, machine, failed)
+        records += measured(shape, device, backward, seconds, arguments.memory, machine, failed)
         done.add((shape.name, pass_name(backward)))
         for path, write in ((arguments.csv, write_csv), (arguments.json, write_json)):
             if path:
-                write(path, rows)
-    for said in failed:
-        print(said, file=sys.stderr)
+                write(path, records)
+    for message in failed:
+        print(message, file=sys.stderr)
     return int(bool(failed))
 
 
@@ -110,11 +112,11 @@ def measured(
     machine: dict,
     failed: list[str],
 ) -> list[dict]:
-    """The rows of one shape and pass. What of ours fails is added to ``failed``."""
+    """Measure one shape and pass; return its records and append a message per failure of our own code to ``failed``."""
     sets = make_sets(shape, device)
-    rows = []
+    records = []
     for mode in modes(shape, device):
-        calls, functions, kinds = {}, {}, {}
+        calls, functions, running = {}, {}, {}
         for contender in contenders(device, shape):
             name, kind = contender.name, contender.kind
             if mode == "compile":
@@ -125,38 +127,39 @@ def measured(
             try:
                 each[0]()
                 functions[name] = captured(each) if mode == "graph" else in_turn(each)
-            except Exception as reason:  # whatever one contender raises is not the end of the others
-                said = f"{shape.name}: {name} ({mode}) cannot: {(str(reason).splitlines() or ['?'])[0]}"
-                print(said)
+            except Exception as reason:  # the other contenders are measured all the same
+                message = f"{shape.name}: {name} ({mode}) cannot: {(str(reason).splitlines() or ['?'])[0]}"
+                print(message)
                 if kind in ("map", "map alone") and not str(reason).startswith("engine:"):
-                    failed.append(said)
+                    failed.append(message)
                 continue
-            calls[name], kinds[name] = each, kind
+            calls[name], running[name] = each, contender
         if not functions:
             continue
         times = interleaved(functions, device, seconds, len(sets))
-        plain = {name: statistics.median(times[name]) for name, kind in kinds.items() if kind == "plain"}
-        fastest = min(plain, key=plain.get) if plain else None
-        for name, kind in kinds.items():
-            rows.append(
+        medians = {name: statistics.median(times[name]) for name, c in running.items() if c.kind == "plain"}
+        fastest = min(medians, key=medians.get) if medians else None
+        plain = (fastest, times[fastest]) if fastest else None
+        for name, contender in running.items():
+            records.append(
                 {
-                    **row_of(shape, backward, mode, name, kind, times[name], fastest, times.get(fastest), machine),
+                    **timing(shape, backward, mode, contender, times[name], plain, machine["device"]),
                     **resources(shape, device, backward, mode, name, calls[name][0], memory),
                     **machine,
                 }
             )
-            print(line(rows[-1]), flush=True)
-    return rows
+            print(line(records[-1]), flush=True)
+    return records
 
 
 def make_sets(shape: Shape, device: torch.device) -> list[Inputs]:
-    """As many inputs as do not fit in the L2 together, so that no call finds its own there; one on a CPU."""
+    """Return more inputs than fit in the L2 together, so that no call finds its own there; on a CPU one set."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     return [with_lse(shape.inputs(device, seed)) for seed in range(shape.sets(cache))]
 
 
 def in_turn(calls: list[Callable[[], object]]) -> Callable[[], None]:
-    """All the calls, none of whose results outlives it."""
+    """Return a function that makes all the calls; no result outlives its call."""
 
     def run() -> None:
         for call in calls:
@@ -176,35 +179,33 @@ def compiled(contender: Contender, backend: str = "inductor") -> Contender:
     return dataclasses.replace(contender, run=run)
 
 
-def row_of(
+def timing(
     shape: Shape,
     backward: bool,
     mode: str,
-    name: str,
-    kind: str,
+    contender: Contender,
     times: list[float],
-    fastest: str | None,
-    plain_times: list[float] | None,
-    machine: dict,
+    plain: tuple[str, list[float]] | None,
+    device: str,
 ) -> dict:
-    """What follows from the times alone."""
-    median = statistics.median(times)
-    expected = prediction(shape, machine["device"], name, kind, backward)
+    """Return the part of a record that follows from the times; ``plain``: the fastest plain attention and its times."""
+    median, kind = statistics.median(times), contender.kind
+    expected = prediction(shape, device, contender.name, kind, backward)
     return {
         "shape": shape.name,
         **{f: getattr(shape, f) for f in ("batch", "tokens", "q_heads", "kv_heads", "head_dim", "words", "steps")},
         "dtype": shape.dtype,
         "pass": pass_name(backward),
         "mode": mode,
-        "contender": name,
+        "contender": contender.name,
         "kind": kind,
         "median_ms": round(median * 1e3, 5),
         "fastest_ms": round(min(times) * 1e3, 5),
         "calls": len(times),
         "attention_tflops": round(shape.flops(backward) / median / 1e12, 4) if kind != "map alone" else None,
         "gb_per_s": round(shape.traffic(backward) / median / 1e9, 2) if kind != "map alone" else None,
-        "fastest_plain": fastest,
-        "over_plain": round(ratio(times, plain_times), 4) if fastest else None,
+        "fastest_plain": plain[0] if plain else None,
+        "over_plain": round(ratio(times, plain[1]), 4) if plain else None,
         "target": (shape.target if backward else 1.05 if shape.target else None) if kind == "map" else None,
         "predicted_ms": round(expected[0] * 1e3, 5) if expected else None,
         "predicted_over_plain": round(expected[1], 4) if expected else None,
@@ -214,7 +215,7 @@ def row_of(
 def resources(
     shape: Shape, device: torch.device, backward: bool, mode: str, name: str, call: Callable, memory: bool
 ) -> dict:
-    """Peak memory and launches of one call; a graph's are those of the calls it was made of."""
+    """Return peak memory and launches of one call; memory is not measured of a graph."""
     peak = None
     if device.type == "cuda" and mode == "eager":
         peak = round(cuda_peak(call, device), 1)
@@ -224,25 +225,25 @@ def resources(
 
 
 def prediction(shape: Shape, device: str, name: str, kind: str, backward: bool) -> tuple[float, float] | None:
-    """Seconds, and times the fastest plain attention; None for a device that ``predict.py`` does not know."""
+    """Return seconds, and the ratio to the fastest plain attention; None for a device unknown to ``predict.py``."""
     try:
         from .predict import gpu_named, predicted
-    except ImportError:  # it reads the kernels' configs, which need triton
+    except ImportError:  # it reads the configs of the Triton kernels
         return None
     return predicted(shape, gpu_named(device), name, kind, backward)
 
 
-def line(row: dict) -> str:
-    said = f"{row['shape']:38s} {row['pass']:16s} {row['mode']:7s} {row['contender']:24s} {row['median_ms']:10.3f} ms"
-    for text, key in (
+def line(record: dict) -> str:
+    text = "{shape:38s} {pass:16s} {mode:7s} {contender:24s} {median_ms:10.3f} ms".format(**record)
+    for part, key in (
         ("  x{}", "over_plain"),
         (" (target {})", "target"),
         (" (predicted {})", "predicted_over_plain"),
         ("  {} MiB", "peak_mib"),
         ("  {} launches", "launches"),
     ):
-        said += text.format(row[key]) if row[key] is not None else ""
-    return said
+        text += part.format(record[key]) if record[key] is not None else ""
+    return text
 
 
 def pass_name(backward: bool) -> str:
@@ -250,32 +251,32 @@ def pass_name(backward: bool) -> str:
 
 
 def build_key(shape: Shape) -> tuple:
-    """Shapes alike in this share the compiled kernels."""
+    """Return the facts that decide which compiled kernels a shape needs."""
     return shape.head_dim, shape.q_heads // shape.kv_heads, shape.words > 64
 
 
 def expected_seconds(shape: Shape, backward: bool, seconds: float | None, built: set) -> float:
-    """Of one shape and pass on a bare H100: building, setting up, warming up and timing."""
+    """Estimate one shape and pass on a fresh H100: compiling, setting up, warming up and timing."""
     device = torch.device("cuda")
     total = SETUP + (0 if build_key(shape) in built else BUILD_KERNELS) + (BUILD_FLEX if shape.slow_to_build else 0)
     plain = prediction(shape, "H100", "plain", "plain", backward)
     eager = prediction(shape, "H100", "eager", "eager", backward)
-    a_round = shape.sets(50 << 20) * (6 * plain[0] + (eager[0] if fits_eager(shape, device) else 0)) if plain else 0
+    per_round = shape.sets(50 << 20) * (6 * plain[0] + (eager[0] if fits_eager(shape, device) else 0)) if plain else 0
     for mode in modes(shape, device):
-        total += 4 * a_round + max(timing_seconds(shape, device, seconds), 3 * a_round)
+        total += 4 * per_round + max(timing_seconds(shape, device, seconds), 3 * per_round)
         total += 5 * BUILD_COMPILE if mode == "compile" else 0
     return total
 
 
 def timing_seconds(shape: Shape, device: torch.device, asked: float | None) -> float:
-    """To spend on a shape, pass and mode."""
+    """Return the seconds to spend on a shape, pass and mode."""
     if asked:
         return asked
     return 20.0 if device.type == "cpu" else 0.4 if shape.tier else 1.0
 
 
 def expectation(todo: list[tuple[Shape, bool]], seconds: float | None, limit: float) -> list[str]:
-    """The order, each with its seconds, and how many calls of ``limit`` that makes. Every call builds anew."""
+    """List the order with expected seconds, and the number of calls of ``limit`` seconds; every call compiles anew."""
     lines, total, calls, spent, built = [], 0.0, 1, 0.0, set()
     for shape, backward in todo:
         expected = expected_seconds(shape, backward, seconds, built)
@@ -292,7 +293,7 @@ def expectation(todo: list[tuple[Shape, bool]], seconds: float | None, limit: fl
 
 
 def observe(shape: Shape, device: torch.device, backward: bool, folder: Path | None) -> None:
-    """Runs every contender; with a folder, writes a trace and a table of each one's second call."""
+    """Run every contender; with a folder, write a trace and a table of each contender's second call."""
     inputs = with_lse(shape.inputs(device))
     for contender in contenders(device, shape):
         if device.type == "cuda" and any(word in contender.name for word in SLOW_TO_BUILD):
@@ -314,7 +315,7 @@ def observe(shape: Shape, device: torch.device, backward: bool, folder: Path | N
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Machine, versions, commit and date: what every row carries."""
+    """Return machine, versions, commit and date, which every record carries."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         triton = __import__("triton").__version__
@@ -323,7 +324,7 @@ def describe(device: torch.device) -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": name,
-        "arch": auto.arch_of(device),
+        "arch": arch_of(device),
         "driver": _driver() if device.type == "cuda" else "",
         "torch": torch.__version__,
         "triton": triton,
@@ -334,18 +335,18 @@ def describe(device: torch.device) -> dict[str, str]:
     }
 
 
-def measured_already(rows: Iterable[dict], machine: dict) -> set[tuple[str, str]]:
-    """``(shape, pass)`` of rows that this device and commit gave; they were written together, so all are there."""
+def measured_already(records: Iterable[dict], machine: dict) -> set[tuple[str, str]]:
+    """Return each ``(shape, pass)`` that was measured on this device at this commit; a pass is written whole."""
     same = ("device", "commit", "torch")
-    return {(row["shape"], row["pass"]) for row in rows if all(row.get(key) == machine[key] for key in same)}
+    return {(r["shape"], r["pass"]) for r in records if all(r.get(key) == machine[key] for key in same)}
 
 
-def read_rows(path: Path | None) -> list[dict]:
-    """A CSV's rows, numbers as numbers and nothing as None; none if there is no file."""
+def read_records(path: Path | None) -> list[dict]:
+    """Read a CSV, numbers as numbers and empty fields as None; an empty list if there is no file."""
     if path is None or not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+        return [{key: _value(key, text) for key, text in record.items()} for record in csv.DictReader(file)]
 
 
 def _value(key: str, text: str) -> str | float | int | None:
@@ -361,23 +362,23 @@ def _value(key: str, text: str) -> str | float | int | None:
     return text
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    columns = dict.fromkeys(key for row in rows for key in row)
+def write_csv(path: Path, records: list[dict]) -> None:
+    columns = dict.fromkeys(key for record in records for key in record)
 
     def write(file) -> None:
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(records)
 
-    _whole(path, write)
-
-
-def write_json(path: Path, rows: list[dict]) -> None:
-    _whole(path, lambda file: file.write(json.dumps(rows, indent=1) + "\n"))
+    _replace(path, write)
 
 
-def _whole(path: Path, write: Callable) -> None:
-    """The file is the old one or the new one, never a part: a run may be stopped at any time."""
+def write_json(path: Path, records: list[dict]) -> None:
+    _replace(path, lambda file: file.write(json.dumps(records, indent=1) + "\n"))
+
+
+def _replace(path: Path, write: Callable) -> None:
+    """Write beside the file and rename, so that a run that is stopped leaves the old file or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""Timing and memory of one contender against others in one run, on a CPU or a CUDA device."""
+"""Measures time, memory and launches of contenders in one run, on a CPU or a CUDA device."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 200
 def interleaved(
     functions: dict[str, Callable[[], None]], device: torch.device, seconds: float, calls: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, round after round, so that a slow spell of the machine falls on all of them.
+    """Time the functions in turns, so that a slow period of the machine affects all of them; return seconds per call.
 
     Args:
-        seconds: to spend, roughly; at least MIN_ROUNDS rounds are made, at most MAX_ROUNDS.
-        calls: how many a function makes, one for each set of inputs; the times are of one.
+        seconds: approximate total; from MIN_ROUNDS to MAX_ROUNDS rounds.
+        calls: number of calls that one function makes, one per set of inputs; each time is divided by it.
     """
     clock = _cuda_clock if device.type == "cuda" else _clock
     for function in functions.values():
-        if clock(function) < seconds / 4:  # else warm enough
+        if clock(function) < seconds / 4:  # a longer call needs no second warm-up
             function()
     first = {name: clock(function) for name, function in functions.items()}
     rounds = rounds_in(seconds, sum(first.values()))
@@ -39,14 +39,14 @@ def interleaved(
     return times
 
 
-def rounds_in(seconds: float, a_round: float) -> int:
-    """How many rounds to make; three where five would take more than five times as long as asked."""
-    least = MIN_ROUNDS if MIN_ROUNDS * a_round <= 5 * seconds else 3
-    return min(max(int(seconds / max(a_round, 1e-9)), least), MAX_ROUNDS)
+def rounds_in(seconds: float, per_round: float) -> int:
+    """Return the number of rounds; three where five would take more than five times ``seconds``."""
+    least = MIN_ROUNDS if MIN_ROUNDS * per_round <= 5 * seconds else 3
+    return min(max(int(seconds / max(per_round, 1e-9)), least), MAX_ROUNDS)
 
 
 def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
-    """One CUDA graph of all the calls. They run once on another stream first, as capturing asks."""
+    """Capture all the calls in one CUDA graph, after warming up on another stream; return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -62,19 +62,19 @@ def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """What one call starts on a CUDA device: kernels, copies and fills. None on a CPU."""
+    """Count the kernels, copies and fills that one call starts on a CUDA device; None on a CPU."""
     if device.type != "cuda":
         return None
     return count_launches(profiled(call, device).events())
 
 
 def count_launches(events: Iterable) -> int:
-    """Of a profile's events, those that ran on the device itself; a user's annotation is no launch."""
+    """Count the events of a profile that ran on the device itself; an annotation is not a launch."""
     return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation for e in events)
 
 
 def profiled(call: Callable[[], object], device: torch.device) -> torch.profiler.profile:
-    """The profile of one call, which was made before."""
+    """Profile one call, which has run before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -87,19 +87,19 @@ def profiled(call: Callable[[], object], device: torch.device) -> torch.profiler
 
 
 def ratio(ours: list[float], plain: list[float]) -> float:
-    """Median of the ratios of neighbouring calls: both saw the same machine."""
+    """Return the median of the ratios of neighbouring calls, which ran under the same conditions."""
     return statistics.median(a / b for a, b in zip(ours, plain, strict=True))
 
 
 def peak_memory(shape: Shape, name: str, backward: bool) -> float:
-    """MiB above the inputs at the worst moment of one call on a CPU."""
-    spawn = multiprocessing.get_context("spawn")  # a process of its own: freed memory is not always given back
+    """Return the peak MiB beyond the inputs of one call on a CPU, in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")  # in this process freed memory may not have been returned
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_cpu_peak, shape, name, backward).result()
 
 
 def cuda_peak(call: Callable[[], object], device: torch.device) -> float:
-    """MiB beyond what is allocated already at the worst moment of one call, which was made before."""
+    """Return the peak MiB beyond what is allocated already of one call, which has run before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -124,19 +124,19 @@ def _cuda_clock(function: Callable[[], None]) -> float:
 
 
 def _cpu_peak(shape: Shape, name: str, backward: bool) -> float:
-    """In a process of its own. A small call first: libraries take their working memory then."""
+    """Run in a process of its own: a small call first, in which libraries allocate their working memory."""
     device = torch.device("cpu")
     small = Shape(1, 256, 4, 2, shape.q_heads, shape.kv_heads, shape.head_dim, shape.dtype)
     for each in (small, shape):
         inputs = with_lse(each.inputs(device)) if name == MAP_ALONE else each.inputs(device)
         contender = next(c for c in contenders(device, each) if c.name == name)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (getrusage's never falls, even over exec)
-        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (getrusage cannot, not even with exec)
+        before = memory_status("VmRSS")
         step(contender, inputs, backward)
-    return _status("VmHWM") - before
+    return memory_status("VmHWM") - before
 
 
-def _status(field: str) -> float:
-    """MiB that Linux reports of this process."""
+def memory_status(field: str) -> float:
+    """Return the MiB that Linux reports for a field of this process's status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

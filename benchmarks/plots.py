@@ -1,9 +1,12 @@
-"""Pictures of measured rows: time over tokens, overhead over key tokens, memory over tokens; whole steps as bars.
+"""Draws one picture per question from measured records.
 
-    python -m benchmarks.plots CSV... [--output-dir DIR] [--format png|svg]
+    python -m benchmarks.plots [CSV...] [--output-dir DIR] [--format png|svg]
 
-One picture for each CSV, question, dtype and choice of heads, named after the CSV. What is beneath it says on what it
-was measured. A CSV without the rows for a picture gives none; predictions are drawn as thin dotted lines and named so.
+Without arguments it draws the committed pictures: time over plain attention, memory, and a whole training step. The
+records of ``benchmarks.layer`` give a row of panels per dtype and choice of heads. A grid that varies the number of key
+tokens at one length (the GPU grid) gives a further picture of that. The line below each picture says what the records
+were measured on. Predictions are thin dotted lines and are labelled as such. A CSV may hold several measurements of one
+shape; the latest is drawn.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,139 +23,168 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .layer import read_rows
+from .layer import read_records
 
+RESULTS = Path(__file__).parent / "results"
+COMMITTED = (RESULTS / "layer-xeon-2core.csv", RESULTS / "step-xeon-2core.csv")
 PASSES = ("forward", "forward+backward")
 OURS = ("#d1672c", "#7b3294", "#1b9e77", "#c51b7d", "#8c510a")  # engines with the map
 PLAIN = ("#1f5a99", "#5b8fc7", "#93b7dd", "#2b2b6b", "#7f7f7f")
-MARKERS = {"eager": "o", "graph": "^", "compile": "s"}  # of modes; lines join "eager"
+MARKERS = {"eager": "o", "graph": "^", "compile": "s"}  # per mode; only "eager" is joined by lines
 MODES = {"graph": "as a CUDA graph", "compile": "through torch.compile"}
+PEAK = "peak MiB with weights and optimizer"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
-    parser.add_argument("csv", type=Path, nargs="+")
-    parser.add_argument("--output-dir", type=Path, help="the CSV's own folder if not given")
+    parser.add_argument("csv", type=Path, nargs="*", help="default: the committed CSVs that the README's pictures use")
+    parser.add_argument("--output-dir", type=Path, help="default: the folder plots beside the CSV")
     parser.add_argument("--format", default="png", choices=("png", "svg"))
     arguments = parser.parse_args(argv)
-    for path in arguments.csv:
-        rows = read_rows(path)
-        if not rows:
-            parser.error(f"csv: expected rows, {path} has none")
-        for made in draw(rows, arguments.output_dir or path.parent, path.stem, arguments.format):
-            print(made)
+    for path in arguments.csv or COMMITTED:
+        records = read_records(path)
+        if not records:
+            parser.error(f"csv: expected records of benchmarks.layer or benchmarks.step, {path} has none")
+        for picture in draw(records, arguments.output_dir or path.parent / "plots", path.stem, arguments.format):
+            print(picture)
 
 
-def draw(rows: list[dict], folder: Path, stem: str, suffix: str = "png") -> list[Path]:
-    """Every picture that the rows allow; the files made."""
-    made = []
-    if "quantity" in rows[0]:
-        made.append(save(step_bars(rows), folder / f"{stem}.{suffix}", "A whole training step", rows))
-    elif "contender" not in rows[0]:
-        raise ValueError(f"rows: expected those of benchmarks.layer or benchmarks.step, got the columns {[*rows[0]]}")
+def draw(records: list[dict], folder: Path, stem: str, suffix: str = "png") -> list[Path]:
+    """Draw every picture that the records allow, as ``folder/stem-QUESTION.suffix``; return the files."""
+    if "contender" not in records[0]:
+        raise ValueError(
+            f"records: expected those of benchmarks.layer or benchmarks.step, got the columns {[*records[0]]}"
+        )
+    if "quantity" in records[0]:
+        pictures: tuple[tuple[str, str, Callable], ...] = (("time-and-memory", "A whole training step, float32 unless named", step_bars),)
     else:
-        for (dtype, q_heads, kv_heads, head_dim), some in by(rows, "dtype", "q_heads", "kv_heads", "head_dim"):
-            name = f"{stem}-{dtype}-H{q_heads}-{kv_heads}-D{head_dim}"
-            what = f"{q_heads} query and {kv_heads} key heads of {head_dim}, {dtype}"
-            for picture, title, draws in (
-                ("time", "One attention layer", time_over_tokens),
-                ("overhead", "What the map adds", overhead_over_key_tokens),
-                ("memory", "Memory of one layer beyond its inputs", memory_over_tokens),
-            ):
-                figure = draws(some)
-                if figure is not None:
-                    made.append(save(figure, folder / f"{name}-{picture}.{suffix}", f"{title}: {what}", some))
-    return made
+        records = latest(records)
+        pictures = (
+            ("time", "Time of one attention layer over the fastest plain attention", time_over_plain),
+            ("memory", "Peak memory of one attention layer beyond its inputs, forward + backward", memory_over_tokens),
+            ("key-tokens", "Additional time for the map, fastest engine", overhead_over_key_tokens),
+        )
+    files = []
+    for question, title, picture in pictures:
+        figure = picture(records)
+        if figure is not None:
+            files.append(save(figure, folder / f"{stem}-{question}.{suffix}", title, records))
+    return files
 
 
-def time_over_tokens(rows: list[dict]) -> Figure | None:
-    """Milliseconds of each contender, at each length the shape whose key tokens are nearest to a sixteenth of it."""
-    rows = [row for row in usual(rows) if row["kind"] != "map alone"]
-    if len({row["tokens"] for row in rows}) < 2:
+def latest(records: Iterable[dict]) -> list[dict]:
+    """Return, for each shape and pass, the records of the commit that was measured last: files grow at their end."""
+    groups = by(records, "shape", "pass")
+    return [record for _, group in groups for record in group if record["commit"] == group[-1]["commit"]]
+
+
+def time_over_plain(records: list[dict]) -> Figure | None:
+    """Draw each contender's time over the fastest plain attention's, over the sequence length.
+
+    At each length it takes the shape whose number of key tokens is nearest to a sixteenth of the length.
+    """
+    records = [r for r in typical(records) if r["kind"] != "map alone" and r["over_plain"]]
+    groups = comparable(records)
+    if not groups:
         return None
-    figure, axes = panels(len(PASSES))
-    colours = colours_of(rows)
-    for ax, which in zip(axes, PASSES, strict=True):
-        mine = [row for row in rows if row["pass"] == which]
-        for (name,), some in by(mine, "contender"):
-            line(ax, some, "median_ms", name, colours[name])
-            guessed = [row for row in some if row.get("predicted_ms") is not None and mode_of(row) == "eager"]
-            if guessed and guessed[0]["kind"] == "map":
-                x, y = zip(*sorted((row["tokens"], row["predicted_ms"]) for row in guessed), strict=True)
-                ax.plot(x, y, ":", color=colours[name], linewidth=1, label=f"{name}, predicted")
-        ax.set_yscale("log")
-        lengths_axis(ax, mine)
-        finish(ax, which, "milliseconds")
-    legend(figure, axes)
+    figure, axes = panels(len(groups), len(PASSES))
+    colours = colours_of(records)
+    for (label, group), panel_row in zip(groups, axes, strict=True):
+        for ax, which in zip(panel_row, PASSES, strict=True):
+            of_pass = [r for r in group if r["pass"] == which]
+            for (name,), of_name in by(of_pass, "contender"):
+                line(ax, of_name, "over_plain", name, colours[name])
+                predicted = [r for r in of_name if r.get("predicted_over_plain") and mode_of(r) == "eager"]
+                if predicted and predicted[0]["kind"] == "map":
+                    x, y = zip(*sorted((r["tokens"], r["predicted_over_plain"]) for r in predicted), strict=True)
+                    ax.plot(x, y, ":", color=colours[name], linewidth=1, label=f"{name}, predicted")
+            ax.axhline(1, color="black", linewidth=0.8)
+            ax.set_yscale("log", base=2)
+            low, high = ax.get_ylim()
+            ticks = [2.0**i for i in range(-2, 8) if low <= 2.0**i <= high]
+            ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            lengths_axis(ax, of_pass)
+            finish(ax, f"{label}, {which}", "times plain attention")
+    legend(figure, axes.flat)
     return figure
 
 
-def overhead_over_key_tokens(rows: list[dict]) -> Figure | None:
-    """Percent beyond the fastest plain attention, of the fastest engine at each point; a line for each length."""
-    rows = [row for row in rows if row["kind"] == "map" and row["over_plain"] and mode_of(row) == "eager"]
-    if not rows:
+def memory_over_tokens(records: list[dict]) -> Figure | None:
+    """Draw the peak MiB of forward + backward beyond the inputs, over the sequence length."""
+    records = [r for r in typical(records) if r.get("peak_mib") is not None and r["pass"] == PASSES[1]]
+    groups = comparable(records)
+    if not groups:
         return None
-    figure, axes = panels(len(PASSES))
-    sizes = sorted({(row["tokens"], row["batch"]) for row in rows})
+    figure, axes = panels(1, len(groups))
+    colours = colours_of(records)
+    for ax, (label, group) in zip(axes[0], groups, strict=True):
+        for (name,), of_name in by(group, "contender"):
+            line(ax, of_name, "peak_mib", name, colours[name])
+        ax.set_yscale("log")
+        lengths_axis(ax, group)
+        finish(ax, label, "MiB")
+    legend(figure, axes.flat)
+    return figure
+
+
+def overhead_over_key_tokens(records: list[dict]) -> Figure | None:
+    """Draw the percent beyond the fastest plain attention of the fastest engine; one line per length.
+
+    None unless some length was measured with at least three numbers of key tokens.
+    """
+    records = [r for r in records if r["kind"] == "map" and r["over_plain"] and mode_of(r) == "eager"]
+    groups = [
+        (label, group)
+        for label, group in by_heads(records)
+        if any(len({r["words"] for r in some}) > 2 for _, some in by(group, "batch", "tokens"))
+    ]
+    if not groups:
+        return None
+    figure, axes = panels(len(groups), len(PASSES))
+    sizes = sorted({(r["tokens"], r["batch"]) for r in records})
     colours = dict(zip(sizes, colormaps["viridis"](np.linspace(0, 0.9, len(sizes))), strict=True))
-    marks = dict(zip(sorted({row["contender"] for row in rows}), itertools.cycle("o^sDv"), strict=False))
-    for ax, which in zip(axes, PASSES, strict=True):
-        mine = [row for row in rows if row["pass"] == which]
-        fastest = [min(some, key=lambda row: row["over_plain"]) for _, some in by(mine, "shape")]
-        for (tokens, batch), some in sorted(by(fastest, "tokens", "batch")):
-            some = sorted(some, key=lambda row: row["words"])
-            x, y = [row["words"] for row in some], [100 * (row["over_plain"] - 1) for row in some]
-            ax.plot(x, y, color=colours[tokens, batch], linewidth=1.2, label=f"{batch} x {tokens:,}")
-            for at, over, row in zip(x, y, some, strict=True):
-                ax.plot(at, over, marks[row["contender"]], color=colours[tokens, batch], markersize=4)
-        for target in sorted({row["target"] for row in mine if row.get("target")}):
-            at, text = (0.01, 100 * (target - 1)), f"target {100 * (target - 1):.0f} %"
-            ax.axhline(at[1], color="grey", linewidth=0.8, linestyle=(0, (1, 2)))
-            ax.annotate(text, at, xycoords=("axes fraction", "data"), va="bottom", fontsize=6, color="grey")
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_xscale("log", base=2)
-        ax.set_xlabel("key tokens of a sequence")
-        ticks = sorted({row["words"] for row in mine})
-        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
-        ax.margins(x=0.12)
-        ax.minorticks_off()
-        finish(ax, which, "% beyond the fastest plain attention")
+    markers = dict(zip(sorted({r["contender"] for r in records}), itertools.cycle("o^sDv"), strict=False))
+    for (label, group), panel_row in zip(groups, axes, strict=True):
+        for ax, which in zip(panel_row, PASSES, strict=True):
+            of_pass = [r for r in group if r["pass"] == which]
+            fastest = [min(some, key=lambda r: r["over_plain"]) for _, some in by(of_pass, "shape")]
+            for (tokens, batch), some in sorted(by(fastest, "tokens", "batch"), key=lambda item: item[0]):
+                some = sorted(some, key=lambda r: r["words"])
+                x, y = [r["words"] for r in some], [100 * (r["over_plain"] - 1) for r in some]
+                ax.plot(x, y, color=colours[tokens, batch], linewidth=1.2, label=f"{batch} x {tokens:,}")
+                for words, percent, record in zip(x, y, some, strict=True):
+                    ax.plot(words, percent, markers[record["contender"]], color=colours[tokens, batch], markersize=4)
+            for target in sorted({r["target"] for r in of_pass if r.get("target")}):
+                at, text = (0.01, 100 * (target - 1)), f"target {100 * (target - 1):.0f} %"
+                ax.axhline(at[1], color="grey", linewidth=0.8, linestyle=(0, (1, 2)))
+                ax.annotate(text, at, xycoords=("axes fraction", "data"), va="bottom", fontsize=6, color="grey")
+            ax.axhline(0, color="black", linewidth=0.8)
+            ax.set_xscale("log", base=2)
+            ax.set_xlabel("key tokens per sequence")
+            ticks = sorted({r["words"] for r in of_pass})
+            ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
+            ax.margins(x=0.12)
+            ax.minorticks_off()
+            finish(ax, f"{label}, {which}", "% beyond the fastest plain attention")
     handles = [Line2D([], [], color=colours[size], label=f"{size[1]} x {size[0]:,}") for size in sizes]
-    handles += [Line2D([], [], color="grey", linestyle="none", marker=m, label=name) for name, m in marks.items()]
+    handles += [Line2D([], [], color="grey", linestyle="none", marker=m, label=name) for name, m in markers.items()]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=7, title="batch x tokens")
     return figure
 
 
-def memory_over_tokens(rows: list[dict]) -> Figure | None:
-    """Peak MiB of both passes beyond the inputs."""
-    rows = [row for row in usual(rows) if row.get("peak_mib") is not None and row["pass"] == PASSES[1]]
-    if len({row["tokens"] for row in rows}) < 2:
-        return None
-    figure, (ax,) = panels(1)
-    colours = colours_of(rows)
-    for (name,), some in by(rows, "contender"):
-        line(ax, some, "peak_mib", name, colours[name])
-    ax.set_yscale("log")
-    lengths_axis(ax, rows)
-    finish(ax, PASSES[1], "MiB")
-    legend(figure, [ax])
-    return figure
-
-
-def step_bars(rows: list[dict]) -> Figure:
-    """Time and memory of whole training steps, rows of ``benchmarks.step``: a group of bars a student and batch."""
-    quantities = {"seconds": "seconds a step", "peak MiB with weights and optimizer": "MiB at the peak"}
-    shown = [name for name in quantities if any(row["quantity"] == name for row in rows)]
+def step_bars(records: list[dict]) -> Figure:
+    """Draw time and memory of whole training steps: one group of bars per student and batch."""
+    quantities = {"seconds": "seconds per step", PEAK: "MiB at the peak"}
+    shown = [name for name in quantities if any(r["quantity"] == name for r in records)]
     if not shown:
-        raise ValueError(
-            f"rows: expected a quantity of {list(quantities)}, got {sorted({r['quantity'] for r in rows})}"
-        )
-    figure, axes = panels(len(shown))
-    contenders = dict.fromkeys(row["contender"] for row in rows if row["quantity"] in shown)
+        found = sorted({r["quantity"] for r in records})
+        raise ValueError(f"records: expected a quantity of {list(quantities)}, got {found}")
+    figure, axes = panels(1, len(shown))
+    contenders = dict.fromkeys(r["contender"] for r in records if r["quantity"] in shown)
     colours = dict(zip(sorted(contenders, key="eager".__eq__), itertools.cycle((*OURS, *PLAIN)), strict=False))
     colours["eager"] = "black"
-    for ax, quantity in zip(axes, shown, strict=True):
-        values = {(step_group(row), row["contender"]): row["value"] for row in rows if row["quantity"] == quantity}
+    for ax, quantity in zip(axes[0], shown, strict=True):
+        values = {(step_group(r), r["contender"]): r["value"] for r in records if r["quantity"] == quantity}
         groups, names = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
         width = 0.8 / len(names)
         for i, name in enumerate(names):
@@ -162,61 +194,78 @@ def step_bars(rows: list[dict]) -> Figure:
             ax.bar_label(bars, [f"{h:,.0f}" if h >= 100 else f"{h:.3g}" if h else "" for h in heights], fontsize=6)
         ax.set_xticks(range(len(groups)), groups)
         finish(ax, "", quantities[quantity])
-    legend(figure, axes)
+    legend(figure, axes.flat)
     return figure
 
 
-def step_group(row: dict) -> str:
-    compiled = ", compiled" if str(row["compiled"]) == "True" else ""
-    dtype = "" if row["dtype"] == "float32" else f"\n{row['dtype']}"
-    return f"{row['student']}\n{row['batch']}{compiled}{dtype}"
+def step_group(record: dict) -> str:
+    compiled = ", compiled" if str(record["compiled"]) == "True" else ""
+    dtype = "" if record["dtype"] == "float32" else f"\n{record['dtype']}"
+    return f"{record['student']}\n{record['batch']}{compiled}{dtype}"
 
 
-def usual(rows: Iterable[dict]) -> list[dict]:
-    """At each batch and length, the rows of one number of words."""
+def typical(records: Iterable[dict]) -> list[dict]:
+    """Return, for each batch and length, the records of one number of words."""
     chosen = []
-    for (_, tokens), some in by(rows, "batch", "tokens"):
-        words = min({row["words"] for row in some}, key=lambda w: (abs(np.log2(max(w, 1) * 16 / tokens)), w))
-        chosen += [row for row in some if row["words"] == words]
+    for (_, tokens), some in by(records, "batch", "tokens"):
+        words = min({r["words"] for r in some}, key=lambda w: (abs(np.log2(max(w, 1) * 16 / tokens)), w))
+        chosen += [r for r in some if r["words"] == words]
     return chosen
 
 
-def by(rows: Iterable[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
-    """The rows in groups that agree in ``keys``, in order of first appearance."""
+def by(records: Iterable[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
+    """Group the records that agree in ``keys``, in order of first appearance."""
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
     return list(groups.items())
 
 
-def mode_of(row: dict) -> str:
-    return row.get("mode") or "eager"
+def by_heads(records: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    """Group by dtype and heads, with a label per group."""
+    groups = by(records, "dtype", "q_heads", "kv_heads", "head_dim")
+    return [(f"{q}/{kv} heads of {head_dim}, {dtype}", group) for (dtype, q, kv, head_dim), group in groups]
 
 
-def colours_of(rows: Iterable[dict]) -> dict[str, str]:
-    """The same colour for a contender in all panels: warm for ours, blue for plain ones, black for eager."""
+def comparable(records: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    """Return the groups of :func:`by_heads` that have at least two lengths."""
+    return [(label, group) for label, group in by_heads(records) if len({r["tokens"] for r in group}) > 1]
+
+
+def mode_of(record: dict) -> str:
+    return record.get("mode") or "eager"
+
+
+def colours_of(records: Iterable[dict]) -> dict[str, str]:
+    """Choose one colour per contender for all panels: warm for ours, blue for plain ones, black for eager."""
     ours, plain = itertools.cycle(OURS), itertools.cycle(PLAIN)
     choices = {"map": ours, "map alone": ours, "plain": plain, "eager": itertools.repeat("black")}
-    return {name: next(choices[some[0]["kind"]]) for (name,), some in by(rows, "contender")}
+    return {name: next(choices[some[0]["kind"]]) for (name,), some in by(records, "contender")}
 
 
-def line(ax: Axes, rows: list[dict], key: str, name: str, colour: str) -> None:
-    """One contender over the lengths: a line of its plain calls, a mark for each of the other modes."""
-    for (mode,), some in by([{**row, "mode": mode_of(row)} for row in rows], "mode"):
-        x, y = zip(*sorted((row["tokens"], row[key]) for row in some), strict=True)
-        dashes = "none" if mode != "eager" else "--" if some[0]["kind"] == "plain" else "-"
-        label = name if mode == "eager" else f"{name}, {MODES[mode]}"
-        ax.plot(x, y, linestyle=dashes, color=colour, marker=MARKERS[mode], markersize=4, label=label,
-                markerfacecolor=colour if mode == "eager" else "none")  # fmt: skip
+def line(ax: Axes, records: list[dict], key: str, name: str, colour: str) -> None:
+    """Draw one contender over the lengths: a line for mode "eager", markers for the other modes."""
+    for (mode,), some in by([{**record, "mode": mode_of(record)} for record in records], "mode"):
+        x, y = zip(*sorted((r["tokens"], r[key]) for r in some), strict=True)
+        ax.plot(
+            x,
+            y,
+            linestyle="none" if mode != "eager" else "--" if some[0]["kind"] == "plain" else "-",
+            color=colour,
+            marker=MARKERS[mode],
+            markersize=4,
+            label=name if mode == "eager" else f"{name}, {MODES[mode]}",
+            markerfacecolor=colour if mode == "eager" else "none",
+        )
 
 
-def panels(count: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(3.2 + 4.4 * count, 4.4), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+def panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(3.2 + 4.4 * columns, 0.7 + 3.7 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def lengths_axis(ax: Axes, rows: Iterable[dict]) -> None:
-    batches = {row["tokens"]: row["batch"] for row in rows}
+def lengths_axis(ax: Axes, records: Iterable[dict]) -> None:
+    batches = {r["tokens"]: r["batch"] for r in records}
     ax.set_xscale("log", base=2)
     ticks = sorted(batches)
     ax.set_xticks(ticks, [f"{batches[t]} x {t:,}" for t in ticks], rotation=45, ha="right", rotation_mode="anchor")
@@ -232,36 +281,36 @@ def finish(ax: Axes, title: str, unit: str) -> None:
 
 
 def legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """One for all panels, beside them."""
+    """Add one legend for all panels, beside them."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=7)
 
 
-def save(figure: Figure, path: Path, title: str, rows: list[dict]) -> Path:
+def save(figure: Figure, path: Path, title: str, records: list[dict]) -> Path:
     figure.suptitle(title, fontsize=11)
-    figure.supxlabel(textwrap.fill(conditions(rows), 30 + int(13 * figure.get_figwidth())), fontsize=7, color="#555555")
+    below = textwrap.fill(conditions(records), 30 + int(13 * figure.get_figwidth()))
+    figure.supxlabel(below, fontsize=7, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
 
 
-def conditions(rows: Iterable[dict]) -> str:
-    """What the rows were measured on, each fact once."""
-    said = []
+def conditions(records: Iterable[dict]) -> str:
+    """Say what the records were measured on, each fact once."""
+    facts = []
     for key, text in (
         ("device", "{}"),
         ("driver", "driver {}"),
         ("torch", "torch {}"),
         ("triton", "triton {}"),
         ("cudnn", "cuDNN {}"),
-        ("dtype", "{}"),
         ("commit", "commit {}"),
         ("date", "{}"),
     ):
-        values = list(dict.fromkeys(str(row[key]) for row in rows if row.get(key)))
+        values = list(dict.fromkeys(str(r[key]) for r in records if r.get(key)))
         if values:
-            said.append(text.format(" / ".join(values)))
-    return "; ".join(said) + ". Medians; the contenders took turns in one run."
+            facts.append(text.format(" / ".join(values)))
+    return "; ".join(facts) + ". Medians; the contenders took turns in one run."
 
 
 if __name__ == "__main__":

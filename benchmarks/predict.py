@@ -1,26 +1,27 @@
-"""How long each kernel should take, by a roofline: what a measurement is to be held against. Nothing here was measured.
+"""Predicts the time of each kernel by a roofline, to compare measurements with. Nothing here was measured.
 
     python -m benchmarks.predict [--gpu H200] [--csv FILE] [--only TEXT]
 
-A kernel takes as long as the slowest of its products at a share of the tensor cores' peak, its bytes from memory and
-its bytes from L2, and a fixed time more to start and drain. The tiles, groups and splits are those of
-``molsaki_kernels.triton.configs``. Two shares of the peak are what the predictions hang on: what the fastest plain
-attention reaches and what a Triton kernel with pointer loads reaches; both are assumptions, named in :data:`GPUS`.
-Times are the GPU's: a host that cannot launch as fast adds its own (see the rows of mode "eager" and "graph").
+The time of a kernel is a fixed time to start and drain plus the longest of three: its products at a share of the tensor
+cores' peak, its bytes from memory, its bytes from L2. The tiles, groups and splits are those of
+``molsaki_kernels._triton.configs``. The predictions depend mostly on two shares of the peak: that of the fastest plain
+attention and that of a Triton kernel with pointer loads. Both are assumptions, listed in :data:`GPUS`. Times are those
+of the GPU; a slower host adds its own (compare the measured modes "eager" and "graph").
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from molsaki_kernels._triton import configs
 
+from .layer import write_csv
 from .shapes import Shape, cuda_grid
 
 PREDICTED = "prediction"
@@ -28,15 +29,15 @@ PREDICTED = "prediction"
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """Rates a second. The shares are of the peak, for head_dim 128 and long sequences."""
+    """Rates per second; the shares are of the peak, for head_dim 128 and long sequences."""
 
     name: str
-    arch: str  # as configs names it
+    arch: str  # the name in configs
     flops: float  # dense bf16
     memory: float  # bytes, peak
     l2: float  # bytes
     cache: float  # bytes the L2 holds
-    launch: float  # seconds from one small kernel's start to the next one's, beyond its work
+    launch: float  # seconds from the start of a small kernel to that of the next, beyond its work
     plain_forward: float
     plain_backward: float
     triton: float
@@ -45,7 +46,7 @@ class GPU:
 GPUS = {
     # Vendors' datasheets for peaks (NVIDIA H100, H200 and A100 SXM; AMD Instinct MI300X). L2: read bandwidths that
     # microbenchmarks publish (Chips and Cheese: H100 5.5 to 5.7 TB/s, MI300X's Infinity Cache 11.9), an A100's from its
-    # 5,120 bytes a clock at two thirds. Plain shares: the causal head_dim 128 curves of the papers of FlashAttention-3
+    # 5,120 bytes per clock at two thirds. Plain shares: causal head_dim 128 curves of the papers of FlashAttention-3
     # (arXiv 2407.08608, figures 5 and 6: about 0.65 and 0.55 on an H100) and FlashAttention-2 (arXiv 2307.08691); for
     # the MI300X a guess. Triton's shares: a guess from its tutorial's kernel, which has no warp specialisation.
     "H200": GPU("H200", "sm90", 989e12, 4.8e12, 5.5e12, 60e6, 3e-6, 0.65, 0.565, 0.465),
@@ -55,17 +56,17 @@ GPUS = {
 }
 MEMORY_SHARE = 0.875  # of the peak that a large copy reaches
 NARROW = {64: (0.75, 0.85)}  # head_dim -> plain and Triton against 128: as many exponentials for half of the products
-RAMP = 600  # tokens: M / (M + RAMP) of the rate is left by diagonal tiles, filling and draining
+RAMP = 600  # tokens: M / (M + RAMP) of the rate remains after diagonal tiles, filling and draining
 COLUMN_SHARE = 0.405  # the map's own products: short loops
 DKV_SHARE = 0.86  # of Triton's share: 32 rows at a time
-EAGER_BYTES = (66, 174)  # a weight, forward and both passes: counted operator by operator, each tensor read and written
-# Launches that are not the map's: forward; backward's row sums, itself, and the conversion of dq.
+EAGER_BYTES = (66, 174)  # per weight, forward and both passes: counted per operator, each tensor read and written
+# Launches of plain attention: forward; in the backward the row sums, the kernel itself, and the conversion of dq.
 PLAIN_LAUNCHES = (1, 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch: the work it does and, with a GPU, the time that takes."""
+    """The work of one launch, and its predicted time on a GPU."""
 
     name: str
     flops: float
@@ -75,7 +76,7 @@ class Kernel:
     launches: int = 1
 
     def times(self, gpu: GPU) -> dict[str, float]:
-        """Seconds of each thing it may wait for."""
+        """Return the seconds of each possible limit."""
         return {
             "launch": self.launches * gpu.launch,
             "products": self.flops / (self.share * gpu.flops),
@@ -94,7 +95,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One way to do a layer: its kernels, forward and backward."""
+    """One implementation of a layer: its kernels, forward and backward."""
 
     name: str
     forward: tuple[Kernel, ...]
@@ -108,9 +109,9 @@ class Layer:
 
 
 class Work:
-    """Bytes and FLOPs of every kernel on one shape; causal, bf16, key tokens spread evenly."""
+    """The bytes and FLOPs of every kernel for one shape; causal, bf16, evenly spread key tokens."""
 
-    def __init__(self, shape: Shape, gpu: GPU):
+    def __init__(self, shape: Shape, gpu: GPU) -> None:
         self.shape, self.gpu, self.dtype = shape, gpu, getattr(torch, shape.dtype)
         self.size = self.dtype.itemsize
         rows = shape.batch * shape.tokens
@@ -127,22 +128,22 @@ class Work:
         self.triton = gpu.triton * triton * ramp
 
     def kernel(self, name: str, flops: float, memory: float, l2: float = 0.0) -> Kernel:
-        """One of the map's kernels. What it reads, the kernel before it has just touched: where a pass fits half of the
-        L2, it is still there."""
+        """Return one of the map's kernels. If q and the keys fit in half of the L2, it reads what the previous kernel
+        left there."""
         if 4 * (self.q + self.kv) <= self.gpu.cache / 2:
             memory, l2 = 0.0, memory + l2
         return Kernel(name, flops, memory, l2)
 
     def plain(self) -> Layer:
-        """The fastest attention without a map: five products backward, dq summed up by atomics."""
+        """Return the fastest attention without a map: five products backward, dq summed with atomics."""
         forward = Kernel("plain forward", 2 * self.product, 2 * self.q + 2 * self.kv, 0, self.plain_forward)
         backward = Kernel(
             "plain backward", 5 * self.product, 4 * self.q + 4 * self.kv, 0, self.plain_backward, PLAIN_LAUNCHES[1]
-        )  # fmt: skip
+        )
         return Layer("fastest plain", (forward,), (backward,))
 
     def engine(self, lse_gradient: bool) -> Layer:
-        """The fastest plain attention and the map's kernels; ``fold`` unless it takes a gradient of lse."""
+        """Return the fastest plain attention with the map's kernels, and ``fold`` unless its backward takes dlse."""
         plain = self.plain()
         name = "engine with dlse + map kernels" if lse_gradient else "engine + map kernels"
         extra = (self.map_dlse(), *(() if lse_gradient else (self.fold(),)), *self.map_gradient())
@@ -156,7 +157,7 @@ class Work:
         return Layer("map alone", self.map_alone(), (self.map_dlse("map_dq", 2, 2), *self.map_gradient()[1:]))
 
     def eager(self) -> Layer:
-        """Bound by the passes over the weights; a launch for each of its operators."""
+        """Return eager attention: bound by the passes over the weights, one launch per operator."""
         s = self.shape
         weights = s.batch * s.q_heads * s.tokens**2
         forward, both = (bytes_ * weights for bytes_ in EAGER_BYTES)
@@ -170,18 +171,18 @@ class Work:
         return [self.plain(), self.engine(False), self.engine(True), self.fused(), self.map_only(), self.eager()]
 
     def values(self) -> tuple[Kernel, ...]:
-        """Eq. 5's sum over the rows, forward and backward: no part of the layers above."""
+        """Return the pooling of values (Eq. 5), forward and backward; not part of the layers above."""
         return Kernel("values", 0, self.kv, launches=2), Kernel("values backward", 0, 2 * self.kv)
 
     def columns(self, rows: int, block: int) -> tuple[float, float]:
-        """Pairs of a row and a key column of one head that tiles of ``rows`` x ``block`` touch, and the columns that
-        tiles read, both over all tiles of the batch."""
+        """Return, over all tiles of the batch, the pairs of row and key column of one head that tiles of ``rows`` x
+        ``block`` touch, and the columns that they read."""
         s = self.shape
         touched, read = 0, 0.0
         for tile in range(-(-s.tokens // rows)):
-            seen = s.words * min((tile + 1) * rows, s.tokens) / s.tokens
-            touched += rows * -(-seen // block) * block
-            read += seen
+            visible = s.words * min((tile + 1) * rows, s.tokens) / s.tokens
+            touched += rows * -(-visible // block) * block
+            read += visible
         return s.batch * touched, s.batch * read
 
     def map_alone(self) -> tuple[Kernel, Kernel]:
@@ -191,12 +192,12 @@ class Work:
         groups = -(-s.q_heads // configs.heads_per_program(self.gpu.arch, s.q_heads, tiles * blocks))
         share = groups * (tiles + s.batch * s.steps) * s.words / 2 * 4  # half of the columns are hidden
         flops, keys = self._column_flops(tile.rows, tile.columns, 1), self._keys(tile)
-        again = flops / (2 * s.head_dim + 4 * configs.STEP_BLOCK) / tile.columns * s.head_dim * self.size  # q a block
+        again = flops / (2 * s.head_dim + 4 * configs.STEP_BLOCK) / tile.columns * s.head_dim * self.size  # q per block
         partials = self.kernel("map_partials", flops, self.q + self.lse + share, again + keys)
         return partials, self.kernel("map_reduce", 0, share + self.maps)
 
     def flash_forward(self) -> tuple[Kernel, ...]:
-        """The kernel with the map in its epilogue and the reduction, or the map alone where its shares are too many."""
+        """Return the kernel with the map in its epilogue and the reduction; for many partial sums, the map alone."""
         s = self.shape
         tile = configs.flash_forward(self.gpu.arch, self.dtype, s.head_dim, False)
         slots = configs.num_tiles(s.tokens, s.batch, False, tile.rows) + s.batch * s.steps
@@ -217,7 +218,7 @@ class Work:
         return self.kernel(name, flops, passes * self.q + 2 * self.lse, self._keys(tile))
 
     def map_gradient(self) -> tuple[Kernel, ...]:
-        """What follows an engine's backward; one split of the rows is added to dk at once."""
+        """Return the kernels after an engine's backward; with a single split of the rows dk is added directly."""
         s = self.shape
         splits = self._splits()
         rows = s.batch * s.kv_heads * s.words * s.head_dim
@@ -251,12 +252,12 @@ class Work:
         return Kernel("flash_dkv", 4 * self.product, bytes_, 0, self.triton * DKV_SHARE)
 
     def _column_flops(self, rows: int, block: int, products: int) -> float:
-        """Scores of the key columns, and the steps' sums: 16 bits of a weight are two products with a one-hot tile."""
+        """Return FLOPs of the key columns' scores and the step sums: two products with a one-hot tile per weight."""
         touched, _ = self.columns(rows, block)
         return touched * self.shape.q_heads * (2 * products * self.shape.head_dim + 4 * configs.STEP_BLOCK)
 
-    def _keys(self, tile) -> float:
-        """Bytes of key vectors that the row tiles of all heads gather."""
+    def _keys(self, tile: Any) -> float:
+        """Return the bytes of key vectors that the row tiles of all heads gather."""
         _, read = self.columns(tile.rows, 1)
         return read * self.shape.q_heads * self.shape.head_dim * self.size
 
@@ -264,23 +265,23 @@ class Work:
         s = self.shape
         tile = configs.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
         programs = s.batch * -(-s.words // tile.columns) * s.kv_heads
-        most = -(-s.tokens // tile.rows) * (s.q_heads // s.kv_heads)
-        return configs.row_splits(self.gpu.arch, programs, most)
+        limit = -(-s.tokens // tile.rows) * (s.q_heads // s.kv_heads)
+        return configs.row_splits(self.gpu.arch, programs, limit)
 
 
 def gpu_named(device: str) -> GPU | None:
-    """The GPU that a device's name, as PyTorch reports it, speaks of."""
+    """Return the GPU whose name is part of a device's name as PyTorch reports it."""
     return next((gpu for name, gpu in GPUS.items() if name in device), None)
 
 
 def predicted(shape: Shape, gpu: GPU | None, contender: str, kind: str, backward: bool) -> tuple[float, float] | None:
-    """Seconds of a contender of ``contenders.py``, and times the fastest plain attention; None without a known GPU."""
+    """Return the seconds of a contender and the ratio to the fastest plain attention; None without a known GPU."""
     if gpu is None:
         return None
     work = Work(shape, gpu)
     plain = work.plain().seconds(gpu, backward)
     if kind == "map":
-        lse_gradient = "flash_attn" in contender or "flex" in contender  # flash-attn 4 is the one that has it
+        lse_gradient = "flash_attn" in contender or "flex" in contender  # of flash_attn, version 4
         layer = work.fused() if "triton" in contender else work.engine(lse_gradient)
     else:
         layer = {"plain": work.plain, "map alone": work.map_only, "eager": work.eager}[kind]()
@@ -289,68 +290,65 @@ def predicted(shape: Shape, gpu: GPU | None, contender: str, kind: str, backward
 
 
 def table(shapes: list[Shape], gpu: GPU) -> list[dict]:
-    """A row for every way to do a layer and, but for shapes that only complete the grid, for every kernel."""
-    rows = []
+    """Return a record per implementation of a layer and, except for shapes of tier 2, per kernel."""
+    records = []
     for shape in shapes:
         work = Work(shape, gpu)
-        common = {
-            "gpu": gpu.name,
-            "label": PREDICTED,
-            "shape": shape.name,
-        }
+        common = {"gpu": gpu.name, "label": PREDICTED, "shape": shape.name}
         kernels = {k.name: k for layer in work.layers() for k in layer.kernels(True)}
         kernels |= {k.name: k for k in work.values()}
         for k in kernels.values() if shape.tier < 2 else ():
-            rows.append(
-                {
-                    **common, "pass": "", "what": "kernel", "name": k.name, "gflop": figures(k.flops / 1e9),
-                    "memory_mb": figures(k.memory / 1e6), "l2_mb": figures(k.l2 / 1e6), "launches": k.launches,
-                    "limit": k.limit(gpu), "predicted_ms": figures(k.seconds(gpu) * 1e3), "predicted_over_plain": "",
-                    "target": "",
-                }
-            )  # fmt: skip
+            facts = {"pass": "", "what": "kernel", "name": k.name, **amounts([k]), "limit": k.limit(gpu)}
+            predicted_ms = rounded(k.seconds(gpu) * 1e3)
+            records.append(common | facts | {"predicted_ms": predicted_ms, "predicted_over_plain": "", "target": ""})
         for backward in (False, True):
             plain = work.plain().seconds(gpu, backward)
             for layer in work.layers():
                 parts, seconds = layer.kernels(backward), layer.seconds(gpu, backward)
                 judged = layer.name in ("engine + map kernels", "engine with dlse + map kernels", "fused")
                 target = (shape.target if backward else 1.05) if judged else None
-                rows.append(
-                    {
-                        **common, "pass": "forward+backward" if backward else "forward", "what": "layer",
-                        "name": layer.name, "gflop": figures(sum(k.flops for k in parts) / 1e9),
-                        "memory_mb": figures(sum(k.memory for k in parts) / 1e6),
-                        "l2_mb": figures(sum(k.l2 for k in parts) / 1e6), "launches": sum(k.launches for k in parts),
-                        "limit": "", "predicted_ms": figures(seconds * 1e3),
-                        "predicted_over_plain": figures(seconds / plain), "target": target or "",
-                    }
-                )  # fmt: skip
-    return rows
+                which = "forward+backward" if backward else "forward"
+                facts = {"pass": which, "what": "layer", "name": layer.name, **amounts(parts), "limit": ""}
+                times = {"predicted_ms": rounded(seconds * 1e3), "predicted_over_plain": rounded(seconds / plain)}
+                records.append(common | facts | times | {"target": target or ""})
+    return records
 
 
-def figures(x: float) -> float:
-    """Four of them: a prediction has no more."""
+def amounts(kernels: Sequence[Kernel]) -> dict[str, float]:
+    """Return the work of some kernels together."""
+    return {
+        "gflop": rounded(sum(k.flops for k in kernels) / 1e9),
+        "memory_mb": rounded(sum(k.memory for k in kernels) / 1e6),
+        "l2_mb": rounded(sum(k.l2 for k in kernels) / 1e6),
+        "launches": sum(k.launches for k in kernels),
+    }
+
+
+def rounded(x: float) -> float:
+    """Round to four digits; a prediction is not more precise."""
     return float(f"{x:.4g}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="H200", choices=GPUS)
-    parser.add_argument("--csv", type=Path, help="write every row here")
-    parser.add_argument("--only", default="", help="only shapes whose name holds this text")
+    parser.add_argument("--csv", type=Path, help="write every record to this file")
+    parser.add_argument("--only", default="", help="only shapes whose name contains this text")
     arguments = parser.parse_args(argv)
     shapes = [s for s in cuda_grid() if arguments.only in s.name]
     if not shapes:
-        parser.error(f"--only: no shape's name holds {arguments.only!r}")
-    rows = table(shapes, GPUS[arguments.gpu])
+        parser.error(f"--only: expected a part of a shape's name, got {arguments.only!r}")
+    records = table(shapes, GPUS[arguments.gpu])
     print(
         f"{arguments.gpu}: {PREDICTED}, not measured. Forward + backward: milliseconds of the fastest plain attention, "
-        "and how many times that the others take."
+        "and the ratio of the others to that."
     )
-    print(f"{'':36s}{'plain':>10s}{'engine':>9s}{'with dlse':>11s}{'fused':>8s}{'target':>8s}   what the map's cost is")
+    print(
+        f"{'':36s}{'plain':>10s}{'engine':>9s}{'with dlse':>11s}{'fused':>8s}{'target':>8s}   the map's dearest kernels"
+    )
     for shape in shapes:
-        mine = [r for r in rows if r["shape"] == shape.name]
-        layers = {r["name"]: r for r in mine if r["pass"] == "forward+backward"}
+        of_shape = [r for r in records if r["shape"] == shape.name]
+        layers = {r["name"]: r for r in of_shape if r["pass"] == "forward+backward"}
         plain, *rest = layers.values()
         work = Work(shape, GPUS[arguments.gpu])
         costs = work.map_alone() + (work.map_dlse(), work.fold(), *work.map_gradient())
@@ -362,12 +360,8 @@ def main(argv: list[str] | None = None) -> None:
             + ", ".join(f"{k.name} {seconds * 1e6:.0f} us ({k.limit(work.gpu)})" for seconds, k in costs)
         )
     if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.csv, records)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

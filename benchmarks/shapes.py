@@ -1,4 +1,4 @@
-"""The one shapes file: every benchmark, table and plot measures these."""
+"""Defines the shapes of one attention layer that every benchmark, table and plot measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from molsaki_kernels import StepPlan
 
 
 class Inputs(NamedTuple):
-    """What one call takes: leaves that want gradients, the gradients of its results, and lse for the map alone."""
+    """The tensors of one call: leaves that require gradients, the gradients of the results, lse for the map alone."""
 
     q: Tensor
     k: Tensor
@@ -35,8 +35,8 @@ class Shape:
     kv_heads: int = 9
     head_dim: int = 64
     dtype: str = "float32"
-    target: float | None = None  # of forward + backward with the map over plain attention, where the spec names one
-    tier: int = 2  # 0: a target is judged by it; 1: shows a trend; 2: completes the grid
+    target: float | None = None  # limit of the time of forward + backward with the map over plain attention
+    tier: int = 2  # 0: has a target that is reported; 1: shows a trend; 2: completes the grid
 
     @property
     def name(self) -> str:
@@ -44,37 +44,39 @@ class Shape:
 
     @property
     def slow_to_build(self) -> bool:
-        """Is FlexAttention measured too, and ``torch.compile``? Each builds for seconds for every shape and pass."""
+        """Return whether FlexAttention and ``torch.compile`` are measured too; each compiles for seconds per shape."""
         return self.tier == 0 and (self.words == 20 or (self.head_dim == 128 and self.q_heads == self.kv_heads))
 
     def flops(self, backward: bool) -> float:
-        """Of causal attention alone: two products forward, five backward, half of the square."""
+        """Return those of causal attention alone: two products forward, five backward, half of the square."""
         products = 7 if backward else 2
         return products * self.batch * self.q_heads * self.tokens**2 * self.head_dim
 
     def traffic(self, backward: bool) -> int:
-        """Bytes that no implementation can avoid: every input read once, every result written once.
+        """Return the bytes that no implementation can avoid: read every input once, write every result once.
 
         Forward: q, k, v in, out, lse and the map out. Backward: those, dout and dmaps in, dq, dk, dv out.
         """
-        rows, size = self.batch * self.tokens, getattr(torch, self.dtype).itemsize
-        q, kv = rows * self.q_heads * self.head_dim * size, rows * self.kv_heads * self.head_dim * size
-        lse, maps = rows * self.q_heads * 4, self.batch * self.steps * self.words * 4
+        tokens, size = self.batch * self.tokens, getattr(torch, self.dtype).itemsize
+        q, kv = tokens * self.q_heads * self.head_dim * size, tokens * self.kv_heads * self.head_dim * size
+        lse, maps = tokens * self.q_heads * 4, self.batch * self.steps * self.words * 4
         forward = 2 * q + 2 * kv + lse + maps
         return forward + (forward + 2 * q + 2 * kv if backward else 0)
 
     def set_bytes(self) -> int:
-        """Of one set of :meth:`inputs`."""
-        rows, size = self.batch * self.tokens, getattr(torch, self.dtype).itemsize
-        return rows * self.head_dim * size * 2 * (self.q_heads + self.kv_heads)
+        """Return the bytes of one set of :meth:`inputs`."""
+        tokens, size = self.batch * self.tokens, getattr(torch, self.dtype).itemsize
+        return tokens * self.head_dim * size * 2 * (self.q_heads + self.kv_heads)
 
     def sets(self, cache_bytes: int) -> int:
-        """Sets of inputs to go around in, so that none is in a cache of that size when its turn comes again."""
+        """Return how many sets of inputs to cycle through, so that none is in a cache of that size when reused."""
         return max(1, min(-(-2 * cache_bytes // self.set_bytes()), 64)) if cache_bytes else 1
 
     def inputs(self, device: torch.device | str, seed: int = 0) -> Inputs:
-        """Random numbers laid out as a model's projections are, ``(B, M, H, D)`` behind ``(B, H, M, D)``; the plan:
-        random cuts, words of one token anywhere. On a CPU plain ``(B, H, M, D)``. ``lse`` is left to who needs it."""
+        """Return random inputs ``(B, H, M, D)``; on CUDA in the strides of a model's projections, ``(B, M, H, D)``.
+
+        The plan has random steps and words of one token each. ``lse`` is None; see ``contenders.with_lse``.
+        """
         device = torch.device(device)
         g = torch.Generator().manual_seed(seed)
         dtype = getattr(torch, self.dtype)
@@ -83,8 +85,8 @@ class Shape:
             if device.type == "cpu":
                 return torch.randn(self.batch, heads, self.tokens, self.head_dim, generator=g).to(dtype)
             on_device = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=g)))
-            rows = (self.batch, self.tokens, heads, self.head_dim)
-            return torch.randn(rows, generator=on_device, device=device, dtype=dtype).transpose(1, 2)
+            size = (self.batch, self.tokens, heads, self.head_dim)
+            return torch.randn(size, generator=on_device, device=device, dtype=dtype).transpose(1, 2)
 
         q, k, v, dout = (random(h) for h in (self.q_heads, self.kv_heads, self.kv_heads, self.q_heads))
         for x in (q, k, v):
@@ -118,11 +120,11 @@ HEADS = [(32, 32, 128), (32, 8, 128), (32, 32, 64), (32, 8, 64)]
 
 
 def cuda_grid() -> list[Shape]:
-    """bf16 on a GPU, the most telling shapes first.
+    """Return the bf16 shapes for a GPU, the most informative first.
 
-    The paper's regime (SmolLM2's heads, the 13 to 40 words of its examples); then head_dim 128 and 64, as many key
-    heads as query heads and a quarter of them, every length with every number of key tokens that it has room for.
-    131,072 tokens, seconds a round, have one number of key tokens and come after all else of their tier.
+    The paper's regime (SmolLM2's heads, the 13 to 40 words of its examples); then head_dim 128 and 64, with as many key
+    heads as query heads and with a quarter of them, every length with every number of key tokens up to it. 131,072
+    tokens take seconds per round; they have one number of key tokens and come last in their tier.
     """
     shapes = [Shape(16, 256, words, 5, 9, 3, 64, "bfloat16", target=1.20, tier=0) for words in (20, 13, 40)]
     for q_heads, kv_heads, head_dim in HEADS:
@@ -131,8 +133,8 @@ def cuda_grid() -> list[Shape]:
             for words in KEY_TOKENS:
                 if words > tokens or (tokens > 32768 and words != usual):
                     continue
-                telling = words == usual and tokens in (256, 2048, 4096, 16384)
-                tier = 0 if telling else 1 if words == usual or tokens == 4096 else 2
+                informative = words == usual and tokens in (256, 2048, 4096, 16384)
+                tier = 0 if informative else 1 if words == usual or tokens == 4096 else 2
                 target = {256: 1.20, 2048: 1.10}.get(tokens, 1.05 if tokens >= 4096 else None)
                 steps = max(5, tokens // 128)
                 shapes.append(Shape(batch, tokens, words, steps, q_heads, kv_heads, head_dim, "bfloat16", target, tier))

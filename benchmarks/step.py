@@ -1,19 +1,19 @@
-"""One whole optimizer step of a student: distilled with stored maps against without maps, and against two eager models.
+"""Measures one optimizer step of a student: with stored maps, without maps, and as two eager models.
 
     python -m benchmarks.step --model FOLDER [--student FOLDER] [--device cpu|cuda] [--csv FILE] [--shape 1x1024]
                               [--contenders 'NAME; NAME'] [--measure time memory profile] [--compile] [--seconds S]
                               [--dtype float32|bfloat16]
 
 ``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher`` and ``1b`` are
-random Llamas. What is measured:
+random Llamas. Contenders:
 
-- ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward that runs the question once;
-- ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att: ``over_dss`` is its price;
+- ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward that encodes the question once;
+- ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att; "time over dss" is the cost;
 - ``molsaki, live teacher``: with the teacher's forward in every step;
-- ``dss, packed`` and ``molsaki, packed``: one forward that runs the question in both tasks;
-- ``dss, padded`` and ``molsaki, padded``: a padded forward for each task;
-- ``eager``: what everyone writes: both models with ``attn_implementation="eager"`` and ``output_attentions=True``, all
-  weights kept and reduced afterwards, logits of all tokens, a padded forward for each task; the same losses.
+- ``dss, packed`` and ``molsaki, packed``: one forward that encodes the question in both tasks;
+- ``dss, padded`` and ``molsaki, padded``: one padded forward per task;
+- ``eager``: the usual implementation: both models with ``attn_implementation="eager"`` and ``output_attentions=True``,
+  all weights kept and reduced afterwards, logits of all tokens, one padded forward per task; the same losses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import multiprocessing
 import os
@@ -30,13 +29,21 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from molsaki.batches.data import IGNORE, Collator, Row, Text
 from molsaki.batches.shared_prefix import Branches
@@ -48,8 +55,8 @@ from molsaki.training import losses
 from molsaki.training.trainer import Distiller
 from molsaki_kernels import StepPlan, pool_values
 
-from .layer import describe, write_csv
-from .measure import ratio
+from .layer import describe, read_records, write_csv
+from .measure import memory_status, ratio
 
 RANDOM = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -61,13 +68,13 @@ RANDOM = {
     "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=256, initializer_range=0.3),
 }  # fmt: skip
-LAYOUTS = ("packed", "padded")  # other than the default's
+LAYOUTS = ("packed", "padded")  # besides the default, packed with a shared question
 CONTENDERS = (
     "dss", "molsaki, stored maps", "molsaki, live teacher", *(f"dss, {layout}" for layout in LAYOUTS),
     *(f"molsaki, {layout}" for layout in LAYOUTS), "eager",
 )  # fmt: skip
 OURS = "molsaki, stored maps"
-DTYPES = {"float32": "float32", "bfloat16": "bf16 autocast"}  # the option, and what a row says
+DTYPES = {"float32": "float32", "bfloat16": "bf16 autocast"}  # the option and its name in a record
 TARGETS = {
     (OURS, "time over dss"): 1.10,
     (OURS, "times faster than eager"): 3.0,
@@ -77,7 +84,7 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """N examples of ``tokens`` each, or ragged between half of that and all; 40 % are the question, 4 the answer."""
+    """N examples of ``tokens`` tokens, or ragged from half of that; 40 % are the question, 4 tokens the answer."""
 
     size: int
     tokens: int
@@ -89,11 +96,11 @@ class Batch:
     def name(self) -> str:
         return f"{self.size}x{self.tokens}" + (" ragged" if self.ragged else "")
 
-    def rows(self, vocabulary: int, seed: int = 0) -> list[Row]:
+    def examples(self, vocabulary: int, seed: int = 0) -> list[Row]:
         g = np.random.default_rng(seed)
-        return [self._row(n, g, vocabulary) for n in range(self.size)]
+        return [self._example(n, g, vocabulary) for n in range(self.size)]
 
-    def _row(self, n: int, g: np.random.Generator, vocabulary: int) -> Row:
+    def _example(self, n: int, g: np.random.Generator, vocabulary: int) -> Row:
         length = int(g.integers(self.tokens // 2, self.tokens + 1)) if self.ragged else self.tokens
         question = int(0.4 * length)
         ids = g.integers(2, vocabulary, length + 4).astype(np.int32)
@@ -111,12 +118,14 @@ BATCHES = [Batch(4, 256, 20, 5), Batch(4, 256, 20, 5, ragged=True), Batch(1, 102
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="1b", help=f"folder of the teacher, or {', '.join(RANDOM)}")
-    parser.add_argument("--student", help="folder of the student, if it is another")
+    parser.add_argument("--student", help="folder of the student; default: the teacher")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="write the rows here, after those that are there")
-    parser.add_argument("--shape", default="", help="only batches whose name begins so, such as 1x1024")
+    parser.add_argument("--csv", type=Path, help="append the records to this file")
+    parser.add_argument("--shape", default="", help="only batches whose name begins with this, such as 1x1024")
     parser.add_argument("--contenders", help=f"only these of {'; '.join(CONTENDERS)}, separated by semicolons")
-    parser.add_argument("--seconds", type=float, default=60, help="of timing a batch, after one call each")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="to time a batch, after one warm-up call per contender"
+    )
     parser.add_argument("--measure", nargs="+", choices=list(MEASURES), default=["time"], help="what to measure")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="bfloat16 is autocast (default: float32 on a CPU, bfloat16 on CUDA)"
@@ -126,17 +135,15 @@ def main() -> None:
     device = torch.device(arguments.device)
     names = arguments.contenders.split(";") if arguments.contenders else CONTENDERS
     machine = describe(device)
-    rows = []
-    if arguments.csv and arguments.csv.exists():
-        rows = list(csv.DictReader(arguments.csv.open()))
+    records = read_records(arguments.csv)
     for batch in BATCHES:
         if batch.name.startswith(arguments.shape):
             student, dtype = arguments.student or arguments.model, arguments.dtype or default_dtype(device)
             setup = Setup(arguments.model, student, batch, arguments.compile, str(device), dtype)
             for measure in arguments.measure:
-                rows += measured(measure, setup, [name.strip() for name in names], arguments.seconds, machine)
+                records += measured(measure, setup, [name.strip() for name in names], arguments.seconds, machine)
             if arguments.csv:
-                write_csv(arguments.csv, rows)
+                write_csv(arguments.csv, records)
 
 
 def default_dtype(device: torch.device) -> str:
@@ -145,7 +152,7 @@ def default_dtype(device: torch.device) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a step is of; goes to the processes that measure memory."""
+    """The facts that define a step; picklable for the processes that measure memory."""
 
     teacher: str
     student: str
@@ -155,18 +162,18 @@ class Setup:
     dtype: str
 
     def step(self, name: str) -> Callable[[], Tensor]:
-        """Everything that contender ``name`` needs, and its step, which returns the loss."""
+        """Load what contender ``name`` needs; return its step, which returns the loss."""
         torch.manual_seed(0)
         device, config = torch.device(self.device), _config("dss" if name.startswith("dss") else "molsaki")
         student = load(self.student).to(device).train()
-        rows = self.batch.rows(student.config.vocab_size)
+        examples = self.batch.examples(student.config.vocab_size)
         needs_teacher = name in ("eager", "molsaki, live teacher")
         teacher = load(self.teacher).to(device).eval().requires_grad_(False) if needs_teacher else None
         if name == "eager":
-            loss, parameters = eager_loss(student, teacher, config, rows, device)
+            loss, parameters = eager_loss(student, teacher, config, examples, device)
         else:
             layout = name.rpartition(", ")[2]
-            loss, parameters = own_loss(student, teacher, config, rows, device, layout, self)
+            loss, parameters = own_loss(student, teacher, config, examples, self, layout)
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
         def step() -> Tensor:
@@ -181,7 +188,7 @@ class Setup:
 
 
 def load(name: str) -> PreTrainedModel:
-    """A model in float32; one of `RANDOM` or a folder."""
+    """Load a model in float32: one of `RANDOM` or a folder."""
     if name in RANDOM:
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**RANDOM[name], tie_word_embeddings=True, max_position_embeddings=2048))
@@ -192,7 +199,16 @@ def _config(objective: str) -> DistillConfig:
     return DistillConfig(output_dir=tempfile.gettempdir(), objective=objective)
 
 
-def own_loss(student, teacher, config, rows, device, layout, setup):
+def own_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    config: DistillConfig,
+    examples: list[Row],
+    setup: Setup,
+    layout: str,
+) -> tuple[Callable[[], Tensor], Iterable[torch.nn.Parameter]]:
+    """Return the loss of ``DistillTrainer``'s module on one batch, and the parameters to train."""
+    device = torch.device(setup.device)
     student.set_attn_implementation(NAME)
     depth, width = probe(student)
     teacher_depth = depth if setup.teacher == setup.student else probe(teacher or load(setup.teacher))[0]
@@ -200,10 +216,10 @@ def own_loss(student, teacher, config, rows, device, layout, setup):
     distiller = Distiller(student, mixture, config)
     packing = layout != "padded"
     collator = Collator(0, 0, packing, packing, share_question=layout not in LAYOUTS)
-    batch = moved(collator([(row, None) for row in rows]), device)
+    batch = moved(collator([(example, None) for example in examples]), device)
     plan, side = batch["plan"], batch["teacher"]
     inputs = {"tasks": batch["tasks"], "plan": plan}
-    if mixture is not None and teacher is None:  # as a store gives them
+    if mixture is not None and teacher is None:  # in the form of a store
         maps = torch.rand(len(plan), 1, plan.num_steps, plan.num_words, device=device)
         inputs |= {"teacher_map": maps, "teacher_weights": torch.full((len(plan), 1, teacher_depth), 1 / teacher_depth)}
         inputs["teacher_weights"] = inputs["teacher_weights"].to(device)
@@ -220,7 +236,14 @@ def own_loss(student, teacher, config, rows, device, layout, setup):
     return loss, distiller.parameters()
 
 
-def eager_loss(student, teacher, config, rows, device):
+def eager_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    config: DistillConfig,
+    examples: list[Row],
+    device: torch.device,
+) -> tuple[Callable[[], Tensor], Iterable[torch.nn.Parameter]]:
+    """Return the same loss computed by two models with eager attention, and the parameters to train."""
     for model in (student, teacher):
         model.set_attn_implementation("eager")
     depth, width = (
@@ -228,9 +251,9 @@ def eager_loss(student, teacher, config, rows, device):
         student.config.num_key_value_heads * student.model.layers[0].self_attn.head_dim,
     )
     mixture = mixture_of(config, teacher.config.num_hidden_layers, depth, width).to(device)
-    batch = moved(Collator(0, 0)([(row, None) for row in rows]), device)
+    batch = moved(Collator(0, 0)([(example, None) for example in examples]), device)
     (explain, predict), plan = batch["tasks"], batch["plan"]
-    step_rows, word_columns = indicators(plan, explain["input_ids"].shape[1])
+    rows_of_step, columns_of_word = indicators(plan, explain["input_ids"].shape[1])
     values: list[Tensor] = []
     for layer in student.model.layers:
         layer.self_attn.v_proj.register_forward_hook(lambda module, args, out: values.append(out))
@@ -242,7 +265,7 @@ def eager_loss(student, teacher, config, rows, device):
 
     def reduced(weights: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device.type, enabled=False):  # maps are float32
-            return torch.stack([step_rows @ layer.float().mean(1) @ word_columns for layer in weights], 1)
+            return torch.stack([rows_of_step @ layer.float().mean(1) @ columns_of_word for layer in weights], 1)
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -262,7 +285,7 @@ def eager_loss(student, teacher, config, rows, device):
 
 
 def indicators(plan: StepPlan, length: int) -> tuple[Tensor, Tensor]:
-    """``(N, S, M)`` and ``(N, M, W)``: which rows a step has, which columns a word."""
+    """Return the rows of each step ``(N, S, M)`` and the columns of each word ``(N, M, W)`` as zeros and ones."""
     row = torch.arange(length, device=plan.device)
     steps = (row >= plan.steps[..., :1]) & (row < plan.steps[..., 1:])
     words = torch.zeros(len(plan), length, plan.num_words, device=plan.device)
@@ -272,7 +295,8 @@ def indicators(plan: StepPlan, length: int) -> tuple[Tensor, Tensor]:
     return steps.float(), words
 
 
-def moved(batch, device: torch.device):
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return the batch, a nest of dicts and lists, with its tensors on the device."""
     if isinstance(batch, dict):
         return {name: moved(value, device) for name, value in batch.items()}
     if isinstance(batch, list):
@@ -281,7 +305,7 @@ def moved(batch, device: torch.device):
 
 
 def measured(measure: str, setup: Setup, names: list[str], seconds: float, machine: dict) -> list[dict]:
-    """The rows of one batch: contender, quantity and value each."""
+    """Measure one batch; return records of contender, quantity and value."""
     common = {
         "teacher": Path(setup.teacher).name,
         "student": Path(setup.student).name,
@@ -290,20 +314,20 @@ def measured(measure: str, setup: Setup, names: list[str], seconds: float, machi
         "dtype": DTYPES[setup.dtype],
         "compiled": setup.compiled,
     }
-    rows = []
+    records = []
     for name, quantity, value in MEASURES[measure](setup, names, seconds):
         target = TARGETS.get((name, quantity))
         value = float(f"{value:.5g}")
-        rows.append(common | {"contender": name, "quantity": quantity, "value": value, "target": target} | machine)
+        records.append(common | {"contender": name, "quantity": quantity, "value": value, "target": target} | machine)
         print(
             f"{setup.batch.name:14s} {name:22s} {quantity:60s} {value:10.4f}"
             + (f"  (target {target})" if target else "")
         )
-    return rows
+    return records
 
 
 def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
-    """Seconds of a step and its ratios; and the loss, which says that the contenders compute the same."""
+    """Yield seconds per step and ratios, and the loss, by which one sees that the contenders compute the same."""
     steps = {name: setup.step(name) for name in names}
     for name, step in steps.items():
         yield name, "loss", step().item()
@@ -321,7 +345,7 @@ def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tup
 
 
 def measure_memory(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
-    """MiB of a step at its worst moment: above what rests between steps, and with it."""
+    """Yield the peak MiB of a step: beyond what is allocated between steps, and in total."""
     del seconds
     eager = None
     for name in sorted(names, key=lambda name: name != "eager"):
@@ -336,7 +360,7 @@ def measure_memory(setup: Setup, names: list[str], seconds: float) -> Iterator[t
 
 
 def measure_profile(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
-    """Seconds of a step by what they are spent on."""
+    """Yield the seconds of a step per kind of work."""
     del seconds
     for name in names:
         step = setup.step(name)
@@ -349,7 +373,7 @@ MEASURES = {"time": measure_time, "memory": measure_memory, "profile": measure_p
 
 
 def timed(steps: dict[str, Callable], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every step, round after round; one call each has gone before."""
+    """Time the steps in turns; each has run once before."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(times[next(iter(times))]) < 2:
@@ -363,7 +387,7 @@ def timed(steps: dict[str, Callable], device: torch.device, seconds: float) -> d
 
 
 def profiled(step: Callable, setup: Setup) -> dict[str, float]:
-    """Seconds of a step by what they are spent on, from PyTorch's profiler (on CUDA of the device)."""
+    """Return the seconds of a step per kind of work, from PyTorch's profiler (on CUDA those of the device)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_cuda = setup.device.startswith("cuda")
     if on_cuda:
@@ -378,13 +402,11 @@ def profiled(step: Callable, setup: Setup) -> dict[str, float]:
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
-def load_config(name: str):
-    from transformers import AutoConfig
-
+def load_config(name: str) -> PretrainedConfig:
     return LlamaConfig(**RANDOM[name]) if name in RANDOM else AutoConfig.from_pretrained(name)
 
 
-def _part(event, vocabulary: int) -> str:
+def _part(event: Any, vocabulary: int) -> str:
     chain = [event]
     while chain[-1].cpu_parent is not None:
         chain.append(chain[-1].cpu_parent)
@@ -405,7 +427,7 @@ def _part(event, vocabulary: int) -> str:
 
 
 def peak_memory(setup: Setup, name: str) -> tuple[float, float]:
-    """MiB of one step at its worst moment: above what rests between steps, and with it."""
+    """Return the peak MiB of one step: beyond what is allocated between steps, and in total."""
     if setup.device.startswith("cuda"):
         step = setup.step(name)
         step()
@@ -415,13 +437,13 @@ def peak_memory(setup: Setup, name: str) -> tuple[float, float]:
         peak = torch.cuda.max_memory_allocated()
         return (peak - before) / 2**20, peak / 2**20
     spawn = multiprocessing.get_context("spawn")
-    with _without_hoarding(), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with _without_malloc_reserve(), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_cpu_peak, setup, name).result()
 
 
 @contextlib.contextmanager
-def _without_hoarding() -> Iterator[None]:
-    """Processes started inside give freed tensors back: glibc would keep 100 MiB or more of them, now and then."""
+def _without_malloc_reserve() -> Iterator[None]:
+    """Make glibc return freed tensors in processes started inside; by default it sometimes keeps 100 MiB or more."""
     name = "MALLOC_MMAP_THRESHOLD_"
     before = os.environ.get(name)
     os.environ[name] = str(1 << 18)
@@ -434,15 +456,13 @@ def _without_hoarding() -> Iterator[None]:
 
 
 def _cpu_peak(setup: Setup, name: str) -> tuple[float, float]:
-    """In a process of its own. One step goes before: the optimizer's state and working memory are made then."""
-    from .measure import _status
-
+    """Run in a process of its own; a first step allocates the optimizer's state and working memory."""
     step = setup.step(name)
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory_status("VmRSS")
     step()
-    return _status("VmHWM") - before, _status("VmHWM")
+    return memory_status("VmHWM") - before, memory_status("VmHWM")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""pytest-benchmark suite of a whole optimizer step on a CPU, with a random model; prints each ratio beside its target.
+"""Benchmarks an optimizer step of a random model on a CPU with pytest-benchmark; prints each ratio beside its target.
 
-pytest benchmarks --benchmark-only. The figures of SmolLM2-135M: python -m benchmarks.step --model FOLDER.
+pytest benchmarks --benchmark-only. For SmolLM2-135M: python -m benchmarks.step --model FOLDER.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What of the benchmarks needs no GPU: the grid, resuming, ratios, predictions, pictures, auto's table."""
+"""Tests the benchmarks without a GPU: grid, resuming, ratios, predictions, pictures, the table of engine selection."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -13,24 +14,37 @@ import torch
 
 import molsaki_kernels as mk
 from benchmarks import auto_table, layer, measure, plots, predict
-from benchmarks.contenders import contenders, step, with_lse
+from benchmarks.contenders import Contender, contenders, step, with_lse
 from benchmarks.shapes import CPU, HEADS, KEY_TOKENS, LENGTHS, Shape, cuda_grid
-from molsaki_kernels import engine_selection as auto
+from molsaki_kernels import engine_selection
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 
 CPU_DEVICE = torch.device("cpu")
 SMALL = Shape(2, 48, 5, 3, 4, 2, 16)
 MACHINE = {
-    "device": "NVIDIA H200, made up", "arch": "sm90", "driver": "1.2", "torch": "9.9", "triton": "3.9", "cudnn": "9",
-    "python": "3.11", "commit": "abc1234", "date": "2026-01-01",
-}  # fmt: skip
+    "device": "NVIDIA H200, invented",
+    "arch": "sm90",
+    "driver": "1.2",
+    "torch": "9.9",
+    "triton": "3.9",
+    "cudnn": "9",
+    "python": "3.11",
+    "commit": "abc1234",
+    "date": "2026-01-01",
+}
 
 
-def made_up_rows(shapes: list[Shape], seed: int = 0) -> list[dict]:
-    """As measured on a GPU, but drawn around the predictions: what plots and tables take."""
-    rng, rows = random.Random(seed), []
-    names = {"sdpa, cuDNN": "plain", "sdpa, aten flash": "plain", "molsaki, sdpa": "map", "molsaki, triton": "map",
-             "the map alone": "map alone", "eager with weights": "eager"}  # fmt: skip
+def invented_records(shapes: list[Shape], seed: int = 0) -> list[dict]:
+    """Return records in the form of a GPU measurement, sampled around the predictions."""
+    rng, records = random.Random(seed), []
+    names = {
+        "sdpa, cuDNN": "plain",
+        "sdpa, aten flash": "plain",
+        "molsaki, sdpa": "map",
+        "molsaki, triton": "map",
+        "the map alone": "map alone",
+        "eager with weights": "eager",
+    }
     for shape in shapes:
         for backward in (False, True):
             for mode in layer.modes(shape, torch.device("cuda")):
@@ -38,10 +52,12 @@ def made_up_rows(shapes: list[Shape], seed: int = 0) -> list[dict]:
                     seconds, _ = layer.prediction(shape, MACHINE["device"], name, kind, backward)
                     times = [seconds * rng.uniform(1.0, 1.2) * (1.4 if name == "sdpa, aten flash" else 1.0)] * 3
                     plain = [layer.prediction(shape, MACHINE["device"], name, "plain", backward)[0]] * 3
-                    row = layer.row_of(shape, backward, mode, name, kind, times, "sdpa, cuDNN", plain, MACHINE)
+                    contender = Contender(name, kind, lambda inputs: inputs.q)
+                    fastest = ("sdpa, cuDNN", plain)
+                    timing = layer.timing(shape, backward, mode, contender, times, fastest, MACHINE["device"])
                     memory = {"launches": 7, "peak_mib": shape.set_bytes() / 2**20 * rng.uniform(1.5, 2)}
-                    rows.append({**row, **memory, **MACHINE})
-    return rows
+                    records.append({**timing, **memory, **MACHINE})
+    return records
 
 
 def test_the_grid_is_complete_and_ordered():
@@ -49,11 +65,8 @@ def test_the_grid_is_complete_and_ordered():
     assert len({shape.name for shape in grid}) == len(grid)
     for q_heads, kv_heads, head_dim in HEADS:
         for batch, tokens in LENGTHS:
-            words = [
-                s.words for s in grid
-                if (s.batch, s.tokens, s.q_heads, s.kv_heads, s.head_dim)
-                == (batch, tokens, q_heads, kv_heads, head_dim)
-            ]  # fmt: skip
+            size = (batch, tokens, q_heads, kv_heads, head_dim)
+            words = [s.words for s in grid if (s.batch, s.tokens, s.q_heads, s.kv_heads, s.head_dim) == size]
             expected = [4096] if tokens == 131072 else [w for w in KEY_TOKENS if w <= tokens]
             assert sorted(words) == expected, (batch, tokens)
     assert {(s.batch, s.tokens, s.words) for s in grid[:3]} == {(16, 256, 13), (16, 256, 20), (16, 256, 40)}
@@ -62,7 +75,7 @@ def test_the_grid_is_complete_and_ordered():
 
 
 def test_traffic_is_that_of_the_tensors():
-    """Counted from the tensors that one call takes and gives."""
+    """Count the bytes of the tensors that one call takes and returns."""
     inputs = with_lse(SMALL.inputs(CPU_DEVICE))
     out, maps = mk.stepwise_attention(*inputs[:3], inputs.plan, engine="sdpa")
     forward = sum(t.nbytes for t in (*inputs[:3], inputs.lse, out, maps))
@@ -73,7 +86,7 @@ def test_traffic_is_that_of_the_tensors():
 
 
 @pytest.mark.parametrize("cache", [0, 1, 1 << 20, 50 << 20])
-def test_inputs_go_around_more_than_a_cache(cache):
+def test_sets_of_inputs_exceed_the_cache(cache):
     sets = SMALL.sets(cache)
     assert sets == 1 if cache <= 1 else sets == 64 or sets * SMALL.set_bytes() >= 2 * cache
     assert Shape(1, 131072, 16, 5, 32, 32, 128, "bfloat16").sets(60 << 20) == 1
@@ -82,7 +95,7 @@ def test_inputs_go_around_more_than_a_cache(cache):
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("contender", contenders(CPU_DEVICE, SMALL), ids=lambda c: c.name)
 def test_contenders_agree(contender, compiled):
-    """Every contender's result and gradients are those of eager attention."""
+    """Every contender computes the results and gradients of the oracle."""
     if compiled:
         if contender.kind not in ("plain", "map"):
             pytest.skip("not measured through torch.compile")
@@ -110,17 +123,17 @@ def test_medians_of_neighbours():
 
 
 def test_times_are_of_one_call():
-    """Of functions that make several calls, in turns."""
-    made = []
-    functions = {name: lambda name=name: made.append(name) for name in ("a", "b")}
+    """The functions make several calls each, in turns."""
+    called = []
+    functions = {name: lambda name=name: called.append(name) for name in ("a", "b")}
     times = measure.interleaved(functions, CPU_DEVICE, 1e-9, calls=4)
     one = measure.interleaved({"a": lambda: sum(range(20000))}, CPU_DEVICE, 1e-9, calls=1)["a"]
     four = measure.interleaved({"a": lambda: [sum(range(20000)) for _ in range(4)]}, CPU_DEVICE, 1e-9, calls=4)["a"]
-    assert {len(t) for t in times.values()} == {3} and made[-6:] == ["a", "b"] * 3
+    assert {len(t) for t in times.values()} == {3} and called[-6:] == ["a", "b"] * 3
     assert min(four) < 2 * min(one)
 
 
-def test_launches_are_what_ran_on_the_device():
+def test_launches_are_the_events_on_the_device():
     kinds = torch.autograd.DeviceType
     events = [(kinds.CUDA, False), (kinds.CPU, False), (kinds.CUDA, True), (kinds.CUDA, False)]
     assert measure.count_launches(SimpleNamespace(device_type=d, is_user_annotation=u) for d, u in events) == 2
@@ -132,37 +145,37 @@ def test_launches_are_what_ran_on_the_device():
 def run_layer(monkeypatch, folder, *more: str) -> int:
     monkeypatch.setattr(layer, "CPU", [SMALL])
     monkeypatch.setattr(layer, "CPU_MORE", [dataclasses.replace(SMALL, tokens=64)])
-    files = ["--csv", str(folder / "rows.csv"), "--json", str(folder / "rows.json")]
+    files = ["--csv", str(folder / "layer.csv"), "--json", str(folder / "layer.json")]
     return layer.main(["--device", "cpu", "--seconds", "0.01", *files, *more])
 
 
 def test_a_second_call_completes_the_grid(monkeypatch, tmp_path, capsys):
-    """A limit that the first shape and pass use up, then none; what is there is not measured again."""
+    """The first call's limit allows one shape and pass; a second call without a limit measures only the others."""
     seconds = iter([0.0, 1e9])
     monkeypatch.setattr(layer, "expected_seconds", lambda *_: next(seconds))
     assert run_layer(monkeypatch, tmp_path, "--limit", "60") == 0
     assert "3 of 4 left" in capsys.readouterr().out
-    first = layer.read_rows(tmp_path / "rows.csv")
-    assert {(row["tokens"], row["pass"]) for row in first} == {(48, "forward+backward")}
+    first = layer.read_records(tmp_path / "layer.csv")
+    assert {(record["tokens"], record["pass"]) for record in first} == {(48, "forward+backward")}
     monkeypatch.setattr(layer, "expected_seconds", lambda *_: 0.0)
     assert run_layer(monkeypatch, tmp_path) == 0
-    rows = layer.read_rows(tmp_path / "rows.csv")
-    assert rows[: len(first)] == first and len(rows) == 4 * len(first)
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    records = layer.read_records(tmp_path / "layer.csv")
+    assert records[: len(first)] == first and len(records) == 4 * len(first)
+    assert json.loads((tmp_path / "layer.json").read_text()) == records
     assert not list(tmp_path.glob(".*"))
     monkeypatch.setattr(layer, "measured", lambda *_: pytest.fail("measured again"))
     assert run_layer(monkeypatch, tmp_path) == 0
 
 
-def test_rows_of_another_commit_are_measured_anew():
-    rows = [{"shape": "s", "pass": "forward", **MACHINE}]
-    assert layer.measured_already(rows, MACHINE) == {("s", "forward")}
+def test_shapes_of_another_commit_are_measured_again():
+    records = [{"shape": "s", "pass": "forward", **MACHINE}]
+    assert layer.measured_already(records, MACHINE) == {("s", "forward")}
     for key in ("device", "commit", "torch"):
-        assert not layer.measured_already(rows, {**MACHINE, key: "other"})
+        assert not layer.measured_already(records, {**MACHINE, key: "other"})
 
 
-def test_what_of_ours_fails_ends_in_the_exit_status(monkeypatch, tmp_path, capsys):
-    """The others are measured all the same, and an engine that says it cannot is no failure."""
+def test_a_failure_of_our_code_sets_the_exit_status(monkeypatch, tmp_path, capsys):
+    """The other contenders are measured all the same, and an engine that refuses a call is no failure."""
 
     def broken(error):
         def run(_):
@@ -176,14 +189,14 @@ def test_what_of_ours_fails_ends_in_the_exit_status(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(layer, "contenders", broken(RuntimeError("no kernel image")))
     assert run_layer(monkeypatch, tmp_path) == 1 and "no kernel image" in capsys.readouterr().err
-    assert {row["kind"] for row in layer.read_rows(tmp_path / "rows.csv")} == {"plain"}
-    (tmp_path / "rows.csv").unlink()
+    assert {record["kind"] for record in layer.read_records(tmp_path / "layer.csv")} == {"plain"}
+    (tmp_path / "layer.csv").unlink()
     monkeypatch.setattr(layer, "contenders", broken(ValueError('engine: "sdpa" cannot do it')))
     assert run_layer(monkeypatch, tmp_path) == 0
 
 
-def test_graph_and_compile_rows(monkeypatch):
-    """Ratios are to the fastest plain attention of the same mode; what cannot be captured is left out and told."""
+def test_modes_graph_and_compile(monkeypatch):
+    """Ratios are to the fastest plain attention of the same mode; a contender that cannot be captured is reported."""
     captured, everything = [], contenders(CPU_DEVICE, SMALL)
     first_map = [c.kind for c in everything].index("map")
 
@@ -198,16 +211,16 @@ def test_graph_and_compile_rows(monkeypatch):
     monkeypatch.setattr(layer, "captured", capture)
     monkeypatch.setattr(layer, "compiled", lambda contender: machinery(contender, "aot_eager"))
     failed = []
-    rows = layer.measured(SMALL, CPU_DEVICE, True, 0.01, False, MACHINE, failed)
-    kinds = {mode: [row["kind"] for row in rows if row["mode"] == mode] for mode in ("eager", "graph", "compile")}
+    records = layer.measured(SMALL, CPU_DEVICE, True, 0.01, False, MACHINE, failed)
+    kinds = {mode: [r["kind"] for r in records if r["mode"] == mode] for mode in ("eager", "graph", "compile")}
     without_it = [c.kind for i, c in enumerate(everything) if i != first_map]
     compiled = [c.kind for c in everything if c.kind in ("plain", "map")]
     assert kinds == {"eager": [c.kind for c in everything], "graph": without_it, "compile": compiled}
     assert len(failed) == 1 and f"{everything[first_map].name} (graph) cannot" in failed[0]
-    for mode in kinds:  # the fastest plain one of a mode is what its rows are divided by
-        plain = [row for row in rows if row["kind"] == "plain" and row["mode"] == mode]
-        assert min(plain, key=lambda row: row["median_ms"])["over_plain"] == 1.0
-    over = {(row["mode"], row["kind"]): row["predicted_over_plain"] for row in rows}
+    for mode in kinds:
+        plain = [r for r in records if r["kind"] == "plain" and r["mode"] == mode]
+        assert min(plain, key=lambda r: r["median_ms"])["over_plain"] == 1.0
+    over = {(r["mode"], r["kind"]): r["predicted_over_plain"] for r in records}
     assert over["eager", "plain"] == 1.0 and over["compile", "map"] == over["eager", "map"] > 1
 
 
@@ -232,7 +245,7 @@ def test_expected_time_adds_up():
 
 @pytest.mark.parametrize("gpu", predict.GPUS.values(), ids=predict.GPUS)
 def test_predictions(gpu):
-    """No kernel beats its launch, no layer the peak; more key tokens or a longer sequence take no less time."""
+    """No kernel is faster than its launch, no layer than the peak; more key tokens or tokens take no less time."""
     for shape in cuda_grid():
         work = predict.Work(shape, gpu)
         plain = work.plain()
@@ -248,12 +261,12 @@ def test_predictions(gpu):
 
 
 def row_kernels(work: predict.Work) -> tuple[predict.Kernel, ...]:
-    """Those that walk over rows and so are not split differently where there are more key tokens."""
+    """Return the kernels that loop over rows, whose splits do not depend on the number of key tokens."""
     return work.map_dlse(), work.map_gradient()[0], work.flash_dq(), work.fold()
 
 
 def test_predictions_count_what_the_kernels_do():
-    """4,096 tokens, 32 heads of 128, 256 key tokens: the shape of the table in docs/notes.md."""
+    """4,096 tokens, 32 heads of 128, 256 key tokens: the shape of the table in docs/lab/2026-11.md."""
     gpu = predict.GPUS["H200"]
     work = predict.Work(Shape(1, 4096, 256, 32, 32, 32, 128, "bfloat16"), gpu)
     q = 4096 * 32 * 128 * 2
@@ -265,7 +278,7 @@ def test_predictions_count_what_the_kernels_do():
     add = next(k for k in work.map_gradient() if k.name == "map_dq_add")
     assert add.memory == 3 * q + 2 * 4096 * 32 * 4
     assert add.flops == 2 * work.map_dlse().flops
-    # Three splits of the rows at 256 key tokens; at 1,024 there is one, and nothing to add up.
+    # At 256 key tokens the rows are split in three; at 1,024 there is one split and no sum over splits.
     assert [k.name for k in work.map_gradient()] == ["map_dq_add", "map_dk", "map_dk_add"]
     many = predict.Work(dataclasses.replace(work.shape, words=1024), gpu)
     assert [k.name for k in many.map_gradient()] == ["map_dq_add", "map_dk"]
@@ -283,62 +296,86 @@ def test_predictions_are_found_by_the_devices_name():
     assert fused != layer.prediction(shape, "NVIDIA H200", "molsaki, sdpa", "map", True)
 
 
-def test_predicted_rows(tmp_path, capsys):
+def test_predicted_records(tmp_path, capsys):
     path = tmp_path / "predicted.csv"
     predict.main(["--gpu", "H100", "--csv", str(path), "--only", "16x256 H9/3 D64 W20"])
-    rows = layer.read_rows(path)
-    assert {row["label"] for row in rows} == {"prediction"}
-    assert {row["gpu"] for row in rows} == {"H100"}
-    fused = next(r for r in rows if r["name"] == "fused" and r["pass"] == "forward+backward")
+    records = layer.read_records(path)
+    assert {r["label"] for r in records} == {"prediction"}
+    assert {r["gpu"] for r in records} == {"H100"}
+    fused = next(r for r in records if r["name"] == "fused" and r["pass"] == "forward+backward")
     assert f"{fused['predicted_over_plain']:.2f}" in capsys.readouterr().out
 
 
 @pytest.fixture
-def measured_rows(monkeypatch):
-    rows = (
-        auto.Measured("cpu", False, 64, (64, 128), (), ("eager", "sdpa"), "a.csv"),
-        auto.Measured("cpu", True, 64, (64, 128), (), ("sdpa",), "a.csv"),
-        auto.Measured("cpu", False, 64, (128, 256), ("window",), ("eager",), "a.csv"),
+def measured_entries(monkeypatch):
+    entries = (
+        engine_selection.Measured("cpu", False, 64, (64, 128), (), ("eager", "sdpa"), "a.csv"),
+        engine_selection.Measured("cpu", True, 64, (64, 128), (), ("sdpa",), "a.csv"),
+        engine_selection.Measured("cpu", False, 64, (128, 256), ("window",), ("eager",), "a.csv"),
     )
-    monkeypatch.setattr(auto, "MEASURED", rows)
+    monkeypatch.setattr(engine_selection, "MEASURED", entries)
 
 
-def call(**changes) -> AttentionRequest:
-    facts = dict(
-        device=CPU_DEVICE, dtype=torch.float32, batch=1, q_heads=2, kv_heads=2, length=64, head_dim=64,
-        options=AttentionOptions(True, 1.0), sinks=False, packed=False, backward=False,
-    )  # fmt: skip
-    return AttentionRequest(**{**facts, **changes})
+def request(**changes) -> AttentionRequest:
+    facts = AttentionRequest(
+        device=CPU_DEVICE,
+        dtype=torch.float32,
+        batch=1,
+        q_heads=2,
+        kv_heads=2,
+        length=64,
+        head_dim=64,
+        options=AttentionOptions(True, 1.0),
+        sinks=False,
+        packed=False,
+        backward=False,
+    )
+    return dataclasses.replace(facts, **changes)
 
 
-def test_auto_takes_measured_rows_only(measured_rows):
-    default = ("sdpa", "eager")
-    assert auto.order(call(), default) == ("eager", "sdpa")
-    assert auto.order(call(backward=True), default) == ("sdpa", "eager")
-    assert auto.order(call(head_dim=16), default) == ("eager", "sdpa")
-    assert auto.order(call(length=130, options=AttentionOptions(True, 1.0, window=9)), default) == ("eager", "sdpa")
-    for unmeasured in (
-        dict(length=63), dict(length=128), dict(head_dim=80), dict(packed=True), dict(sinks=True),
-        dict(options=AttentionOptions(False, 1.0)), dict(options=AttentionOptions(True, 1.0, softcap=2.0)),
-    ):  # fmt: skip
-        assert auto.order(call(**unmeasured), default) == default
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("eager", "sdpa")),
+        ({"backward": True}, ("sdpa", "eager")),
+        ({"head_dim": 16}, ("eager", "sdpa")),
+        ({"length": 130, "options": AttentionOptions(True, 1.0, window=9)}, ("eager", "sdpa")),
+    ],
+)
+def test_auto_follows_measured_entries(measured_entries, changes, expected):
+    assert engine_selection.order(request(**changes), ("sdpa", "eager")) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"length": 63},
+        {"length": 128},
+        {"head_dim": 80},
+        {"packed": True},
+        {"sinks": True},
+        {"options": AttentionOptions(False, 1.0)},
+        {"options": AttentionOptions(True, 1.0, softcap=2.0)},
+    ],
+)
+def test_auto_keeps_its_default_for_requests_that_were_not_measured(measured_entries, changes):
+    assert engine_selection.order(request(**changes), ("sdpa", "eager")) == ("sdpa", "eager")
 
 
 def test_auto_keeps_its_default_while_nothing_is_measured(monkeypatch):
-    monkeypatch.setattr(auto, "MEASURED", ())
-    assert auto.order(call(), ("x", "y")) == ("x", "y")
+    monkeypatch.setattr(engine_selection, "MEASURED", ())
+    assert engine_selection.order(request(), ("x", "y")) == ("x", "y")
 
 
-def test_every_row_of_auto_follows_from_a_committed_csv():
-    results = layer.Path(__file__).parents[1] / "benchmarks/results"
-    for source in {row.source for row in auto.MEASURED}:
-        rows = layer.read_rows(results / source)
-        assert {row for row in auto.MEASURED if row.source == source} <= set(auto_table.proposed(rows, source))
+def test_every_measured_entry_follows_from_a_committed_csv():
+    for source in {entry.source for entry in engine_selection.MEASURED}:
+        proposed = auto_table.proposed(layer.read_records(plots.RESULTS / source), source)
+        assert {entry for entry in engine_selection.MEASURED if entry.source == source} <= set(proposed)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_door_follows_the_rows(measured_rows, monkeypatch, compiled):
-    """Also where Dynamo traces the choice."""
+def test_stepwise_attention_follows_measured_entries(measured_entries, monkeypatch, compiled):
+    """Compiled: Dynamo traces the choice."""
     monkeypatch.setattr(mk.ops.ENGINES["sdpa"], "forward", lambda *_: pytest.fail("sdpa was chosen"))
     torch.compiler.reset()
     inputs = dataclasses.replace(SMALL, tokens=64, head_dim=64).inputs(CPU_DEVICE)
@@ -350,90 +387,117 @@ def test_the_door_follows_the_rows(measured_rows, monkeypatch, compiled):
         torch.testing.assert_close(out, mk.reference.stepwise_attention(*inputs[:3], inputs.plan)[0])
 
 
-def test_autos_table_from_rows():
-    def rows(tokens, ratios, head_dim=64, which="forward", mode="eager", words=16):
-        return [
-            {"contender": name, "mode": mode, "over_plain": over, "arch": "sm90", "pass": which, "head_dim": head_dim,
-             "tokens": tokens, "shape": f"{tokens} {words}"}
-            for name, over in ratios.items()
-        ]  # fmt: skip
+def test_proposed_entries():
+    def records(tokens, ratios, words=16, **changes):
+        common = {"mode": "eager", "arch": "sm90", "pass": "forward", "head_dim": 64}
+        common |= {"tokens": tokens, "shape": f"{tokens} {words}"}
+        return [{**common, "contender": name, "over_plain": over, **changes} for name, over in ratios.items()]
 
     measured = [
-        *rows(256, {"molsaki, sdpa": 1.5, "molsaki, triton": 1.2, "sdpa, cuDNN": 1.0, "the map alone": 0.1}),
-        *rows(512, {"molsaki, sdpa": 1.5, "molsaki, triton": 1.3}),
-        # Two shapes: the geometric mean says sdpa. The engine that one of them lacks is not compared.
-        *rows(4096, {"molsaki, sdpa": 1.1, "molsaki, triton": 1.05, "molsaki, flex": 1.0}),
-        *rows(4096, {"molsaki, sdpa": 1.0, "molsaki, triton": 1.8}, words=64),
-        *rows(4096, {"molsaki, sdpa": 9.0, "molsaki, triton": 1.0}, mode="graph"),
-        *rows(4096, {"molsaki, triton": 1.0}, which="forward+backward", head_dim=128),
+        *records(256, {"molsaki, sdpa": 1.5, "molsaki, triton": 1.2, "sdpa, cuDNN": 1.0, "the map alone": 0.1}),
+        *records(512, {"molsaki, sdpa": 1.5, "molsaki, triton": 1.3}),
+        # Two shapes of one length: by the geometric mean sdpa is faster. flex lacks one of them and is not compared.
+        *records(4096, {"molsaki, sdpa": 1.1, "molsaki, triton": 1.05, "molsaki, flex": 1.0}),
+        *records(4096, {"molsaki, sdpa": 1.0, "molsaki, triton": 1.8}, words=64),
+        *records(4096, {"molsaki, sdpa": 9.0, "molsaki, triton": 1.0}, mode="graph"),
+        *records(4096, {"molsaki, triton": 1.0}, **{"pass": "forward+backward", "head_dim": 128}),
     ]
     assert auto_table.proposed(measured, "x.csv") == [
-        auto.Measured("sm90", False, 64, (256, 4096), (), ("triton", "sdpa"), "x.csv"),
-        auto.Measured("sm90", False, 64, (4096, 8192), (), ("sdpa", "triton"), "x.csv"),
-        auto.Measured("sm90", True, 128, (4096, 8192), (), ("triton",), "x.csv"),
+        engine_selection.Measured("sm90", False, 64, (256, 4096), (), ("triton", "sdpa"), "x.csv"),
+        engine_selection.Measured("sm90", False, 64, (4096, 8192), (), ("sdpa", "triton"), "x.csv"),
+        engine_selection.Measured("sm90", True, 128, (4096, 8192), (), ("triton",), "x.csv"),
     ]
 
 
-def test_autos_table_from_a_file(tmp_path, capsys):
-    layer.write_csv(tmp_path / "h200.csv", made_up_rows(cuda_grid()[:5]))
+def test_proposed_entries_of_a_file(tmp_path, capsys):
+    layer.write_csv(tmp_path / "h200.csv", invented_records(cuda_grid()[:5]))
     auto_table.main([str(tmp_path / "h200.csv")])
     printed = capsys.readouterr().out
-    entries = eval(f"[{printed}]", {"Measured": auto.Measured})
+    entries = eval(f"[{printed}]", {"Measured": engine_selection.Measured})
     assert {e.source for e in entries} == {"h200.csv"} and {e.head_dim for e in entries} == {64, 128}
-    assert auto_table.proposed(layer.read_rows(tmp_path / "h200.csv"), "h200.csv") == entries
+    assert auto_table.proposed(layer.read_records(tmp_path / "h200.csv"), "h200.csv") == entries
     with pytest.raises(SystemExit):
         auto_table.main([str(tmp_path / "nothing.csv")])
 
 
-def test_pictures_of_a_gpus_rows(tmp_path):
-    shapes = [s for s in cuda_grid() if (s.q_heads, s.kv_heads, s.head_dim) == (32, 8, 128) and s.tokens < 32768]
-    layer.write_csv(tmp_path / "h200.csv", made_up_rows(shapes))
-    rows = layer.read_rows(tmp_path / "h200.csv")
-    made = plots.draw(rows, tmp_path, "h200", "svg")
-    assert [path.name for path in made] == [f"h200-bfloat16-H32-8-D128-{x}.svg" for x in ("time", "overhead", "memory")]
-    assert all("abc1234" in plots.conditions(rows) and path.stat().st_size > 5000 for path in made)
-    (axes, _) = plots.time_over_tokens(rows).axes
-    drawn = {line.get_label(): line for line in axes.get_lines()}
-    row = next(r for r in rows if r["tokens"] == 4096 and r["words"] == 256 and r["contender"] == "molsaki, sdpa"
-               and r["pass"] == "forward")  # fmt: skip
-    points = dict(zip(*drawn["molsaki, sdpa"].get_data(), strict=True))
-    assert points[4096] == row["median_ms"]
-    assert {"molsaki, triton, predicted", "molsaki, triton, as a CUDA graph", "eager with weights"} <= drawn.keys()
-    overhead = {line.get_label(): line for line in plots.overhead_over_key_tokens(rows).axes[1].get_lines()}
-    x, y = overhead["1 x 4,096"].get_data()
-    assert list(x) == [16, 64, 256, 1024, 4096]
-    best = min(r["over_plain"] for r in rows if r["tokens"] == 4096 and r["words"] == 64 and r["kind"] == "map"
-               and r["pass"] == "forward+backward")  # fmt: skip
-    assert y[1] == pytest.approx(100 * (best - 1))
+def test_pictures_of_a_gpus_records(tmp_path):
+    shapes = [s for s in cuda_grid() if (s.kv_heads, s.head_dim) in ((8, 128), (32, 64)) and s.tokens < 32768]
+    layer.write_csv(tmp_path / "h200.csv", invented_records(shapes))
+    records = layer.read_records(tmp_path / "h200.csv")
+    files = plots.draw(records, tmp_path, "h200", "svg")
+    assert [path.name for path in files] == [f"h200-{x}.svg" for x in ("time", "memory", "key-tokens")]
+    assert all("abc1234" in plots.conditions(records) and path.stat().st_size > 5000 for path in files)
+
+    def of(axes, label):
+        return dict(zip(*{line.get_label(): line for line in axes.get_lines()}[label].get_data(), strict=True))
+
+    def ours(**facts):
+        facts |= {"kind": "map", "kv_heads": 8, "head_dim": 128, "mode": "eager", "tokens": 4096}
+        return [r for r in records if all(r[key] == value for key, value in facts.items())]
+
+    axes = next(
+        ax for ax in plots.time_over_plain(records).axes if ax.get_title() == "32/8 heads of 128, bfloat16, forward"
+    )
+    (record,) = ours(words=256, contender="molsaki, sdpa", **{"pass": "forward"})
+    assert of(axes, "molsaki, sdpa")[4096] == record["over_plain"]
+    assert of(axes, "molsaki, triton, predicted") and of(axes, "eager with weights")
+    assert list(of(axes, "molsaki, triton, as a CUDA graph")) == [256, 512]
+    memory = plots.memory_over_tokens(records).axes
+    assert len(memory) == 2 and max(of(memory[0], "molsaki, sdpa")) == 16384
+    key_tokens = plots.overhead_over_key_tokens(records).axes
+    axes = next(ax for ax in key_tokens if ax.get_title() == "32/8 heads of 128, bfloat16, forward+backward")
+    percent = of(axes, "1 x 4,096")
+    assert list(percent) == [16, 64, 256, 1024, 4096]
+    best = min(r["over_plain"] for r in ours(words=64, **{"pass": "forward+backward"}))
+    assert percent[64] == pytest.approx(100 * (best - 1))
 
 
-def test_pictures_of_the_committed_cpu_rows(tmp_path):
-    committed = layer.Path(__file__).parents[1] / "benchmarks/results/cpu-2core-2026-11-22.csv"
-    plots.main([str(committed), "--output-dir", str(tmp_path)])
-    assert (tmp_path / "cpu-2core-2026-11-22-float32-H9-9-D64-time.png").stat().st_size > 10000
-    assert not plots.memory_over_tokens([r for r in layer.read_rows(committed) if r["dtype"] == "bfloat16"])
-    assert "AMD EPYC" in plots.conditions(layer.read_rows(committed))
+def test_pictures_show_the_latest_commit():
+    old = [{"shape": s, "pass": "forward", "commit": "old", "over_plain": 2.0} for s in ("a", "b")]
+    new = [{**old[0], "commit": "new", "over_plain": 1.0}]
+    assert plots.latest(old + new) == new + old[1:]
+
+
+def test_the_committed_pictures_can_be_drawn_again(tmp_path, capsys):
+    plots.main(["--output-dir", str(tmp_path)])
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (plots.RESULTS / "plots").iterdir()} and len(drawn) == 3
+    assert all(path.stat().st_size > 10000 for path in tmp_path.iterdir())
+    records = layer.read_records(plots.COMMITTED[0])
+    assert not plots.memory_over_tokens([r for r in records if r["dtype"] == "bfloat16"])  # of one length only
+    assert "Intel(R) Xeon(R)" in plots.conditions(records)
+
+
+@pytest.mark.parametrize("path", sorted(plots.RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+def test_committed_records_name_machine_versions_commit_and_date(path):
+    records = layer.read_records(path)
+    assert records and all(record[key] for record in records for key in ("device", "torch", "python", "commit", "date"))
 
 
 def test_pictures_of_whole_steps(tmp_path):
-    """Rows as ``benchmarks.step`` writes them: a row for each quantity."""
-    rows = [
-        {"teacher": "t", "student": student, "batch": "1x1024", "dtype": "float32",
-         "compiled": compiled, "contender": name,
-         "quantity": quantity, "value": value + i, "target": None, **MACHINE}
-        for i, (student, compiled, name) in enumerate(
-            (s, c, n) for s in ("135M", "1b") for c in (False, True) for n in ("dss", "molsaki, stored maps")
-        )
-        for quantity, value in (("seconds", 1.5), ("peak MiB with weights and optimizer", 100.0), ("loss", 9.0))
-    ]  # fmt: skip
-    layer.write_csv(tmp_path / "step.csv", rows)
-    rows = layer.read_rows(tmp_path / "step.csv")
-    time_, memory = plots.step_bars(rows).axes
+    """Draw records in the form of ``benchmarks.step``: one per quantity."""
+    common = {"teacher": "t", "batch": "1x1024", "dtype": "float32", "target": None, **MACHINE}
+    cases = itertools.product(("135M", "1b"), (False, True), ("dss", "molsaki, stored maps"))
+    records = [
+        {
+            "student": student,
+            "compiled": compiled,
+            "contender": name,
+            "quantity": quantity,
+            "value": value + i,
+            **common,
+        }
+        for i, (student, compiled, name) in enumerate(cases)
+        for quantity, value in (("seconds", 1.5), (plots.PEAK, 100.0), ("loss", 9.0))
+    ]
+    layer.write_csv(tmp_path / "step.csv", records)
+    records = layer.read_records(tmp_path / "step.csv")
+    time_, memory = plots.step_bars(records).axes
     assert [bar.get_height() for bar in time_.patches] == [1.5, 3.5, 5.5, 7.5, 2.5, 4.5, 6.5, 8.5]
     assert [text.get_text() for text in memory.get_xticklabels()][1] == "135M\n1x1024, compiled"
-    assert [path.name for path in plots.draw(rows, tmp_path, "step")] == ["step.png"]
+    assert [path.name for path in plots.draw(records, tmp_path, "step")] == ["step-time-and-memory.png"]
     with pytest.raises(ValueError, match="quantity"):
-        plots.step_bars([row for row in rows if row["quantity"] == "loss"])
+        plots.step_bars([record for record in records if record["quantity"] == "loss"])
     with pytest.raises(ValueError, match="benchmarks.layer"):
         plots.draw([{"gpu": "H200"}], tmp_path, "predicted")
 

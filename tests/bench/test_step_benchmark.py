@@ -1,4 +1,4 @@
-"""The contenders of benchmarks/step.py compute the same losses and gradients, or their times say nothing."""
+"""Tests that the contenders of benchmarks/step.py compute the same losses and gradients, so that times compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_contenders_agree(batch):
     losses = {}
     for name in CONTENDERS:
         step = Setup("tiny-teacher", "tiny", batch, False, "cpu", "float32").step(name)
-        losses[name] = [step() for _ in range(2)]  # the second one is of updated weights
+        losses[name] = [step() for _ in range(2)]  # the second one after an update of the weights
     for a, b in (
         ("molsaki, live teacher", "eager"),
         ("dss", "dss, padded"),
@@ -25,14 +25,14 @@ def test_contenders_agree(batch):
         ("molsaki, stored maps", "molsaki, packed"),
     ):
         torch.testing.assert_close(losses[a][0], losses[b][0], rtol=2e-6, atol=0)
-        # Adam makes whole steps of gradients that are rounding alone: the second loss is off by more.
+        # Adam turns gradients that are only rounding error into full steps: the second loss differs more.
         torch.testing.assert_close(losses[a][1], losses[b][1], rtol=2e-5, atol=0)
-    assert losses["eager"][0] > losses["dss"][0] + 1e-3  # L_att is seen in it
+    assert losses["eager"][0] > losses["dss"][0] + 1e-3  # it includes L_att
 
 
 @pytest.mark.parametrize("name", ["eager", "molsaki, live teacher", "molsaki, padded", "dss"])
 def test_every_contender_computes_in_the_dtype(name):
-    """Student and teacher, 32 and 48 wide; the loss is that of float32 up to bfloat16's rounding."""
+    """The MLPs of student (32 wide) and teacher (48) run in the dtype; the loss is float32's up to its rounding."""
     found = []
     for dtype in ("float32", "bfloat16"):
         seen = set()
@@ -52,13 +52,13 @@ def test_every_contender_computes_in_the_dtype(name):
 
 
 @pytest.mark.parametrize(("dtype", "said"), [("float32", "float32"), ("bfloat16", "bf16 autocast")])
-def test_rows(dtype, said, capsys):
+def test_records(dtype, said, capsys):
     setup = Setup("tiny-teacher", "tiny", BATCHES[0], False, "cpu", dtype)
-    rows = measured("time", setup, ["dss", "molsaki, stored maps"], 0.0, {"device": "here"})
-    rows += measured("profile", setup, ["dss"], 0.0, {"device": "here"})
-    assert {row["dtype"] for row in rows} == {said}
-    found = {(row["contender"], row["quantity"]): row for row in rows}
+    records = measured("time", setup, ["dss", "molsaki, stored maps"], 0.0, {"device": "here"})
+    records += measured("profile", setup, ["dss"], 0.0, {"device": "here"})
+    assert {record["dtype"] for record in records} == {said}
+    found = {(record["contender"], record["quantity"]): record for record in records}
     assert found["molsaki, stored maps", "time over dss"]["target"] == 1.1
-    parts = sum(row["value"] for row in rows if row["quantity"].startswith("seconds, "))
+    parts = sum(r["value"] for r in records if r["quantity"].startswith("seconds, "))
     assert 0 < parts < 60
     assert "time over dss" in capsys.readouterr().out
