@@ -1,0 +1,62 @@
+"""Tests that the small examples run, and that the relative links of the documentation lead to files and headings."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.tiny import one_thread  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+
+
+def run(example: str, *arguments: str) -> None:
+    runpy.run_path(str(ROOT / "examples" / example))["main"](*arguments)
+
+
+def test_kernel_only(capsys):
+    run("kernel_only.py")
+    first, *_, last = re.findall(r"'([\d.]+)'\]", capsys.readouterr().out)
+    assert float(last) > 10 * float(first)
+
+
+def test_capture_maps(tmp_path, capsys):
+    run("capture_maps.py", str(tiny.save(tmp_path / "model", 2)))
+    header, *steps = capsys.readouterr().out.splitlines()[-5:]
+    assert header.split() == ["4", "16", "17", "16", "17", "272", "272", "4", "1088"]
+    assert len(steps) == 4 and steps[-1].endswith("1088 letters.")
+    assert steps[0].split()[3:9] == ["0.00"] * 6  # the question does not see the rationale
+
+
+def test_the_figure_of_the_concepts_is_the_scripts(monkeypatch):
+    figure = ROOT / "docs/concepts.svg"
+    drawn = []
+    monkeypatch.setattr(Path, "write_text", lambda path, text: drawn.append((path, text)))
+    runpy.run_path(str(ROOT / "docs/draw_concepts.py"), run_name="__main__")
+    assert drawn == [(figure, figure.read_text())]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links(document):
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), f"{document.name}: {target}"
+        assert not heading or heading in headings(file), f"{document.name}: {target}"
+
+
+def headings(file: Path) -> list[str]:
+    """Return the anchors of a Markdown file; a repeated one gets a number, as on GitHub."""
+    anchors: list[str] = []
+    for title in re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        anchors.append(f"{anchor}-{anchors.count(anchor)}" if anchor in anchors else anchor)
+    return anchors
