@@ -1,4 +1,4 @@
-"""Tests that the small examples run, and that the relative links of the documentation lead to files and headings."""
+"""Tests that the small examples run, and that links and names of tests in the documentation exist."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ def test_links(document):
         file = document.parent / name if name else document
         assert file.exists(), f"{document.name}: {target}"
         assert not heading or heading in headings(file), f"{document.name}: {target}"
+
+
+def test_the_check_of_the_derivation():
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/derivation.md").read_text(), flags=re.DOTALL)
+    exec(snippet, {})
+
+
+def test_every_fault_names_a_test_that_exists():
+    tests = set(
+        re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    )
+    names = set(re.findall(r"(?<![\w/])(test_\w+)(?!\w*\.py)(?=[`*\[])", (ROOT / "docs/faults.md").read_text()))
+    assert len(names) > 25
+    assert not [name for name in names if not any(test.startswith(name) for test in tests)]
 
 
 def headings(file: Path) -> list[str]:
