@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         "and the ratio of the others to that."
     )
     print(
-        f"{'':36s}{'plain':>10s}{'engine':>9s}{'with dlse':>11s}{'fused':>8s}{'target':>8s}   the map's dearest kernels"
+        f"{'':36s}{'plain':>10s}{'engine':>9s}{'with dlse':>11s}{'fused':>8s}{'target':>8s}   most expensive kernels of the map"
     )
     for shape in shapes:
         of_shape = [r for r in records if r["shape"] == shape.name]
