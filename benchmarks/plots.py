@@ -56,7 +56,9 @@ def draw(records: list[dict], folder: Path, stem: str, suffix: str = "png") -> l
             f"records: expected those of benchmarks.layer or benchmarks.step, got the columns {[*records[0]]}"
         )
     if "quantity" in records[0]:
-        pictures: tuple[tuple[str, str, Callable], ...] = (("time-and-memory", "A whole training step, float32 unless named", step_bars),)
+        pictures: tuple[tuple[str, str, Callable], ...] = (
+            ("time-and-memory", "A whole training step, float32 unless named", step_bars),
+        )
     else:
         records = latest(records)
         pictures = (

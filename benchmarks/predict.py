@@ -343,9 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{arguments.gpu}: {PREDICTED}, not measured. Forward + backward: milliseconds of the fastest plain attention, "
         "and the ratio of the others to that."
     )
-    print(
-        f"{'':36s}{'plain':>10s}{'engine':>9s}{'with dlse':>11s}{'fused':>8s}{'target':>8s}   most expensive kernels of the map"
-    )
+    print(f"{'':36s}{'plain':>10s}{'engine':>9s}{'with dlse':>11s}{'fused':>8s}{'target':>8s}   longest map kernels")
     for shape in shapes:
         of_shape = [r for r in records if r["shape"] == shape.name]
         layers = {r["name"]: r for r in of_shape if r["pass"] == "forward+backward"}
