@@ -43,7 +43,7 @@ def why_not_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
         return f"it takes float32 and bfloat16, not {dtype}"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return f"it takes head_dim in multiples of 16 up to {MAX_HEAD_DIM}, not {head_dim}"
-    return why_not()
+    return None
 
 
 def library() -> ctypes.CDLL:
