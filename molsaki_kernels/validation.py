@@ -151,23 +151,19 @@ def _check_lse(lse: Tensor, q: Tensor) -> None:
 def _check_plan(plan: StepPlan, inputs: AttentionInputs | MapInputs) -> None:
     if not isinstance(plan, StepPlan):
         raise TypeError(f"plan: expected a StepPlan, got {type(plan).__name__}")
-    q, cu_seqlens, extents = inputs.q, inputs.cu_seqlens, plan.extents
+    q, cu_seqlens = inputs.q, inputs.cu_seqlens
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if plan.tokens.shape[0] != sequences:
         source = f"q has batch {q.shape[0]}" if cu_seqlens is None else f"cu_seqlens bounds {sequences}"
         raise ValueError(f"plan: expected one entry per sequence, got {plan.tokens.shape[0]} where {source}")
     if plan.tokens.device != q.device:
         raise ValueError(f"plan: expected on q's device {q.device}, got {plan.tokens.device}; use plan.to(...)")
-    longest = q.shape[2]
+    bounds = None
     if cu_seqlens is not None and on_host(cu_seqlens):
         bounds = inputs.bounds
-        check_bounds(bounds, longest, "q")
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    elif max(extents, default=0) > longest:
-        lengths = [longest] * sequences
-    else:
-        return
-    for n, (extent, length) in enumerate(zip(extents, lengths, strict=True)):
+        check_bounds(bounds, q.shape[2], "q")
+    for n, extent in enumerate(plan.extents):
+        length = q.shape[2] if bounds is None else bounds[n + 1] - bounds[n]
         if extent > length:
             raise ValueError(
                 f"plan: expected indices within sequence {n}'s {length} tokens, but it reaches {extent} "
