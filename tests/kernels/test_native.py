@@ -1,12 +1,8 @@
-"""The C library: the map and the fold at the kernels' own seams, and what happens where it cannot be had."""
+"""The C library's map, attention and lse gradient, called through the public functions and the operators."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -235,90 +231,11 @@ def test_fold(layout):
     assert fold_dlse_into_out(out, dout, dlse)[0].isfinite().all()
 
 
-@needs_library
-def test_no_wider_than_avx2(tmp_path):
-    """The same source for processors without AVX-512 passes the same cases."""
-    source = "import molsaki_kernels._native.build as library\nlibrary.FLAGS += ('-mno-avx512f',)\n"
-    chosen = ["-qx", "-p", "no:cacheprovider", __file__, "-k", "test_map or test_attention"]
-    source += f"import pytest, sys\nsys.exit(pytest.main({chosen}))"
-    environment = os.environ | {"MOLSAKI_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = tmp_path.glob("*.so")
-    if shutil.which("objdump"):
-        disassembled = subprocess.run(["objdump", "-d", built], capture_output=True, text=True).stdout
-        assert "ymm" in disassembled and "zmm" not in disassembled
-
-
 def test_without_a_library(without_native):
     tensors, plan, _ = case([30], 5, 3, 2, 2, 16)
     with pytest.raises(ValueError, match='"native" cannot serve this call: switched off by a test'):
         results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
     results(mk.stepwise_map, tensors, plan, None, torch.float32, {})
-
-
-def reason_with(monkeypatch, **environment):
-    monkeypatch.delenv("MOLSAKI_CACHE", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
-    return library._loaded.__wrapped__()[1]
-
-
-def test_switched_off(monkeypatch):
-    assert reason_with(monkeypatch, MOLSAKI_NATIVE="0") == "switched off by MOLSAKI_NATIVE=0"
-
-
-@needs_library
-def test_no_compiler(monkeypatch):
-    assert "no C compiler" in reason_with(monkeypatch, PATH="/nowhere", CC="")
-
-
-@needs_library
-def test_a_compiler_that_fails(monkeypatch, tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no space left >&2\nexit 3\n")
-    broken.chmod(0o755)
-    reason = reason_with(monkeypatch, CC=broken, MOLSAKI_CACHE=tmp_path / "cache")
-    assert reason == f"{broken} failed: no space left"
-    assert not list((tmp_path / "cache").iterdir())
-
-
-@needs_library
-def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "could not be compiled or loaded" in reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "file")
-
-
-@needs_library
-def test_a_library_that_somebody_else_could_have_made(monkeypatch, tmp_path):
-    """Where there is no home, only a folder in /tmp that nobody else can write to will do."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file") is None
-    (folder,) = tmp_path.glob("molsaki_kernels-*")
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)
-    assert "only this user can write to" in reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file")
-
-
-@needs_library
-def test_a_damaged_library_is_made_again(monkeypatch, tmp_path):
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "whole") is None
-    (built,) = (tmp_path / "whole").iterdir()
-    damaged = tmp_path / "damaged" / built.name
-    damaged.parent.mkdir()
-    damaged.write_bytes(b"")  # what a power cut may leave
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=damaged.parent) is None
-    assert damaged.stat().st_size == built.stat().st_size
-
-
-@needs_library
-def test_compiled_once(monkeypatch, tmp_path):
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
-    (built,) = tmp_path.iterdir()
-    before = built.stat().st_mtime_ns
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
-    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [before]
 
 
 @needs_library
