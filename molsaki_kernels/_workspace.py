@@ -1,8 +1,8 @@
-"""Memory for temporaries on a CPU, kept between calls.
+"""Keep memory for temporaries on a CPU between calls.
 
-Fresh megabytes cost page faults that rival the thin products they hold: at 8 x 256 tokens, a tenth of a whole layer.
-What is kept is at most LIMIT bytes for each name and dtype of a thread; larger temporaries are fresh every time, since
-attention is quadratic where they are and the faults do not show.
+The page faults of fresh megabytes cost as much as the thin products they hold: at 8 x 256 tokens, a tenth of a layer's
+time. At most ``LIMIT`` bytes are kept per name, dtype and thread. Larger temporaries are allocated for each call:
+attention is quadratic where they occur, and the faults do not matter.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ LIMIT = 32 << 20
 _kept = threading.local()
 
 
-def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised contiguous tensor; on a CPU it is valid until the next call with the same name and dtype."""
+def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised contiguous tensor; on a CPU it is valid until the next call with its name and dtype."""
     size = math.prod(shape)
     if device.type != "cpu" or size * dtype.itemsize > LIMIT:
         return torch.empty(shape, dtype=dtype, device=device)
     key = f"{name} {dtype}"
-    memory = _kept.__dict__.get(key)
+    memory: Tensor | None = _kept.__dict__.get(key)
     if memory is None or memory.numel() < size:
-        with torch.inference_mode(False):  # else it could not be written to outside of it later
-            memory = _kept.__dict__[key] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # else it could not be written to later, outside inference mode
+            memory = _kept.__dict__[key] = torch.empty(size, dtype=dtype, device=device)
     return memory[:size].view(shape)

@@ -1,19 +1,22 @@
-"""Compile every kernel variant for a GPU that need not be there, and report what the compilers made of it.
+"""Compile every kernel variant ahead of time and report registers, spills and shared memory; this needs no GPU.
 
     python -m molsaki_kernels.aot --target cuda:90 [--json] [--filter NAME] [--jobs N]
 
-What each column says and where it comes from:
+The columns and their sources:
 
-    registers   a thread's: of the cubin (cuobjdump), of the AMD code object's notes (.vgpr_count)
-    spills      registers kept in memory for want of room: bytes of ptxas' spill stores / 4, or .vgpr_spill_count
-    shared      bytes of shared memory a program takes, the pipeline's buffers counted
-    wgmma       Hopper's warp-group matrix instructions are in the PTX (tcgen05 is Blackwell's, mfma AMD's)
+    registers   per thread: from the cubin (cuobjdump), or from the AMD code object's notes (.vgpr_count)
+    spills      registers spilled to memory: bytes of ptxas' spill stores / 4, or .vgpr_spill_count
+    shared      bytes of shared memory per program, including the buffers of the software pipeline
+    matrix      matrix instructions in the code: wgmma (Hopper), tcgen05 (Blackwell), mma, mfma (AMD) or none
 
-The exit status is 1, with a line for each, if a variant does not compile, takes more shared memory than the chip has,
-is a default one of head dimension 64 or 128 (no window, softcap, sinks or packing) and spills, or should use wgmma on
-Hopper and does not.
+A variant fails if it
 
-Triton keeps what it compiled in its cache, so a second run takes seconds.
+- does not compile,
+- needs more shared memory than the chip has,
+- spills, with head dimension 64 or 128 and none of window, softcap, sinks, packing and one map per head,
+- should use wgmma on Hopper and does not.
+
+Each failure is printed, and the exit status is then 1. Triton caches compiled kernels, so a second run takes seconds.
 """
 
 from __future__ import annotations
@@ -32,19 +35,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-KERNELS = ("map_forward", "map_backward", "flash_forward", "flash_backward", "values", "fold")
+if TYPE_CHECKING:
+    from molsaki_kernels._triton.variants import Variant
+
+MODULES = ("map_forward", "map_backward", "attention_forward", "attention_backward", "value_pooling", "lse_gradient")
 SPILL_FREE_HEAD_DIMS = (64, 128)
 FEATURES = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "PACKED", "PER_HEAD")  # a default variant has none of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    arch: str  # as configs names it
+    arch: str  # the name in configs
     backend: str
-    chip: int | str  # as Triton names it
+    chip: int | str  # Triton's name
     warp_size: int
-    shared_limit: int  # bytes a program may take
+    shared_limit: int  # bytes per program
 
 
 TARGETS = {
@@ -57,7 +64,7 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of one variant; the numbers are None where it did not compile."""
+    """The result for one variant; the numbers are None if it did not compile."""
 
     name: str
     kernel: str
@@ -66,7 +73,7 @@ class Report:
     spills: int | None = None
     shared: int | None = None
     wgmma: bool | None = None
-    matrix: str | None = None  # the matrix instructions in use: wgmma, tcgen05, mma, mfma or none
+    matrix: str | None = None  # matrix instructions: wgmma, tcgen05, mma, mfma or none
     warps: int | None = None
     stages: int | None = None
     seconds: float = 0.0
@@ -78,11 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     parser.add_argument("--filter", default="", metavar="NAME", help="only the variants whose name contains NAME")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compilers at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiler processes")
     args = parser.parse_args(argv)
-    # For the compiler processes, which import Triton afresh: it decides at import whether to interpret.
+    # These are for the compiler processes, which import Triton anew; Triton reads TRITON_INTERPRET at import.
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, without the warning for every process
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, without a warning from every process
 
     begin = time.perf_counter()
     reports: list[Report] = []
@@ -104,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compile_all(target: str, name: str = "", jobs: int = 1) -> Iterator[Report]:
-    """Compile the variants whose name contains ``name`` in ``jobs`` processes of their own."""
+    """Compile the variants whose name contains ``name`` in ``jobs`` new processes."""
     with _pool(jobs) as pool:
         names = [n for n in pool.submit(variant_names, target).result() if name in n]
         pending = [(n, pool.submit(compile_variant, target, n)) for n in names]
@@ -112,7 +119,7 @@ def compile_all(target: str, name: str = "", jobs: int = 1) -> Iterator[Report]:
             try:
                 yield future.result()
             except concurrent.futures.process.BrokenProcessPool:
-                # A compiler that crashes takes its process with it, and the whole pool.
+                # A crash of the compiler ends its process and breaks the whole pool.
                 yield _compile_alone(target, n)
 
 
@@ -129,8 +136,8 @@ def _pool(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
 
 
 @functools.cache
-def _variants(arch: str) -> dict:
-    modules = [importlib.import_module(f".triton.{kernel}", __package__) for kernel in KERNELS]
+def _variants(arch: str) -> dict[str, Variant]:
+    modules = [importlib.import_module(f"molsaki_kernels._triton.{name}") for name in MODULES]
     return {variant.name: variant for module in modules for variant in module.variants(arch)}
 
 
@@ -139,7 +146,7 @@ def variant_names(target: str) -> list[str]:
 
 
 def compile_variant(target: str, name: str) -> Report:
-    """Compile one variant and look at what came out."""
+    """Compile one variant and inspect the result."""
     from triton.backends.compiler import GPUTarget
 
     chip = TARGETS[target]
@@ -148,7 +155,7 @@ def compile_variant(target: str, name: str) -> Report:
     begin = time.perf_counter()
     try:
         compiled = variant.compile(GPUTarget(chip.backend, chip.chip, chip.warp_size))
-    except Exception as error:  # Whatever the compiler raises is a finding about this variant, not the end of the run.
+    except Exception as error:  # Any error of the compiler is a result for this variant; the run goes on.
         lines = str(error).strip().splitlines() or [""]
         return dataclasses.replace(report, failures=(f"does not compile: {type(error).__name__}: {lines[-1]}",))
     registers, spills = _amd_usage(compiled) if chip.backend == "hip" else _nvidia_usage(compiled)
@@ -165,10 +172,10 @@ def compile_variant(target: str, name: str) -> Report:
     return dataclasses.replace(report, failures=tuple(_failures(report, variant, chip)))
 
 
-def _failures(report: Report, variant, chip: Target) -> list[str]:
+def _failures(report: Report, variant: Variant, chip: Target) -> list[str]:
     failures = []
     if (report.shared or 0) > chip.shared_limit:
-        failures.append(f"takes {report.shared} bytes of shared memory, {report.target} has {chip.shared_limit}")
+        failures.append(f"needs {report.shared} bytes of shared memory, {report.target} has {chip.shared_limit}")
     default = not any(variant.constexprs.get(feature) for feature in FEATURES)
     if report.spills and default and variant.constexprs.get("D") in SPILL_FREE_HEAD_DIMS:
         failures.append(f"spills {report.spills} registers")
@@ -177,7 +184,8 @@ def _failures(report: Report, variant, chip: Target) -> list[str]:
     return failures
 
 
-def _nvidia_usage(compiled) -> tuple[int, int]:
+def _nvidia_usage(compiled: Any) -> tuple[int, int]:
+    """Registers and spilled registers per thread."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -186,29 +194,31 @@ def _nvidia_usage(compiled) -> tuple[int, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    return int(registers), _spilt_bytes(compiled) // 4 if int(stack) else 0
+    return int(registers), _spilled_bytes(compiled) // 4 if int(stack) else 0
 
 
-def _spilt_bytes(compiled) -> int:
-    """What ptxas says it stored for want of registers; the rest of a stack is the frame of a slow division's call."""
+def _spilled_bytes(compiled: Any) -> int:
+    """Bytes of spill stores by ptxas; the rest of the stack is the frame of calls, for example of slow divisions."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    chip = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+    (chip,) = re.findall(r"\.target (sm_\w+)", compiled.asm["ptx"])
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
         ptxas = get_ptxas(compiled.metadata.target.arch).path
         command = [ptxas, "-v", f"--gpu-name={chip}", file.name, "-o", os.devnull]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
+        messages = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", messages)))
 
 
-def _amd_usage(compiled) -> tuple[int, int]:
+def _amd_usage(compiled: Any) -> tuple[int, int]:
+    """Registers and spilled registers per thread."""
     notes = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", compiled.asm["amdgcn"]))
     return int(notes["vgpr_count"]), int(notes["vgpr_spill_count"])
 
 
-def _matrix_instructions(compiled) -> str:
+def _matrix_instructions(compiled: Any) -> str:
+    """The kind of matrix instructions in the code, or "none"."""
     for form, mnemonic in (("ptx", "wgmma.mma"), ("ptx", "tcgen05.mma"), ("ptx", "mma.sync"), ("amdgcn", "v_mfma")):
         if mnemonic in compiled.asm.get(form, ""):
             return re.sub(r"v_|\..*", "", mnemonic)
@@ -216,7 +226,7 @@ def _matrix_instructions(compiled) -> str:
 
 
 def _line(report: Report | None = None) -> str:
-    """A report as a line of the table; without one, the table's head."""
+    """A report as a line of the table, or the table's header."""
     columns = ("name", "registers", "spills", "shared", "matrix", "warps", "stages", "seconds")
     cells = columns if report is None else ["-" if (x := getattr(report, c)) is None else str(x) for c in columns]
     return f"{cells[0]:<42}" + "".join(f"{cell:>10}" for cell in cells[1:])

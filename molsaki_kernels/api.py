@@ -1,21 +1,89 @@
-"""The door: one attention layer with its stepwise map, and the map alone. Checks, choice of engine, nothing else."""
+"""The public functions: attention with its stepwise map, the map alone, value pooling, and the list of engines.
+
+Each validates its arguments, chooses an engine and runs it (``ops.py``).
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from molsaki_kernels import engine_selection as auto
-from molsaki_kernels import ops
-from molsaki_kernels import validation as checks
-from molsaki_kernels._native.build import has_amx
-from molsaki_kernels.attention import flex
+from molsaki_kernels import engine_selection, ops
+from molsaki_kernels.attention import ENGINES
+from molsaki_kernels.direct_call import autocast_is_on
 from molsaki_kernels.plan import StepPlan
-from molsaki_kernels.spec import AttentionOptions, AttentionRequest
+from molsaki_kernels.spec import AttentionInputs, MapInputs, PlanTensors, PoolingOptions
+from molsaki_kernels.validation import (
+    check_bounds,
+    check_cu_seqlens,
+    check_inputs,
+    check_sinks,
+    make_options,
+    on_host,
+    renamed,
+)
 
-# Which engine "auto" tries first. CPU: measured (docs/notes.md). CUDA: a guess until measured rows replace it, so
-# flash_attn and flex, which can do nothing that triton and eager cannot, wait outside for theirs.
-AUTO = {"cpu": ("native", "sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
+
+@dataclasses.dataclass(frozen=True)
+class EngineStatus:
+    """Whether an engine can run on this machine, and why not."""
+
+    ready: bool
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return "ready" if self.ready else str(self.reason)
+
+
+class EngineList(dict[str, EngineStatus]):
+    """Name -> status; printed with one line per engine."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:{width}}  {status}" for name, status in self.items())
+
+
+@overload
+def stepwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: StepPlan,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    head_reduction: str = "mean",
+    return_lse: Literal[False] = False,
+    engine: str = "auto",
+    heads: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def stepwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: StepPlan,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    head_reduction: str = "mean",
+    return_lse: Literal[True],
+    engine: str = "auto",
+    heads: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def stepwise_attention(
@@ -30,53 +98,62 @@ def stepwise_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    heads: str = "mean",
+    head_reduction: str = "mean",
+    return_lse: bool = False,
     engine: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """One attention layer and its stepwise map (MoLSAKI, arXiv 2604.15701, Eq. 2 and 3).
+    heads: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Compute one attention layer, causal by default, and its stepwise map (MoLSAKI, arXiv 2604.15701, Eq. 2 and 3).
 
-    ``map[n, s, w]`` is the attention mass that the rows of step s put on the tokens of word w: a sum over both, the
-    mean over heads. It costs no ``M x M`` weights and is differentiable in everything the output is.
+    ``map[n, s, w]`` is the attention mass that the queries of step s put on the tokens of key word w: a sum over both,
+    and the mean over heads. No ``M x M`` weights are stored, and the map is differentiable in everything the output is.
 
     Args:
         q: ``(B, Hq, M, D)`` queries; bfloat16, float16, float32 or float64; any strides.
         k, v: ``(B, Hkv, M, D)`` keys and values, ``Hq % Hkv == 0``.
-        plan: steps and key words of the N sequences (N = B, or as ``cu_seqlens`` says), on q's device.
+        plan: steps and key words of the N sequences (N = B, or given by ``cu_seqlens``), on q's device.
         causal: a query sees no key after itself.
         scale: of the scores; ``D ** -0.5`` if None.
-        window: a query sees no key further back than ``window - 1`` tokens.
+        window: a query sees its last ``window`` keys, itself included; flash-attention's ``(window - 1, 0)``.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2).
-        sinks: ``(Hq,)`` logits that take part in the softmax's denominator only (gpt-oss).
-        cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences; q, k, v are ``(1, H, total, D)`` and the plan's
-            indices count within each sequence.
-        heads: "mean", or "none" for a map of every head.
-        engine: "auto" takes the fastest that can do the call; a name from :func:`engines` takes that one.
+        sinks: ``(Hq,)`` logits in the softmax's denominator only (gpt-oss).
+        cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences. q, k and v are ``(1, H, total, D)`` or, as in
+            flash-attention, ``(total, H, D)``; the plan's indices count within each sequence.
+        head_reduction: "mean", or "none" for one map per query head.
+        return_lse: also return the log-sum-exp, differentiable like the output.
+        engine: "auto" for the fastest engine that supports the call, or a name from :func:`engines`.
+        heads: the old name of ``head_reduction``.
 
     Returns:
-        out ``(B, Hq, M, D)`` in q's dtype, and the map ``(N, S, W)`` (``heads="none"``: ``(N, Hq, S, W)``) in float32
-        (float64 for float64). Padding steps and words are 0.
+        out, in the shape and dtype of q; the map ``(N, S, W)`` (``head_reduction="none"``: ``(N, Hq, S, W)``) in
+        float32 (float64 for float64), 0 for padding steps and words; and with ``return_lse`` the natural logarithm of
+        the softmax's denominator, sinks counted, ``(B, Hq, M)`` (``(Hq, total)`` for ``(total, H, D)`` inputs) in the
+        map's dtype.
 
     Raises:
-        TypeError, ValueError: the message names the argument, its shape and what was expected; also where ``engine``
-            cannot do the call, with the reason.
+        TypeError, ValueError: the message names the argument, its shape and what was expected; also if ``engine`` does
+            not support the call, with the reason.
     """
-    q, k, v = _autocast(q, k, v)
-    checks.check_attention(q, k, v)
-    checks.check_options(q, scale, window, softcap, sinks, heads)
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, q, "q")
-    checks.check_plan(plan, q, cu_seqlens)
-    options = _options(q, causal, scale, window, softcap)
-    name = _choose(engine, q, k, v, sinks, cu_seqlens, options)
-    if name == flex.NAME:  # differentiable as it is, lse too
-        out, lse = flex.forward(q, k, v, sinks, cu_seqlens, options)
-        return out, _map(q, k, lse, plan, cu_seqlens, options, heads, "auto")
-    backend = checks.choose_map_backend("auto", q, options.softcap)
-    out, maps, _ = ops.run_attention(
-        q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, sinks, cu_seqlens, options.causal,
-        options.scale, options.window, options.softcap, heads == "none", name, backend,
-    )  # fmt: skip
-    return out, maps
+    head_reduction = renamed("heads", heads, "head_reduction", head_reduction, "mean")
+    flat = cu_seqlens is not None and isinstance(q, Tensor) and q.dim() == 3
+    if flat:
+        q, k, v = _heads_first(q, "q"), _heads_first(k, "k"), _heads_first(v, "v")
+    if isinstance(q, Tensor) and autocast_is_on(q):
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    inputs = AttentionInputs(q, k, v, sinks, cu_seqlens)
+    check_inputs(inputs, plan)
+    if sinks is not None:
+        check_sinks(sinks, q)
+    options = make_options(q, causal=causal, scale=scale, window=window, softcap=softcap, head_reduction=head_reduction)
+    name = engine_selection.choose_engine(engine, inputs, options)
+    map_engine = "" if ENGINES[name].COMPUTES_MAP else engine_selection.choose_map_engine("auto", q, options)
+    tensors = PlanTensors(plan.steps, plan.tokens, plan.word_of_token, plan.num_words)
+    outputs = ops.run_attention(inputs, options, tensors, name, map_engine)
+    out, maps, lse = outputs.out, outputs.maps, outputs.lse
+    assert maps is not None
+    if flat:
+        out, lse = out[0].transpose(0, 1), lse[0]
+    return (out, maps, lse) if return_lse else (out, maps)
 
 
 def stepwise_map(
@@ -91,119 +168,119 @@ def stepwise_map(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    heads: str = "mean",
-    backend: str = "auto",
+    head_reduction: str = "mean",
+    engine: str = "auto",
+    heads: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """The stepwise map alone, for whoever has the log-sum-exp of the attention already (Eq. 2 and 3).
+    """Compute the stepwise map alone, from an attention's log-sum-exp (Eq. 2 and 3).
 
     Args:
-        lse: ``(B, Hq, M)`` float32 (float64 for float64 inputs), natural logarithm of the softmax's denominator,
-            counting the sinks if there are any.
-        sinks: accepted so that one set of options serves both functions; the map needs lse only.
-        backend: "auto", "triton", "native" (C, for CPU tensors) or "torch".
-        The rest as in :func:`stepwise_attention`.
+        lse: ``(B, Hq, M)`` (``(Hq, total)`` if q is ``(total, Hq, D)``) float32 (float64 for float64 inputs), the
+            natural logarithm of the softmax's denominator, sinks counted.
+        sinks: accepted so that one set of options serves both functions; the map depends on them through lse only.
+        engine: "auto", "triton", "native" (C, for CPU tensors) or "torch".
+        heads, backend: the old names of ``head_reduction`` and ``engine``.
+        The others as in :func:`stepwise_attention`.
 
     Returns:
-        ``(N, S, W)`` (``heads="none"``: ``(N, Hq, S, W)``) float32 (float64 for float64). Differentiable in q, k and
-        lse: whoever computed lse differentiably gets the whole gradient.
+        ``(N, S, W)`` (``head_reduction="none"``: ``(N, Hq, S, W)``) float32 (float64 for float64). Differentiable in q,
+        k and lse: if lse was computed differentiably, the gradient is complete.
 
     Raises:
         TypeError, ValueError: the message names the argument, its shape and what was expected.
     """
-    q, k = _autocast(q, k)
-    checks.check_attention(q, k, None)
-    checks.check_options(q, scale, window, softcap, sinks, heads)
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, q, "q")
-    checks.check_plan(plan, q, cu_seqlens)
-    checks.check_tensor(lse, "lse", "(B, Hq, M)", 3)
-    expected = torch.promote_types(q.dtype, torch.float32)
-    if lse.shape != q.shape[:3] or lse.dtype != expected or lse.device != q.device:
-        raise ValueError(
-            f"lse: expected {expected} {tuple(q.shape[:3])} on {q.device}, "
-            f"got {lse.dtype} {tuple(lse.shape)} on {lse.device}"
-        )
-    return _map(q, k, lse, plan, cu_seqlens, _options(q, causal, scale, window, softcap), heads, backend)
+    head_reduction = renamed("heads", heads, "head_reduction", head_reduction, "mean")
+    engine = renamed("backend", backend, "engine", engine, "auto")
+    if cu_seqlens is not None and isinstance(q, Tensor) and q.dim() == 3:
+        q, k = _heads_first(q, "q"), _heads_first(k, "k")
+        lse = lse[None] if isinstance(lse, Tensor) else lse
+    if isinstance(q, Tensor) and autocast_is_on(q):
+        q, k = _autocast(q), _autocast(k)
+    inputs = MapInputs(q, k, lse, cu_seqlens)
+    check_inputs(inputs, plan)
+    if sinks is not None:
+        check_sinks(sinks, q)
+    options = make_options(q, causal=causal, scale=scale, window=window, softcap=softcap, head_reduction=head_reduction)
+    name = engine_selection.choose_map_engine(engine, q, options)
+    tensors = PlanTensors(plan.steps, plan.tokens, plan.word_of_token, plan.num_words)
+    return ops.run_map(inputs, options, tensors, name)
 
 
-def engines() -> dict[str, str]:
-    """Every engine's name, with "ready" or the reason why it is not on this machine."""
-    return {name: engine.available() or "ready" for name, engine in ops.ENGINES.items()}
-
-
-def _map(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    plan: StepPlan,
-    cu_seqlens: Tensor | None,
-    options: AttentionOptions,
-    heads: str,
-    backend: str,
-) -> Tensor:
-    backend = checks.choose_map_backend(backend, q, options.softcap)
-    return ops.run_map(
-        q, k, lse, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, cu_seqlens, options.causal,
-        options.scale, options.window, options.softcap, heads == "none", backend,
-    )  # fmt: skip
-
-
-def _options(
-    q: Tensor, causal: bool, scale: float | None, window: int | None, softcap: float | None
-) -> AttentionOptions:
-    if window is not None and window >= q.shape[2]:
-        window = None  # every key is near enough
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return AttentionOptions(bool(causal), scale, window, None if softcap is None else float(softcap))
-
-
-def _choose(
-    engine: str,
-    q: Tensor,
-    k: Tensor,
+def pool_values(
     v: Tensor,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: AttentionOptions,
-) -> str:
-    """The first engine in order of speed that can do the call, or the one asked for, or an error that says why not."""
-    if engine != "auto" and engine not in ops.ENGINES:
-        raise ValueError(f'engine: expected "auto" or one of {sorted(ops.ENGINES)}, got {engine!r}')
-    gradients = (t for t in (q, k, v, sinks) if t is not None)
-    call = AttentionRequest(
-        device=q.device,
-        dtype=q.dtype,
-        batch=q.shape[0],
-        q_heads=q.shape[1],
-        kv_heads=k.shape[1],
-        length=q.shape[2],
-        head_dim=q.shape[3],
-        options=options,
-        sinks=sinks is not None,
-        packed=cu_seqlens is not None,
-        backward=torch.is_grad_enabled() and any(t.requires_grad for t in gradients),
-    )
-    names = auto.order(call, _default_order(call)) if engine == "auto" else (engine,)
-    reasons = {}
-    for name in names:
-        reasons[name] = ops.ENGINES[name].available() or ops.ENGINES[name].why_not(call)
-        if reasons[name] is None:
-            return name
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"engine: {engine!r} cannot serve this call ({listed})")
+    lengths: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    pooling: str = "sum",
+    heads: str = "concat",
+    cu_seqlens: Tensor | None = None,
+    engine: str = "auto",
+    backend: str | None = None,
+) -> Tensor:
+    """Pool the value vectors of each sequence, the router's input (MoLSAKI, arXiv 2604.15701, Eq. 5).
+
+    Args:
+        v: ``(B, Hkv, M, D)`` values, any floating dtype; packed also ``(total, Hkv, D)``.
+        lengths: ``(N,)`` integers; tokens from this one on are padding and are left out. None: there is no padding.
+        eps: of the RMS norm.
+        pooling: "sum" (the paper's) or "mean" over a sequence's tokens.
+        heads: "concat" normalises over the width Hkv * D; "mean" averages the heads first and normalises over D.
+        cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences, ``v`` being ``(1, Hkv, total, D)``.
+        engine: "auto", "triton" or "torch".
+        backend: the old name of ``engine``.
+
+    Returns:
+        ``(N, Hkv * D)``, or ``(N, D)`` with ``heads="mean"``; float32 (float64 for float64). A sequence without tokens
+        gives zeros. Differentiable in ``v``.
+
+    Raises:
+        TypeError, ValueError: the message names the argument and what was expected.
+    """
+    engine = renamed("backend", backend, "engine", engine, "auto")
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v: expected a floating (B, Hkv, M, D) tensor, got {type(v).__name__}")
+    if cu_seqlens is not None and v.dim() == 3:
+        v = _heads_first(v, "v")
+    if v.dim() != 4 or not v.is_floating_point():
+        raise ValueError(f"v: expected a floating (B, Hkv, M, D) tensor, got {v.dtype} {tuple(v.shape)}")
+    if pooling not in ("sum", "mean"):
+        raise ValueError(f'pooling: expected "sum" or "mean", got {pooling!r}')
+    if heads not in ("concat", "mean"):
+        raise ValueError(f'heads: expected "concat" or "mean", got {heads!r}')
+    sequences = v.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, v, "v")
+        if on_host(cu_seqlens):
+            check_bounds(tuple(cu_seqlens.tolist()), v.shape[2], "v")
+        sequences = cu_seqlens.shape[0] - 1
+    if lengths is not None:
+        if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape != (sequences,):
+            raise ValueError(f"lengths: expected ({sequences},) integers, got {lengths.dtype} {tuple(lengths.shape)}")
+        if lengths.device != v.device:
+            raise ValueError(f"lengths: expected on v's device {v.device}, got {lengths.device}")
+    name = engine_selection.choose_pooling_engine(engine, v)
+    options = PoolingOptions(eps, pooling == "mean", heads == "mean")
+    return ops.run_pooling(v, lengths, cu_seqlens, options, name)
 
 
-def _default_order(call: AttentionRequest) -> tuple[str, ...]:
-    names = AUTO.get(call.device.type, ("eager",))
-    if call.device.type == "cpu" and call.dtype == torch.bfloat16 and not call.backward and has_amx():
-        return ("sdpa", *(name for name in names if name != "sdpa"))  # twice as fast there (docs/notes.md)
-    return names
+def engines() -> EngineList:
+    """Return the status of every attention engine on this machine, by name; printing it gives one line per engine."""
+    reasons = {name: engine.available() for name, engine in ENGINES.items()}
+    return EngineList({name: EngineStatus(reason is None, reason) for name, reason in reasons.items()})
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, what PyTorch's own attention does: everything but float64 goes to the autocast dtype."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+def _heads_first(x: Tensor, name: str) -> Tensor:
+    """Return a view ``(1, H, total, D)`` of packed ``x (total, H, D)``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor (total, H, D), got {type(x).__name__}")
+    if x.dim() != 3:
+        raise ValueError(f"{name}: expected (total, H, D) as q has, got shape {tuple(x.shape)}")
+    return x.transpose(0, 1)[None]
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast as PyTorch's own attention does under autocast: everything but float64 to the autocast dtype."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

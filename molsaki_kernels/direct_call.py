@@ -1,60 +1,47 @@
-"""The functions behind the custom operators, called without the operators.
+"""Decide whether a custom operator may be bypassed by calling the functions behind it.
 
-An operator written in Python costs the host a good part of a millisecond a layer, both passes, where a
-``torch.autograd.Function`` costs 30 us. Where something watches operators (tracers, dispatch modes), they are called.
+Dispatching an operator written in Python costs a good part of a millisecond per layer, forward and backward together; a
+``torch.autograd.Function`` costs 30 us. Operators are needed only where something observes them: tracers, dispatch
+modes, function transforms and subclasses of Tensor.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing watches operators: no tracer, no dispatch mode, no function transform, no subclass of Tensor."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(t is None or (type(t) in _KINDS and t.device.type in ("cpu", "cuda")) for t in tensors)
-    )
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+_DEVICE_TYPES = ("cpu", "cuda")
 
 
-_KINDS = (Tensor, torch.nn.Parameter)
+def runs_untraced(*tensors: Tensor | None) -> bool:
+    """Return whether nothing observes the operators called with these tensors."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _TENSOR_TYPES or tensor.device.type not in _DEVICE_TYPES):
+            return False
+    return True
 
 
-def function(name: str, forward: Callable, setup: Callable, backward: Callable) -> Callable:
-    """What applies ``forward(*inputs)`` with the gradient ``backward(ctx, *gradients)``.
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast for x's device.
 
-    Args:
-        name: the profiler's.
-        setup: ``setup(ctx, inputs, output)``, as a custom operator's.
-        backward: with gradients enabled (``create_graph=True``) it has to call an operator: one without a gradient of
-            its own says so when it is differentiated.
+    Autocast has cast the inputs already; the precision of the products inside is chosen here.
     """
-
-    def both(ctx, *inputs):
-        output = forward(*inputs)
-        setup(ctx, inputs, output)
-        return output
-
-    methods = {"forward": staticmethod(both), "backward": staticmethod(backward)}
-    made: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
-    return made.apply
-
-
-def is_plain_backward(*gradients: Tensor | None) -> bool:
-    """As :func:`is_plain`, of a backward that nobody wants the gradient of."""
-    return not torch.is_grad_enabled() and is_plain(*gradients)
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast casts what a caller hands in, not the products inside, whose precision is chosen there."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    if autocast_is_on(x):
+        return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    """Return whether autocast is enabled for x's device."""
+    return x.device.type in _DEVICE_TYPES and torch.is_autocast_enabled(x.device.type)

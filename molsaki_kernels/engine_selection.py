@@ -1,8 +1,8 @@
-"""Which engine ``engine="auto"`` tries first: what was measured where there are rows, else the documented default.
+"""Choose the engine of a call: measured order where there are measurements, else the documented default order.
 
-A row of :data:`MEASURED` is made of a committed CSV by ``python -m benchmarks.auto_table`` and names it. It holds for
-one architecture, one pass, one head dimension and the sequence lengths from one that was measured to the next; anything
-else keeps the default order of ``attention.py``. No row is a guess.
+A record of :data:`MEASURED` is computed from a committed CSV by ``python -m benchmarks.auto_table`` and names that
+file. It holds for one architecture, pass, padded head dimension and set of features, and for a range of sequence
+lengths. All other calls keep the default order. No record is an estimate.
 """
 
 from __future__ import annotations
@@ -10,54 +10,141 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
-from molsaki_kernels.spec import AttentionRequest
+from molsaki_kernels._compile import constant_when_compiled
+from molsaki_kernels._native.build import has_amx
+from molsaki_kernels.attention import ENGINES
+from molsaki_kernels.attention_map import MAP_ENGINES
+from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionRequest
+from molsaki_kernels.value_pooling import POOLING_ENGINES
+
+# Default order by device. CPU: measured (docs/performance.md). CUDA: provisional until there are measurements;
+# flash_attn and flex, which support nothing that triton and eager lack, are used only when they are asked for.
+DEFAULT_ORDER = {"cpu": ("native", "sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
+    """The engines of one kind of call, fastest first, and where that was measured."""
+
     arch: str  # "sm90", "gfx942", "cpu"
     backward: bool
-    head_dim: int  # the next of HEAD_DIMS from a call's on
-    tokens: tuple[int, int]  # [from, to) tokens of a sequence
-    features: tuple[str, ...]  # of FEATURES, those of the calls that were measured
-    engines: tuple[str, ...]  # the fastest first
+    head_dim: int  # padded to one of HEAD_DIMS
+    tokens: tuple[int, int]  # sequence lengths from the first to before the second
+    features: tuple[str, ...]  # the subset of FEATURES that the measured calls used
+    engines: tuple[str, ...]
     source: str  # the CSV in benchmarks/results
 
 
 HEAD_DIMS = (64, 128, 256)
 FEATURES = ("full", "window", "softcap", "sinks", "packed")
 
-MEASURED: tuple[Measured, ...] = ()  # no CUDA row is measured yet
+MEASURED: tuple[Measured, ...] = ()  # nothing was measured on CUDA yet
 
 
-def order(call: AttentionRequest, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The engines in the order to try: the measured ones, then the rest of ``default`` for calls they cannot do."""
+def choose_engine(engine: str, inputs: AttentionInputs, options: AttentionOptions) -> str:
+    """Return the name of the first engine, in order of speed, that supports the call, or the one asked for.
+
+    Raises:
+        ValueError: there is no such engine, or none of those considered supports the call; the reasons are listed.
+    """
+    q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
+    differentiable = (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    )
+    request = AttentionRequest(
+        device=q.device,
+        dtype=q.dtype,
+        batch=q.shape[0],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        length=q.shape[2],
+        head_dim=q.shape[3],
+        options=options,
+        sinks=sinks is not None,
+        packed=inputs.cu_seqlens is not None,
+        backward=differentiable and torch.is_grad_enabled(),
+    )
+    names = order(request) if engine == "auto" else (engine,)
+    reasons = {}
+    for name in names:
+        if name not in ENGINES:
+            raise ValueError(f'engine: expected "auto" or one of {sorted(ENGINES)}, got {engine!r}')
+        reason = ENGINES[name].why_not(request) or ENGINES[name].available()
+        if reason is None:
+            return name
+        reasons[name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"engine: {engine!r} cannot serve this call ({listed})")
+
+
+def choose_map_engine(engine: str, q: Tensor, options: AttentionOptions) -> str:
+    """Return the name of the first of :data:`MAP_ENGINES` that supports the map of ``q``, or the one asked for."""
+    reasons = {}
+    for name, implementation in MAP_ENGINES.items():
+        if engine != name and (engine != "auto" or (name == "triton" and not q.is_cuda)):
+            continue
+        reasons[name] = implementation.why_not(q, options)
+        if reasons[name] is None:
+            return name
+    raise _cannot_serve(engine, tuple(MAP_ENGINES), reasons)
+
+
+def choose_pooling_engine(engine: str, v: Tensor) -> str:
+    """Return the name of the first of :data:`POOLING_ENGINES` that supports ``v``, or the one asked for."""
+    reasons = {}
+    for name, implementation in POOLING_ENGINES.items():
+        if engine != name and (engine != "auto" or (name == "triton" and not v.is_cuda)):
+            continue
+        reasons[name] = implementation.why_not(v)
+        if reasons[name] is None:
+            return name
+    raise _cannot_serve(engine, tuple(POOLING_ENGINES), reasons)
+
+
+def _cannot_serve(engine: str, names: tuple[str, ...], reasons: dict[str, str | None]) -> ValueError:
+    if engine not in reasons:
+        listed = ", ".join(f'"{name}"' for name in names)
+        return ValueError(f'engine: expected "auto" or one of {listed}, got {engine!r}')
+    return ValueError(f'engine: "{engine}" cannot serve this call: {reasons[engine]}')
+
+
+def order(request: AttentionRequest) -> tuple[str, ...]:
+    """Return the engines in the order to try: the measured ones, then the rest of the default order."""
+    default = DEFAULT_ORDER.get(request.device.type, ("eager",))
+    if default[0] == "native" and request.dtype == torch.bfloat16 and not request.backward and has_amx():
+        default = ("sdpa", "native", "eager")  # PyTorch uses AMX and is twice as fast (docs/performance.md)
     if not MEASURED:
         return default
-    key = (arch_of(call.device), call.backward, padded_head_dim(call.head_dim), features(call))
-    for row in MEASURED:
-        if (row.arch, row.backward, row.head_dim, row.features) == key and row.tokens[0] <= call.length < row.tokens[1]:
-            return row.engines + tuple(name for name in default if name not in row.engines)
+    key = (arch_of(request.device), request.backward, padded_head_dim(request.head_dim), features(request))
+    for record in MEASURED:
+        if key != (record.arch, record.backward, record.head_dim, record.features):
+            continue
+        if record.tokens[0] <= request.length < record.tokens[1]:
+            return record.engines + tuple(name for name in default if name not in record.engines)
     return default
 
 
-def features(call: AttentionRequest) -> tuple[str, ...]:
-    options = call.options
-    has = (not options.causal, options.window is not None, options.softcap is not None, call.sinks, call.packed)
-    return tuple(name for name, on in zip(FEATURES, has, strict=True) if on)
+def features(request: AttentionRequest) -> tuple[str, ...]:
+    """Return the subset of :data:`FEATURES` that a call uses."""
+    options = request.options
+    used = (not options.causal, options.window is not None, options.softcap is not None, request.sinks, request.packed)
+    return tuple(name for name, on in zip(FEATURES, used, strict=True) if on)
 
 
 def padded_head_dim(head_dim: int) -> int:
+    """Return the smallest of :data:`HEAD_DIMS` that holds ``head_dim``, or ``head_dim`` if none does."""
     return next((D for D in HEAD_DIMS if head_dim <= D), head_dim)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def arch_of(device: torch.device) -> str:
-    """As :attr:`Measured.arch`: "sm90" and so on for CUDA, AMD's name for ROCm, else the device's type."""
+    """Return :attr:`Measured.arch` of a device: "sm90" and so on for CUDA, AMD's name for ROCm, else its type."""
     if device.type != "cuda":
         return device.type
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"

@@ -1,332 +1,463 @@
-"""The custom operators: schemas, fakes and autograd of attention with its map, and of the map alone.
+"""The custom operators: schemas, fakes and autograd of attention with its map, of the map alone and of value pooling.
 
-``attention.py`` checks everything before it calls one. An operator is told by name which engine or backend to run, so
-that its backward runs the same one. Every output is a fresh tensor.
+Operators take tensors and numbers, so the dataclasses of ``spec.py`` are flattened and rebuilt here, and only here. An
+operator gets the names of the engines, so that its backward uses the same ones. Every output is a fresh tensor.
 
-``run_attention`` and ``run_map`` call an operator or, where nothing watches operators, the functions it is made of
-(``plain.py``).
+``run_attention``, ``run_map`` and ``run_pooling`` call an operator or, where nothing observes operators
+(``direct_call.py``), an autograd function made of the same functions. The public functions check all arguments before.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from molsaki_kernels.attention import eager, flash_attn, flex, native, sdpa, triton
-from molsaki_kernels.attention_map import native as native_stepmap
-from molsaki_kernels.attention_map import torch as stepmap
-from molsaki_kernels.direct_call import function, is_plain, is_plain_backward, without_autocast
-from molsaki_kernels.spec import AttentionOptions, PlanTensors
-from molsaki_kernels.strides import contiguous_rows
+from molsaki_kernels.attention import ENGINES, sdpa
+from molsaki_kernels.attention.sinks import sinks_gradient
+from molsaki_kernels.attention_map import MAP_ENGINES
+from molsaki_kernels.direct_call import runs_untraced, without_autocast
+from molsaki_kernels.spec import (
+    AttentionInputs,
+    AttentionOptions,
+    AttentionOutputs,
+    InputGradients,
+    MapInputs,
+    OutputGradients,
+    PlanTensors,
+    PoolingOptions,
+)
+from molsaki_kernels.strides import dense_strides, match_strides
+from molsaki_kernels.value_pooling import POOLING_ENGINES
 
-ENGINES = {engine.NAME: engine for engine in (triton, native, flash_attn, flex, sdpa, eager)}
-_FUSED = {triton.NAME: triton, native.NAME: native}  # engines that make the map in the same pass
+_OPTIONS = "bool causal, float scale, SymInt? window, float? softcap, bool per_head"
+_PLAN = "Tensor steps, Tensor tokens, Tensor word_of_token, SymInt num_words"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens"
+_MAP_INPUTS = "Tensor q, Tensor k, Tensor lse, Tensor? cu_seqlens"
 
 
-def run_attention(*inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """out, the map and lse; the arguments are those of the operator ``molsaki::stepwise_attention``."""
-    return (_plain_attention if is_plain(*inputs[:3]) else torch.ops.molsaki.stepwise_attention)(*inputs)
+def run_attention(
+    inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors, engine: str, map_engine: str
+) -> AttentionOutputs:
+    """Compute attention and its map, differentiably.
+
+    Args:
+        engine: one of :data:`ENGINES`.
+        map_engine: one of :data:`MAP_ENGINES`; unused if the engine computes the map.
+    """
+    implementation = ENGINES[engine]
+    if implementation.DIFFERENTIABLE:
+        outputs = implementation.forward(inputs, options, plan)
+        maps = run_map(inputs.map_inputs(outputs.lse), options, plan, map_engine)
+        return AttentionOutputs(outputs.out, outputs.lse, maps)
+    q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
+    if runs_untraced(q, k, v, sinks):
+        call = (inputs, options, plan, engine, map_engine)
+        return AttentionOutputs(*_Attention.apply(q, k, v, sinks, call))
+    flat = (*_flat_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine, map_engine)
+    return AttentionOutputs(*torch.ops.molsaki.stepwise_attention(*flat))
 
 
-def run_map(*inputs) -> Tensor:
-    """The map; the arguments are those of the operator ``molsaki::stepwise_map``."""
-    return (_plain_map if is_plain(*inputs[:3]) else torch.ops.molsaki.stepwise_map)(*inputs)
+def run_map(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, engine: str) -> Tensor:
+    """Compute the map, differentiably in q, k and lse. ``engine`` is one of :data:`MAP_ENGINES`."""
+    maps: Tensor
+    if runs_untraced(inputs.q, inputs.k, inputs.lse):
+        maps = _Map.apply(inputs.q, inputs.k, inputs.lse, (inputs, options, plan, engine))
+    else:
+        flat = (*_flat_map_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine)
+        maps = torch.ops.molsaki.stepwise_map(*flat)
+    return maps
+
+
+def run_pooling(
+    v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, options: PoolingOptions, engine: str
+) -> Tensor:
+    """Pool value vectors, differentiably. ``engine`` is one of :data:`POOLING_ENGINES`."""
+    pooled: Tensor
+    if runs_untraced(v):
+        pooled = _Pooling.apply(v, (lengths, cu_seqlens, options, engine))
+    else:
+        flat = (lengths, cu_seqlens, options.eps, options.mean, options.mean_heads, engine)
+        pooled = torch.ops.molsaki.pool_values(v, *flat)
+    return pooled
+
+
+# Attention and its map
 
 
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    steps: Tensor,
-    tokens: Tensor,
-    word_of_token: Tensor,
-    num_words: int,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    per_head: bool,
-    engine: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out ``(B, Hq, M, D)``, the map ``(N, [Hq,] S, W)`` and lse ``(B, Hq, M)``."""
-    options = AttentionOptions(causal, scale, window, softcap)
-    plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    with without_autocast(q):
-        if engine in _FUSED:
-            out, lse, maps = _FUSED[engine].forward(q, k, v, plan, sinks, cu_seqlens, options, per_head)
-        else:
-            out, lse = ENGINES[engine].forward(q, k, v, sinks, cu_seqlens, options)
+    inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors, engine: str, map_engine: str
+) -> AttentionOutputs:
+    with without_autocast(inputs.q):
+        outputs = ENGINES[engine].forward(inputs, options, plan)
+        out, lse, maps = outputs.out, outputs.lse, outputs.maps
+        if maps is None:
             lse = lse.contiguous()
-            maps = _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend)
-        return _laid_out(out, _strides(q)), maps, lse
-
-
-attention = torch.library.custom_op("molsaki::stepwise_attention", mutates_args=())(_attention)
-
-
-@attention.register_fake
-def _(q, k, v, steps, tokens, word_of_token, num_words, sinks, cu_seqlens, causal, scale, window, softcap, per_head,
-      engine, backend):  # fmt: skip
-    maps = _fake_map(q, steps, num_words, per_head)
-    return torch.empty_like(q), maps, q.new_empty(q.shape[:3], dtype=maps.dtype)
+            maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
+        return AttentionOutputs(match_strides(out, dense_strides(inputs.q)), lse, maps)
 
 
 def _attention_gradients(
-    dout: Tensor | None,
-    dmaps: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    steps: Tensor,
-    tokens: Tensor,
-    word_of_token: Tensor,
-    num_words: int,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
     engine: str,
-    backend: str,
+    map_engine: str,
+) -> InputGradients:
+    with without_autocast(inputs.q):
+        if ENGINES[engine].COMPUTES_MAP:
+            result = ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
+        else:
+            result = _gradients_with_map(gradients, inputs, outputs, options, plan, engine, map_engine)
+        return InputGradients(
+            match_strides(result.dq, _gradient_strides(inputs.q, engine)),
+            match_strides(result.dk, _gradient_strides(inputs.k, engine)),
+            match_strides(result.dv, _gradient_strides(inputs.v, engine)),
+            result.dsinks,
+        )
+
+
+def _gradients_with_map(
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+    engine: str,
+    map_engine: str,
+) -> InputGradients:
+    """Compute the gradients by an engine that does not compute the map: the map's gradient passes through dlse."""
+    dout, dlse = gradients.dout, gradients.dlse
+    map_gradient = None
+    if gradients.dmaps is not None:
+        map_inputs = inputs.map_inputs(outputs.lse)
+        map_gradient = MAP_ENGINES[map_engine].Gradient(gradients.dmaps, map_inputs, options, plan)
+        dlse = map_gradient.dlse if dlse is None else map_gradient.dlse + dlse
+    if dout is None:
+        dout = torch.zeros_like(outputs.out)
+    result = ENGINES[engine].backward(OutputGradients(dout, dlse), inputs, outputs, options, plan)
+    # Folding dlse replaces a vanished dO by tiny numbers, which leave a trace in dv.
+    dv = torch.zeros_like(inputs.v) if gradients.dout is None else result.dv
+    if map_gradient is not None:
+        map_gradient.add_to(result.dq, result.dk)
+    dsinks = None
+    if inputs.sinks is not None:
+        dtype = torch.float64 if inputs.q.dtype == torch.float32 else outputs.lse.dtype
+        delta = (dout.to(dtype) * outputs.out).sum(-1)
+        dsinks = sinks_gradient(inputs.sinks, outputs.lse, delta if dlse is None else delta - dlse)
+    return InputGradients(result.dq, result.dk, dv, dsinks)
+
+
+def _attention_operator(*flat: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    outputs = _attention(*_call_of(flat))
+    return outputs.out, outputs.lse, outputs.maps
+
+
+def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, options, plan, *_ = _call_of(flat)
+    maps = _empty_map(inputs.q, options, plan)
+    return torch.empty_like(inputs.q), inputs.q.new_empty(inputs.q.shape[:3], dtype=maps.dtype), maps
+
+
+def _attention_backward_operator(
+    dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dsinks (empty without sinks)."""
-    with without_autocast(q):
-        options = AttentionOptions(causal, scale, window, softcap)
-        plan = PlanTensors(steps, tokens, word_of_token, num_words)
-        if engine in _FUSED:
-            grads = _FUSED[engine].backward(dout, dmaps, dlse, q, k, v, out, lse, plan, sinks, cu_seqlens, options)
-            dq, dk, dv, dsinks = grads
-            dsinks = q.new_empty(0) if dsinks is None else dsinks
-            return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
-        gradient = None
-        if dmaps is not None:
-            gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
-            dlse = gradient.dlse if dlse is None else gradient.dlse + dlse
-        no_dout = dout is None
-        if no_dout:
-            dout = torch.zeros_like(out)
-        dq, dk, dv = ENGINES[engine].backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, options)
-        if no_dout:
-            dv = torch.zeros_like(v)  # the fold may have left a trace of its tiny dO
-        if gradient is not None:
-            gradient.add_to(dq, dk)
-        dsinks = q.new_empty(0)
-        if sinks is not None:
-            # dS of the sink's column: p_sink * (0 - (D - dlse)), a sum over the rows of terms of both signs. For
-            # float32 inputs it is made in float64, or it would be further off than what it is made of.
-            wide = torch.float64 if q.dtype == torch.float32 else lse.dtype
-            delta = (dout.to(wide) * out).sum(-1)
-            delta = -delta if dlse is None else dlse - delta
-            dsinks = ((sinks.to(wide)[:, None] - lse).exp_() * delta).sum((0, 2), dtype=torch.float64)
-            dsinks = dsinks.to(sinks.dtype)
-        return *_promised((dq, dk, dv), (q, k, v), engine), dsinks
+    inputs, *rest = _call_of(flat)
+    result = _attention_gradients(OutputGradients(dout, dlse, dmaps), inputs, AttentionOutputs(out, lse), *rest)
+    dsinks = inputs.q.new_empty(0) if result.dsinks is None else result.dsinks
+    return result.dq, result.dk, result.dv, dsinks
 
 
-attention_backward = torch.library.custom_op("molsaki::stepwise_attention_backward", mutates_args=())(
-    _attention_gradients
-)
+def _attention_backward_fake(
+    dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, _, _, engine, _ = _call_of(flat)
+    dq, dk, dv = (x.new_empty_strided(x.shape, _gradient_strides(x, engine)) for x in (inputs.q, inputs.k, inputs.v))
+    return dq, dk, dv, inputs.q.new_empty(0) if inputs.sinks is None else torch.empty_like(inputs.sinks)
 
 
-@attention_backward.register_fake
-def _(dout, dmaps, dlse, q, k, v, out, lse, steps, tokens, word_of_token, num_words, sinks, *rest):
-    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return *(x.new_empty_strided(x.shape, _gradient_strides(x, rest[-2])) for x in (q, k, v)), dsinks
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    attention_inputs, options, plan, *engines = _call_of(inputs)
+    _save(ctx, attention_inputs, options, plan, AttentionOutputs(*output), tuple(engines))
 
 
-def _attention_setup(ctx, inputs, output):
-    q, k, v, steps, tokens, word_of_token, num_words, sinks, cu_seqlens, *options, _, engine, backend = inputs
-    out, _, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, steps, tokens, word_of_token, sinks, cu_seqlens)
-    ctx.num_words, ctx.options, ctx.engine, ctx.backend = num_words, options, engine, backend
+def _save(
+    ctx: Any,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+    outputs: AttentionOutputs,
+    engines: tuple[str, ...],
+) -> None:
+    tensors = (*_flat_inputs(inputs), outputs.out, outputs.lse, plan.steps, plan.tokens, plan.word_of_token)
+    ctx.save_for_backward(*tensors)
+    ctx.options, ctx.num_words, ctx.engines = options, plan.num_words, engines
     ctx.set_materialize_grads(False)
 
 
-def _attention_backward(ctx, dout, dmaps, dlse, run=attention_backward):
-    nothing = (None,) * 13
-    if dout is None and dmaps is None and dlse is None:
-        return None, None, None, *nothing
-    q, k, v, out, lse, steps, tokens, word_of_token, sinks, cu_seqlens = ctx.saved_tensors
-    dq, dk, dv, dsinks = run(
-        dout, dmaps, dlse, q, k, v, out, lse, steps, tokens, word_of_token, ctx.num_words, sinks, cu_seqlens,
-        *ctx.options, ctx.engine, ctx.backend,
-    )  # fmt: skip
-    return dq, dk, dv, None, None, None, None, dsinks if sinks is not None else None, *nothing[5:]
+def _differentiate_attention(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None, directly: bool
+) -> tuple[Tensor | None, ...]:
+    """Return dq, dk, dv and dsinks by the functions themselves or by the backward operator."""
+    if dout is None and dlse is None and dmaps is None:
+        return None, None, None, None
+    q, k, v, sinks, cu_seqlens, out, lse, steps, tokens, word_of_token = ctx.saved_tensors
+    inputs, plan = AttentionInputs(q, k, v, sinks, cu_seqlens), PlanTensors(steps, tokens, word_of_token, ctx.num_words)
+    if directly:
+        gradients, outputs = OutputGradients(dout, dlse, dmaps), AttentionOutputs(out, lse)
+        result = _attention_gradients(gradients, inputs, outputs, ctx.options, plan, *ctx.engines)
+        return result.dq, result.dk, result.dv, result.dsinks
+    flat = (*_flat_inputs(inputs), *_flat_options(ctx.options), *_flat_plan(plan), *ctx.engines)
+    dq, dk, dv, dsinks = torch.ops.molsaki.stepwise_attention_backward(dout, dlse, dmaps, out, lse, *flat)
+    return dq, dk, dv, None if sinks is None else dsinks
 
 
-def _plain_attention_backward(ctx, dout, dmaps, dlse):
-    run = _attention_gradients if is_plain_backward(dout, dmaps, dlse) else attention_backward
-    return _attention_backward(ctx, dout, dmaps, dlse, run)
+def _attention_backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, dsinks = _differentiate_attention(ctx, dout, dlse, dmaps, directly=False)
+    return dq, dk, dv, dsinks, *(None,) * 12
 
 
-attention.register_autograd(_attention_backward, setup_context=_attention_setup)
-_plain_attention = function("molsaki_attention", _attention, _attention_setup, _plain_attention_backward)
+class _Attention(Function):
+    """Attention and its map without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: tuple[Any, ...]) -> Any:
+        outputs = _attention(*call)
+        inputs, options, plan, *engines = call
+        _save(ctx, inputs, options, plan, outputs, tuple(engines))
+        return outputs.out, outputs.lse, outputs.maps
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None) -> Any:
+        # With create_graph=True the operator is called, which has no derivative and says so.
+        directly = not torch.is_grad_enabled() and runs_untraced(dout, dlse, dmaps)
+        return *_differentiate_attention(ctx, dout, dlse, dmaps, directly), None
 
 
-def _map(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    steps: Tensor,
-    tokens: Tensor,
-    word_of_token: Tensor,
-    num_words: int,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    per_head: bool,
-    backend: str,
-) -> Tensor:
-    """The map ``(N, [Hq,] S, W)``."""
-    options = AttentionOptions(causal, scale, window, softcap)
-    plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    with without_autocast(q):
-        return _map_forward(q, k, lse, plan, options, cu_seqlens, per_head, backend)
+# The map alone
 
 
-stepwise_map = torch.library.custom_op("molsaki::stepwise_map", mutates_args=())(_map)
-
-
-@stepwise_map.register_fake
-def _(
-    q, k, lse, steps, tokens, word_of_token, num_words, cu_seqlens, causal, scale, window, softcap, per_head, backend
-):
-    return _fake_map(q, steps, num_words, per_head)
+def _map(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, engine: str) -> Tensor:
+    with without_autocast(inputs.q):
+        return MAP_ENGINES[engine].forward(inputs, options, plan)
 
 
 def _map_gradients(
-    dmaps: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    steps: Tensor,
-    tokens: Tensor,
-    word_of_token: Tensor,
-    num_words: int,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    backend: str,
+    dmaps: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, engine: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dlse."""
-    options = AttentionOptions(causal, scale, window, softcap)
-    plan = PlanTensors(steps, tokens, word_of_token, num_words)
-    if backend == "triton":
-        from molsaki_kernels._triton.map_backward import map_backward
-
-        dq, dk, dlse = map_backward(contiguous_rows(q), contiguous_rows(k), lse, dmaps, plan, options, cu_seqlens)
-        return _laid_out(dq, _strides(q)), _laid_out(dk, _strides(k)), dlse
-    with without_autocast(q):
-        gradient = _GRADIENTS[backend](dmaps, q, k, lse, plan, options, cu_seqlens)
-        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-        gradient.add_to(dq, dk)
-        return dq, dk, gradient.dlse.to(lse.dtype)
+    with without_autocast(inputs.q):
+        dq, dk, dlse = MAP_ENGINES[engine].backward(dmaps, inputs, options, plan)
+        dq, dk = match_strides(dq, dense_strides(inputs.q)), match_strides(dk, dense_strides(inputs.k))
+        return dq, dk, match_strides(dlse, torch.empty_like(inputs.lse, device="meta").stride())
 
 
-stepwise_map_backward = torch.library.custom_op("molsaki::stepwise_map_backward", mutates_args=())(_map_gradients)
+def _map_operator(*flat: Any) -> Tensor:
+    return _map(*_map_call_of(flat))
 
 
-@stepwise_map_backward.register_fake
-def _(dmaps, q, k, lse, *rest):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(lse)
+def _map_fake(*flat: Any) -> Tensor:
+    inputs, options, plan, _ = _map_call_of(flat)
+    return _empty_map(inputs.q, options, plan)
 
 
-def _map_setup(ctx, inputs, output):
-    q, k, lse, steps, tokens, word_of_token, num_words, cu_seqlens, *options, _, backend = inputs
-    ctx.save_for_backward(q, k, lse, steps, tokens, word_of_token, cu_seqlens)
-    ctx.num_words, ctx.options, ctx.backend = num_words, options, backend
+def _map_backward_operator(dmaps: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _map_gradients(dmaps, *_map_call_of(flat))
 
 
-def _map_backward(ctx, dmaps, run=stepwise_map_backward):
-    *tensors, cu_seqlens = ctx.saved_tensors
-    grads = run(dmaps, *tensors, ctx.num_words, cu_seqlens, *ctx.options, ctx.backend)
-    return *grads, *(None,) * 11
+def _map_backward_fake(dmaps: Tensor, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk = (x.new_empty_strided(x.shape, dense_strides(x)) for x in (q, k))
+    return dq, dk, torch.empty_like(lse)
 
 
-def _plain_map_backward(ctx, dmaps):
-    return _map_backward(ctx, dmaps, _map_gradients if is_plain_backward(dmaps) else stepwise_map_backward)
+def _save_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    map_inputs, options, plan, engine = _map_call_of(inputs)
+    ctx.save_for_backward(*_flat_map_inputs(map_inputs), plan.steps, plan.tokens, plan.word_of_token)
+    ctx.call = options, plan.num_words, engine
 
 
-stepwise_map.register_autograd(_map_backward, setup_context=_map_setup)
-_plain_map = function("molsaki_map", _map, _map_setup, _plain_map_backward)
+def _differentiate_map(ctx: Any, dmaps: Tensor, directly: bool) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, lse, cu_seqlens, *tensors = ctx.saved_tensors
+    options, num_words, engine = ctx.call
+    inputs, plan = MapInputs(q, k, lse, cu_seqlens), PlanTensors(*tensors, num_words)
+    if directly:
+        return _map_gradients(dmaps, inputs, options, plan, engine)
+    flat = (*_flat_map_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine)
+    dq, dk, dlse = torch.ops.molsaki.stepwise_map_backward(dmaps, *flat)
+    return dq, dk, dlse
 
 
-def _map_forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    plan: PlanTensors,
-    options: AttentionOptions,
+def _map_backward(ctx: Any, dmaps: Tensor) -> tuple[Tensor | None, ...]:
+    return *_differentiate_map(ctx, dmaps, directly=False), *(None,) * 11
+
+
+class _Map(Function):
+    """The map without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, lse: Tensor, call: tuple[Any, ...]) -> Any:
+        maps = _map(*call)
+        inputs, options, plan, engine = call
+        _save_map(ctx, (*_flat_map_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine), maps)
+        return maps
+
+    @staticmethod
+    def backward(ctx: Any, dmaps: Tensor) -> Any:
+        directly = not torch.is_grad_enabled() and runs_untraced(dmaps)
+        return *_differentiate_map(ctx, dmaps, directly), None
+
+
+# Value pooling
+
+
+def _pool(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, options: PoolingOptions, engine: str) -> Tensor:
+    with without_autocast(v):
+        return POOLING_ENGINES[engine].forward(v, lengths, cu_seqlens, options)
+
+
+def _pool_gradient(
+    dpooled: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-    per_head: bool,
-    backend: str,
+    options: PoolingOptions,
+    engine: str,
 ) -> Tensor:
-    if backend == "triton":
-        from molsaki_kernels._triton.map_forward import map_forward
-
-        return map_forward(contiguous_rows(q), contiguous_rows(k), lse, plan, options, cu_seqlens, per_head)
-    on_cpu = native_stepmap if backend == "native" else stepmap
-    return on_cpu.forward(q, k, lse, plan, options, cu_seqlens, per_head)
+    with without_autocast(v):
+        dv = POOLING_ENGINES[engine].backward(dpooled, v, lengths, cu_seqlens, options)
+        return match_strides(dv, dense_strides(v))
 
 
-class _TritonGradient:
-    """As :class:`stepmap.Gradient`. The second half makes the weights again, which costs less than to keep them."""
-
-    def __init__(self, dmaps: Tensor, q: Tensor, k: Tensor, lse: Tensor, plan, options, cu_seqlens):
-        from molsaki_kernels._triton.map_backward import map_dlse
-
-        self._arguments = (contiguous_rows(q), contiguous_rows(k), lse, dmaps, plan, options, cu_seqlens)
-        self.dlse = map_dlse(*self._arguments)
-
-    def add_to(self, dq: Tensor, dk: Tensor) -> None:
-        from molsaki_kernels._triton.map_backward import map_backward
-
-        map_backward(*self._arguments, dq=dq, dk=dk)
+def _pool_operator(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Tensor:
+    *options, engine = rest
+    return _pool(v, lengths, cu_seqlens, PoolingOptions(*options), engine)
 
 
-_GRADIENTS = {"torch": stepmap.Gradient, "native": native_stepmap.Gradient, "triton": _TritonGradient}
+def _pool_fake(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, *rest: Any) -> Tensor:
+    options = PoolingOptions(*rest[:-1])
+    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    width = v.shape[3] * (1 if options.mean_heads else v.shape[1])
+    return v.new_empty((N, width), dtype=torch.promote_types(v.dtype, torch.float32))
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """The layout that an output of x's shape is promised in: x's own, without its gaps if it has any."""
-    dense = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
-    return (x if dense else torch.empty_like(x, device="meta")).stride()
+def _pool_backward_operator(
+    dpooled: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, *rest: Any
+) -> Tensor:
+    *options, engine = rest
+    return _pool_gradient(dpooled, v, lengths, cu_seqlens, PoolingOptions(*options), engine)
+
+
+def _pool_backward_fake(dpooled: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return v.new_empty_strided(v.shape, dense_strides(v))
+
+
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]
+
+
+def _pool_backward(ctx: Any, dpooled: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.molsaki.pool_values_backward(dpooled, *ctx.saved_tensors, *ctx.rest), *(None,) * 6
+
+
+class _Pooling(Function):
+    """Value pooling without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, call: tuple[Any, ...]) -> Any:
+        lengths, cu_seqlens, options, engine = call
+        ctx.save_for_backward(v, lengths, cu_seqlens)
+        ctx.rest = (options.eps, options.mean, options.mean_heads, engine)
+        return _pool(v, *call)
+
+    @staticmethod
+    def backward(ctx: Any, dpooled: Tensor) -> Any:
+        if torch.is_grad_enabled() or not runs_untraced(dpooled):
+            return _pool_backward(ctx, dpooled)[:2]
+        return _pool_backward_operator(dpooled, *ctx.saved_tensors, *ctx.rest), None
+
+
+# Flattening and rebuilding
+
+
+def _flat_inputs(inputs: AttentionInputs) -> tuple[Any, ...]:
+    return inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.cu_seqlens
+
+
+def _flat_map_inputs(inputs: MapInputs) -> tuple[Any, ...]:
+    return inputs.q, inputs.k, inputs.lse, inputs.cu_seqlens
+
+
+def _flat_options(options: AttentionOptions) -> tuple[Any, ...]:
+    return options.causal, options.scale, options.window, options.softcap, options.per_head
+
+
+def _flat_plan(plan: PlanTensors) -> tuple[Any, ...]:
+    return plan.steps, plan.tokens, plan.word_of_token, plan.num_words
+
+
+def _call_of(flat: tuple[Any, ...]) -> tuple[AttentionInputs, AttentionOptions, PlanTensors, str, str]:
+    engine, map_engine = flat[14:]
+    return AttentionInputs(*flat[:5]), AttentionOptions(*flat[5:10]), PlanTensors(*flat[10:14]), engine, map_engine
+
+
+def _map_call_of(flat: tuple[Any, ...]) -> tuple[MapInputs, AttentionOptions, PlanTensors, str]:
+    return MapInputs(*flat[:4]), AttentionOptions(*flat[4:9]), PlanTensors(*flat[9:13]), flat[13]
 
 
 def _gradient_strides(x: Tensor, engine: str) -> tuple[int, ...]:
-    """As x's, but for the CPU flash operator, which makes ``(B, M, H, D)``."""
+    """Return the strides of x's gradient: those of x, but the CPU flash operator returns ``(B, M, H, D)``."""
     if engine == sdpa.NAME and x.device.type == "cpu":
         B, H, M, D = x.shape
         return M * H * D, D, H * D, 1
-    return _strides(x)
+    return dense_strides(x)
 
 
-def _promised(gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], engine: str) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the layouts that the fake promised."""
-    dq, dk, dv = (_laid_out(g, _gradient_strides(x, engine)) for g, x in zip(gradients, inputs, strict=True))
-    return dq, dk, dv
-
-
-def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """x in the strides that the fake promised."""
-    if x.stride() == strides:
-        return x
-    if all(n == 1 or given == wanted for n, given, wanted in zip(x.shape, x.stride(), strides, strict=True)):
-        return x.as_strided(x.shape, strides)  # of a dimension of one entry any stride is right: the packed batch
-    return x.new_empty_strided(x.shape, strides).copy_(x)
-
-
-def _fake_map(q: Tensor, steps: Tensor, num_words: int, per_head: bool) -> Tensor:
-    heads = (q.shape[1],) if per_head else ()
+def _empty_map(q: Tensor, options: AttentionOptions, plan: PlanTensors) -> Tensor:
+    heads = (q.shape[1],) if options.per_head else ()
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((steps.shape[0], *heads, steps.shape[1], num_words), dtype=dtype)
+    return q.new_empty((plan.steps.shape[0], *heads, plan.steps.shape[1], plan.num_words), dtype=dtype)
+
+
+# Registration
+
+
+def _operator(name: str, schema: str, function: Any, fake: Any) -> Any:
+    operator = torch.library.custom_op(f"molsaki::{name}", function, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
+_CALL = f"{_INPUTS}, {_OPTIONS}, {_PLAN}, str engine, str map_engine"
+_MAP_CALL = f"{_MAP_INPUTS}, {_OPTIONS}, {_PLAN}, str engine"
+_POOLING = "Tensor v, Tensor? lengths, Tensor? cu_seqlens, float eps, bool mean, bool mean_heads, str engine"
+
+_operator(
+    "stepwise_attention", f"({_CALL}) -> (Tensor out, Tensor lse, Tensor maps)", _attention_operator, _attention_fake
+).register_autograd(_attention_backward, setup_context=_save_attention)
+_operator(
+    "stepwise_attention_backward",
+    f"(Tensor? dout, Tensor? dlse, Tensor? dmaps, Tensor out, Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward_operator,
+    _attention_backward_fake,
+)
+_operator("stepwise_map", f"({_MAP_CALL}) -> Tensor", _map_operator, _map_fake).register_autograd(
+    _map_backward, setup_context=_save_map
+)
+_operator(
+    "stepwise_map_backward",
+    f"(Tensor dmaps, {_MAP_CALL}) -> (Tensor, Tensor, Tensor)",
+    _map_backward_operator,
+    _map_backward_fake,
+)
+_operator("pool_values", f"({_POOLING}) -> Tensor", _pool_operator, _pool_fake).register_autograd(
+    _pool_backward, setup_context=_save_pool
+)
+_operator(
+    "pool_values_backward", f"(Tensor dpooled, {_POOLING}) -> Tensor", _pool_backward_operator, _pool_backward_fake
+)

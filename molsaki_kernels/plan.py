@@ -1,4 +1,4 @@
-"""Which rows form a step and which columns are key words: made once, checked once, used by every layer."""
+"""The plan: which tokens form a step and which are key words. It is checked once and used by every layer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ NO_WORD = -1  # word_of_token of a padding token
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """The rows and columns of the stepwise map for a batch of N sequences (MoLSAKI, arXiv 2604.15701, Eq. 2 and 3).
+    """The steps and key words of a batch of N sequences (MoLSAKI, arXiv 2604.15701, Eq. 2 and 3).
 
-    Make one with :meth:`from_spans`, which checks everything; the constructor takes tensors that are right already.
+    Use :meth:`from_spans`, which checks its arguments; the constructor takes tensors that are valid already.
 
     Attributes:
-        steps: ``(N, S, 2)`` int64, half-open row ranges, ascending; padded with ``(0, 0)``.
+        steps: ``(N, S, 2)`` int64, half-open token ranges, ascending; padded with ``(0, 0)``.
         tokens: ``(N, C)`` int64, the key tokens' positions, ascending in each sequence; padded with 0 on the right.
         word_of_token: ``(N, C)`` int64, the word (column of the map) of each key token; -1 marks padding.
         step_mask: ``(N, S)`` bool, False where a sequence has fewer than S steps.
         word_mask: ``(N, W)`` bool, False where a sequence has fewer than W words.
-        extents: N ints on the host: one past the last row or token each sequence's plan touches. Checking a batch
-            against it needs no device synchronisation.
+        extents: N ints on the host, one past the last token that each sequence's plan refers to: a batch can be checked
+            against them without waiting for a device.
     """
 
     steps: Tensor
@@ -45,11 +45,11 @@ class StepPlan:
         """Build the plan of N sequences.
 
         Args:
-            steps: for each sequence, a list of ``(start, stop)`` half-open token ranges, disjoint and ascending. Rows
+            steps: for each sequence, a list of ``(start, stop)`` half-open token ranges, disjoint and ascending. Tokens
                 may belong to no step; a step may be empty.
-            words: for each sequence, a list of key words, each a list of token indices. No token is in two words; the
-                words may come in any order and keep it: word w is column w of the map.
-            device: where the tensors live; the default device if None.
+            words: for each sequence, a list of key words, each a list of token indices. No token is in two words. The
+                words may be in any order: word w is column w of the map.
+            device: of the tensors; the default device if None.
 
         Raises:
             TypeError: a span or a token index is not an int.
@@ -59,7 +59,7 @@ class StepPlan:
         steps, words = list(steps), list(words)
         if len(steps) != len(words):
             raise ValueError(
-                f"steps and words: expected one entry a sequence in both, got {len(steps)} and {len(words)}"
+                f"steps and words: expected one entry per sequence in both, got {len(steps)} and {len(words)}"
             )
         step_rows = [_checked_steps(n, s) for n, s in enumerate(steps)]
         word_rows = [_checked_words(n, w) for n, w in enumerate(words)]

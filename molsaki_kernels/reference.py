@@ -1,7 +1,7 @@
-"""The definition of correct: eager attention that materialises every weight, in whatever dtype it is given.
+"""The oracle: eager attention that materialises every weight, in the dtype of its inputs.
 
-Nothing here is fast. The kernels are tested against it in float64, and every error budget is read from its float64
-result and its result in the working dtype.
+It defines what is correct. The kernels are compared with it in float64, and every error budget is computed from its
+float64 result and its result in the working dtype. Only tests and benchmarks import it, and it imports only the plan.
 """
 
 from __future__ import annotations
@@ -10,19 +10,6 @@ import torch
 from torch import Tensor
 
 from molsaki_kernels.plan import StepPlan
-
-
-def visible(rows: Tensor, columns: Tensor, causal: bool, window: int | None) -> Tensor:
-    """``(M, C)`` bool: may query ``rows[i]`` see key ``columns[j]``? Positions within one sequence.
-
-    A window lets a query see keys from ``window - 1`` before itself on; causality, if on, lets it see none after.
-    """
-    mask = torch.ones(rows.shape[0], columns.shape[0], dtype=torch.bool, device=rows.device)
-    if causal:
-        mask &= columns[None, :] <= rows[:, None]
-    if window is not None:
-        mask &= columns[None, :] > rows[:, None] - window
-    return mask
 
 
 def attention_weights(
@@ -42,7 +29,7 @@ def attention_weights(
         k: ``(B, Hkv, M, D)``, ``Hq % Hkv == 0``.
         sinks: ``(Hq,)`` logits that take part in the denominator only.
 
-    Like the models' eager attention, scores are made in the inputs' dtype and the softmax in at least float32.
+    As in the models' eager attention, scores are computed in the inputs' dtype and the softmax in at least float32.
     """
     M, D = q.shape[-2:]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -50,8 +37,7 @@ def attention_weights(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    position = torch.arange(M, device=q.device)
-    scores = scores.masked_fill(~visible(position, position, causal, window), float("-inf"))
+    scores = scores.masked_fill(~_visible(M, causal, window, q.device), float("-inf"))
     if sinks is None:
         lse = scores.logsumexp(-1)
     else:
@@ -60,8 +46,8 @@ def attention_weights(
     return (scores - lse[..., None]).exp(), lse
 
 
-def reduce_weights(weights: Tensor, plan: StepPlan, heads: str = "mean") -> Tensor:
-    """Eq. 2 and 3: weights ``(N, H, M, M)`` to the map ``(N, S, W)``, or ``(N, H, S, W)`` with ``heads="none"``."""
+def reduce_weights(weights: Tensor, plan: StepPlan, head_reduction: str = "mean") -> Tensor:
+    """Reduce weights ``(N, H, M, M)`` to the map ``(N, S, W)``, or ``(N, H, S, W)`` without reduction (Eq. 2 and 3)."""
     M = weights.shape[-1]
     position = torch.arange(M, device=weights.device)
     in_step = (position >= plan.steps[..., :1]) & (position < plan.steps[..., 1:])  # (N, S, M)
@@ -69,7 +55,7 @@ def reduce_weights(weights: Tensor, plan: StepPlan, heads: str = "mean") -> Tens
     sequence, token = (plan.word_of_token >= 0).nonzero(as_tuple=True)
     in_word[sequence, plan.word_of_token[sequence, token], plan.tokens[sequence, token]] = True
     maps = torch.einsum("nsi,nhij,nwj->nhsw", in_step.to(weights.dtype), weights, in_word.to(weights.dtype))
-    return maps.mean(1) if heads == "mean" else maps
+    return maps.mean(1) if head_reduction == "mean" else maps
 
 
 def stepwise_attention(
@@ -84,17 +70,30 @@ def stepwise_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    heads: str = "mean",
+    head_reduction: str = "mean",
+    return_lse: bool = False,
     engine: str = "reference",
-) -> tuple[Tensor, Tensor]:
-    """One attention layer and its map, as :func:`molsaki_kernels.stepwise_attention`; ``engine`` is ignored."""
-    options = dict(causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    outs, maps = [], []
+) -> tuple[Tensor, ...]:
+    """Compute one attention layer and its map, as :func:`molsaki_kernels.stepwise_attention`; ``engine`` is ignored."""
+    del engine
+    if q.dim() == 3:  # packed (total, H, D)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out, maps, lse = stepwise_attention(
+            q, k, v, plan, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+            cu_seqlens=cu_seqlens, head_reduction=head_reduction, return_lse=True,
+        )  # fmt: skip
+        out, lse = out[0].transpose(0, 1), lse[0]
+        return (out, maps, lse) if return_lse else (out, maps)
+    outs, all_maps, all_lse = [], [], []
     for n, (q_n, k_n, v_n) in enumerate(_sequences(cu_seqlens, q, k, v)):
-        weights, _ = attention_weights(q_n, k_n, **options)
+        weights, lse = attention_weights(
+            q_n, k_n, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
         outs.append(weights.to(v.dtype) @ v_n.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
-        maps.append(reduce_weights(weights, plan if cu_seqlens is None else plan[n], heads))
-    return (outs[0], maps[0]) if cu_seqlens is None else (torch.cat(outs, dim=2), torch.cat(maps))
+        all_maps.append(reduce_weights(weights, plan if cu_seqlens is None else plan[n], head_reduction))
+        all_lse.append(lse)
+    out, maps, lse = torch.cat(outs, dim=2), torch.cat(all_maps), torch.cat(all_lse, dim=2)
+    return (out, maps, lse) if return_lse else (out, maps)
 
 
 def stepwise_map(
@@ -109,14 +108,16 @@ def stepwise_map(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    heads: str = "mean",
-    backend: str = "reference",
+    head_reduction: str = "mean",
+    engine: str = "reference",
 ) -> Tensor:
-    """The map from q, k and a given lse, as :func:`molsaki_kernels.stepwise_map`.
+    """Compute the map from q, k and a given lse, as :func:`molsaki_kernels.stepwise_map`.
 
-    ``sinks`` and ``backend`` change nothing: lse counts the sinks already.
+    ``sinks`` and ``engine`` are ignored: lse counts the sinks already.
     """
-    del sinks, backend
+    del sinks, engine
+    if q.dim() == 3:  # packed (total, H, D)
+        q, k, lse = q.transpose(0, 1)[None], k.transpose(0, 1)[None], lse[None]
     maps = []
     for n, (q_n, k_n, lse_n) in enumerate(_sequences(cu_seqlens, q, k, lse)):
         M, D = q_n.shape[-2:]
@@ -124,9 +125,9 @@ def stepwise_map(
         scores = q_n @ k_n.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        position = torch.arange(M, device=q.device)
-        scores = scores.to(lse.dtype).masked_fill(~visible(position, position, causal, window), float("-inf"))
-        maps.append(reduce_weights((scores - lse_n[..., None]).exp(), plan if cu_seqlens is None else plan[n], heads))
+        scores = scores.to(lse.dtype).masked_fill(~_visible(M, causal, window, q.device), float("-inf"))
+        weights = (scores - lse_n[..., None]).exp()
+        maps.append(reduce_weights(weights, plan if cu_seqlens is None else plan[n], head_reduction))
     return maps[0] if cu_seqlens is None else torch.cat(maps)
 
 
@@ -138,10 +139,12 @@ def pool_values(
     pooling: str = "sum",
     heads: str = "concat",
     cu_seqlens: Tensor | None = None,
-    backend: str = "reference",
+    engine: str = "reference",
 ) -> Tensor:
-    """Eq. 5's h, as :func:`molsaki_kernels.pool_values`."""
-    del backend
+    """Compute Eq. 5's h, as :func:`molsaki_kernels.pool_values`; ``engine`` is ignored."""
+    del engine
+    if v.dim() == 3:  # packed (total, H, D)
+        v = v.transpose(0, 1)[None]
     pooled = []
     for n, (v_n,) in enumerate(_sequences(cu_seqlens, v)):
         x = v_n.mean(1) if heads == "mean" else v_n.transpose(1, 2).flatten(2)  # (B, M, width)
@@ -156,8 +159,22 @@ def pool_values(
     return pooled[0] if cu_seqlens is None else torch.cat(pooled)
 
 
+def _visible(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Return a bool ``(M, M)`` tensor: whether query i sees key j.
+
+    A window lets a query see keys from ``window - 1`` before itself on; causality lets it see no key after itself.
+    """
+    query, key = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None, :]
+    mask = torch.ones(length, length, dtype=torch.bool, device=device)
+    if causal:
+        mask &= key <= query
+    if window is not None:
+        mask &= key > query - window
+    return mask
+
+
 def _sequences(cu_seqlens: Tensor | None, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The batch as it is, or one ``(1, H, length, ...)`` slice a packed sequence."""
+    """Return the batch as it is, or one ``(1, H, length, ...)`` slice per packed sequence."""
     if cu_seqlens is None:
         return [tensors]
     bounds = cu_seqlens.tolist()

@@ -8,6 +8,7 @@ numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ class AttentionInputs:
     sinks: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
+    @functools.cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """Where each sequence begins and the last one ends, on the host; reading it waits for cu_seqlens' device."""
+        return (0, self.q.shape[2]) if self.cu_seqlens is None else tuple(self.cu_seqlens.tolist())
+
+    def map_inputs(self, lse: Tensor) -> MapInputs:
+        """Return the inputs of the map of this attention, whose log-sum-exp is ``lse``."""
+        inputs = MapInputs(self.q, self.k, lse, self.cu_seqlens)
+        if "bounds" in self.__dict__:
+            inputs.__dict__["bounds"] = self.bounds
+        return inputs
+
 
 @dataclasses.dataclass(frozen=True)
 class MapInputs:
@@ -45,6 +58,11 @@ class MapInputs:
     k: Tensor
     lse: Tensor
     cu_seqlens: Tensor | None = None
+
+    @functools.cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """As :attr:`AttentionInputs.bounds`."""
+        return (0, self.q.shape[2]) if self.cu_seqlens is None else tuple(self.cu_seqlens.tolist())
 
 
 @dataclasses.dataclass(frozen=True)

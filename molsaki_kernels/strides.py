@@ -1,10 +1,26 @@
-"""How kernels read the rows of q, k and v: each is contiguous, whatever the other strides are."""
+"""Strides that kernels require of their inputs, and that operators promise for their outputs."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def contiguous_rows(x: Tensor) -> Tensor:
-    """``x``, or a copy if its last dimension is not contiguous."""
+def with_contiguous_head_dim(x: Tensor) -> Tensor:
+    """Return ``x``, or a contiguous copy if the stride of its last dimension is not 1, as all kernels require."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """Return the strides of ``x (B, H, M, D)``, or those of a tensor without gaps if ``x`` has gaps."""
+    dense = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    return (x if dense else torch.empty_like(x, device="meta")).stride()
+
+
+def match_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return ``x`` with the given strides; it is copied if they differ in a dimension of more than one entry."""
+    if x.stride() == strides:
+        return x
+    if all(n == 1 or given == wanted for n, given, wanted in zip(x.shape, x.stride(), strides, strict=True)):
+        return x.as_strided(x.shape, strides)
+    return x.new_empty_strided(x.shape, strides).copy_(x)

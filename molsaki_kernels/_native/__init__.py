@@ -1,1 +1,1 @@
-"""The stepwise map on a CPU in C, compiled by the machine's C compiler on first use."""
+"""The C library behind engine "native": compiling, loading, and the arrays it takes."""

@@ -1,9 +1,9 @@
-"""Compile and load the C sources of this folder.
+"""Find, load and check the C library: the one that the wheel contains, else one compiled on first use.
 
-Compiled once a machine, with the C compiler that is there (``$CC``, cc, gcc or clang), for the processor that is there;
-kept in ``$MOLSAKI_CACHE``, else ``$XDG_CACHE_HOME/molsaki_kernels`` (``~/.cache``), else a temporary folder. Without a
-compiler, or with ``MOLSAKI_NATIVE=0``, attention on a CPU is PyTorch's and its map is made by plain PyTorch
-(``../stepmap.py``).
+A wheel for Linux on x86-64 contains a library for AVX2 and one for AVX-512. Everywhere else the sources are compiled
+once per machine and processor, and the result is kept in ``$MOLSAKI_CACHE``, else ``$XDG_CACHE_HOME/molsaki_kernels``
+(``~/.cache``), else a temporary folder. Without both, or with ``MOLSAKI_NATIVE=0``, attention on a CPU and its map are
+computed by PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -22,33 +21,43 @@ from pathlib import Path
 
 import torch
 
-SOURCES = sorted((Path(__file__).parents[1] / "csrc").glob("*.c"))
-HEADERS = sorted((Path(__file__).parents[1] / "csrc").glob("*.h"))
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+from molsaki_kernels._compile import constant_when_compiled
+from molsaki_kernels._native import compile as compilation
+from molsaki_kernels._native.compile import compiler as compiler
+from molsaki_kernels._native.structs import MAX_HEAD_DIM, AttentionCall, LseGradientCall, MapCall, mismatch
+
 NEEDED = {"avx2", "fma"}
-MAX_HEAD_DIM = 256  # MAX_D of tiles.h
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def why_not() -> str | None:
-    """Why this machine has no native library, or None. The first call may compile it, in seconds."""
+    """The reason why this machine has no native library, or None. The first call may compile it, in seconds."""
     return _loaded()[1]
 
 
 def why_not_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why such q, k and v cannot be handed to the library, or None."""
+    """The reason why the library cannot take q, k and v of this kind, or None."""
     if device.type != "cpu":
         return f"it takes CPU tensors, not {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return f"it takes head_dim in multiples of 16 up to {MAX_HEAD_DIM}, not {head_dim}"
-    return why_not()
+    return None
 
 
 def library() -> ctypes.CDLL:
-    """The library; only where :func:`why_not` is None."""
-    return _loaded()[0]
+    """The library. Call it only where :func:`why_not` returns None."""
+    found, reason = _loaded()
+    if found is None:
+        raise RuntimeError(f"the native library is not available: {reason}")
+    return found
+
+
+@constant_when_compiled
+def has_amx() -> bool:
+    """Whether PyTorch computes bfloat16 products with AMX on this machine. The native library does not use AMX."""
+    return platform.system() == "Linux" and "amx_bf16" in _processor().split()
 
 
 @functools.cache
@@ -60,86 +69,89 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     processor = _processor()
     if not set(processor.split()) >= NEEDED:
         return None, "the processor has no AVX2 and FMA"
-    command = compiler()
-    if command is None:
-        return None, "no C compiler (cc, gcc, clang or $CC)"
-    try:
-        return _made(command, processor), None
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-        return None, f"{command} failed: {lines[-1]}"
-    except OSError as error:
-        return None, f"could not be compiled or loaded: {error}"
+    found = _shipped(processor)
+    if found is None:
+        command = compiler()
+        if command is None:
+            return None, "no C compiler (cc, gcc, clang or $CC)"
+        try:
+            found = _compiled(command, processor)
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+            return None, f"{command} failed: {lines[-1]}"
+        except OSError as error:
+            return None, f"could not be compiled or loaded: {error}"
+    reason = mismatch(found)
+    if reason is not None:
+        return None, f"the library does not fit this package: {reason}"
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found, None
 
 
-def compiler() -> str | None:
-    """The C compiler's path, or None."""
-    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return next((found for name in candidates if name and (found := shutil.which(name))), None)
-
-
-@torch.compiler.assume_constant_result
-def has_amx() -> bool:
-    """Whether PyTorch's bfloat16 products run on AMX here, which this library does not use."""
-    return platform.system() == "Linux" and "amx_bf16" in _processor().split()
+_FUNCTIONS = {
+    "molsaki_attention_work": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+    "molsaki_attention_forward": (None, ctypes.POINTER(AttentionCall)),
+    "molsaki_attention_backward": (None, ctypes.POINTER(AttentionCall)),
+    "molsaki_map_forward": (None, ctypes.POINTER(MapCall)),
+    "molsaki_map_dlse": (None, ctypes.POINTER(MapCall)),
+    "molsaki_map_add": (None, ctypes.POINTER(MapCall)),
+    "molsaki_lse_gradient": (ctypes.c_int64, ctypes.POINTER(LseGradientCall)),
+}
 
 
 @functools.cache
 def _processor() -> str:
-    """Model and features, which decide what ``-march=native`` means."""
+    """Model and features from /proc/cpuinfo, which determine the meaning of ``-march=native``."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return " ".join(next((x for x in lines if x.startswith(name)), "") for name in ("model name", "flags"))
 
 
-def _made(command: str, processor: str) -> ctypes.CDLL:
-    """The library from the first folder that can hold it; one that cannot be loaded is compiled once more."""
-    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join([*(file.read_text() for file in (*HEADERS, *SOURCES)), *FLAGS, command, version, processor])
+def _shipped(processor: str) -> ctypes.CDLL | None:
+    """The best library of the wheel for this processor. None where the wheel has none, or it cannot be loaded here."""
+    for name, needed in compilation.VARIANTS.items():
+        path = Path(__file__).parent / f"molsaki-{name}.so"
+        if needed <= set(processor.split()) and path.exists():
+            with contextlib.suppress(OSError):  # for example a C library older than the one it was linked with
+                return ctypes.CDLL(str(path))
+    return None
+
+
+def _compiled(command: str, processor: str) -> ctypes.CDLL:
+    """The library compiled for this processor, from the first cache folder that can hold it.
+
+    A cached file that cannot be loaded is compiled again.
+    """
+    sources = (file.read_text() for file in (*compilation.HEADERS, *compilation.SOURCES, Path(compilation.__file__)))
+    identity = "\n".join([*sources, *compilation.FLAGS, command, compilation.version(command), processor])
     name = f"molsaki-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     reason = OSError("no folder to keep it in")
     for folder in _folders():
         try:
-            _own(folder)
+            _claim(folder)
             path = folder / name
             if path.exists():
                 with contextlib.suppress(OSError):  # damaged
-                    return _load(path)
-            _compile(command, path)
-            return _load(path)
+                    return ctypes.CDLL(str(path))
+            compilation.compile_library(command, "native", path)
+            return ctypes.CDLL(str(path))
         except OSError as error:
             reason = error
     raise reason
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(path))
-    loaded.molsaki_fold.restype = loaded.molsaki_attention_work.restype = ctypes.c_int64
-    return loaded
-
-
-def _compile(command: str, path: Path) -> None:
-    handle, made = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    try:
-        call = [command, *FLAGS, *map(str, SOURCES), "-o", made]
-        subprocess.run(call, capture_output=True, text=True, check=True)
-        os.chmod(made, 0o755)
-        os.replace(made, path)  # whole or not at all, whoever else compiles it
-    finally:
-        Path(made).unlink(missing_ok=True)
-
-
-def _own(folder: Path) -> None:
-    """Make a folder, or see that nobody else could have put a library of his own into the one that is there."""
+def _claim(folder: Path) -> None:
+    """Create the cache folder, and refuse it if another user could have placed a library there."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder == _shared():
+    if folder == _temporary():
         found = os.lstat(folder)
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
             raise OSError(f"{folder}: expected a folder that only this user can write to")
 
 
-def _shared() -> Path:
-    """In a folder where everybody can make files."""
+def _temporary() -> Path:
+    """This user's cache in the temporary folder, where every user can create files."""
     return Path(tempfile.gettempdir()) / f"molsaki_kernels-{os.getuid()}"
 
 
@@ -148,4 +160,4 @@ def _folders() -> list[Path]:
     if given:
         return [Path(given)]
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return [*([home / "molsaki_kernels"] if home.is_absolute() else []), _shared()]
+    return [*([home / "molsaki_kernels"] if home.is_absolute() else []), _temporary()]

@@ -1,4 +1,4 @@
-"""The fold by the native library, in one pass over O and dO."""
+"""Fold dlse into O by the C library, in one pass over O and dO."""
 
 from __future__ import annotations
 
@@ -8,39 +8,31 @@ import torch
 from torch import Tensor
 
 from molsaki_kernels._native.build import library, why_not
+from molsaki_kernels._native.structs import LseGradientCall
+
+_NAMES = ("out", "dout", "folded", "dlse")
 
 
 def fold_in_one_pass(out: Tensor, dout: Tensor, dlse: Tensor, folded: Tensor, vanished: float) -> bool:
-    """O' into ``folded``; False if that cannot be done: dO vanishes in some row, or the library does not take the call.
+    """Write O' to ``folded``.
 
     Args:
         out, dout, folded: ``(B, H, M, D)``. dlse: ``(B, H, M)``.
-        vanished: a row of dO with a norm below this is no direction to fold along.
+        vanished: a row of dO with a smaller norm is too small to fold along.
+
+    Returns:
+        False if it was not done: a row of dO vanishes, or the library does not take such tensors.
     """
-    tensors = (out, dout, folded)
-    if any(t.dtype != torch.float32 for t in (*tensors, dlse)) or any(t.stride(-1) != 1 for t in tensors):
+    tensors = (out, dout, folded, dlse)
+    for x in tensors:
+        if x.dtype != torch.float32 or x.device.type != "cpu" or (x is not dlse and x.stride(-1) != 1):
+            return False
+    if out.shape[-1] % 16 or out.numel() == 0 or why_not() is not None:
         return False
-    if out.device.type != "cpu" or out.shape[-1] % 16 or out.numel() == 0 or why_not() is not None:
-        return False
-    B, H, M, D = out.shape
-    call = _Fold(
-        batches=B, heads=H, rows=M, head_dim=D, threads=torch.get_num_threads(), vanished=vanished**2,
-        **{f"{name}_strides": _Strides(*t.stride()[:3]) for name, t in zip(_NAMES, (*tensors, dlse), strict=True)},
-        **{name: t.data_ptr() for name, t in zip(_NAMES, (*tensors, dlse), strict=True)},
-    )  # fmt: skip
-    return library().molsaki_fold(ctypes.byref(call)) == 0
-
-
-_NAMES = ("out", "dout", "folded", "dlse")
-_Strides = ctypes.c_int64 * 3
-
-
-class _Fold(ctypes.Structure):
-    """``Fold`` of fold.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batches", "heads", "rows", "head_dim", "threads")),
-        *((f"{name}_strides", _Strides) for name in _NAMES),
-        ("vanished", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in _NAMES),
-    ]
+    call = LseGradientCall(threads=torch.get_num_threads(), vanished=vanished**2)
+    call.batches, call.heads, call.rows, call.head_dim = out.shape
+    for name, x in zip(_NAMES, tensors, strict=True):
+        setattr(call, name, x.data_ptr())
+        getattr(call, f"{name}_strides")[:] = x.stride()[:3]
+    done: int = library().molsaki_fold(ctypes.byref(call))
+    return done == 0

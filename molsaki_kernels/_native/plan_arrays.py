@@ -1,39 +1,30 @@
-"""What the native library needs to know of a plan and the sequences' bounds, made once a plan."""
+"""Convert a plan and the sequences' bounds to the arrays that the C library reads, once per plan."""
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from molsaki_kernels._plan_cache import kept
+from molsaki_kernels._native.structs import Plan
+from molsaki_kernels._plan_cache import cached
 from molsaki_kernels.spec import PlanTensors
 
-TASK_ROWS = 192  # as in tiles.h
-NEVER = 2**31 - 1  # position of a padding token
-_CPU = torch.device("cpu")  # whatever the default device is
+TASK_ROWS = 192  # as in plan.h
+NEVER = 2**31 - 1  # the position of a padding token, as in plan.h
+_CPU = torch.device("cpu")  # also where another default device is set
 _PLAN = ("batch", "begin", "length", "tokens_used", "tokens", "word_of_token", "step_of_row")
 _TASK = ("sequence", "row", "first", "count", "slot")
 
 
-class Plan(ctypes.Structure):
-    """``Plan`` of tiles.h: pointers into a :class:`Sequences`, which has to be held meanwhile."""
+class PlanArrays(NamedTuple):
+    """The arrays behind the struct ``Plan``; the names are those of its fields."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("sequences", "columns", "longest", "tasks")),
-        *((name, ctypes.c_void_p) for name in (*_PLAN, *(f"task_{name}" for name in _TASK))),
-    ]  # fmt: skip
-
-
-class Sequences(NamedTuple):
-    """The names are those of ``Plan``."""
-
-    columns: int  # the key tokens of the longest sequence, up to a multiple of 16
+    columns: int  # the key tokens of the longest sequence, rounded up to a multiple of 16
     longest: int
-    total: int  # rows of all sequences
-    task_steps: int  # of all tasks
+    total: int  # tokens of all sequences
+    task_steps: int  # the steps that each task touches, summed over the tasks
     batch: Tensor
     begin: Tensor
     length: Tensor
@@ -43,31 +34,34 @@ class Sequences(NamedTuple):
     step_of_row: Tensor
     tasks: Tensor  # (5, tasks): sequence, row, first, count, slot (in steps)
 
-    def plan(self) -> Plan:
+    def struct(self) -> Plan:
+        """Return the struct, which points into these arrays: they have to be kept while it is used."""
         pointers = {name: getattr(self, name).data_ptr() for name in _PLAN}
         pointers |= {f"task_{name}": row.data_ptr() for name, row in zip(_TASK, self.tasks, strict=True)}
         return Plan(len(self.begin), self.columns, self.longest, self.tasks.shape[1], **pointers)
 
 
-def sequences_of(plan: PlanTensors, B: int, M: int, cu_seqlens: Tensor | None) -> tuple[Sequences, Plan]:
-    """Those of ``B`` rows of ``M`` tokens, or of the packed row that ``cu_seqlens`` cuts; kept with the plan.
+def plan_arrays(plan: PlanTensors, batch: int, length: int, bounds: tuple[int, ...] | None) -> tuple[PlanArrays, Plan]:
+    """Return the arrays and the struct of ``batch`` sequences of ``length`` tokens, or of packed ones; kept with the
+    plan.
+
+    Args:
+        bounds: where packed sequences begin and the last one ends; None if they are not packed.
 
     Raises:
-        ValueError: what the library takes for granted does not hold: indices out of range, steps or tokens that do not
-            ascend.
+        ValueError: an index is out of range, or steps or tokens do not ascend; the C library relies on both.
     """
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    if bounds is None and len(plan.tokens) != B:
-        raise ValueError(f"plan: expected one entry for each of {B} sequences, got {len(plan.tokens)}")
+    if bounds is None and plan.tokens.shape[0] != batch:
+        raise ValueError(f"plan: expected one entry for each of {batch} sequences, got {plan.tokens.shape[0]}")
 
-    def make() -> tuple[Sequences, Plan]:
-        sequences = _sequences(plan, M, bounds)
-        return sequences, sequences.plan()
+    def compute() -> tuple[PlanArrays, Plan]:
+        arrays = _compute(plan, length, bounds)
+        return arrays, arrays.struct()
 
-    return kept(plan, ("native", M, bounds), make)
+    return cached(plan, ("native", length, bounds), compute)
 
 
-def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Sequences:
+def _compute(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> PlanArrays:
     N, C = plan.tokens.shape
     columns = -(-C // 16) * 16
     begin = torch.tensor(bounds[:-1] if bounds else [0] * N, dtype=torch.int64, device=_CPU)
@@ -99,13 +93,13 @@ def _sequences(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> Seq
             task_steps += count
     batch = torch.zeros(N, dtype=torch.int64, device=_CPU) if bounds else torch.arange(N, device=_CPU)
     tasks = torch.tensor(rows, dtype=torch.int64, device=_CPU).reshape(-1, 5).T.contiguous()
-    return Sequences(
+    return PlanArrays(
         columns, longest, total, task_steps, batch, begin, length, is_token.sum(1), tokens, words, step_of_row, tasks
     )
 
 
 def _check(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None, length: Tensor) -> None:
-    """What the library takes for granted; nobody has looked at it where a call is traced or a plan made by hand."""
+    """Check what the library relies on: traced calls and plans built by hand were not checked before."""
     if bounds and (bounds[0] < 0 or bounds[-1] > M or (length < 0).any()):
         raise ValueError(f"cu_seqlens: expected to ascend from 0 to at most {M}, got {list(bounds)}")
     is_token = plan.word_of_token >= 0

@@ -2,59 +2,67 @@
 
     D[i]      = sum_d dO[i, d] O[i, d]                           (B, Hq, M)
     g[i, j]   = dA[step(i), word(j)] / Hq on key columns, else 0
-    dlse[i]   = - sum_j P[i, j] g[i, j]  + the dlse handed in
+    dlse[i]   = - sum_j P[i, j] g[i, j]  + the incoming dlse[i]
     delta[i]  = D[i] - dlse[i]
     dS[i, j]  = P[i, j] (dP[i, j] - delta[i] + g[i, j]),         dP = dO v^T
     dq        = scale dS k,   dk = scale dS^T q,   dv = P^T dO
     dsink[h]  = - sum_i exp(sink - lse_i) delta_i
 
-No program writes what another writes, and nothing is added atomically:
+No two programs write to the same address, and there are no atomics:
 
-1. :func:`flash_dq_kernel`: a tile of rows of one head. The key tokens come first: they give dlse, so delta, and their
-   own part of dq. Then the keys stream past. It leaves delta and each row's step for the others.
-2. :func:`map_backward.map_dk_kernel`: the key tokens' own part of dk, in shares.
-3. :func:`flash_dkv_kernel`: a tile of keys of one key head; the rows of every query head of its group stream past. At
-   the end it adds the shares of the key tokens that lie in its tile.
+1. :func:`flash_dq_kernel`: a program owns a tile of rows of one head. It loops over the key tokens first, which gives
+   their part of dq and dlse, hence delta, and then over the keys. It stores delta and the step of each row for the
+   other kernels.
+2. :func:`map_backward.map_dk_kernel`: the key tokens' part of dk, one part per split of the rows.
+3. :func:`flash_dkv_kernel`: a program owns a tile of keys of one key head and loops over the rows of every query head
+   of its group. At the end it adds the splits of step 2 at the key tokens that lie in its tile.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
-from torch import Tensor
 
 from molsaki_kernels._triton import configs
+from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.map_backward import dk_partials
 from molsaki_kernels._triton.tiles import (
-    RAGGED,
     capped,
     column_gradient,
     columns_in,
     dot,
-    dot_precision,
+    is_visible,
     key_range,
     load_columns,
     load_rows,
     locate,
     query_range,
     score_factors,
-    seen,
+    score_flags,
     step_of,
     steps_in,
     store_rows,
     weights,
 )
-from molsaki_kernels.spec import AttentionOptions, PlanTensors
+from molsaki_kernels._triton.variants import Variant, cases, variant
+from molsaki_kernels.spec import (
+    AttentionInputs,
+    AttentionOptions,
+    AttentionOutputs,
+    InputGradients,
+    MapInputs,
+    OutputGradients,
+    PlanTensors,
+)
 
 
-@triton.jit
+@jit
 def stream_keys(
     b_q, b_do, lse, delta, dq, p_k, p_v, stride_km, stride_vm, rows, lo, hi, length, factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dq [BM, BD]`` plus what the keys ``[lo, hi)`` add to it, without the scale."""
+    """``dq [BM, BD]`` plus the part of the keys ``[lo, hi)``, without the scale."""
     p_k += lo.to(tl.int64) * stride_km
     p_v += lo.to(tl.int64) * stride_vm
     for n0 in tl.range(lo, hi, BN):
@@ -64,7 +72,8 @@ def stream_keys(
         t = capped(dot(b_q, tl.trans(b_k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BN]
         visible = None
         if MASK:
-            visible = seen(rows[:, None], columns[None, :], window, CAUSAL, HAS_WINDOW) & (columns < length)[None, :]
+            visible = is_visible(rows[:, None], columns[None, :], window, CAUSAL, HAS_WINDOW)
+            visible = visible & (columns < length)[None, :]
         p = weights(t, lse[:, None], factor, visible, b_q.dtype == tl.float32)
         ds = p * (dot(b_do, tl.trans(b_v), None, PRECISION) - delta[:, None])  # [BM, BN]
         if HAS_SOFTCAP:
@@ -75,7 +84,7 @@ def stream_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def flash_dq_kernel(
     q,  # (B, Hq, M, D)
     k,  # (B, Hkv, M, D)
@@ -83,7 +92,7 @@ def flash_dq_kernel(
     out,  # (B, Hq, M, D)
     dout,  # (B, Hq, M, D)
     lse,  # (B, Hq, M) float32
-    dlse,  # (B, Hq, M) float32 or None: added to the map's
+    dlse,  # (B, Hq, M) float32 or None, added to the map's dlse
     delta,  # (B, Hq, M) float32
     dq,  # (B, Hq, M, D)
     sinks,  # (Hq,) or None
@@ -121,8 +130,8 @@ def flash_dq_kernel(
     p_v = v + i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + bos.to(tl.int64) * stride_vm
     p_row = (i_b.to(tl.int64) * heads + i_h) * M + bos + rows
     b_do = load_rows(p_do, rows, length, D, BD, True)
-    # dsinks is a sum over all rows of terms of both signs. For float32 inputs it and its terms are made in float64, or
-    # it would be further off than what it is made of.
+    # dsinks is a sum over all rows of terms of both signs. For float32 inputs it and its terms are computed in float64;
+    # otherwise its relative error would exceed that of the terms.
     WIDE: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float32 else tl.float32
     b_delta = tl.sum(b_do.to(WIDE) * load_rows(p_o, rows, length, D, BD, True).to(WIDE), 1)  # [BM]
     b_q = load_rows(p_q, rows, length, D, BD, True)
@@ -151,8 +160,8 @@ def flash_dq_kernel(
         )  # fmt: skip
         b_delta -= b_dlse
     if HAS_SINKS:
-        weight_of_sink = tl.exp(tl.load(sinks + i_h).to(WIDE) - b_lse.to(WIDE))  # [BM]
-        tl.store(dsinks + i_h.to(tl.int64) * tl.num_programs(0) + i_g, -tl.sum(weight_of_sink * b_delta, 0))
+        sink_weight = tl.exp(tl.load(sinks + i_h).to(WIDE) - b_lse.to(WIDE))  # [BM]
+        tl.store(dsinks + i_h.to(tl.int64) * tl.num_programs(0) + i_g, -tl.sum(sink_weight * b_delta, 0))
     b_delta = b_delta.to(tl.float32)
     tl.store(delta + p_row, b_delta, mask=rows < length)
 
@@ -177,17 +186,17 @@ def flash_dq_kernel(
     store_rows(p_dq, b_dq * scale, rows, length, D, BD)
 
 
-@triton.jit
+@jit
 def stream_queries(
     k, v, dk, dv, q, dout, lse, delta, stride_km, stride_vm, stride_qh, stride_qm, stride_doh, stride_dom,
     n0, lo, hi, length, M, group_size, factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dk`` (without the scale) and ``dv [BN, BD]`` plus what the rows ``[lo, hi)`` of the group's heads add to them.
+    """``dk`` (without the scale) and ``dv [BN, BD]`` plus the part of the rows ``[lo, hi)`` of the group's heads.
 
-    The pointers are to the sequence's first row, of the group's first head. Heads and tiles are one flat loop, and k
-    and v are read here, not by the caller: kept for the next call, they would take 64 registers a thread.
+    The pointers are to the sequence's first row in the group's first head. Heads and tiles are one flat loop. k and v
+    are read here, not in the caller, where they would occupy 64 registers per thread between the calls.
     """
     columns = n0 + tl.arange(0, BN)
     d = tl.arange(0, BD)
@@ -214,7 +223,7 @@ def stream_queries(
         t = capped(dot(b_k, tl.trans(b_q), None, PRECISION), inner, HAS_SOFTCAP)  # [BN, BM]
         visible = None
         if MASK:
-            visible = seen(rows[None, :], columns[:, None], window, CAUSAL, HAS_WINDOW)
+            visible = is_visible(rows[None, :], columns[:, None], window, CAUSAL, HAS_WINDOW)
         p = weights(t, b_lse[None, :], factor, visible, b_q.dtype == tl.float32)
         dv = dot(p.to(b_do.dtype), b_do, dv, PRECISION)
         ds = p * (dot(b_v, tl.trans(b_do), None, PRECISION) - b_delta[None, :])  # [BN, BM]
@@ -224,7 +233,7 @@ def stream_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def flash_dkv_kernel(
     q,  # (B, Hq, M, D)
     k,  # (B, Hkv, M, D)
@@ -288,7 +297,7 @@ def flash_dkv_kernel(
         tokens += i_n.to(tl.int64) * C
         words += i_n.to(tl.int64) * C
         c_lo, c_hi = columns_in(tokens, words, C, n0, tl.minimum(n0 + BN, length) - 1)
-        i_c = columns * 0 - 1  # [BN], the key token a column is
+        i_c = columns * 0 - 1  # [BN], the index of each column among the key tokens
         for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
             c = c0 + tl.arange(0, BC)
             token, word = load_columns(tokens, words, c, c_hi, length)
@@ -296,118 +305,124 @@ def flash_dkv_kernel(
             i_c = tl.maximum(i_c, tl.max(tl.where(here, c[None, :], -1), 1))
         if c_hi > 0:
             for i_split in tl.range(0, splits, num_stages=1):
-                i_share = ((i_split * N + i_n) * kv_heads + i_kv).to(tl.int64) * C + i_c
+                i_split_row = ((i_split * N + i_n) * kv_heads + i_kv).to(tl.int64) * C + i_c
                 mask = (i_c >= 0)[:, None] & (d < D)[None, :]
-                b_dk += tl.load(partial + i_share[:, None] * D + d[None, :], mask=mask, other=0.0)
+                b_dk += tl.load(partial + i_split_row[:, None] * D + d[None, :], mask=mask, other=0.0)
     p_dk = dk + i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh + offset * stride_dkm + d[None, :]
     store_rows(p_dk, b_dk * scale, columns, length, D, BD)
 
 
-def flash_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
+def attention_backward(
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
     options: AttentionOptions,
-    plan: PlanTensors | None = None,
-    dmaps: Tensor | None = None,
-    dlse: Tensor | None = None,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``dq, dk, dv`` in the inputs' dtypes and layouts, and ``dsinks (Hq,)`` (None without sinks).
+    plan: PlanTensors,
+) -> InputGradients:
+    """The gradients of q, k, v in their dtypes and layouts, and of the sinks (None without sinks).
 
     Args:
-        out, lse: what :func:`flash_forward` returned.
-        dout: the gradient of out, any strides; None is zero.
-        dmaps: the gradient of the map, ``(N, S, W)`` or ``(N, Hq, S, W)``; None is zero.
-        dlse: the gradient of lse from elsewhere, ``(B, Hq, M)``; None is zero.
+        gradients: of out, lse and the map, any strides; None is zero.
+        outputs: of :func:`attention_forward`; the map is not needed.
     """
+    q, k, v, cu_seqlens = inputs.q, inputs.k, inputs.v, inputs.cu_seqlens
     B, Hq, M, D = q.shape
     Hkv = k.shape[1]
-    packed = cu_seqlens is not None
-    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    N, S = plan.steps.shape[:2]
+    C, W = plan.tokens.shape[1], plan.num_words
+    sinks = None if inputs.sinks is None else inputs.sinks.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if 0 in (N, M):
-        return dq, dk, dv, None if sinks is None else torch.zeros_like(sinks)
-    if dout is None:
-        dout = q.new_zeros(D).expand(q.shape)
-    elif dout.stride(3) != 1:  # what out.sum().backward() hands over
+        return InputGradients(dq, dk, dv, None if sinks is None else torch.zeros_like(sinks))
+    out, lse = outputs.out, outputs.lse.contiguous()
+    dout = q.new_zeros(D).expand(q.shape) if gradients.dout is None else gradients.dout
+    if dout.stride(3) != 1:  # as the gradient of out.sum() is, for example
         dout = dout.contiguous()
-    has_map = plan is not None and dmaps is not None and dmaps.numel() > 0 and plan.tokens.shape[1] > 0
-    per_head = has_map and dmaps.ndim == 4
-    S, C, W = (plan.steps.shape[1], plan.tokens.shape[1], plan.num_words) if has_map else (0, 0, 0)
-    dmaps = dmaps.float().contiguous() if has_map else None
-    dlse = None if dlse is None else dlse.float().contiguous()
-    lse = lse.contiguous()
-    sinks = None if sinks is None else sinks.contiguous()
+    dlse = None if gradients.dlse is None else gradients.dlse.float().contiguous()
+    has_map = gradients.dmaps is not None and not plan.is_empty(q)
+    dmaps = gradients.dmaps.float().contiguous() if gradients.dmaps is not None and has_map else None
+    plan_tensors = (plan.steps, plan.tokens, plan.word_of_token) if has_map else (None, None, None)
+    per_head = has_map and options.per_head
     arch = configs.arch_of(q)
     delta = torch.empty_like(lse)
     step_of_row = q.new_empty((B, M), dtype=torch.int32) if has_map else None
     factor, inner = score_factors(options.scale, options.softcap)
-    flags = dict(
-        D=D, BD=triton.next_power_of_2(D), BS=configs.STEP_BLOCK,
-        CAUSAL=options.causal, HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None,
-        PACKED=packed, HAS_MAP=has_map, PRECISION=dot_precision(q.dtype),
-    )  # fmt: skip
+    flags = {**score_flags(q, options, cu_seqlens), "HAS_MAP": has_map}
     window = options.window or 0
 
     config = configs.flash_dq(arch, q.dtype, D)
-    tiles = configs.num_tiles(M, N, packed, config.rows)
-    dsinks = None if sinks is None else q.new_zeros((Hq, tiles), dtype=torch.float64)
-    with torch.cuda.device_of(q):
+    tiles = configs.num_tiles(M, N, cu_seqlens is not None, config.rows)
+    dsinks_of_tiles = None if sinks is None else q.new_zeros((Hq, tiles), dtype=torch.float64)
+    with torch.cuda.device(q.get_device()):
         flash_dq_kernel[(tiles, Hq)](
-            q, k, v, out, dout, lse, dlse, delta, dq, sinks, dsinks, cu_seqlens, dmaps,
-            *((plan.steps, plan.tokens, plan.word_of_token) if has_map else (None, None, None)), step_of_row,
+            q, k, v, out, dout, lse, dlse, delta, dq, sinks, dsinks_of_tiles, cu_seqlens, dmaps, *plan_tensors,
+            step_of_row,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             options.scale, factor, inner, 1.0 if per_head else 1.0 / Hq, window, M, N, S, C, W, Hq // Hkv,
-            BM=config.rows, BN=config.columns, BC=config.key_columns, HAS_SINKS=sinks is not None, PER_HEAD=per_head,
-            HAS_DLSE=dlse is not None, num_warps=config.warps, num_stages=config.stages, **flags,
+            BM=config.rows, BN=config.columns, BC=config.key_columns, BS=configs.STEP_BLOCK,
+            HAS_SINKS=sinks is not None, PER_HEAD=per_head, HAS_DLSE=dlse is not None, **flags,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    partial = dk_partials(q, k, lse, dmaps, step_of_row, plan, options, cu_seqlens) if has_map else None
+    partial = None
+    if dmaps is not None and step_of_row is not None:
+        partial = dk_partials(dmaps, MapInputs(q, k, lse, cu_seqlens), options, plan, step_of_row)
     config = configs.flash_dkv(arch, q.dtype, D)
-    del flags["BS"]
-    with torch.cuda.device_of(q):
-        flash_dkv_kernel[(configs.num_tiles(M, N, packed, config.rows), Hkv)](
-            q, k, v, dout, lse, delta, dk, dv, cu_seqlens,
-            *((plan.tokens, plan.word_of_token) if has_map else (None, None)), partial,
+    with torch.cuda.device(q.get_device()):
+        flash_dkv_kernel[(configs.num_tiles(M, N, cu_seqlens is not None, config.rows), Hkv)](
+            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *plan_tensors[1:], partial,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-            options.scale, factor, inner, window, M, N, C, partial.shape[0] if has_map else 0, Hq // Hkv,
-            BM=config.columns, BN=config.rows, BC=config.key_columns,
-            num_warps=config.warps, num_stages=config.stages, **flags,
+            options.scale, factor, inner, window, M, N, C, 0 if partial is None else partial.shape[0], Hq // Hkv,
+            BM=config.columns, BN=config.rows, BC=config.key_columns, **flags,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return dq, dk, dv, None if sinks is None else dsinks.sum(1).to(sinks.dtype)
+    if sinks is None or dsinks_of_tiles is None:
+        return InputGradients(dq, dk, dv)
+    return InputGradients(dq, dk, dv, dsinks_of_tiles.sum(1).to(sinks.dtype))
 
 
-def variants(arch: str) -> list[configs.Variant]:
-    """What :mod:`molsaki_kernels.aot` compiles."""
+def variants(arch: str) -> list[Variant]:
+    """The variants that :mod:`molsaki_kernels.aot` compiles."""
     found = []
-    for name, dtype, D, on in configs.cases():
-        packed = () if on["packed"] else ("cu_seqlens",)
-        flags = dict(
-            D=D, BD=triton.next_power_of_2(D), CAUSAL=on["causal"], HAS_WINDOW=on["window"], HAS_SOFTCAP=on["softcap"],
-            PACKED=on["packed"], HAS_MAP=on["map"], PRECISION="ieee",
-        )  # fmt: skip
-        tile = configs.flash_dq(arch, dtype, D)
-        absent = packed + ("dlse",) + (() if on["sinks"] else ("sinks", "dsinks"))
-        absent += () if on["map"] else ("dmaps", "steps", "tokens", "words", "step_of_row")
+    for case in cases():
+        flags = {**case.score_flags, "HAS_MAP": case.has_map}
+        wgmma = case.dtype != torch.float32
+        tile = configs.flash_dq(arch, case.dtype, case.head_dim)
+        map_arguments = ("dmaps", "steps", "tokens", "words", "step_of_row")
         found.append(
-            configs.variant(
-                f"flash_dq-{name}", flash_dq_kernel, dtype, tile, dtype != torch.float32, absent,
-                BM=tile.rows, BN=tile.columns, BC=tile.key_columns, BS=configs.STEP_BLOCK,
-                HAS_SINKS=on["sinks"], PER_HEAD=on["per_head"], HAS_DLSE=False, **flags,
+            variant(
+                f"flash_dq-{case.name}",
+                flash_dq_kernel,
+                case.dtype,
+                warps=tile.warps,
+                stages=tile.stages,
+                absent=case.absent("dlse", sinks=("sinks", "dsinks"), map=map_arguments),
+                wants_wgmma=wgmma,
+                BM=tile.rows,
+                BN=tile.columns,
+                BC=tile.key_columns,
+                BS=configs.STEP_BLOCK,
+                HAS_SINKS=case.sinks,
+                PER_HEAD=case.per_head,
+                HAS_DLSE=False,
+                **flags,
             )
-        )  # fmt: skip
-        if on["sinks"] or on["per_head"]:
+        )
+        if case.sinks or case.per_head:
             continue
-        tile = configs.flash_dkv(arch, dtype, D)
-        absent = packed + (() if on["map"] else ("tokens", "words", "partial"))
+        tile = configs.flash_dkv(arch, case.dtype, case.head_dim)
         found.append(
-            configs.variant(
-                f"flash_dkv-{name}", flash_dkv_kernel, dtype, tile, dtype != torch.float32, absent,
-                BM=tile.columns, BN=tile.rows, BC=tile.key_columns, **flags,
+            variant(
+                f"flash_dkv-{case.name}",
+                flash_dkv_kernel,
+                case.dtype,
+                warps=tile.warps,
+                stages=tile.stages,
+                absent=case.absent(map=("tokens", "words", "partial")),
+                wants_wgmma=wgmma,
+                BM=tile.columns,
+                BN=tile.rows,
+                BC=tile.key_columns,
+                **flags,
             )
-        )  # fmt: skip
+        )
     return found

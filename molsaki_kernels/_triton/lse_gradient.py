@@ -1,13 +1,13 @@
-"""Fold the gradient of the log-sum-exp into O along dO, for attention backwards that drop it.
+"""The gradient of the log-sum-exp for attention backwards that ignore it: dlse is folded into O along dO.
 
 For each row i of out, dout (B, H, M, D) and dlse (B, H, M), with D[i] = rowsum(dO[i] * O[i]), in float32 and then cast:
 
     a = max_d |dO[i]|,   n = dO[i] / a,   O'[i] = O[i] - dlse[i] / (a |n|^2) n
     rowsum(dO[i] * O'[i]) = D[i] - dlse[i]
 
-A row with a < 1e-15 has no direction to fold along: its dO is replaced first by the constant 1e-20, too small to be
-seen in dP and dv. With a divided out, |n|^2 lies between 1 and the head dimension, and no square leaves float32.
-One pass, elementwise; a program owns a tile of rows of one head.
+In a row with a < 1e-15, dO has no usable direction. It is replaced first by the constant 1e-20, which is too small to
+change dP and dv. After the division by a, |n|^2 lies between 1 and the head dimension, and no square leaves the range
+of float32. The kernel is elementwise and needs one pass; a program owns a tile of rows of one head.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molsaki_kernels._triton import configs
-from molsaki_kernels._triton.tiles import RAGGED
+from molsaki_kernels._triton.decorators import kernel
+from molsaki_kernels._triton.variants import TYPES, Variant, variant
 
 VANISHED = tl.constexpr(1e-15)
 TINY = tl.constexpr(1e-20)
-TILE_ELEMENTS = 4096  # of a tile: 32 floats a thread of each of O and dO in 4 warps
+TILE_ELEMENTS = 4096  # per tile: 32 floats per thread in 4 warps, for each of O and dO
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def fold_kernel(
     out,  # (B, H, M, D)
     dout,  # (B, H, M, D)
@@ -46,7 +46,7 @@ def fold_kernel(
     do = tl.load(dout + i_b * stride_db + i_h * stride_dh + rows * stride_dm + d, mask=mask, other=0.0)
     dl = tl.load(dlse + i_b * stride_lb + i_h * stride_lh + rows * stride_lm, mask=rows < M, other=0.0)  # [BM, 1]
 
-    # The constant as dO's dtype holds it: the backward multiplies by that number.
+    # The constant is rounded to dO's dtype, because the backward multiplies by the rounded number.
     tiny = tl.where(d < D, TINY, 0.0).to(do.dtype)
     vanished = tl.max(tl.abs(do.to(tl.float32)), 1, keep_dims=True) < VANISHED
     do = tl.where(vanished, tiny, do)  # [BM, BD]
@@ -58,15 +58,15 @@ def fold_kernel(
     tl.store(folded_dout + i_b * stride_fdb + i_h * stride_fdh + rows * stride_fdm + d, do, mask)
 
 
-def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
-    """O' and the dO to go with it, in the dtypes and layouts of ``out`` and ``dout``.
+def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
+    """O' and the matching dO, in the dtypes and layouts of ``out`` and ``dout``.
 
     Args:
         out: ``(B, H, M, D)`` in bfloat16 or float32, any strides with a contiguous last dimension.
         dout: the same, any strides. dlse: ``(B, H, M)``, any strides.
 
     Raises:
-        TypeError: ``out`` or ``dout`` is float16, which has no number small enough for the rows without a direction.
+        TypeError: ``out`` or ``dout`` is float16, which cannot represent the constant for rows without a direction.
     """
     if torch.float16 in (out.dtype, dout.dtype):
         raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
@@ -76,7 +76,7 @@ def fold(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     if out.numel() == 0:
         return folded_out, folded_dout
     rows, columns = tile(D)
-    with torch.cuda.device_of(out):
+    with torch.cuda.device(out.get_device()):
         fold_kernel[(B * H * triton.cdiv(M, rows),)](
             out, dout, dlse, folded_out, folded_dout, *out.stride()[:3], *dout.stride()[:3], *dlse.stride(),
             *folded_out.stride()[:3], *folded_dout.stride()[:3], H, M, D=D, BD=columns, BM=rows, num_warps=4,
@@ -91,19 +91,14 @@ def tile(D: int) -> tuple[int, int]:
     return max(TILE_ELEMENTS // columns, 1), columns
 
 
-def variants(arch: str) -> list[configs.Variant]:
-    """What :mod:`molsaki_kernels.aot` compiles."""
+def variants(arch: str) -> list[Variant]:
+    """The variants that :mod:`molsaki_kernels.aot` compiles."""
     found = []
-    for dtype, D in (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)):
+    for dtype, D in (
+        *((torch.bfloat16, D) for D in (64, 80, 128, 256)),
+        *((torch.float32, D) for D in (64, 128)),
+    ):
         rows, columns = tile(D)
-        constexprs = dict(D=D, BD=columns, BM=rows, stride_lm=1)
-        types = dict.fromkeys(("out", "dout", "folded_out", "folded_dout"), f"*{dtype}") | {"dlse": "*fp32"}
-        types |= dict.fromkeys(constexprs, "constexpr")
-        types = {arg: types.get(arg, "i32") for arg in fold_kernel.arg_names}
-        attrs = {
-            (i,): [["tt.divisibility", 16]]
-            for i, (arg, type_) in enumerate(types.items())
-            if type_[0] == "*" or (arg.startswith("stride_") and type_ == "i32")
-        }
-        found.append(configs.Variant(f"fold-{dtype}-d{D}", fold_kernel, types, constexprs, attrs, 4, 1, False))
+        name = f"fold-{TYPES[dtype]}-d{D}"
+        found.append(variant(name, fold_kernel, dtype, warps=4, D=D, BD=columns, BM=rows, stride_lm=1))
     return found

@@ -1,17 +1,17 @@
 """The gradient of the stepwise map: dq, dk of the key tokens, dlse.
 
-    g[i, c]   = dA[step(i), word(c)] / Hq        (dA[h, step(i), word(c)] for a map of each head); 0 outside the steps
+    g[i, c]   = dA[step(i), word(c)] / Hq        (dA[h, step(i), word(c)] for one map per head); 0 outside the steps
     dS[i, c]  = P[i, c] g[i, c]                  (times 1 - t^2 with a softcap, t the tanh)
     dlse[i]   = - sum_c P[i, c] g[i, c]          (B, Hq, M)
     dq[i]     = scale sum_c dS[i, c] k[token(c)]
     dk[token] = scale sum_{h, i} dS[i, c] q[i]   summed over the query heads h of the key head
 
-:func:`map_dq_kernel`: a program owns one tile of rows of one head and walks over the key tokens it sees.
-:func:`map_dk_kernel`: a program owns one block of key tokens of one key head and walks over its share of the rows of
-every head of the group. Few key tokens make few programs, so the rows are split, and each split writes its own
-``partial (splits, N, Hkv, C, D)`` float32.
-:func:`map_dk_add_kernel`: adds the splits up in order, and adds the sum to dk in place; tokens are unique, so no two
-programs meet. Where there is one split, :func:`map_dk_kernel` does that itself.
+:func:`map_dq_kernel`: a program owns one tile of rows of one head and loops over the key tokens visible to it.
+:func:`map_dk_kernel`: a program owns one block of key tokens of one key head and loops over its split of the rows of
+every head of the group. Few key tokens give few programs; therefore the rows are split, and each split writes its own
+part of ``partial (splits, N, Hkv, C, D)`` float32.
+:func:`map_dk_add_kernel`: sums the splits in order and adds the sum to dk in place. Tokens are unique, so no two
+programs write the same row. If there is one split, :func:`map_dk_kernel` adds to dk itself.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
+from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.tiles import (
-    RAGGED,
     column_gradient,
     column_weights,
     columns_in,
     dot,
-    dot_precision,
     gather_keys,
     load_columns,
     load_rows,
     locate,
     score_factors,
+    score_flags,
     step_of,
     steps_in,
     store_rows,
 )
-from molsaki_kernels.spec import AttentionOptions, PlanTensors
+from molsaki_kernels._triton.variants import Variant, cases, variant
+from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def map_dq_kernel(
     q,  # (B, Hq, M, D)
     k,  # (B, Hkv, M, D)
@@ -50,7 +51,7 @@ def map_dq_kernel(
     steps,  # (N, S, 2)
     tokens,  # (N, C)
     words,  # (N, C)
-    dq,  # (B, Hq, M, D) or None: only dlse is asked for
+    dq,  # (B, Hq, M, D) or None: compute dlse only
     dlse,  # (B, Hq, M) float32
     step_of_row,  # (B, M) int32, for map_dk_kernel
     cu_seqlens,  # (N + 1,) or None
@@ -90,7 +91,7 @@ def map_dq_kernel(
     p_lse = (i_b.to(tl.int64) * heads + i_h) * M + bos + rows
     offset = (bos + rows).to(tl.int64)[:, None]
     if c_hi <= c_lo:
-        # No row of the tile is in a step or sees a key token: padding, mostly. Nothing is read.
+        # No row of the tile is in a step, or no key token is visible: mostly padding. Nothing is read.
         tl.store(dlse + p_lse, tl.zeros([BM], tl.float32), mask=rows < length)
         if HAS_DQ and not ACCUMULATE:
             p_dq = dq + i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh + offset * stride_dqm + d[None, :]
@@ -113,7 +114,7 @@ def map_dq_kernel(
         store_rows(p_dq, b_dq, rows, length, D, BD)
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def map_dk_kernel(
     q,  # (B, Hq, M, D)
     k,  # (B, Hkv, M, D)
@@ -146,7 +147,8 @@ def map_dk_kernel(
         length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
     token, word = load_columns(tokens + i_n.to(tl.int64) * C, words + i_n.to(tl.int64) * C, c, C, length)
 
-    # (tile, head) pairs with a row that is in a step and sees a key token of the block; this program's share of them.
+    # (tile, head) pairs with a row that is in a step and to which a key token of the block is visible, and this
+    # program's share of them.
     steps += i_n.to(tl.int64) * S * 2
     s_lo, s_hi = steps_in(steps, S, 0, length)
     first = length
@@ -198,7 +200,7 @@ def map_dk_kernel(
         tl.store(partial + i_row[:, None] * D + d[None, :], b_dk, mask=(c < C)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@jit
 def add_at_tokens(p_dk, stride_dkm, bos, token, word, d, b_dk, D: tl.constexpr):
     """Add ``b_dk [BC, BD]`` to the rows of the key tokens, in float32, and round once."""
     mask = (word >= 0)[:, None] & (d < D)[None, :]
@@ -207,7 +209,7 @@ def add_at_tokens(p_dk, stride_dkm, bos, token, word, d, b_dk, D: tl.constexpr):
     tl.store(p_dk, b_dk.to(p_dk.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def map_dk_add_kernel(
     partial,  # (splits, N, Hkv, C, D) float32
     tokens,  # (N, C)
@@ -241,50 +243,41 @@ def map_dk_add_kernel(
     add_at_tokens(p_dk, stride_dkm, bos, token, word, d, total * scale, D)
 
 
-def map_dlse(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    dmaps: Tensor,
-    plan: PlanTensors,
-    options: AttentionOptions,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """dlse ``(B, Hq, M)`` float32 alone, which an engine needs before its backward starts; see :func:`map_backward`."""
-    dlse, _ = _row_gradients(q, k, lse, dmaps, plan, options, cu_seqlens, None, False)
+def map_dlse(dmaps: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> Tensor:
+    """dlse ``(B, Hq, M)`` float32 alone, for engines that need it before their backward; see :func:`map_backward`."""
+    dlse, _ = _row_gradients(dmaps, inputs, options, plan)
     return dlse
 
 
 def map_backward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
     dmaps: Tensor,
-    plan: PlanTensors,
+    inputs: MapInputs,
     options: AttentionOptions,
-    cu_seqlens: Tensor | None = None,
+    plan: PlanTensors,
+    *,
     dq: Tensor | None = None,
     dk: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq, dk, dlse``: the map's own gradient, without what dlse does to the rest of the attention.
+    """``dq, dk, dlse`` of the map alone; the effect of dlse on dq and dk is not included.
 
     Args:
-        dmaps: ``(N, S, W)``, or ``(N, Hq, S, W)`` if the map was made ``per_head``.
-        dq, dk: gradients shaped as q and k that the result is added to, in place; new ones of q's and k's dtype, laid
-            out as they are, if None. The sum is made in float32 and rounded once.
+        dmaps: ``(N, S, W)``, or ``(N, Hq, S, W)`` with ``options.per_head``.
+        dq, dk: gradients shaped as q and k, to which the result is added in place: the sum is computed in float32 and
+            rounded once. None: new tensors in the dtype and layout of q and k.
     """
+    q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
     add_dq = dq is not None
     dq = torch.empty_like(q) if dq is None else dq
     dk = torch.zeros_like(k) if dk is None else dk
-    dlse, step_of_row = _row_gradients(q, k, lse, dmaps, plan, options, cu_seqlens, dq, add_dq)
+    dlse, step_of_row = _row_gradients(dmaps, inputs, options, plan, dq, add_dq)
     partial = None
     if step_of_row is not None:
-        partial = dk_partials(q, k, lse, dmaps, step_of_row, plan, options, cu_seqlens, dk)
+        partial = dk_partials(dmaps, inputs, options, plan, step_of_row, dk)
     if partial is not None:
         N, C = plan.tokens.shape
         D = q.shape[3]
         config = configs.map_dk_add(D)
-        with torch.cuda.device_of(q):
+        with torch.cuda.device(q.get_device()):
             map_dk_add_kernel[(N * triton.cdiv(C, config.columns), k.shape[1])](
                 partial, plan.tokens, plan.word_of_token, dk, cu_seqlens, *dk.stride()[:3],
                 options.scale, k.shape[2], N, C, partial.shape[0],
@@ -294,112 +287,139 @@ def map_backward(
     return dq, dk, dlse
 
 
-def _row_gradients(q, k, lse, dmaps, plan, options, cu_seqlens, dq, accumulate) -> tuple[Tensor, Tensor | None]:
-    """dlse and each row's step; dq in place. No step of a row if the plan is empty and so is the gradient."""
+def _row_gradients(
+    dmaps: Tensor,
+    inputs: MapInputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+    dq: Tensor | None = None,
+    accumulate: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dlse and ``step_of_row``, which is None for an empty plan; writes dq, or adds to it with ``accumulate``."""
+    q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
     B, Hq, M, D = q.shape
-    N, S = plan.steps.shape[:2]
-    C, W = plan.tokens.shape[1], plan.num_words
-    if 0 in (N, S, C, W, M):
+    if plan.is_empty(q):
         if dq is not None and not accumulate:
             dq.zero_()
         return q.new_zeros((B, Hq, M), dtype=torch.float32), None
-    packed = cu_seqlens is not None
-    per_head = dmaps.ndim == 4
+    N, S = plan.steps.shape[:2]
+    C, W = plan.tokens.shape[1], plan.num_words
     config = configs.map_dq(configs.arch_of(q), q.dtype, D)
     dlse = q.new_empty((B, Hq, M), dtype=torch.float32)
     step_of_row = q.new_empty((B, M), dtype=torch.int32)
     factor, inner = score_factors(options.scale, options.softcap)
-    with torch.cuda.device_of(q):
-        map_dq_kernel[(configs.num_tiles(M, N, packed, config.rows), Hq)](
-            q, k, lse.contiguous(), dmaps.float().contiguous(), plan.steps, plan.tokens, plan.word_of_token,
+    with torch.cuda.device(q.get_device()):
+        map_dq_kernel[(configs.num_tiles(M, N, cu_seqlens is not None, config.rows), Hq)](
+            q, k, inputs.lse.contiguous(), dmaps.float().contiguous(), plan.steps, plan.tokens, plan.word_of_token,
             dq, dlse, step_of_row, cu_seqlens,
             *q.stride()[:3], *k.stride()[:3], *(q if dq is None else dq).stride()[:3],
-            options.scale, factor, inner, 1.0 if per_head else 1.0 / Hq, options.window or 0,
+            options.scale, factor, inner, 1.0 if options.per_head else 1.0 / Hq, options.window or 0,
             M, N, S, C, W, Hq, Hq // k.shape[1],
-            D=D, BD=triton.next_power_of_2(D), BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK,
-            CAUSAL=options.causal, HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None,
-            PACKED=packed, PER_HEAD=per_head, HAS_DQ=dq is not None, ACCUMULATE=accumulate,
-            PRECISION=dot_precision(q.dtype), num_warps=config.warps, num_stages=config.stages,
+            BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK, **score_flags(q, options, cu_seqlens),
+            PER_HEAD=options.per_head, HAS_DQ=dq is not None, ACCUMULATE=accumulate,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return dlse, step_of_row
 
 
 def dk_partials(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
     dmaps: Tensor,
-    step_of_row: Tensor,
-    plan: PlanTensors,
+    inputs: MapInputs,
     options: AttentionOptions,
-    cu_seqlens: Tensor | None,
+    plan: PlanTensors,
+    step_of_row: Tensor,
     dk: Tensor | None = None,
 ) -> Tensor | None:
-    """dk of the key tokens, not yet scaled, in shares ``(splits, N, Hkv, C, D)`` float32; None if there is one split
-    and ``dk``, to which it was added instead."""
+    """dk of the key tokens without the scale, one part per split of the rows: ``(splits, N, Hkv, C, D)`` float32.
+
+    With one split and ``dk``, the result is added to ``dk`` instead and None is returned.
+    """
+    q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
     Hq, M, D = q.shape[1:]
     Hkv = k.shape[1]
     N, S = plan.steps.shape[:2]
     C, W = plan.tokens.shape[1], plan.num_words
-    packed = cu_seqlens is not None
-    per_head = dmaps.ndim == 4
     arch = configs.arch_of(q)
     config = configs.map_dk(arch, q.dtype, D, C)
     blocks = triton.cdiv(C, config.columns)
     splits = configs.row_splits(arch, N * blocks * Hkv, triton.cdiv(M, config.rows) * (Hq // Hkv))
-    direct = splits == 1 and dk is not None
-    partial = None if direct else q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32)
+    target = dk if splits == 1 else None
+    partial = q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32) if target is None else None
     factor, inner = score_factors(options.scale, options.softcap)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device(q.get_device()):
         map_dk_kernel[(N * blocks, Hkv, splits)](
-            q, k, lse.contiguous(), dmaps.float().contiguous(), plan.steps, plan.tokens, plan.word_of_token,
-            step_of_row, partial, dk if direct else None, cu_seqlens,
-            *q.stride()[:3], *k.stride()[:3], *(dk if direct else k).stride()[:3],
-            options.scale, factor, inner, 1.0 if per_head else 1.0 / Hq, options.window or 0,
+            q, k, inputs.lse.contiguous(), dmaps.float().contiguous(), plan.steps, plan.tokens, plan.word_of_token,
+            step_of_row, partial, target, cu_seqlens,
+            *q.stride()[:3], *k.stride()[:3], *(k if target is None else target).stride()[:3],
+            options.scale, factor, inner, 1.0 if options.per_head else 1.0 / Hq, options.window or 0,
             M, N, S, C, W, splits, Hq, Hq // Hkv,
-            D=D, BD=triton.next_power_of_2(D), BM=config.rows, BC=config.columns,
-            CAUSAL=options.causal, HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None,
-            PACKED=packed, PER_HEAD=per_head, DIRECT=direct, PRECISION=dot_precision(q.dtype),
-            num_warps=config.warps, num_stages=config.stages,
+            BM=config.rows, BC=config.columns, **score_flags(q, options, cu_seqlens),
+            PER_HEAD=options.per_head, DIRECT=target is not None, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return partial
 
 
-def variants(arch: str) -> list[configs.Variant]:
-    """What :mod:`molsaki_kernels.aot` compiles."""
+def variants(arch: str) -> list[Variant]:
+    """The variants that :mod:`molsaki_kernels.aot` compiles."""
     found = []
-    for name, dtype, D, on in configs.cases():
-        if not on["map"] or on["sinks"]:
+    for case in cases():
+        if not case.has_map or case.sinks:
             continue
-        absent = () if on["packed"] else ("cu_seqlens",)
-        flags = dict(
-            D=D, BD=triton.next_power_of_2(D), CAUSAL=on["causal"], HAS_WINDOW=on["window"], HAS_SOFTCAP=on["softcap"],
-            PACKED=on["packed"], PER_HEAD=on["per_head"], PRECISION="ieee",
-        )  # fmt: skip
-        wgmma = dtype != torch.float32
-        is_default = name.count("-") == 1  # no feature beside dtype and head_dim
-        tile = configs.map_dq(arch, dtype, D)
-        sizes = dict(BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK)
+        D = case.head_dim
+        flags = {**case.score_flags, "PER_HEAD": case.per_head}
+        wgmma = case.dtype != torch.float32
+        tile = configs.map_dq(arch, case.dtype, D)
         for kind, has_dq, accumulate in (("dq", True, False), ("dq_add", True, True), ("dlse", False, False)):
-            if kind == "dq" or is_default:
+            if kind == "dq" or not case.feature:
                 found.append(
-                    configs.variant(
-                        f"map_{kind}-{name}", map_dq_kernel, dtype, tile, wgmma and tile.rows >= 64,
-                        absent + (() if has_dq else ("dq",)), HAS_DQ=has_dq, ACCUMULATE=accumulate, **sizes, **flags,
+                    variant(
+                        f"map_{kind}-{case.name}",
+                        map_dq_kernel,
+                        case.dtype,
+                        warps=tile.warps,
+                        stages=tile.stages,
+                        absent=case.absent() if has_dq else case.absent("dq"),
+                        wants_wgmma=wgmma and tile.rows >= 64,
+                        HAS_DQ=has_dq,
+                        ACCUMULATE=accumulate,
+                        BM=tile.rows,
+                        BC=tile.columns,
+                        BS=configs.STEP_BLOCK,
+                        **flags,
                     )
-                )  # fmt: skip
-        tile = configs.map_dk(arch, dtype, D, 256)
-        sizes = dict(BM=tile.rows, BC=tile.columns)
-        for kind, direct, none in (("dk", False, "dk"), ("dk_direct", True, "partial")):
-            if kind == "dk" or is_default:
+                )
+        tile = configs.map_dk(arch, case.dtype, D, 256)
+        for kind, direct, absent in (("dk", False, "dk"), ("dk_direct", True, "partial")):
+            if kind == "dk" or not case.feature:
                 found.append(
-                    configs.variant(
-                        f"map_{kind}-{name}", map_dk_kernel, dtype, tile, wgmma, (*absent, none), DIRECT=direct,
-                        **sizes, **flags,
+                    variant(
+                        f"map_{kind}-{case.name}",
+                        map_dk_kernel,
+                        case.dtype,
+                        warps=tile.warps,
+                        stages=tile.stages,
+                        absent=case.absent(absent),
+                        wants_wgmma=wgmma,
+                        DIRECT=direct,
+                        BM=tile.rows,
+                        BC=tile.columns,
+                        **flags,
                     )
-                )  # fmt: skip
-        if is_default or name == "bf16-d128-packed":
+                )
+        if not case.feature or case.name == "bf16-d128-packed":
             tile = configs.map_dk_add(D)
-            sizes = dict(BC=tile.columns, D=D, BD=triton.next_power_of_2(D), PACKED=on["packed"])
-            found.append(configs.variant(f"map_dk_add-{name}", map_dk_add_kernel, dtype, tile, False, absent, **sizes))
+            found.append(
+                variant(
+                    f"map_dk_add-{case.name}",
+                    map_dk_add_kernel,
+                    case.dtype,
+                    warps=tile.warps,
+                    stages=tile.stages,
+                    absent=case.absent(),
+                    BC=tile.columns,
+                    D=D,
+                    BD=triton.next_power_of_2(D),
+                    PACKED=case.packed,
+                )
+            )
     return found

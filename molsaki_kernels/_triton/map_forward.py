@@ -1,20 +1,20 @@
-"""The stepwise map from q, k and lse (Eq. 2 and 3), without a weight in memory.
+"""The stepwise map from q, k and lse (Eq. 2 and 3), without writing attention weights to memory.
 
     q (B, Hq, M, D), k (B, Hkv, M, D), lse (B, Hq, M) natural log
     P[i, c]    = exp(scale q_i.k_token(c) - lse_i)                       0 where token c is hidden from row i
     A[s, w]    = sum over heads h, rows i of step s, key tokens c of word w of P[h, i, c], divided by Hq
 
-Stage 1, :func:`map_partials_kernel`: a program owns one tile of rows and one block of key tokens, and walks over the
-heads of its group with the step sums in registers. The rows of a tile are summed into their steps by a one-hot product
-on the tensor cores: ``P^T [BC, BM] @ E [BM, BS]``. It writes one number for each (step in the tile, key token):
+Stage 1, :func:`map_partials_kernel`: a program owns one tile of rows and one block of key tokens. It loops over the
+heads of its group and keeps the sums per step in registers. A one-hot product on the tensor cores sums the rows of a
+tile into their steps: ``P^T [BC, BM] @ E [BM, BS]``. The program writes one number per (step in the tile, key token):
 
     partial (groups, slots, C) float32,   slot = tile + n S + s
 
-Steps are ascending and disjoint, so (tile, step) pairs that share a row form a staircase on which ``tile + s`` always
-grows: no two pairs share a slot, and ``tiles + N S`` slots are enough.
+Steps are ascending and disjoint, so ``tile + s`` grows along the (tile, step) pairs that share a row: no two pairs
+share a slot, and ``tiles + N S`` slots are enough.
 
-Stage 2, :func:`map_reduce_kernel`: a program owns one step and one block of words; it adds up the step's tiles and the
-groups, then the tokens of each word. Both stages add in a fixed order.
+Stage 2, :func:`map_reduce_kernel`: a program owns one step and one block of words. It sums over the step's tiles and
+the groups, then over the tokens of each word. Both stages add in a fixed order.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
+from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.tiles import (
-    RAGGED,
     column_weights,
     dot_one_hot,
-    dot_precision,
     first_tile,
     gather_keys,
     load_columns,
@@ -37,13 +36,15 @@ from molsaki_kernels._triton.tiles import (
     locate,
     one_hot,
     score_factors,
+    score_flags,
     step_of,
     steps_in,
 )
-from molsaki_kernels.spec import AttentionOptions, PlanTensors
+from molsaki_kernels._triton.variants import Variant, cases, variant
+from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def map_partials_kernel(
     q,  # (B, Hq, M, D)
     k,  # (B, Hkv, M, D)
@@ -76,7 +77,7 @@ def map_partials_kernel(
     tokens += i_n.to(tl.int64) * C
     words += i_n.to(tl.int64) * C
     token, word = load_columns(tokens, words, c, C, length)
-    # What stage 2 reads: key tokens that some row of the tile may see.
+    # Stage 2 reads the key tokens that are visible to some row of the tile.
     wanted = word >= 0
     if CAUSAL:
         wanted = wanted & (token <= m0 + BM - 1)
@@ -112,7 +113,7 @@ def map_partials_kernel(
         tl.store(p_partial, sums, mask=(c < C)[:, None] & (s < s_hi)[None, :])
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def map_reduce_kernel(
     partial,  # (groups, num_slots, C) float32
     steps,  # (N, S, 2)
@@ -124,7 +125,7 @@ def map_reduce_kernel(
     ROWS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, s, block of words), head: ``groups`` slices of partial, from ``head * groups`` on, make one map."""
+    """Program (n, s, block of words), head: the sum of ``groups`` slices of partial, from ``head * groups`` on."""
     blocks = tl.cdiv(W, BW)
     i_ns = tl.program_id(0) // blocks
     w0 = tl.program_id(0) % blocks * BW
@@ -167,12 +168,13 @@ def map_reduce_kernel(
     tl.store(p_maps, total * weight, mask=w < W)
 
 
-@triton.jit
+@jit
 def load_steps_scalar(p):
+    """``start, stop`` of the one step at p."""
     return tl.load(p).to(tl.int32), tl.load(p + 1).to(tl.int32)
 
 
-@triton.jit
+@jit
 def tokens_of_words(words, C, w_lo, w_hi):
     """The smallest range ``[lo, hi)`` of key tokens that holds every token of words ``[w_lo, w_hi)``."""
     lo = w_lo * 0 + C
@@ -186,107 +188,101 @@ def tokens_of_words(words, C, w_lo, w_hi):
     return lo, hi
 
 
-def map_forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    plan: PlanTensors,
-    options: AttentionOptions,
-    cu_seqlens: Tensor | None = None,
-    per_head: bool = False,
-) -> Tensor:
-    """The map ``(N, S, W)`` float32, or ``(N, Hq, S, W)`` with ``per_head``.
-
-    Args:
-        q, k: ``(B, Hq, M, D)`` and ``(B, Hkv, M, D)``, any strides with a contiguous last dimension.
-        lse: ``(B, Hq, M)`` float32, natural log.
-        cu_seqlens: ``(N + 1,)`` int32 if q and k are packed ``(1, H, total, D)``.
-    """
+def map_forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> Tensor:
+    """The map ``(N, S, W)`` float32, or ``(N, Hq, S, W)`` with ``options.per_head``."""
+    q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
+    if plan.is_empty(q):
+        return new_maps(q, options, plan).zero_()
     Hq, M, D = q.shape[1:]
     N, S = plan.steps.shape[:2]
     C = plan.tokens.shape[1]
-    if 0 in (N, S, C, plan.num_words, M):
-        return new_maps(q, plan, per_head).zero_()
-    packed = cu_seqlens is not None
-    config = configs.map_forward(configs.arch_of(q), q.dtype, D, C)
-    tiles = configs.num_tiles(M, N, packed, config.rows)
+    arch = configs.arch_of(q)
+    config = configs.map_forward(arch, q.dtype, D, C)
+    tiles = configs.num_tiles(M, N, cu_seqlens is not None, config.rows)
     blocks = triton.cdiv(C, config.columns)
-    heads_per_program = 1 if per_head else configs.heads_per_program(configs.arch_of(q), Hq, tiles * blocks)
+    heads_per_program = 1 if options.per_head else configs.heads_per_program(arch, Hq, tiles * blocks)
     groups = triton.cdiv(Hq, heads_per_program)
     partial = q.new_empty((groups, tiles + N * S, C), dtype=torch.float32)
     factor, inner = score_factors(options.scale, options.softcap)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device(q.get_device()):
         map_partials_kernel[(tiles * blocks, groups)](
-            q, k, lse.contiguous(), plan.steps, plan.tokens, plan.word_of_token, partial, cu_seqlens,
+            q, k, inputs.lse.contiguous(), plan.steps, plan.tokens, plan.word_of_token, partial, cu_seqlens,
             *q.stride()[:3], *k.stride()[:3],
             factor, inner, options.window or 0, M, N, S, C, tiles + N * S, Hq, Hq // k.shape[1], heads_per_program,
-            D=D, BD=triton.next_power_of_2(D), BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK,
-            CAUSAL=options.causal, HAS_WINDOW=options.window is not None, HAS_SOFTCAP=options.softcap is not None,
-            PACKED=packed, PRECISION=dot_precision(q.dtype), num_warps=config.warps, num_stages=config.stages,
+            BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK, **score_flags(q, options, cu_seqlens),
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return reduce_partials(partial, q, plan, options, cu_seqlens, per_head, config.rows)
+    return reduce_partials(partial, inputs, options, plan, config.rows)
 
 
-def new_maps(q: Tensor, plan: PlanTensors, per_head: bool) -> Tensor:
+def new_maps(q: Tensor, options: AttentionOptions, plan: PlanTensors) -> Tensor:
+    """An uninitialised map."""
+    heads = (q.shape[1],) if options.per_head else ()
     N, S = plan.steps.shape[:2]
-    shape = (N, q.shape[1], S, plan.num_words) if per_head else (N, S, plan.num_words)
-    return q.new_empty(shape, dtype=torch.float32)
+    return q.new_empty((N, *heads, S, plan.num_words), dtype=torch.float32)
 
 
 def reduce_partials(
-    partial: Tensor,
-    q: Tensor,
-    plan: PlanTensors,
-    options: AttentionOptions,
-    cu_seqlens: Tensor | None,
-    per_head: bool,
-    rows: int,
+    partial: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, rows: int
 ) -> Tensor:
-    """Stage 2: ``partial (groups, slots, C)``, made with tiles of ``rows`` rows, to the map."""
-    Hq, M = q.shape[1:3]
+    """Stage 2: the map from ``partial (groups, slots, C)``, which was computed with tiles of ``rows`` rows."""
+    Hq, M = inputs.q.shape[1:3]
     N, S = plan.steps.shape[:2]
     C, W = plan.tokens.shape[1], plan.num_words
-    maps = new_maps(q, plan, per_head)
-    groups = 1 if per_head else partial.shape[0]
+    maps = new_maps(inputs.q, options, plan)
+    groups = 1 if options.per_head else partial.shape[0]
     config = configs.map_reduce(groups, C)
-    with torch.cuda.device_of(q):
-        map_reduce_kernel[(N * S * triton.cdiv(W, config.words), Hq if per_head else 1)](
-            partial, plan.steps, plan.tokens, plan.word_of_token, maps, cu_seqlens,
-            1.0 if per_head else 1.0 / Hq, options.window or 0, M, S, C, W, groups, partial.shape[1],
+    with torch.cuda.device(partial.get_device()):
+        map_reduce_kernel[(N * S * triton.cdiv(W, config.words), Hq if options.per_head else 1)](
+            partial, plan.steps, plan.tokens, plan.word_of_token, maps, inputs.cu_seqlens,
+            1.0 if options.per_head else 1.0 / Hq, options.window or 0, M, S, C, W, groups, partial.shape[1],
             ROWS=rows, BG=config.groups, BC=config.columns, BW=config.words,
-            CAUSAL=options.causal, HAS_WINDOW=options.window is not None, PACKED=cu_seqlens is not None,
+            CAUSAL=options.causal, HAS_WINDOW=options.window is not None, PACKED=inputs.cu_seqlens is not None,
             num_warps=config.warps, num_stages=1,
         )  # fmt: skip
     return maps
 
 
-def variants(arch: str) -> list[configs.Variant]:
-    """What :mod:`molsaki_kernels.aot` compiles."""
+def variants(arch: str) -> list[Variant]:
+    """The variants that :mod:`molsaki_kernels.aot` compiles."""
     found = []
-    for name, dtype, D, on in configs.cases():
-        if not on["map"] or on["sinks"] or on["per_head"]:
+    for case in cases():
+        if not case.has_map or case.sinks or case.per_head:
             continue
-        shared = dict(CAUSAL=on["causal"], HAS_WINDOW=on["window"], PACKED=on["packed"])
-        absent = () if on["packed"] else ("cu_seqlens",)
-        for key_tokens in (64, 256) if name in ("bf16-d64", "bf16-d128") else (256,):
-            tile = configs.map_forward(arch, dtype, D, key_tokens)
+        for key_tokens in (64, 256) if case.name in ("bf16-d64", "bf16-d128") else (256,):
+            tile = configs.map_forward(arch, case.dtype, case.head_dim, key_tokens)
             found.append(
-                configs.variant(
-                    f"map_partials-{name}-c{key_tokens}", map_partials_kernel, dtype, tile, dtype != torch.float32,
-                    absent,
-                    D=D, BD=triton.next_power_of_2(D), BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK,
-                    HAS_SOFTCAP=on["softcap"], PRECISION="ieee", **shared,
+                variant(
+                    f"map_partials-{case.name}-c{key_tokens}",
+                    map_partials_kernel,
+                    case.dtype,
+                    warps=tile.warps,
+                    stages=tile.stages,
+                    absent=case.absent(),
+                    wants_wgmma=case.dtype != torch.float32,
+                    BM=tile.rows,
+                    BC=tile.columns,
+                    BS=configs.STEP_BLOCK,
+                    **case.score_flags,
                 )
-            )  # fmt: skip
+            )
     for name, packed, window in (("", False, False), ("-packed", True, False), ("-window", False, True)):
         for groups, key_tokens in ((1, 32), (32, 256)):
             stage = configs.map_reduce(groups, key_tokens)
             found.append(
-                configs.variant(
-                    f"map_reduce{name}-g{groups}-c{key_tokens}", map_reduce_kernel, torch.float32,
-                    configs.MapTile(0, 0, stage.warps, 1), False, () if packed else ("cu_seqlens",),
-                    ROWS=64, BG=stage.groups, BC=stage.columns, BW=stage.words,
-                    CAUSAL=True, HAS_WINDOW=window, PACKED=packed,
+                variant(
+                    f"map_reduce{name}-g{groups}-c{key_tokens}",
+                    map_reduce_kernel,
+                    torch.float32,
+                    warps=stage.warps,
+                    absent=() if packed else ("cu_seqlens",),
+                    ROWS=64,
+                    BG=stage.groups,
+                    BC=stage.columns,
+                    BW=stage.words,
+                    CAUSAL=True,
+                    HAS_WINDOW=window,
+                    PACKED=packed,
                 )
-            )  # fmt: skip
+            )
     return found

@@ -1,4 +1,4 @@
-"""What this machine can run of the project's Triton kernels."""
+"""Whether this machine can run the project's Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, reads it once
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no Triton kernel can run on tensors of ``device`` and ``dtype``, or None."""
+    """The reason why no Triton kernel can run on tensors of ``device`` and ``dtype``, or None."""
     if not INSTALLED:
         return "triton is not installed"
     if device.type != "cuda" and not INTERPRETED:

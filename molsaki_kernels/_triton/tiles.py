@@ -1,27 +1,29 @@
-"""Jit helpers used by two kernels or more: where a tile lies, what it loads, its scores, its steps and its columns.
+"""Jit helpers that two kernels or more share: the position of a tile, its loads, scores, steps and key tokens.
 
 A score tile is ``t`` and a weight is ``exp(t * factor - lse)``. Without a softcap ``t = q.k`` and ``factor = scale``;
-with one ``t = tanh(q.k * inner)``, ``inner = scale / softcap`` and ``factor = softcap``. The host makes both numbers
-(:func:`score_factors`).
+with one ``t = tanh(q.k * inner)``, ``inner = scale / softcap`` and ``factor = softcap``. :func:`score_factors` computes
+both numbers on the host.
 
-Addresses are 64 bit: every index is widened before it meets a stride.
+Addresses are 64 bit: every index is widened before it is multiplied by a stride.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from molsaki_kernels._triton.decorators import jit
+from molsaki_kernels.spec import AttentionOptions
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: its product with a small whole number is exact
 LN2_LOW = tl.constexpr(math.log(2) - 0.693359375)
-
-# Sizes that change from batch to batch: a kernel compiled for one of them must serve all.
-RAGGED = ["M", "N", "S", "C", "W", "num_slots", "window", "groups", "heads_per_program", "splits"]
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -29,17 +31,30 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     return (scale, 0.0) if softcap is None else (softcap, scale / softcap)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Full float32 for float32 inputs, unless PyTorch's own TF32 switch is on."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def score_flags(q: Tensor, options: AttentionOptions, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """The compile-time arguments of every kernel that computes scores.
+
+    Products of float32 inputs are full float32 unless PyTorch's own TF32 switch is on.
+    """
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return dict(
+        D=q.shape[3],
+        BD=triton.next_power_of_2(q.shape[3]),
+        CAUSAL=options.causal,
+        HAS_WINDOW=options.window is not None,
+        HAS_SOFTCAP=options.softcap is not None,
+        PACKED=cu_seqlens is not None,
+        PRECISION="tf32" if tf32 else "ieee",
+    )
 
 
-@triton.jit
+@jit
 def locate(i_g, cu_seqlens, M, N, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """Tile ``i_g`` of the whole batch -> sequence, batch row, tile within the sequence, first row, length.
+    """Tile ``i_g`` of the whole batch -> sequence, batch index, tile within the sequence, first row, length.
 
-    Packed sequence n owns the tiles from ``cu_seqlens[n] // ROWS + n`` on: never fewer than it needs, so a grid of
-    ``total // ROWS + N`` tiles covers any lengths without asking the device for them. Tiles past its end do nothing.
+    Packed sequence n owns the tiles from ``cu_seqlens[n] // ROWS + n`` on. These are never fewer than it needs, so a
+    grid of ``total // ROWS + N`` tiles covers any lengths, and the host need not know them. Tiles past the end of
+    their sequence do nothing.
     """
     if PACKED:
         before = i_g * 0
@@ -62,18 +77,18 @@ def locate(i_g, cu_seqlens, M, N, ROWS: tl.constexpr, PACKED: tl.constexpr):
     return i_n, i_b, i_t, bos, length
 
 
-@triton.jit
+@jit
 def first_tile(i_n, bos, M, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """Sequence ``i_n``'s first tile in the whole batch: what :func:`locate` inverts."""
+    """Sequence ``i_n``'s first tile in the whole batch, the inverse of :func:`locate`."""
     if PACKED:
         return bos // ROWS + i_n
     else:
         return i_n * tl.cdiv(M, ROWS)
 
 
-@triton.jit
+@jit
 def load_rows(p, rows, length, D: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr):
-    """A ``[len(rows), BD]`` tile; dims from D on, and with CHECK rows from ``length`` on, are zeros."""
+    """A ``[len(rows), BD]`` tile; dimensions from D on, and with CHECK rows from ``length`` on, are zeros."""
     d = tl.arange(0, BD)
     if CHECK:
         if D == BD:
@@ -87,13 +102,14 @@ def load_rows(p, rows, length, D: tl.constexpr, BD: tl.constexpr, CHECK: tl.cons
             return tl.load(p, mask=(d < D)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def store_rows(p, x, rows, length, D: tl.constexpr, BD: tl.constexpr):
+    """Store ``x [len(rows), BD]`` in the dtype of ``p``, without rows from ``length`` on and dimensions from D on."""
     d = tl.arange(0, BD)
     tl.store(p, x.to(p.dtype.element_ty), mask=(rows < length)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` in float32. NumPy has no bfloat16, so the interpreter multiplies in float32."""
     if INTERPRET:
@@ -102,9 +118,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@jit
 def tanh(x):
-    """To float32 rounding (Cephes): an odd polynomial near zero, where ``1 - 2 / (exp(2x) + 1)`` cancels."""
+    """Accurate to float32 rounding (Cephes): an odd polynomial near zero, where ``1 - 2 / (exp(2x) + 1)`` cancels."""
     z = x * x
     near = -5.70498872745e-3 * z + 2.06390887954e-2
     near = near * z - 5.37397155531e-2
@@ -115,25 +131,26 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.625, near, far)
 
 
-@triton.jit
+@jit
 def capped(s, inner, HAS_SOFTCAP: tl.constexpr):
+    """The score tile ``t`` of the products ``s = q.k``."""
     if HAS_SOFTCAP:
         return tanh(s * inner)
     else:
         return s
 
 
-@triton.jit
+@jit
 def exp(x):
-    """To float32 rounding, for x <= 88: exp2 of ``x log2(e)`` alone would be off by the rounding of the product."""
+    """Accurate to float32 rounding for x <= 88; ``exp2(x log2(e))`` has the rounding error of the product."""
     x = tl.maximum(x, -150.0)
     n = tl.floor(x * LOG2E + 0.5)
     return tl.exp2(n) * tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
 
 
-@triton.jit
+@jit
 def weights(t, lse, factor, visible, EXACT: tl.constexpr):
-    """``exp(t * factor - lse)``, 0 where not ``visible`` (None: all are); lse broadcasts.
+    """``exp(t * factor - lse)``, 0 where not ``visible`` (None: all keys are visible); lse broadcasts.
 
     One multiply-add and one exp2, unless EXACT (float32 inputs).
     """
@@ -143,9 +160,9 @@ def weights(t, lse, factor, visible, EXACT: tl.constexpr):
     return exp(x) if EXACT else tl.exp2(x)
 
 
-@triton.jit
-def seen(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """May query ``rows`` see key ``columns``? The arguments broadcast; within one sequence."""
+@jit
+def is_visible(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Whether keys ``columns`` are visible to queries ``rows`` of the same sequence; the arguments broadcast."""
     visible = (rows == rows) & (columns == columns)
     if CAUSAL:
         visible = columns <= rows
@@ -154,18 +171,18 @@ def seen(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
     return visible
 
 
-@triton.jit
-def seen_words(rows, token, word, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """:func:`seen` for key tokens; padding (word -1) is seen by none. Under causality that costs no test of its own."""
+@jit
+def is_key_token_visible(rows, token, word, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """:func:`is_visible` for key tokens; padding (word -1) is not visible, which costs no test with CAUSAL."""
     if CAUSAL:
-        return seen(rows, tl.where(word >= 0, token, 2**30), window, CAUSAL, HAS_WINDOW)
+        return is_visible(rows, tl.where(word >= 0, token, 2**30), window, CAUSAL, HAS_WINDOW)
     else:
-        return seen(rows, token, window, CAUSAL, HAS_WINDOW) & (word >= 0)
+        return is_visible(rows, token, window, CAUSAL, HAS_WINDOW) & (word >= 0)
 
 
-@triton.jit
+@jit
 def key_range(m0, length, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Keys that rows ``[m0, m0 + BM)`` see: masked in ``[lo, a)`` and ``[b, hi)``, all of them in ``[a, b)``."""
+    """Keys visible to rows ``[m0, m0 + BM)``: all in ``[a, b)``, some in ``[lo, a)`` and ``[b, hi)`` (needs a mask)."""
     lo = m0 * 0
     hi = length
     full = length
@@ -180,9 +197,9 @@ def key_range(m0, length, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl
     return lo, a, b, hi
 
 
-@triton.jit
+@jit
 def query_range(n0, length, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Queries that see keys ``[n0, n0 + BN)``: masked in ``[lo, a)`` and ``[b, hi)``, all of them in ``[a, b)``."""
+    """Queries that keys ``[n0, n0 + BN)`` are visible to: all in ``[a, b)``, some in ``[lo, a)`` and ``[b, hi)``."""
     lo = n0 * 0
     hi = length
     full = length
@@ -197,7 +214,7 @@ def query_range(n0, length, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: 
     return lo, a, b, hi
 
 
-@triton.jit
+@jit
 def load_steps(steps, s, S):
     """``[start, stop)`` of steps ``s`` of one sequence; (0, 0) from S on."""
     start = tl.load(steps + 2 * s, mask=s < S, other=0).to(tl.int32)
@@ -205,9 +222,9 @@ def load_steps(steps, s, S):
     return start, stop
 
 
-@triton.jit
+@jit
 def steps_in(steps, S, first, stop):
-    """The steps ``[lo, hi)`` that own a row of ``[first, stop)``; ``hi = 0`` if none does."""
+    """The steps ``[lo, hi)`` that contain a row of ``[first, stop)``; ``hi = 0`` if none does."""
     lo = first * 0 + S
     hi = first * 0
     for s0 in tl.range(0, S, 128, num_stages=1):
@@ -219,9 +236,9 @@ def steps_in(steps, S, first, stop):
     return lo, hi
 
 
-@triton.jit
+@jit
 def step_of(steps, S, rows, s_lo, s_hi, BS: tl.constexpr):
-    """The step that owns each row, -1 if none does: int32, shaped as ``rows``."""
+    """The step that contains each row, -1 if none does: int32, shaped as ``rows``."""
     step = rows * 0 - 1
     for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
         s = s0 + tl.arange(0, BS)
@@ -231,9 +248,9 @@ def step_of(steps, S, rows, s_lo, s_hi, BS: tl.constexpr):
     return step
 
 
-@triton.jit
+@jit
 def columns_in(tokens, words, C, first, last):
-    """The key tokens ``[lo, hi)`` with a position in ``[first, last]``; positions ascend. ``hi = 0`` if none has."""
+    """The key tokens ``[lo, hi)`` with a position in ``[first, last]``; positions ascend. ``hi = 0`` for none."""
     lo = first * 0 + C
     hi = first * 0
     for c0 in tl.range(0, C, 128, num_stages=1):
@@ -246,7 +263,7 @@ def columns_in(tokens, words, C, first, last):
     return lo, hi
 
 
-@triton.jit
+@jit
 def load_columns(tokens, words, c, c_hi, length):
     """Position and word of key tokens ``c``; the word is -1 for padding, past ``c_hi`` and past the sequence."""
     word = tl.load(words + c, mask=c < c_hi, other=-1).to(tl.int32)
@@ -255,7 +272,7 @@ def load_columns(tokens, words, c, c_hi, length):
     return tl.where(inside, token, 0), tl.where(inside, word, -1)
 
 
-@triton.jit
+@jit
 def gather_keys(p_k, stride_km, token, word, D: tl.constexpr, BD: tl.constexpr):
     """The key vectors of the key tokens: ``[BC, BD]``."""
     d = tl.arange(0, BD)
@@ -263,7 +280,7 @@ def gather_keys(p_k, stride_km, token, word, D: tl.constexpr, BD: tl.constexpr):
     return tl.load(p, mask=(word >= 0)[:, None] & (d < D)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def one_hot(index, BS: tl.constexpr, EXACT: tl.constexpr):
     """``[len(index), BS]``, row i one at ``index[i]``; zeros where that is outside ``[0, BS)``."""
     e = (index[:, None] == tl.arange(0, BS)[None, :]).to(tl.float32)
@@ -273,9 +290,9 @@ def one_hot(index, BS: tl.constexpr, EXACT: tl.constexpr):
         return e.to(tl.bfloat16)
 
 
-@triton.jit
+@jit
 def dot_one_hot(x, e, acc):
-    """``acc + x @ e``, float32 x, one-hot e. A bfloat16 e takes x in two halves on the tensor cores: 16 bits of x."""
+    """``acc + x @ e`` for float32 x and one-hot e. For a bfloat16 e, x is split into two bfloat16 parts (16 bits)."""
     if e.dtype == tl.float32:
         return dot(x, e, acc, "ieee")
     else:
@@ -285,30 +302,30 @@ def dot_one_hot(x, e, acc):
         return dot(low, e, acc, "ieee")
 
 
-@triton.jit
+@jit
 def column_weights(
     k, q, lse, token, word, rows, factor, inner, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Transposed weights of the key columns ``[BC, BM]`` and the score tile they come from.
+    """Transposed weights of the key tokens ``[BC, BM]`` and their score tile.
 
-    Rows past the end have lse = inf, so no weight.
+    Rows past the end have ``lse = inf``, so their weights are 0.
     """
     t = capped(dot(k, tl.trans(q), None, PRECISION), inner, HAS_SOFTCAP)  # [BC, BM]
-    visible = seen_words(rows[None, :], token[:, None], word[:, None], window, CAUSAL, HAS_WINDOW)  # [BC, BM]
+    visible = is_key_token_visible(rows[None, :], token[:, None], word[:, None], window, CAUSAL, HAS_WINDOW)  # [BC, BM]
     return weights(t, lse[None, :], factor, visible, q.dtype == tl.float32), t
 
 
-@triton.jit
+@jit
 def step_sums(
     q, lse, step, rows, length, s_lo, s_hi, c_lo, c_hi, p_k, stride_km, tokens, words, partial, C,
     factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head's map of one row tile: ``partial[s, c] = sum of P[i, token c]`` over the tile's rows i of step s.
+    """One head's map of one tile of rows: ``partial[s, c] = sum of P[i, token c]`` over the tile's rows i of step s.
 
-    q ``[BM, BD]`` is in registers, partial points at the tile's slot of step 0, with C floats a slot.
+    q ``[BM, BD]`` is in registers. ``partial`` points to the tile's slot of step 0 and has C floats per slot.
     """
     EXACT: tl.constexpr = q.dtype == tl.float32
     for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
@@ -325,20 +342,20 @@ def step_sums(
             tl.store(p_partial, sums, mask=(c < c_hi)[:, None] & (s < s_hi)[None, :])
 
 
-@triton.jit
+@jit
 def column_gradient(
     q, lse, dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps, W, weight, factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The key columns' part of dq (added to ``dq [BM, BD]``, without the scale) and ``dlse [BM] = -sum_j P g``."""
+    """``dq [BM, BD]`` plus the key tokens' part of it, without the scale, and ``dlse [BM] = -sum_j P g``."""
     dlse = tl.zeros([BM], tl.float32)
     for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
         c = c0 + tl.arange(0, BC)
         token, word = load_columns(tokens, words, c, c_hi, length)
         k = gather_keys(p_k, stride_km, token, word, D, BD)  # [BC, BD]
         t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
-        visible = seen_words(rows[:, None], token[None, :], word[None, :], window, CAUSAL, HAS_WINDOW)
+        visible = is_key_token_visible(rows[:, None], token[None, :], word[None, :], window, CAUSAL, HAS_WINDOW)
         visible = visible & (step >= 0)[:, None]  # [BM, BC]
         g = tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=visible, other=0.0) * weight
         ds = weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g

@@ -1,4 +1,6 @@
-"""Eq. 5's h and its gradient: RMS norm over the value width, then the sum over a sequence's tokens; one read of v each.
+"""Pooled values (h of Eq. 5) and their gradient, with one read of v each.
+
+The RMS norm over the value width comes first, then the sum over a sequence's tokens.
 
 With v (B, Hkv, M, D), a sequence's token i and the width w (Hkv D, or D where the heads are averaged first):
 
@@ -8,18 +10,20 @@ With v (B, Hkv, M, D), a sequence's token i and the width w (Hkv D, or D where t
     dx[i] = r[i] (g - y[i] mean_w(g y[i]))         g = c dh;   0 from i = length on
     dv[h, i] = dx[i, h D : (h + 1) D]   or   dx[i] / Hkv
 
-A program owns a tile: up to ROWS tokens of one sequence over the whole width. Forward leaves a tile's sum in
-`partial` (tiles, w) and a second kernel adds a sequence's tiles up in ascending order, so no atomics. Backward writes
-every row of dv, zeros where the row does not count.
+A program owns a tile: up to ROWS tokens of one sequence over the whole width. The forward kernel writes the sum of each
+tile to ``partial (tiles, w)``, and a second kernel adds the tiles of each sequence in ascending order, without atomics.
+The backward kernel writes every row of dv, with zeros where the row does not count.
 
-Packed sequences have lengths that only the device knows. The grid is the bound `total // ROWS + N` of `tiles.locate`,
-in which a program looks its sequence up: a grid of N x (tiles of the longest possible sequence) would launch N times as
-many. The last sequence's tiles run on to the end of v, so rows behind it, if any, get their zeros too.
+Lengths of packed sequences are known on the device only. The grid is therefore the bound ``total // ROWS + N`` of
+``tiles.locate``, which finds the sequence of a program; a grid of N times the tiles of the longest possible sequence
+would launch up to N times as many programs. The last sequence's tiles extend to the end of v, so that rows behind it
+get zeros as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -27,49 +31,55 @@ import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
-from molsaki_kernels._triton.tiles import RAGGED, first_tile, locate
+from molsaki_kernels._triton.decorators import jit, kernel
+from molsaki_kernels._triton.tiles import first_tile, locate
+from molsaki_kernels._triton.variants import TYPES, Variant, variant
+from molsaki_kernels.spec import PoolingOptions
 
-TILE_ELEMENTS = 4096  # of a block of rows: 32 floats a thread in 4 warps, twice (the block and its running sum)
-ADD_TILES = 64  # of the second stage, at a time
+TILE_ELEMENTS = 4096  # per block of rows: 32 floats per thread in 4 warps, twice (the block and its running sum)
+ADD_TILES = 64  # tiles that the second stage adds at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class ValuesConfig:
-    rows: int  # of a program's tile
+class PoolingConfig:
+    rows: int  # per program
     block: int  # rows at a time
-    columns: int  # of a block: the width, up to a power of two
-    add_columns: int  # of a program of the second stage
+    columns: int  # of a block: the width, rounded up to a power of two
+    add_columns: int  # per program of the second stage
     warps: int
 
 
-def values_config(arch: str, tokens: int, width: int) -> ValuesConfig:
-    """About a thousand programs, a few for each multiprocessor of any GPU. But no fewer than 16 rows each: the partial
-    sums are 4-byte floats, written once and read once, which is a quarter of the reads of 16 rows of 2-byte values.
-    Narrow columns in the second stage, so that one long sequence still makes programs."""
+def pooling_config(arch: str, tokens: int, width: int) -> PoolingConfig:
+    """About a thousand programs, a few per multiprocessor of any GPU, but at least 16 rows per program.
+
+    The partial sums are 4-byte floats that are written once and read once; with 16 rows of 2-byte values per program,
+    this is a quarter of the bytes read. The second stage has few columns per program, so that one long sequence still
+    gives several programs.
+    """
     columns = triton.next_power_of_2(width)
     if arch == "cpu":
-        return ValuesConfig(rows=32, block=16, columns=columns, add_columns=1024, warps=4)
+        return PoolingConfig(rows=32, block=16, columns=columns, add_columns=1024, warps=4)
     rows = min(max(triton.next_power_of_2(tokens) // 1024, 16), 256)
     block = min(max(TILE_ELEMENTS // columns, 1), rows)
-    # A row wider than a tile: 16 warps, since at 8 some compilers spill (compiled, 8192 wide, sm80).
+    # 16 warps for a row wider than a tile: with 8, some compilers spill (compiled: 8192 wide, sm80).
     warps = max(block * columns // 1024, 1) if columns <= TILE_ELEMENTS else 16
-    return ValuesConfig(rows, block, columns, add_columns=32, warps=warps)
+    return PoolingConfig(rows, block, columns, add_columns=32, warps=warps)
 
 
-@triton.jit
+@jit
 def counted(lengths, i_n, length):
-    """How many rows of sequence i_n, which has `length` of them, are no padding."""
+    """The number of rows of sequence i_n that are not padding; the sequence has ``length`` rows."""
     if lengths is None:
         return length
     else:
         return tl.minimum(length, tl.load(lengths + i_n).to(tl.int32))
 
 
-@triton.jit
+@jit
 def normalised_rows(
     p_v, mask, stride_h, eps, WIDTH: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
 ):
-    """y ``[BM, BW]`` and r ``[BM]`` of a block of rows; HEADS rows, stride_h apart, are averaged first."""
+    """y ``[BM, BW]`` and r ``[BM]`` of a block of rows; HEADS rows at a distance of stride_h are averaged first."""
     x = tl.zeros([BM, BW], tl.float32)
     for i_h in range(HEADS):
         x += tl.load(p_v + i_h * tl.cast(stride_h, tl.int64), mask=mask, other=0.0).to(tl.float32)
@@ -78,7 +88,7 @@ def normalised_rows(
     return x * r[:, None], r
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def pool_tiles_kernel(
     v,  # (B, Hkv, M, D)
     partial,  # (tiles, width)
@@ -106,7 +116,7 @@ def pool_tiles_kernel(
     tl.store(partial + i_g.to(tl.int64) * WIDTH + w, tl.sum(total, 0), mask=w < WIDTH)
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def add_tiles_kernel(
     partial,  # (tiles, width)
     pooled,  # (N, width)
@@ -138,7 +148,7 @@ def add_tiles_kernel(
     tl.store(pooled + i_n.to(tl.int64) * WIDTH + w, pooled_w, mask=w < WIDTH)
 
 
-@triton.jit(do_not_specialize=RAGGED)
+@kernel
 def pool_backward_kernel(
     dpooled,  # (N, width)
     v,  # (B, Hkv, M, D)
@@ -173,107 +183,93 @@ def pool_backward_kernel(
 
 
 def pool_values_forward(
-    v: Tensor, lengths: Tensor | None, eps: float, mean: bool, mean_heads: bool, cu_seqlens: Tensor | None
+    v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, options: PoolingOptions
 ) -> Tensor:
     """Pooled values ``(N, width)`` float32.
 
     Args:
-        v: ``(B, Hkv, M, D)``, any strides with a contiguous last dimension.
-        lengths: ``(N,)`` integers or None.
-        mean: over a sequence's tokens, instead of the sum. mean_heads: average the heads first; the width is then D.
-        cu_seqlens: ``(N + 1,)`` int32 if v is packed ``(1, Hkv, total, D)``.
+        v: ``(B, Hkv, M, D)``, any strides with a contiguous last dimension; packed ``(1, Hkv, total, D)``.
+        lengths: ``(N,)`` integers, the tokens of each sequence that are not padding; None: no padding.
+        cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences, or None.
     """
-    B, Hkv, M, D = v.shape
-    packed = cu_seqlens is not None
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    width = D if mean_heads else Hkv * D
-    if 0 in (N, M, width, Hkv):
+    N, width = _shape(v, cu_seqlens, options)
+    if 0 in (N, *v.shape):
         return torch.zeros(N, width, dtype=torch.float32, device=v.device)
+    B, Hkv, M, D = v.shape
+    config = pooling_config(configs.arch_of(v), B * M, width)
+    packed = cu_seqlens is not None
     lengths = None if lengths is None else lengths.contiguous()
-    config = values_config(configs.arch_of(v), B * M, width)
     tiles = configs.num_tiles(M, N, packed, config.rows)
     partial = torch.empty(tiles, width, dtype=torch.float32, device=v.device)
     pooled = torch.empty(N, width, dtype=torch.float32, device=v.device)
-    with torch.cuda.device_of(v):
+    with torch.cuda.device(v.get_device()):
         pool_tiles_kernel[(tiles,)](
-            v, partial, cu_seqlens, lengths, *v.stride()[:3], N, M, eps,
-            D=D, WIDTH=width, HEADS=Hkv if mean_heads else 1, ROWS=config.rows, BM=config.block, BW=config.columns,
-            PACKED=packed, num_warps=config.warps, num_stages=1,
+            v, partial, cu_seqlens, lengths, *v.stride()[:3], N, M, options.eps,
+            D=D, WIDTH=width, HEADS=Hkv if options.mean_heads else 1, ROWS=config.rows, BM=config.block,
+            BW=config.columns, PACKED=packed, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
         add_tiles_kernel[(N, triton.cdiv(width, config.add_columns))](
             partial, pooled, cu_seqlens, lengths, M,
-            WIDTH=width, MEAN=mean, ROWS=config.rows, BT=ADD_TILES, BW=config.add_columns, PACKED=packed, num_warps=4,
-            num_stages=1,
+            WIDTH=width, MEAN=options.mean, ROWS=config.rows, BT=ADD_TILES, BW=config.add_columns, PACKED=packed,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     return pooled
 
 
 def pool_values_backward(
-    dpooled: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    eps: float,
-    mean: bool,
-    mean_heads: bool,
-    cu_seqlens: Tensor | None,
+    dpooled: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, options: PoolingOptions
 ) -> Tensor:
     """dv in v's dtype and layout from dpooled ``(N, width)``; exact zeros in rows that do not count."""
-    B, Hkv, M, D = v.shape
-    packed = cu_seqlens is not None
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    width = D if mean_heads else Hkv * D
-    if 0 in (N, M, width, Hkv):
+    N, width = _shape(v, cu_seqlens, options)
+    if 0 in (N, *v.shape):
         return torch.zeros_like(v)
+    B, Hkv, M, D = v.shape
+    config = pooling_config(configs.arch_of(v), B * M, width)
+    packed = cu_seqlens is not None
     lengths = None if lengths is None else lengths.contiguous()
-    config = values_config(configs.arch_of(v), B * M, width)
     dv = torch.empty_like(v)
-    with torch.cuda.device_of(v):
+    with torch.cuda.device(v.get_device()):
         pool_backward_kernel[(configs.num_tiles(M, N, packed, config.rows),)](
-            dpooled.contiguous(), v, dv, cu_seqlens, lengths, *v.stride()[:3], *dv.stride()[:3], N, M, eps,
-            D=D, WIDTH=width, HEADS=Hkv if mean_heads else 1, MEAN=mean, ROWS=config.rows, BM=config.block,
-            BW=config.columns, PACKED=packed, num_warps=config.warps, num_stages=1,
+            dpooled.contiguous(), v, dv, cu_seqlens, lengths, *v.stride()[:3], *dv.stride()[:3], N, M, options.eps,
+            D=D, WIDTH=width, HEADS=Hkv if options.mean_heads else 1, MEAN=options.mean, ROWS=config.rows,
+            BM=config.block, BW=config.columns, PACKED=packed, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
     return dv
 
 
-def variants(arch: str) -> list[configs.Variant]:
-    """What :mod:`molsaki_kernels.aot` compiles: the widths of small and large models, and each option once."""
+def _shape(v: Tensor, cu_seqlens: Tensor | None, options: PoolingOptions) -> tuple[int, int]:
+    """The shape of the pooled values, ``(N, width)``."""
+    B, Hkv, _, D = v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return N, D if options.mean_heads else Hkv * D
+
+
+def variants(arch: str) -> list[Variant]:
+    """The variants that :mod:`molsaki_kernels.aot` compiles: widths of small and large models, each option once."""
     found = []
     for dtype, Hkv, D, mean_heads, packed, ragged in (
-        ("bf16", 3, 64, False, False, True),
-        ("bf16", 8, 128, False, False, True),
-        ("bf16", 8, 128, False, False, False),
-        ("bf16", 8, 128, True, False, True),
-        ("bf16", 8, 128, False, True, False),
-        ("bf16", 5, 80, False, False, True),
-        ("bf16", 64, 128, False, False, True),
-        ("fp16", 8, 128, False, False, True),
-        ("fp32", 8, 128, False, False, True),
+        (torch.bfloat16, 3, 64, False, False, True),
+        (torch.bfloat16, 8, 128, False, False, True),
+        (torch.bfloat16, 8, 128, False, False, False),
+        (torch.bfloat16, 8, 128, True, False, True),
+        (torch.bfloat16, 8, 128, False, True, False),
+        (torch.bfloat16, 5, 80, False, False, True),
+        (torch.bfloat16, 64, 128, False, False, True),
+        (torch.float16, 8, 128, False, False, True),
+        (torch.float32, 8, 128, False, False, True),
     ):
         width = D if mean_heads else Hkv * D
-        config = values_config(arch, 16 * 512, width)
-        name = f"{dtype}-h{Hkv}-d{D}" + "-heads" * mean_heads + "-packed" * packed + "-ragged" * ragged
-        types = dict.fromkeys(("v", "dv"), f"*{dtype}") | dict.fromkeys(("partial", "pooled", "dpooled"), "*fp32")
-        absent = {} if packed else {"cu_seqlens": None}
-        absent |= {} if ragged else {"lengths": None}
-        rows = dict(ROWS=config.rows, PACKED=packed, WIDTH=width, **absent)
-        block = dict(D=D, HEADS=Hkv if mean_heads else 1, BM=config.block, BW=config.columns)
+        config = pooling_config(arch, 16 * 512, width)
+        name = f"{TYPES[dtype]}-h{Hkv}-d{D}" + "-heads" * mean_heads + "-packed" * packed + "-ragged" * ragged
+        absent = (() if packed else ("cu_seqlens",)) + (() if ragged else ("lengths",))
+        tiles: dict[str, Any] = dict(absent=absent, ROWS=config.rows, PACKED=packed, WIDTH=width)
+        block: dict[str, Any] = dict(
+            warps=config.warps, D=D, HEADS=Hkv if mean_heads else 1, BM=config.block, BW=config.columns
+        )
+        add: dict[str, Any] = dict(warps=4, BT=ADD_TILES, BW=config.add_columns)
         found += [
-            _variant(f"pool_tiles-{name}", pool_tiles_kernel, types, config.warps, **rows, **block),
-            _variant(
-                f"add_tiles-{name}", add_tiles_kernel, types, 4, **rows, MEAN=True, BT=ADD_TILES, BW=config.add_columns
-            ),
-            _variant(f"pool_backward-{name}", pool_backward_kernel, types, config.warps, **rows, **block, MEAN=True),
+            variant(f"pool_tiles-{name}", pool_tiles_kernel, dtype, **tiles, **block),
+            variant(f"add_tiles-{name}", add_tiles_kernel, dtype, **tiles, **add, MEAN=True),
+            variant(f"pool_backward-{name}", pool_backward_kernel, dtype, **tiles, **block, MEAN=True),
         ]
     return found
-
-
-def _variant(name: str, kernel, types: dict[str, str], warps: int, **constexprs) -> configs.Variant:
-    types = types | {"cu_seqlens": "*i32", "lengths": "*i64", "eps": "fp32"} | dict.fromkeys(constexprs, "constexpr")
-    types = {arg: types.get(arg, "i32") for arg in kernel.arg_names}
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (arg, type_) in enumerate(types.items())
-        if type_[0] == "*" or arg.startswith("stride_")
-    }
-    return configs.Variant(name, kernel, types, constexprs, attrs, warps, 1, False)

@@ -1,6 +1,12 @@
-"""One file an engine, each with the same small shape; engines never import each other.
+"""Attention engines, one complete file each.
 
-``NAME``, ``available() -> None | reason``, ``why_not(call) -> None | reason``,
-``forward(q, k, v, sinks, cu_seqlens, options) -> out, lse`` and
-``backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, options) -> dq, dk, dv``.
+To add one: write a module that follows :class:`~molsaki_kernels.attention.protocol.Engine`, add it to :data:`ENGINES`,
+and add its name to ``ENGINES`` in ``tests/kernels/test_attention.py``. Engines never import each other.
 """
+
+from __future__ import annotations
+
+from molsaki_kernels.attention import eager, flash_attn, flex, native, sdpa, triton
+from molsaki_kernels.attention.protocol import Engine
+
+ENGINES: dict[str, Engine] = {engine.NAME: engine for engine in (triton, native, flash_attn, flex, sdpa, eager)}

@@ -1,33 +1,44 @@
-"""PyTorch's FlexAttention, which hands out lse and takes its gradient: no fold, and its backward is autograd's own.
+"""Engine "flex": PyTorch's FlexAttention, which returns lse and takes its gradient.
 
-Unlike the other engines' this forward is differentiable and stays outside of the custom operator: flex's backward can
-be had through autograd only (the higher-order operator behind it wants traced graphs and changes between releases), and
-a second forward to re-enter autograd would cost a third of the whole. So `attention.py` composes flex with
-``stepwise_map``, ``torch.compile`` sees through both, and autograd adds their dq and dk up, which is one more pass over
-each than the other engines need.
+Unlike the other engines' this forward is differentiable and stays outside the custom operator: flex's backward is
+reachable through autograd only (the higher-order operator behind it takes traced graphs and changes between releases),
+and a second forward inside the operator would cost a third of the whole. So flex is composed with the map's operator,
+``torch.compile`` traces through both, and autograd adds their dq and dk, which is one more pass over each than the
+other engines need.
 
-A key is hidden by a mask that flex evaluates in the blocks that ``BlockMask`` calls partial; which blocks are empty,
-partial or full follows from the mask's geometry, without a look at every pair. Gradients and lse exist compiled and on
-CUDA only; uncompiled, flex materialises all weights.
+A mask function hides keys within the blocks that ``BlockMask`` calls partial; which blocks are empty, partial or full
+follows from the geometry, without looking at every pair. Gradients and lse exist compiled and on CUDA only; uncompiled,
+flex materialises all weights.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from molsaki_kernels._triton.support import INSTALLED
-from molsaki_kernels.attention.sinks import with_sinks
-from molsaki_kernels.spec import AttentionOptions, AttentionRequest
+from molsaki_kernels.attention.sinks import apply_sinks
+from molsaki_kernels.spec import (
+    AttentionInputs,
+    AttentionOptions,
+    AttentionOutputs,
+    AttentionRequest,
+    InputGradients,
+    OutputGradients,
+    PlanTensors,
+)
 
-if TYPE_CHECKING:  # at run time where it is used: it takes a second to import
+if TYPE_CHECKING:  # imported where it is used: the import takes a second
     from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "flex"
+COMPUTES_MAP = False
+DIFFERENTIABLE = True
 BLOCK = 128  # rows and columns of a block, flex's own default
 RECOMPILATIONS = 64  # of flex for other dtypes, head counts and masks; past torch's default of 8 a call would fail
 
@@ -35,7 +46,7 @@ _packed_masks = WeakTensorKeyDictionary()  # cu_seqlens -> (its version, {(lengt
 
 
 def available() -> str | None:
-    """Why this machine cannot run compiled FlexAttention, or None."""
+    """Return the reason why this machine cannot run compiled FlexAttention, or None."""
     if not INSTALLED:
         return "triton is not installed"
     if not torch.cuda.is_available():
@@ -43,23 +54,22 @@ def available() -> str | None:
     return None
 
 
-def why_not(call: AttentionRequest) -> str | None:
-    """Why this engine cannot do ``call``, or None."""
-    if call.device.type != "cuda":
-        return f"FlexAttention's lse and backward are for CUDA only, not for {call.device.type} tensors"
-    if call.dtype == torch.float64:
+def why_not(request: AttentionRequest) -> str | None:
+    """Return the reason why the engine cannot serve a call, or None."""
+    if request.device.type != "cuda":
+        return f"FlexAttention's lse and backward are for CUDA only, not for {request.device.type} tensors"
+    if request.dtype == torch.float64:
         return "compiled FlexAttention takes bfloat16, float16 and float32, not torch.float64"
-    if call.head_dim < 16:
-        return f"compiled FlexAttention takes head_dim 16 and more, not {call.head_dim}"
+    if request.head_dim < 16:
+        return f"compiled FlexAttention takes head_dim 16 and more, not {request.head_dim}"
     return None
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
-    """out ``(B, Hq, M, D)`` in q's dtype and lse ``(B, Hq, M)`` float32, both differentiable in q, k, v and sinks."""
+def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
+    """Compute out in q's dtype and lse in float32, both differentiable in q, k, v and sinks."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     if q.numel() == 0:
-        return q.clone(), q.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        return AttentionOutputs(q.clone(), q.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)))
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     # Uncompiled in a caller that is being compiled as a whole.
@@ -69,17 +79,30 @@ def forward(
         k,
         v,
         score_mod=None if options.softcap is None else _capped(options.softcap, q),
-        block_mask=_mask(q, cu_seqlens, options),
+        block_mask=_mask(inputs, options),
         scale=options.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    return (out, auxiliary.lse) if sinks is None else with_sinks(out, auxiliary.lse, sinks)
+    if inputs.sinks is None:
+        return AttentionOutputs(out, auxiliary.lse)
+    return AttentionOutputs(*apply_sinks(out, auxiliary.lse, inputs.sinks))
+
+
+def backward(
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+) -> InputGradients:
+    """Refuse: autograd differentiates :func:`forward`."""
+    raise RuntimeError("engine flex: its forward is differentiated by autograd and it has no backward of its own")
 
 
 @functools.cache
-def compiled():
-    """``flex_attention``, compiled; an error where it could not be, never the one that materialises."""
+def compiled() -> Callable[..., Any]:
+    """Return ``flex_attention``, compiled. It raises if it cannot be compiled and never materialises the weights."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # A softcap that changes must not become a symbol: no score_mod can hold one.
@@ -87,24 +110,28 @@ def compiled():
     return settings(torch.compile(flex_attention, fullgraph=True))
 
 
-def _capped(softcap: float | Tensor, q: Tensor):
-    if torch.compiler.is_compiling():  # where it may be a symbol already
+def _capped(softcap: float | Tensor, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    if torch.compiler.is_compiling():  # the softcap may be a symbol there
         softcap = torch.full((), softcap, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
-    def score_mod(score, batch, head, row, column):
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     return score_mod
 
 
-def _mask(q: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions) -> BlockMask | None:
-    """The call's block mask, kept for the geometries used last; with packed sequences, as long as cu_seqlens lives."""
+def _mask(inputs: AttentionInputs, options: AttentionOptions) -> BlockMask | None:
+    """Return the call's block mask; masks are kept for the latest geometries, those of packed sequences while
+    cu_seqlens lives."""
+    q, cu_seqlens = inputs.q, inputs.cu_seqlens
     M, causal, window = q.shape[2], options.causal, options.window
     if torch.compiler.is_compiling():
         return _make_mask(M, causal, window, q.device, cu_seqlens)
     if cu_seqlens is None:
         return kept_mask(M, causal, window, q.device)
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():  # a replay has to follow what cu_seqlens holds then
+    if (
+        q.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):  # a replay has to use the values that cu_seqlens has then
         return _make_mask(M, causal, window, q.device, cu_seqlens)
     version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
     known_version, masks = _packed_masks.get(cu_seqlens, (None, None))
@@ -120,7 +147,7 @@ def _mask(q: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions) -> Bl
 
 @functools.lru_cache(maxsize=16)
 def kept_mask(M: int, causal: bool, window: int | None, device: torch.device) -> BlockMask | None:
-    """The block mask of a geometry, made once; None if every key is visible."""
+    """Return the block mask of a geometry, computed once; None if every key is visible."""
     with torch.inference_mode(False):
         return _make_mask(M, causal, window, device, None)
 
@@ -128,14 +155,17 @@ def kept_mask(M: int, causal: bool, window: int | None, device: torch.device) ->
 def _make_mask(
     M: int, causal: bool, window: int | None, device: torch.device, cu_seqlens: Tensor | None
 ) -> BlockMask | None:
-    """Blocks with no visible pair are skipped, those with all pairs visible are not masked. No device is waited for."""
+    """Compute a block mask: blocks without a visible pair are skipped, those with all pairs visible are not masked.
+
+    It does not wait for a device.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     if not causal and window is None and cu_seqlens is None:
         return None
     first = torch.arange(-(-M // BLOCK), device=device) * BLOCK
     last = (first + BLOCK).clamp(max=M) - 1
-    nearest, farthest = first[:, None] - last, last[:, None] - first  # row - column, between these in a block
+    nearest, farthest = first[:, None] - last, last[:, None] - first  # the range of row - column in a block
     whole = first + BLOCK <= M
     full = whole[:, None] & whole
     some = torch.ones_like(full)
@@ -150,25 +180,34 @@ def _make_mask(
         a, b = sequence[first], sequence[last]  # ascending, so a block's sequences are those from a to b
         some = some & (a[:, None] <= b) & (a <= b[:, None])
         full = full & (a[:, None] == b) & (a == b[:, None])
+    partial_count, partial_columns = _listed(some & ~full)
+    full_count, full_columns = _listed(full)
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=_visible(causal, window, sequence),
+        partial_count,
+        partial_columns,
+        full_count,
+        full_columns,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_visible(causal, window, sequence),
         seq_lengths=(M, M),
-    )  # fmt: skip
+    )
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are set, and which, first: ``(1, 1, n)`` and ``(1, 1, n, n)``."""
+    """Return the number of set blocks per row of blocks and their columns first: ``(1, 1, n)`` and ``(1, 1, n, n)``."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
-def _visible(causal: bool, window: int | None, sequence: Tensor | None):
-    def mask_mod(batch, head, row, column):
-        seen = column <= row if causal else column >= 0
+def _visible(
+    causal: bool, window: int | None, sequence: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        visible = column <= row if causal else column >= 0
         if window is not None:
-            seen = seen & (column > row - window)
+            visible = visible & (column > row - window)
         if sequence is not None:
-            seen = seen & (sequence[row] == sequence[column])
-        return seen
+            visible = visible & (sequence[row] == sequence[column])
+        return visible
 
     return mask_mod

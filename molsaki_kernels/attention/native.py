@@ -1,17 +1,169 @@
-"""The project's own attention on a CPU, in C: the map in the same pass, forward and backward."""
+"""Engine "native": the project's own attention on a CPU, in C, with the map in the same pass, forward and backward.
+
+float32 and bfloat16; the source is ``csrc/attention.c``.
+"""
 
 from __future__ import annotations
 
-from molsaki_kernels._native.attention import backward, forward
-from molsaki_kernels._native.build import why_not as available
-from molsaki_kernels._native.build import why_not_for
-from molsaki_kernels.spec import AttentionRequest
+import ctypes
 
-__all__ = ["NAME", "available", "backward", "forward", "why_not"]
+import torch
+from torch import Tensor
+
+from molsaki_kernels._native.build import library, why_not_for
+from molsaki_kernels._native.build import why_not as available
+from molsaki_kernels._native.plan_arrays import PlanArrays, plan_arrays
+from molsaki_kernels._native.structs import AttentionCall, Plan
+from molsaki_kernels._workspace import workspace
+from molsaki_kernels.attention.sinks import sinks_gradient
+from molsaki_kernels.spec import (
+    AttentionInputs,
+    AttentionOptions,
+    AttentionOutputs,
+    AttentionRequest,
+    InputGradients,
+    OutputGradients,
+    PlanTensors,
+)
+from molsaki_kernels.strides import with_contiguous_head_dim
+
+__all__ = ["COMPUTES_MAP", "DIFFERENTIABLE", "NAME", "available", "backward", "forward", "why_not"]
 
 NAME = "native"
+COMPUTES_MAP = True
+DIFFERENTIABLE = False
+TASKS_PER_THREAD = 16  # in the forward pass, so that threads finish at about the same time
+_CPU = torch.device("cpu")  # also where another default device is set
 
 
-def why_not(call: AttentionRequest) -> str | None:
-    """Why this engine cannot do ``call``, or None."""
-    return why_not_for(call.device, call.dtype, call.head_dim)
+def why_not(request: AttentionRequest) -> str | None:
+    """Return the reason why the engine cannot serve a call, or None."""
+    return why_not_for(request.device, request.dtype, request.head_dim)
+
+
+def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
+    """Compute out in q's dtype and layout, and lse and the map in float32."""
+    q = inputs.q
+    B, Hq, M, D = q.shape
+    N, S = plan.steps.shape[:2]
+    maps_shape = (N, Hq, S, plan.num_words) if options.per_head else (N, S, plan.num_words)
+    if q.numel() == 0:
+        maps = torch.zeros(maps_shape, dtype=torch.float32, device=_CPU)
+        return AttentionOutputs(torch.empty_like(q), torch.empty((B, Hq, M), dtype=torch.float32, device=_CPU), maps)
+    arrays, struct = _arrays(inputs, plan)
+    maps = torch.empty(maps_shape, dtype=torch.float32, device=_CPU)
+    covered = arrays.total == B * M  # otherwise there are queries in no sequence, whose results are 0
+    lse = (torch.empty if covered else torch.zeros)((B, Hq, M), dtype=torch.float32, device=_CPU)
+    out = _result(q, covered, q.dtype)
+    call, memory = _call(struct, inputs, AttentionOutputs(out, lse), options, plan)
+    call.maps = maps.data_ptr()
+    groups = Hq if options.per_head else min(Hq, -(-TASKS_PER_THREAD * call.threads // max(struct.tasks, 1)))
+    sums = workspace("map sums", (groups, arrays.task_steps, arrays.columns), torch.float64, _CPU)
+    call.groups, call.sums = groups, sums.data_ptr()
+    library().molsaki_attention_forward(ctypes.byref(call))
+    del memory  # the call used it until here
+    return AttentionOutputs(out, lse, maps)
+
+
+def backward(
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+) -> InputGradients:
+    """Compute dq, dk and dv in the dtypes and layouts of q, k and v, and dsinks; the map's part is included."""
+    q, sinks, lse = inputs.q, inputs.sinks, outputs.lse
+    tensors = {"dq": q, "dk": inputs.k, "dv": inputs.v}
+    if q.numel() == 0:
+        dq, dk, dv = (torch.empty_like(x) for x in tensors.values())
+        return InputGradients(dq, dk, dv, None if sinks is None else torch.zeros_like(sinks))
+    arrays, struct = _arrays(inputs, plan)
+    covered = arrays.total == q.shape[0] * q.shape[2]
+    call, memory = _call(struct, inputs, outputs, options, plan)
+    parts = workspace("attention parts", (call.threads, 2, arrays.longest, q.shape[3]), torch.float32, _CPU)
+    part_of = torch.empty(call.threads, dtype=torch.int64, device=_CPU)
+    call.parts, call.part_of = parts.data_ptr(), part_of.data_ptr()
+    dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
+    if dout is not None:
+        dout = with_contiguous_head_dim(dout)
+        call.dout, call.dout_strides[:] = dout.data_ptr(), dout.stride()[:3]
+    if dlse is not None:
+        dlse = dlse.float().contiguous()
+        call.dlse = dlse.data_ptr()
+    if dmaps is not None and dmaps.numel() and arrays.columns:
+        dmaps = dmaps.float().contiguous()
+        call.dmaps = dmaps.data_ptr()
+    delta = None
+    if sinks is not None:
+        delta = torch.zeros(lse.shape, dtype=torch.float64, device=_CPU)
+        call.delta = delta.data_ptr()
+    results = []
+    for name, x in tensors.items():
+        result = _result(x, covered, torch.float32)
+        setattr(call, name, result.data_ptr())
+        getattr(call, f"{name}_strides")[:] = result.stride()[:3]
+        results.append(result)
+    library().molsaki_attention_backward(ctypes.byref(call))
+    del memory, parts  # the call used them until here
+    dq, dk, dv = (x if x.dtype == q.dtype else x.to(q.dtype) for x in results)
+    return InputGradients(dq, dk, dv, None if delta is None else sinks_gradient(sinks, lse, delta))
+
+
+def _arrays(inputs: AttentionInputs, plan: PlanTensors) -> tuple[PlanArrays, Plan]:
+    bounds = None if inputs.cu_seqlens is None else inputs.bounds
+    return plan_arrays(plan, inputs.q.shape[0], inputs.q.shape[2], bounds)
+
+
+def _call(
+    struct: Plan,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+) -> tuple[AttentionCall, object]:
+    """Return the struct of a call and the tensors it points to that have to be kept while it is used."""
+    q, k, sinks = inputs.q, inputs.k, inputs.sinks
+    lse = outputs.lse.contiguous()
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    threads = torch.get_num_threads()
+    C, D = struct.columns, q.shape[3]
+    work = workspace("attention work", (threads * library().molsaki_attention_work(C, D),), torch.uint8, _CPU)
+    call = AttentionCall(
+        plan=struct,
+        rows=q.shape[2],
+        q_heads=q.shape[1],
+        kv_heads=k.shape[1],
+        head_dim=D,
+        steps=plan.steps.shape[1],
+        words=plan.num_words,
+        causal=options.causal,
+        window=min(options.window or 0, q.shape[2]),
+        is_bf16=q.dtype == torch.bfloat16,
+        per_head=options.per_head,
+        threads=threads,
+        scale=options.scale,
+        softcap=options.softcap or 0,
+        word_weight=1 if options.per_head else 1 / q.shape[1],
+        lse=lse.data_ptr(),
+        sinks=None if sinks is None else sinks.data_ptr(),
+        work=work.data_ptr(),
+    )
+    kept = [lse, sinks, work]
+    for name, x in (("q", q), ("k", k), ("v", inputs.v), ("out", outputs.out)):
+        x = with_contiguous_head_dim(x)
+        setattr(call, name, x.data_ptr())
+        getattr(call, f"{name}_strides")[:] = x.stride()[:3]
+        kept.append(x)
+    return call, kept
+
+
+def _result(x: Tensor, covered: bool, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in the layout of ``x`` where that is ``(B, M, H, D)``, else in ``(B, H, M, D)``; 0 if not
+    covered.
+    """
+    allocate = torch.empty if covered else torch.zeros
+    transposed = x.transpose(1, 2)
+    if transposed.is_contiguous():
+        return allocate(transposed.shape, dtype=dtype, device=_CPU).transpose(1, 2)
+    return allocate(x.shape, dtype=dtype, device=_CPU)

@@ -1,110 +1,117 @@
-"""PyTorch's own flash attention: the CPU flash operator, and on CUDA aten's flash and cuDNN's attention.
+"""Engine "sdpa": PyTorch's flash attention: its CPU operator, and on CUDA aten's flash attention or cuDNN's.
 
-Their backward drops the gradient of lse, so it is folded into O (``fold.py``; float16 widens the head dimension or, on
-a CPU, runs in float32). Sinks need no support of theirs: with lse' = logaddexp(lse, sink), out' = out exp(lse - lse')
-is the attention with sinks, and a flash backward that is handed out' and lse' recomputes exactly its weights.
+Their backward passes drop the gradient of lse, so it is folded into O (``lse_gradient.py``; float16 widens the head
+dimension or, on a CPU, is computed in float32). They do not support sinks, which are added afterwards (``sinks.py``).
 
-The CPU operator knows no window and no packing: a window is walked in row blocks that see only their keys, packed
-sequences one by one. It has no fast float16 either (measured: 6 times slower than float32 on AVX-512), so float16 runs
-in float32 there.
+The CPU operator supports neither a window nor packing: a window is computed in blocks of queries with the keys that
+they see, packed sequences one by one. Its float16 is slow (6 times slower than float32 on AVX-512, measured), so
+float16 is computed in float32 there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from molsaki_kernels.attention.lse_gradient import fold, widen
-from molsaki_kernels.attention.sinks import with_sinks
-from molsaki_kernels.spec import AttentionOptions, AttentionRequest
+from molsaki_kernels.attention.lse_gradient import append_dlse_column, fold_dlse_into_out
+from molsaki_kernels.attention.sinks import apply_sinks
+from molsaki_kernels.masking import visible
+from molsaki_kernels.spec import (
+    AttentionInputs,
+    AttentionOptions,
+    AttentionOutputs,
+    AttentionRequest,
+    InputGradients,
+    OutputGradients,
+    PlanTensors,
+)
 
 NAME = "sdpa"
-aten = torch.ops.aten
-WINDOW_BLOCK = 512  # rows at a time under a window: their mask is (rows, rows + window) floats
+COMPUTES_MAP = False
+DIFFERENTIABLE = False
+WINDOW_BLOCK = 512  # queries per block under a window: a block's mask has (rows, rows + window) elements
+aten: Any = torch.ops.aten
 
 
 def available() -> str | None:
-    """None: both operators come with PyTorch."""
+    """Return None: all three operators are part of PyTorch."""
     return None
 
 
-def why_not(call: AttentionRequest) -> str | None:
-    """Why this engine cannot do ``call``, or None."""
-    if call.options.softcap is not None:
+def why_not(request: AttentionRequest) -> str | None:
+    """Return the reason why the engine cannot serve a call, or None."""
+    if request.options.softcap is not None:
         return "PyTorch's flash attention has no softcap"
-    if call.device.type == "cpu":
-        return "the CPU flash operator gives NaN at a scale of 0" if call.options.scale == 0 else None
-    if call.device.type != "cuda":
-        return f"no flash attention for {call.device.type} tensors"
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        return f"CUDA flash attention takes bfloat16 and float16, not {call.dtype}"
-    limit = 248 if call.dtype == torch.float16 and call.backward else 256  # float16's fold needs 8 more columns
-    if call.head_dim % 8 or call.head_dim > limit:
-        return f"CUDA flash attention takes head_dim in multiples of 8 up to {limit}, not {call.head_dim}"
-    if call.options.window is not None and not call.options.causal:
+    if request.device.type == "cpu":
+        return "the CPU flash operator gives NaN at a scale of 0" if request.options.scale == 0 else None
+    if request.device.type != "cuda":
+        return f"no flash attention for {request.device.type} tensors"
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"CUDA flash attention takes bfloat16 and float16, not {request.dtype}"
+    limit = 248 if request.dtype == torch.float16 and request.backward else 256  # float16's fold needs 8 more columns
+    if request.head_dim % 8 or request.head_dim > limit:
+        return f"CUDA flash attention takes head_dim in multiples of 8 up to {limit}, not {request.head_dim}"
+    if request.options.window is not None and not request.options.causal:
         return "CUDA flash attention has no window without causality"
-    if call.options.scale <= 0:
-        return f"CUDA flash attention takes a positive scale, not {call.options.scale}"
+    if request.options.scale <= 0:
+        return f"CUDA flash attention takes a positive scale, not {request.options.scale}"
     return None
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
-    """out ``(B, Hq, M, D)`` in q's dtype and lse ``(B, Hq, M)`` float32 (float64 for float64)."""
+def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
+    """Compute out in q's dtype and lse in float32 (float64 for float64)."""
+    q = inputs.q
     if q.device.type == "cpu":
-        out, lse = _cpu_forward(*_computed(q, k, v), cu_seqlens, options)
+        out, lse = _cpu_forward(inputs, options)
     else:
-        out, lse = _cuda_forward(q, k, v, cu_seqlens, options)
-    if sinks is not None:
-        out, lse = with_sinks(out, lse, sinks)
-    return out.to(q.dtype), lse
+        out, lse = _cuda_forward(inputs, options)
+    if inputs.sinks is not None:
+        out, lse = apply_sinks(out, lse, inputs.sinks)
+    return AttentionOutputs(out.to(q.dtype), lse)
 
 
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
     options: AttentionOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k, v."""
-    del sinks  # out and lse count them already
+    plan: PlanTensors,
+) -> InputGradients:
+    """Compute dq, dk and dv in the dtypes of q, k and v."""
+    q, k, v, out, lse = inputs.q, inputs.k, inputs.v, outputs.out, outputs.lse
+    dout, dlse = gradients.dout, gradients.dlse
+    assert dout is not None  # the protocol's promise to engines that do not compute the map
     if q.device.type == "cpu":
-        q_, k_, v_, out, dout = _computed(q, k, v, out, dout)
+        out, dout = _cpu_operands(out, dout)
         if dlse is not None:
-            out, dout = fold(out, dout, dlse)
-        dq, dk, dv = _cpu_backward(dout, q_, k_, v_, out, lse, cu_seqlens, options)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+            out, dout = fold_dlse_into_out(out, dout, dlse)
+        dq, dk, dv = _cpu_backward(dout, inputs, AttentionOutputs(out, lse), options)
+        return InputGradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
     if dlse is not None and q.dtype == torch.float16:
         D = q.shape[-1]
-        q, k, v, out, dout = widen(q, k, v, out, dout, dlse)
-        dq, dk, dv = _cuda_backward(dout, q, k, v, out, lse, cu_seqlens, options)
-        return dq[..., :D], dk[..., :D], dv[..., :D]
+        q, k, v, out, dout = append_dlse_column(q, k, v, out, dout, dlse)
+        wide = AttentionInputs(q, k, v, None, inputs.cu_seqlens)
+        dq, dk, dv = _cuda_backward(dout, wide, AttentionOutputs(out, lse), options)
+        return InputGradients(dq[..., :D], dk[..., :D], dv[..., :D])
     if dlse is not None:
-        out, dout = fold(out, dout, dlse)
-    return _cuda_backward(dout, q, k, v, out, lse, cu_seqlens, options)
+        out, dout = fold_dlse_into_out(out, dout, dlse)
+    return InputGradients(*_cuda_backward(dout, inputs, AttentionOutputs(out, lse), options))
 
 
-def _computed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As the CPU operator takes them: no float16, last dimension contiguous."""
+def _cpu_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors as the CPU operator takes them: not float16, last dimension contiguous."""
     tensors = tuple(t.float() if t.dtype == torch.float16 else t for t in tensors)
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
+def _cpu_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     operator = aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = _cpu_operands(inputs.q, inputs.k, inputs.v)
     outs, lses = [], []
-    for rows, keys, mask in _cpu_blocks(q, cu_seqlens, options):
+    for rows, keys, mask in _cpu_blocks(inputs, options, q.dtype):
         block_out, block_lse = operator(
             q[:, :, rows],
             k[:, :, keys],
@@ -122,25 +129,19 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    options: AttentionOptions,
+    dout: Tensor, inputs: AttentionInputs, outputs: AttentionOutputs, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = None, None, None
-    for rows, keys, mask in _cpu_blocks(q, cu_seqlens, options):
-        block = operator(
+    q, k, v = _cpu_operands(inputs.q, inputs.k, inputs.v)
+    gradients = None
+    for rows, keys, mask in _cpu_blocks(inputs, options, q.dtype):
+        block: tuple[Tensor, Tensor, Tensor] = operator(
             dout[:, :, rows],
             q[:, :, rows],
             k[:, :, keys],
             v[:, :, keys],
-            out[:, :, rows],
-            lse[:, :, rows],
+            outputs.out[:, :, rows],
+            outputs.lse[:, :, rows],
             0.0,
             options.causal and mask is None,
             attn_mask=mask,
@@ -148,24 +149,24 @@ def _cpu_backward(
         )
         if rows == keys == slice(0, q.shape[2]):
             return block
-        if dq is None:  # blocks overlap in their keys: add them up in the accumulator's dtype
+        if gradients is None:  # the blocks' keys overlap: accumulate in the accumulator's dtype
             dtype = torch.promote_types(q.dtype, torch.float32)
-            dq, dk, dv = (torch.zeros(t.transpose(1, 2).shape, dtype=dtype).transpose(1, 2) for t in (q, k, v))
+            gradients = [torch.zeros(t.transpose(1, 2).shape, dtype=dtype).transpose(1, 2) for t in (q, k, v)]
+        dq, dk, dv = gradients
         dq[:, :, rows] = block[0]
         dk[:, :, keys] += block[1]
         dv[:, :, keys] += block[2]
-    if dq is None:
+    if gradients is None:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     return dq, dk, dv
 
 
 def _cpu_blocks(
-    q: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
+    inputs: AttentionInputs, options: AttentionOptions, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """What the CPU operator is called on: rows, the keys they see, and the mask if causality alone does not say it."""
-    B, H, M, _ = q.shape
-    bounds = [0, M] if cu_seqlens is None else cu_seqlens.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    """Yield the CPU operator's calls: queries, the keys they see, and a mask in ``dtype`` unless causality suffices."""
+    B, H = inputs.q.shape[:2]
+    for begin, end in zip(inputs.bounds[:-1], inputs.bounds[1:], strict=True):
         window = end - begin if options.window is None else min(options.window, end - begin)
         if B == 0 or H == 0 or begin == end:
             continue
@@ -173,24 +174,23 @@ def _cpu_blocks(
             yield slice(begin, end), slice(begin, end), None
             continue
         first = begin
-        if options.causal:  # the first `window` rows see every key before them
+        if options.causal:  # the first `window` queries see every key before them
             first = begin + window
             yield slice(begin, first), slice(begin, first), None
         for start in range(first, end, WINDOW_BLOCK):
             stop = min(start + WINDOW_BLOCK, end)
             low, high = max(begin, start - window + 1), stop if options.causal else end
-            row, column = torch.arange(start, stop)[:, None], torch.arange(low, high)
-            hidden = column <= row - window
-            if options.causal:
-                hidden |= column > row
-            mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+            hidden = ~visible(torch.arange(start, stop), torch.arange(low, high), options.causal, window)
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
             yield slice(start, stop), slice(low, high), mask
 
 
-def _use_cudnn(q: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions) -> bool:
-    """cuDNN is the faster one on Hopper and later; it has no variant that is deterministic, windowed or packed here."""
+def _use_cudnn(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    """Return whether cuDNN serves the call: it is faster on Hopper and later, but here neither deterministic, windowed
+    nor packed."""
+    q = inputs.q
     return (
-        cu_seqlens is None
+        inputs.cu_seqlens is None
         and options.window is None
         and q.shape[-1] <= 128
         and torch.version.hip is None
@@ -200,64 +200,59 @@ def _use_cudnn(q: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions) 
     )
 
 
-def _cuda_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions
-) -> tuple[Tensor, Tensor]:
-    if _use_cudnn(q, cu_seqlens, options):
+def _cuda_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if _use_cudnn(inputs, options):
         result = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, options.causal, False, scale=options.scale
         )
         return result[0], result[1].reshape(q.shape[:3])
-    q, k, v, bounds, longest, window = _flash_arguments(q, k, v, cu_seqlens, options)
-    result = aten._flash_attention_forward(
-        q, k, v, bounds, bounds, longest, longest, 0.0, options.causal, False, scale=options.scale, **window
-    )
-    out, lse = result[:2]
-    if bounds is not None:
-        out, lse = out[None], lse[None]
-    return out.transpose(1, 2), lse
+    rest = _flash_options(options)
+    packed, bounds, M = inputs.cu_seqlens is not None, inputs.cu_seqlens, q.shape[2]
+    q, k, v = (_flash_layout(t, packed) for t in (q, k, v))
+    out, lse, *_ = aten._flash_attention_forward(q, k, v, bounds, bounds, M, M, 0.0, options.causal, False, **rest)
+    return _from_flash_layout(out, packed), lse[None] if packed else lse
 
 
 def _cuda_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    options: AttentionOptions,
+    dout: Tensor, inputs: AttentionInputs, outputs: AttentionOutputs, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _use_cudnn(q, cu_seqlens, options):
-        state = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there: never read
+    q, k, v, out, lse = inputs.q, inputs.k, inputs.v, outputs.out, outputs.lse
+    if _use_cudnn(inputs, options):
+        state = torch.empty((), dtype=torch.int64, device=q.device)  # of the unused dropout: never read
         M = q.shape[2]
-        return aten._scaled_dot_product_cudnn_attention_backward(
+        return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
             dout, q, k, v, out, lse[..., None], state, state, None, None, None, M, M, 0.0, options.causal,
             scale=options.scale,
         )  # fmt: skip
-    q, k, v, bounds, longest, window = _flash_arguments(q, k, v, cu_seqlens, options)
-    dout, out = (t.transpose(1, 2) for t in (dout, out))
-    if bounds is not None:
-        dout, out, lse = dout[0], out[0], lse[0]
+    rest = _flash_options(options)
+    packed, bounds, M = inputs.cu_seqlens is not None, inputs.cu_seqlens, q.shape[2]
+    dout, q, k, v, out = (_flash_layout(t, packed) for t in (dout, q, k, v, out))
+    lse = lse[0] if packed else lse
     state = torch.empty(2, dtype=torch.uint64, device=q.device)  # as above
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
-    grads = aten._flash_attention_backward(
-        dout, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, options.causal, state, unused,
-        scale=options.scale, **window,
-    )  # fmt: skip
-    if bounds is not None:
-        grads = tuple(g[None] for g in grads)
-    return tuple(g.transpose(1, 2) for g in grads)
+    dq, dk, dv = aten._flash_attention_backward(
+        dout, q, k, v, out, lse, bounds, bounds, M, M, 0.0, options.causal, state, unused, **rest
+    )
+    return _from_flash_layout(dq, packed), _from_flash_layout(dk, packed), _from_flash_layout(dv, packed)
 
 
-def _flash_arguments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: AttentionOptions):
-    """aten's layout: ``(B, M, H, D)``, or ``(total, H, D)`` packed. The longest sequence is not known on the host
-    without a synchronisation; the total is a bound that costs idle blocks only."""
-    M = q.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if cu_seqlens is not None:
-        q, k, v = q[0], k[0], v[0]
-    window = {}
+def _flash_layout(x: Tensor, packed: bool) -> Tensor:
+    """Return a view of ``x (B, H, M, D)`` in aten's layout, ``(B, M, H, D)`` or packed ``(total, H, D)``."""
+    return x.transpose(1, 2)[0] if packed else x.transpose(1, 2)
+
+
+def _from_flash_layout(x: Tensor, packed: bool) -> Tensor:
+    return (x[None] if packed else x).transpose(1, 2)
+
+
+def _flash_options(options: AttentionOptions) -> dict[str, Any]:
+    """Return aten's scale and window.
+
+    The longest packed sequence is not known on the host without a synchronisation; the callers pass the total in its
+    place, a bound that costs idle thread blocks only.
+    """
+    rest: dict[str, Any] = {"scale": options.scale}
     if options.window is not None:
-        window = dict(window_size_left=options.window - 1, window_size_right=0)
-    return q, k, v, cu_seqlens, M, window
+        rest |= {"window_size_left": options.window - 1, "window_size_right": 0}
+    return rest

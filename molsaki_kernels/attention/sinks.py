@@ -1,4 +1,4 @@
-"""Attention sinks for engines that know none: a correction of what the attention without them gave."""
+"""Attention sinks for engines that do not support them, and the gradient of the sinks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse with the sinks in the softmax's denominator; exact, and differentiable in all three.
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the sinks to the softmax's denominator of an attention that was computed without them.
 
         lse' = logaddexp(lse, sink),   out' = out exp(lse - lse')
 
-    A flash backward that is handed out' and lse' makes exactly the weights with sinks again.
+    This is exact and differentiable in all three. A flash backward that gets out' and lse' recomputes exactly the
+    weights with sinks.
 
     Args:
         out: ``(B, H, M, D)``. lse: ``(B, H, M)``. sinks: ``(H,)`` logits.
@@ -19,6 +20,18 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         out' in out's dtype and lse' in lse's.
     """
-    # Spread in float64, so that dsinks, a sum over all rows of both signs, is summed in it.
+    # Expanded in float64, so that autograd sums dsinks, a sum over all queries of terms of both signs, in float64.
     both = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse).to(lse.dtype))
     return (out * (lse - both).exp()[..., None]).to(out.dtype), both
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Return dsinks ``(H,)``: dS of the sink's column is ``p_sink (0 - delta)``, summed over the queries.
+
+    Args:
+        sinks: ``(H,)``. lse: ``(B, H, M)``.
+        delta: ``(B, H, M)``, ``rowsum(dO * O) - dlse``, 0 for a query in no sequence, which has no lse. Its dtype is
+            that of the computation: for float32 inputs float64, because the terms have both signs.
+    """
+    terms = (sinks.to(delta.dtype)[:, None] - lse).exp_() * delta
+    return -terms.masked_fill_(delta == 0, 0).sum((0, 2), dtype=torch.float64).to(sinks.dtype)

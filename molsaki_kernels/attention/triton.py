@@ -1,19 +1,34 @@
-"""The project's own fused kernels: attention and its map in one pass over q, forward and backward."""
+"""Engine "triton": the project's own fused Triton kernels: attention and its map in one pass over q, and its backward.
+
+The kernels and their launchers are in ``_triton/attention_forward.py`` and ``_triton/attention_backward.py``; they are
+imported when they are first used.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-from torch import Tensor
 
 from molsaki_kernels._triton.support import INSTALLED, INTERPRETED, why_no_triton
-from molsaki_kernels.spec import AttentionOptions, AttentionRequest, PlanTensors
-from molsaki_kernels.strides import contiguous_rows
+from molsaki_kernels.spec import (
+    AttentionInputs,
+    AttentionOptions,
+    AttentionOutputs,
+    AttentionRequest,
+    InputGradients,
+    OutputGradients,
+    PlanTensors,
+)
+from molsaki_kernels.strides import with_contiguous_head_dim
 
 NAME = "triton"
+COMPUTES_MAP = True
+DIFFERENTIABLE = False
 
 
 def available() -> str | None:
-    """Why this machine cannot run Triton kernels, or None."""
+    """Return the reason why this machine cannot run Triton kernels, or None."""
     if not INSTALLED:
         return "triton is not installed"
     if not INTERPRETED and not torch.cuda.is_available():
@@ -21,50 +36,39 @@ def available() -> str | None:
     return None
 
 
-def why_not(call: AttentionRequest) -> str | None:
-    """Why this engine cannot do ``call``, or None."""
-    reason = why_no_triton(call.device, call.dtype)
+def why_not(request: AttentionRequest) -> str | None:
+    """Return the reason why the engine cannot serve a call, or None."""
+    reason = why_no_triton(request.device, request.dtype)
     if reason is not None:
         return reason
-    if not 16 <= call.head_dim <= 256:
-        return f"the kernels take head_dim 16 to 256, not {call.head_dim}"
-    if call.options.scale <= 0:
-        return f"the kernels take a positive scale, not {call.options.scale}"
+    if not 16 <= request.head_dim <= 256:
+        return f"the kernels take head_dim 16 to 256, not {request.head_dim}"
+    if request.options.scale <= 0:
+        return f"the kernels take a positive scale, not {request.options.scale}"
     return None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: PlanTensors,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: AttentionOptions,
-    per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out ``(B, Hq, M, D)``, lse ``(B, Hq, M)`` float32 and the map ``(N, [Hq,] S, W)`` float32."""
-    from molsaki_kernels._triton.attention_forward import flash_forward
+def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
+    """Compute out in q's dtype, and lse and the map in float32."""
+    from molsaki_kernels._triton.attention_forward import attention_forward
 
-    return flash_forward(*map(contiguous_rows, (q, k, v)), plan, options, sinks, cu_seqlens, per_head)
+    return attention_forward(_prepared(inputs), options, plan)
 
 
 def backward(
-    dout: Tensor | None,
-    dmaps: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plan: PlanTensors,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor | None,
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
     options: AttentionOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and dsinks, the map's part included."""
-    from molsaki_kernels._triton.attention_backward import flash_backward
+    plan: PlanTensors,
+) -> InputGradients:
+    """Compute dq, dk, dv and dsinks; the map's part is included."""
+    from molsaki_kernels._triton.attention_backward import attention_backward
 
-    q, k, v, out = map(contiguous_rows, (q, k, v, out))
-    return flash_backward(q, k, v, out, lse, dout, options, plan, dmaps, dlse, sinks, cu_seqlens)
+    outputs = AttentionOutputs(with_contiguous_head_dim(outputs.out), outputs.lse)
+    return attention_backward(gradients, _prepared(inputs), outputs, options, plan)
+
+
+def _prepared(inputs: AttentionInputs) -> AttentionInputs:
+    q, k, v = (with_contiguous_head_dim(x) for x in (inputs.q, inputs.k, inputs.v))
+    return dataclasses.replace(inputs, q=q, k=k, v=v)

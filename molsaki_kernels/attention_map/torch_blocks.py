@@ -1,6 +1,7 @@
-"""What of the map in plain PyTorch depends on the plan and the shapes alone: row blocks, their masks, the words.
+"""Cut a batch into blocks of queries for the PyTorch stepwise map, with each block's masks and word weights.
 
-Every layer of a model, forward and backward, walks the same blocks, so a layout is made once a plan and kept.
+They depend only on the plan and the shapes, so they are computed once per plan and used by every layer, forward and
+backward.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molsaki_kernels._plan_cache import kept
-from molsaki_kernels.spec import AttentionOptions, PlanTensors
+from molsaki_kernels._plan_cache import cached
+from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
 TILE_ELEMENTS = 1 << 19  # of a block's weights (2 MiB in float32): they stay in cache from the product to the sum
 # Tiles of 512 rows lie so that their columns share places in the cache: what runs at 165 GFLOP/s with 480 rows runs
@@ -23,25 +24,25 @@ LARGEST_KEPT = 16 << 20  # bytes of a layout's blocks that are kept; the rest is
 
 
 class Block(NamedTuple):
-    """Some rows with the steps and columns they touch."""
+    """Some queries with the steps and key columns they touch."""
 
     rows: slice
     columns: slice
     steps: slice
-    in_step: Tensor  # (n, s, m): 1 where row i is in step s
-    masked: int  # columns from this one on may be hidden from a row
-    seen: Tensor | None  # (n, 1, c - masked, m): 1 where row i sees column j; None: all of them
+    in_step: Tensor  # (n, s, m): 1 where query i is in step s
+    masked: int  # columns from this one on may be hidden from a query
+    visible: Tensor | None  # (n, 1, c - masked, m): 1 where query i sees column j; None: all are visible
     elements: int  # n m c
 
 
-class Layout:
-    """Some sequences of one length, cut into row blocks.
+class BlockedSequences:
+    """Some sequences of one length, cut into blocks of queries.
 
     Attributes:
-        sequences: the plan's sequences; ``rows``: with packed ones their rows, else None.
+        sequences: the plan's sequences. rows: where they are packed, their tokens; else None.
         tokens: ``(n, C)``. words: ``(n, C, W)``, ``weight`` where token j is in word w, zero for padding.
-        outside: ``(n, 1, M)``, True for a row in no step; None if there is none (known on a CPU only).
-        block_rows: rows of the largest block. elements: of all blocks.
+        outside: ``(n, 1, M)``, True for a query in no step; None if there is none (known on a CPU only).
+        block_rows: queries of the largest block. elements: weights per head of all blocks.
     """
 
     def __init__(
@@ -49,12 +50,12 @@ class Layout:
         sequences: slice,
         rows: slice | None,
         length: int,
-        plan: PlanTensors,
-        options: AttentionOptions,
         heads: int,
-        weight: float,
+        options: AttentionOptions,
+        plan: PlanTensors,
         dtype: torch.dtype,
     ):
+        weight = 1.0 if options.per_head else 1 / max(heads, 1)
         self.sequences, self.rows = sequences, rows
         self._options, self._length = options, length
         steps, tokens, words = (
@@ -76,35 +77,37 @@ class Layout:
         size = 0
         for bound in self._bounds:
             block = self._block(*bound)
-            size += block.in_step.nbytes + (0 if block.seen is None else block.seen.nbytes)
+            size += block.in_step.nbytes + (0 if block.visible is None else block.visible.nbytes)
             if size > LARGEST_KEPT:
                 break
             self._kept.append(block)
 
     def __len__(self) -> int:
-        """How many sequences."""
+        """The number of sequences."""
         return len(self.tokens)
 
     def blocks(self) -> Iterator[Block]:
-        """The row blocks that hold a row of a step, ascending."""
+        """Yield the blocks that hold a query of a step, ascending."""
         yield from self._kept
         for bound in self._bounds[len(self._kept) :]:
             yield self._block(*bound)
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """These sequences' view of a ``(B, H, M, ...)`` tensor."""
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return these sequences' part of a ``(B, H, M, ...)`` tensor."""
         return tensor[self.sequences] if self.rows is None else tensor[:, :, self.rows]
 
-    def key_rows(self, k: Tensor) -> Tensor:
-        """``(n, Hkv, C, D)``, a copy: the key tokens of k ``(n, Hkv, M, D)``."""
+    def key_tokens(self, k: Tensor) -> Tensor:
+        """Return a copy ``(n, Hkv, C, D)`` of the key tokens of k ``(n, Hkv, M, D)``."""
         heads = torch.arange(k.shape[1], device=k.device)
         return k[self._sequence, heads[:, None], self.tokens[:, None]]
 
     def _bounds_on_host(
         self, steps: Tensor, tokens: Tensor, words: Tensor
     ) -> Iterator[tuple[slice, slice, slice, int, bool]]:
-        """Rows, columns and steps of each block, the first masked column, and whether the window may hide one. On a
-        CPU the plan's numbers are free to look at; elsewhere a block takes all columns and steps."""
+        """Yield each block's queries, columns and steps, its first masked column, and whether the window may hide one.
+
+        On a CPU the plan's numbers can be read at no cost; elsewhere a block takes all columns and steps.
+        """
         M, C, options = self._length, tokens.shape[1], self._options
         on_cpu = tokens.device.type == "cpu"
         if on_cpu:
@@ -138,53 +141,55 @@ class Layout:
             yield rows, slice(first, last), slice(min(touched), max(touched) + 1), masked - first, windowed
 
     def _block(self, rows: slice, columns: slice, steps: slice, masked: int, windowed: bool) -> Block:
-        dtype, seen = self.words.dtype, None
+        dtype, visible = self.words.dtype, None
         if masked < columns.stop - columns.start:
             column, row = self.tokens[:, None, columns][..., masked:, None], self._row[rows]
-            seen = column <= row if self._options.causal else torch.ones_like(column <= row)
+            visible = column <= row if self._options.causal else torch.ones_like(column <= row)
             if windowed:
-                seen &= column > row - self._options.window
-            seen = seen.to(dtype)
+                visible &= column > row - self._options.window
+            visible = visible.to(dtype)
         in_step = self._in_step(rows, steps).to(dtype)
-        return Block(rows, columns, steps, in_step, masked, seen, self._elements(rows, columns))
+        return Block(rows, columns, steps, in_step, masked, visible, self._elements(rows, columns))
 
     def _elements(self, rows: slice, columns: slice) -> int:
         return len(self) * (rows.stop - rows.start) * (columns.stop - columns.start)
 
     def _in_step(self, rows: slice, steps: slice) -> Tensor:
-        """``(n, s, m)`` bool: is row i in step s?"""
+        """Return a bool ``(n, s, m)`` tensor: whether query i is in step s."""
         row = self._row[rows]
         return (row >= self._starts[:, steps]) & (row < self._stops[:, steps])
 
 
-def layouts(
-    plan: PlanTensors,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    options: AttentionOptions,
-    cu_seqlens: Tensor | None,
-    per_head: bool,
-) -> list[Layout]:
-    """The layouts that cover a batch: few enough sequences each that MIN_ROWS rows fit a tile; packed ones one by one.
+def blocked_sequences(
+    inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, dtype: torch.dtype
+) -> list[BlockedSequences]:
+    """Return the groups of sequences that cover a batch; packed sequences one by one.
+
+    A group has few enough sequences that MIN_ROWS queries of each fit a tile.
 
     Args:
-        shape: heads, length and head_dim of q. dtype: the map's.
-        per_head: whether the words' weight is 1, or 1 / heads for their mean.
+        dtype: the map's.
     """
-    heads, length, _ = shape
-    bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    common = (plan, options, heads, 1.0 if per_head else 1 / max(heads, 1), dtype)
-    key = ("layouts", heads, length, dtype, options, bounds, per_head)
-    return kept(plan, key, lambda: list(_cover(bounds, length, heads, plan.tokens.shape, common)))
+    heads, length = inputs.q.shape[1:3]
+    bounds = None if inputs.cu_seqlens is None else inputs.bounds
+    key = ("blocks", heads, length, dtype, options, bounds)
+    return cached(plan, key, lambda: list(_cover(bounds, length, heads, options, plan, dtype)))
 
 
-def _cover(bounds: tuple[int, ...] | None, length: int, heads: int, shape: torch.Size, common) -> Iterator[Layout]:
-    N, C = shape
+def _cover(
+    bounds: tuple[int, ...] | None,
+    length: int,
+    heads: int,
+    options: AttentionOptions,
+    plan: PlanTensors,
+    dtype: torch.dtype,
+) -> Iterator[BlockedSequences]:
+    N, C = plan.tokens.shape
     if bounds is not None:
         for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             if b > a:
-                yield Layout(slice(n, n + 1), slice(a, b), b - a, *common)
+                yield BlockedSequences(slice(n, n + 1), slice(a, b), b - a, heads, options, plan, dtype)
         return
     size = max(1, TILE_ELEMENTS // (heads * min(length, MAX_ROWS) * C))
     for n in range(0, N, size):
-        yield Layout(slice(n, min(n + size, N)), None, length, *common)
+        yield BlockedSequences(slice(n, min(n + size, N)), None, length, heads, options, plan, dtype)

@@ -1,16 +1,21 @@
 /* Attention and its stepwise map on a CPU in one pass, forward and backward (engine "native").
  *
- * The mathematics is that of flash attention and of docs/derivation.md. Rows of queries are the lanes of a vector: scores
- * are made as S^T, of keys (broadcast) and the transposed queries of PANEL rows, so that the softmax over keys has no sums
- * across lanes, and a key token's scores of all rows lie side by side. A block is TASK_ROWS rows against KEYS keys.
+ * The equations are those of flash attention and of docs/derivation.md. The lanes of a vector are query positions
+ * (rows). Scores are computed transposed, as S^T = K Q^T, from broadcast keys and the transposed queries of PANEL
+ * rows. The softmax over keys then needs no sums across lanes, and the scores of one key token are contiguous over
+ * rows. A block is TASK_ROWS rows against KEYS keys.
  *
- * Forward: the scores of key tokens are set aside; when maximum and sum are known, they become weights, added up per step.
- * Backward: the weights of key tokens are made first, for dlse; dA then joins dP where a key token's column comes by.
+ * Forward: the scores of key tokens are saved. Once the maximum and the sum of each row are known, they are turned
+ * into weights and summed per step.
+ * Backward: the weights of key tokens are computed first, because dlse needs them. dA is added to dP in the block that
+ * contains the key token.
  *
- * Deterministic: what a thread takes and the order in which its parts are added up depend on shapes, the plan and the
- * number of threads alone.
+ * Deterministic: the work of each thread and the order of its sums depend only on the shapes, the plan and the
+ * number of threads.
  */
-#include "tiles.h"
+#include "layout.h"
+#include "plan.h"
+#include "simd.h"
 
 #include <float.h>
 #include <math.h>
@@ -18,15 +23,15 @@
 
 enum {
     ROWS = TASK_ROWS,
-    PANEL = 2 * LANES, /* rows that share registers with STRIP keys */
+    PANEL = 2 * LANES, /* rows whose scores with STRIP keys are in registers together */
     PANELS = ROWS / PANEL,
     VECTORS = ROWS / LANES,
     KEYS = 96, /* a multiple of STRIP and GROUP */
-    WIDEST = MAX_D + 16 /* rows are copied to a constant width, an odd number of cache lines */
+    WIDEST = MAX_D + 16 /* of the copied rows; an odd number of cache lines */
 };
 
-#define HIDDEN -INFINITY /* the score of a key that is not visible */
-#define LEAST -FLT_MAX   /* what the maximum starts at */
+#define HIDDEN -INFINITY /* the score of a key that the row cannot see */
+#define FIRST_MAX -FLT_MAX /* the initial maximum */
 
 typedef struct {
     Plan plan;
@@ -34,62 +39,85 @@ typedef struct {
     int64_t causal, window, is_bf16, per_head, threads;
     int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], dout_strides[3];
     int64_t dq_strides[3], dk_strides[3], dv_strides[3];
-    double scale, softcap, word_weight; /* softcap 0: none */
+    double scale, softcap, word_weight; /* softcap 0: no softcap */
     const void *q, *k, *v;
     const float *sinks; /* (q_heads), or NULL */
     void *out;
     float *lse;  /* (B, q_heads, rows) */
-    void *work;  /* of each thread: molsaki_attention_work(columns, head_dim) bytes */
+    void *work;  /* per thread: molsaki_attention_work(columns, head_dim) bytes */
     /* Forward. */
-    int64_t groups; /* of query heads: as many tasks for each block; as many as heads for per_head */
-    double *sums; /* a task's, from task_slot * groups * columns on: (groups, count, columns) */
+    int64_t groups; /* groups of query heads, each one a unit of work; with per_head, one head per group */
+    double *sums; /* per task, from task_slot * groups * columns on: (groups, count, columns) */
     float *maps;
     /* Backward. */
-    const void *dout; /* or NULL: the map is all there is a gradient of */
-    const float *dlse, *dmaps; /* or NULL */
-    double *delta;    /* (B, q_heads, rows), for sinks: rowsum(dO * O) - dlse; or NULL */
+    const void *dout; /* NULL: only the map has a gradient */
+    const float *dlse, *dmaps; /* each may be NULL */
+    double *delta;    /* (B, q_heads, rows): rowsum(dO * O) - dlse, for the gradient of sinks; NULL without sinks */
     float *dq, *dk, *dv;
-    float *parts;     /* of each thread: dk and dv of one key head, (2, longest, head_dim) */
-    int64_t *part_of; /* whose they are: n * kv_heads + g, or -1 */
-} Call;
+    float *parts;     /* per thread: dk and dv of one key head, (2, longest, head_dim) */
+    int64_t *part_of; /* per thread: the sequence and key head of its part, n * kv_heads + g, or -1 */
+} AttentionCall;
 
-/* A thread's copies of what a block reads, and what it makes; too large for a thread's stack. */
+#define F(field) FIELD(Plan, field)
+const Layout molsaki_layout_Plan[] = {
+    WHOLE(Plan),
+    F(sequences), F(columns), F(longest), F(tasks), F(batch), F(begin), F(length), F(tokens_used), F(tokens),
+    F(word_of_token), F(step_of_row), F(task_sequence), F(task_row), F(task_first), F(task_count), F(task_slot),
+    END,
+};
+#undef F
+
+#define F(field) FIELD(AttentionCall, field)
+const Layout molsaki_layout_AttentionCall[] = {
+    WHOLE(AttentionCall),
+    F(plan), F(rows), F(q_heads), F(kv_heads), F(head_dim), F(steps), F(words), F(causal), F(window), F(is_bf16),
+    F(per_head), F(threads), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides), F(dq_strides),
+    F(dk_strides), F(dv_strides), F(scale), F(softcap), F(word_weight), F(q), F(k), F(v), F(sinks), F(out), F(lse),
+    F(work), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk), F(dv), F(parts),
+    F(part_of),
+    END,
+};
+#undef F
+
+const Layout molsaki_layout_constants[] = {{"TASK_ROWS", TASK_ROWS, 0}, {"MAX_HEAD_DIM", MAX_D, 0}, END};
+
+/* Working memory of one thread: its copies of a block's inputs, and the results. Too large for the stack. */
 typedef struct {
     float q[ROWS * WIDEST], dout[ROWS * WIDEST], k[KEYS * WIDEST], v[KEYS * WIDEST];
     float q_panel[ROWS * MAX_D], dout_panel[ROWS * MAX_D];
     float result[ROWS * WIDEST]; /* out or dq */
-    float weights[KEYS][ROWS], dscores[KEYS][ROWS]; /* of keys by rows; weights: scores before */
-    float slopes[STRIP][ROWS];                      /* of the softcap: what dscores are multiplied by */
-    float aside[][ROWS]; /* (columns + STRIP): scores of key tokens, or their dA. After them the key tokens, as rows */
+    float weights[KEYS][ROWS], dscores[KEYS][ROWS]; /* `weights` holds the scores first */
+    float slopes[STRIP][ROWS];                      /* derivative of the softcap; dscores are multiplied by it */
+    float aside[][ROWS]; /* (columns + STRIP): scores of key tokens, or their dA; then the key tokens' vectors */
 } Work;
 
-/* How far apart the copied rows lie: constants, of which a key's number is one load. */
+/* The stride of the copied rows: one of three constants, so that the address of a key's element is one load. */
 static int64_t width_of(int64_t D) { return D <= 64 ? 80 : D <= 128 ? 144 : WIDEST; }
 
 int64_t molsaki_attention_work(int64_t columns, int64_t D) {
     return sizeof(Work) + (columns + STRIP) * (ROWS + width_of(D)) * sizeof(float);
 }
 
-static Work *own_work(const Call *c) {
+static Work *own_work(const AttentionCall *c) {
     return (Work *)((char *)c->work + omp_get_thread_num() * molsaki_attention_work(c->plan.columns, c->head_dim));
 }
 
-/* Rows of one head of one sequence, TASK_ROWS of them. */
+/* Up to TASK_ROWS rows of one head of one sequence. */
 typedef struct {
     int64_t n, h, g, task, first, count, length;
-    int64_t low, high;               /* the keys that some row sees */
+    int64_t low, high;               /* the keys that at least one row sees */
     int64_t first_column, columns;   /* the key tokens among them */
-    int32_t step[ROWS];              /* -1: none */
-    float lse[ROWS], delta[ROWS];    /* backward; delta: rowsum(dO * O) - dlse, the map's dlse included */
+    int32_t step[ROWS];              /* -1: in no step */
+    float lse[ROWS], delta[ROWS];    /* backward; delta = rowsum(dO * O) - dlse, including the dlse of the map */
 } Block;
 
-/* exp, and 0 where that is below 1e-34; NaN stays NaN. */
+/* exp(x), or 0 where it is below 1e-34. Keeps NaN. */
 INLINE vf weight(vf x) {
     const vi vanishes = x <= splat(-80.0f);
     return (vf)((vi)exponential(clamp(x, -80.0f, 80.0f)) & ~vanishes);
 }
 
-/* 8 x 8 numbers, from rows to columns. */
+/* Transpose 8 x 8 numbers. */
 INLINE void transpose8(const float *from, int64_t from_row, float *to, int64_t to_row) {
     __m256 a[8], b[8];
     UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * from_row);
@@ -109,7 +137,7 @@ INLINE void transpose8(const float *from, int64_t from_row, float *to, int64_t t
     }
 }
 
-/* (ROWS, width) to panels of (D, PANEL). */
+/* Transpose (ROWS, width) into panels of (D, PANEL). */
 INLINE void to_panels(const float *rows, int64_t panels, int64_t D, int64_t width, float *panel) {
     for (int64_t p = 0; p < panels; p++)
         for (int64_t d = 0; d < D; d += 8)
@@ -117,10 +145,10 @@ INLINE void to_panels(const float *rows, int64_t panels, int64_t D, int64_t widt
                 transpose8(rows + (p * PANEL + r) * width + d, width, panel + (p * D + d) * PANEL + r, PANEL);
 }
 
-/* `count` rows of a tensor from `offset` on, the last of them followed by zeros up to `padded`. */
+/* Copy `count` rows of a tensor from `offset` on, and fill with zeros up to `padded` rows. */
 INLINE void read_rows(
-    const void *x, int64_t offset, int64_t stride, int64_t is_bf16, int64_t D, int64_t count, int64_t padded, int64_t width,
-    float *rows
+    const void *x, int64_t offset, int64_t stride, int64_t is_bf16, int64_t D, int64_t count, int64_t padded,
+    int64_t width, float *rows
 ) {
     for (int64_t r = 0; r < count; r++) read_row(x, offset + r * stride, is_bf16, D, rows + r * width);
     for (int64_t r = count; r < padded; r++) memset(rows + r * width, 0, D * sizeof(float));
@@ -130,7 +158,7 @@ INLINE int64_t at(const int64_t *strides, int64_t b, int64_t h, int64_t row) {
     return b * strides[0] + h * strides[1] + row * strides[2];
 }
 
-/* STRIP keys' scores with a panel's rows, without a mask, into PANEL columns of a tile. */
+/* The unmasked scores of STRIP keys and the rows of a panel, into PANEL columns of a tile. */
 INLINE void scores_of_width(const float *keys, int width, const float *panel, int64_t D, float *tile) {
     vf s[STRIP][2];
     UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) s[i][v] = (vf){0};
@@ -142,7 +170,8 @@ INLINE void scores_of_width(const float *keys, int width, const float *panel, in
             s[i][1] += key * b;
         }
     }
-    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < 2; v++) store(tile + i * ROWS + v * LANES, s[i][v]);
+    UNROLL for (int i = 0; i < STRIP; i++)
+        UNROLL for (int v = 0; v < 2; v++) store(tile + i * ROWS + v * LANES, s[i][v]);
 }
 
 static void scores(const float *keys, const float *panel, int64_t D, float *tile) {
@@ -151,8 +180,9 @@ static void scores(const float *keys, const float *panel, int64_t D, float *tile
     else scores_of_width(keys, WIDEST, panel, D, tile);
 }
 
-/* softcap tanh(score / softcap) of STRIP keys and a panel's rows, and its slope where `slopes` is not NULL. */
-static void cap_scores(const Call *c, float *tile, float *slopes) {
+/* Replace the scores of STRIP keys and a panel by softcap * tanh(score / softcap). Its derivative goes to `slopes`
+ * unless that is NULL. */
+static void cap_scores(const AttentionCall *c, float *tile, float *slopes) {
     const float cap = (float)c->softcap;
     for (int i = 0; i < STRIP; i++)
         for (int v = 0; v < 2; v++) {
@@ -162,59 +192,60 @@ static void cap_scores(const Call *c, float *tile, float *slopes) {
         }
 }
 
-/* The lanes whose row, from `row` on, sees the key. */
-INLINE vi seen(const Call *c, int64_t row, int64_t key, int64_t length) {
+/* The mask of the lanes, rows from `row` on, that see the key. */
+INLINE vi visible(const AttentionCall *c, int64_t row, int64_t key, int64_t length) {
     vi rows;
     for (int i = 0; i < LANES; i++) rows[i] = i;
     if (key >= length) return (vi){0};
     const int32_t distance = (int32_t)(row - key);
-    vi visible = (vi){0} == 0;
-    if (c->causal) visible &= rows >= -distance;
-    if (c->window > 0) visible &= rows < (int32_t)c->window - distance;
-    return visible;
+    vi mask = (vi){0} == 0;
+    if (c->causal) mask &= rows >= -distance;
+    if (c->window > 0) mask &= rows < (int32_t)c->window - distance;
+    return mask;
 }
 
-/* `hidden` where a row of the panel from `row` on does not see one of STRIP keys from `key` on. */
-static void hide(const Call *c, int64_t row, int64_t key, int64_t length, float *tile, float hidden) {
+/* Write `hidden` where a row of the panel from `row` on does not see one of the STRIP keys from `key` on. */
+static void hide(const AttentionCall *c, int64_t row, int64_t key, int64_t length, float *tile, float hidden) {
     const int64_t last = key + STRIP - 1;
     if (last < length && (!c->causal || last <= row) && (c->window <= 0 || key > row + PANEL - 1 - c->window)) return;
     for (int i = 0; i < STRIP; i++)
         for (int v = 0; v < 2; v++) {
             float *x = tile + i * ROWS + v * LANES;
-            const vi visible = seen(c, row + v * LANES, key + i, length);
-            store(x, (vf)(((vi)load(x) & visible) | ((vi)splat(hidden) & ~visible)));
+            const vi mask = visible(c, row + v * LANES, key + i, length);
+            store(x, (vf)(((vi)load(x) & mask) | ((vi)splat(hidden) & ~mask)));
         }
 }
 
-/* The strips, of keys from `key` on, that hold a key which a row of the panel sees. */
+/* The strips of keys, counted from `key`, with at least one key that a row of the panel sees. */
 typedef struct { int64_t from, to; } Range;
-INLINE Range live_strips(const Call *c, const Block *b, int64_t panel, int64_t key, int64_t keys) {
-    const int64_t row = b->first + panel * PANEL, last = lowest(row + PANEL, b->first + b->count) - 1;
-    const int64_t low = c->window > 0 ? highest(row - c->window + 1 - key, 0) : 0;
-    const int64_t high = c->causal ? lowest(last + 1 - key, keys) : keys;
+INLINE Range live_strips(const AttentionCall *c, const Block *b, int64_t panel, int64_t key, int64_t keys) {
+    const int64_t row = b->first + panel * PANEL, last = int_min(row + PANEL, b->first + b->count) - 1;
+    const int64_t low = c->window > 0 ? int_max(row - c->window + 1 - key, 0) : 0;
+    const int64_t high = c->causal ? int_min(last + 1 - key, keys) : keys;
     if (high <= low) return (Range){0, 0};
     return (Range){low / STRIP, (high + STRIP - 1) / STRIP};
 }
 
-/* The keys of a block, from `key` on, that some of GROUP rows from r on sees; what lies between is in the tile. */
-INLINE Range keys_of(const Call *c, const Block *b, const Range *live, int64_t r, int64_t key, int64_t keys) {
-    const int64_t last = lowest(r + GROUP, b->count) - 1;
+/* The keys of a block, counted from `key`, that at least one of GROUP rows from r on sees. The tile has all keys
+ * between. */
+INLINE Range keys_of(const AttentionCall *c, const Block *b, const Range *live, int64_t r, int64_t key, int64_t keys) {
+    const int64_t last = int_min(r + GROUP, b->count) - 1;
     Range x = live[r / PANEL], y = live[last / PANEL];
     if (x.from == x.to) x = y;
     if (y.from == y.to) y = x;
-    const int64_t to = lowest(y.to * STRIP, keys);
-    return (Range){x.from * STRIP, c->causal ? lowest(b->first + last + 1 - key, to) : to};
+    const int64_t to = int_min(y.to * STRIP, keys);
+    return (Range){x.from * STRIP, c->causal ? int_min(b->first + last + 1 - key, to) : to};
 }
 
-/* Zeros where no strip of a panel is live. */
+/* Write zeros to the strips of a panel that are not live. */
 INLINE void clear_dead(float (*tile)[ROWS], int64_t panel, Range live, int64_t strips) {
     for (int64_t j = 0; j < strips * STRIP; j++)
         if (j < live.from * STRIP || j >= live.to * STRIP)
             UNROLL for (int v = 0; v < 2; v++) store(&tile[j][panel * PANEL + v * LANES], (vf){0});
 }
 
-/* What of a block depends on sequence, head and task alone. */
-INLINE void find_block(const Call *c, int64_t h, int64_t task, Block *b) {
+/* The fields of a block that depend only on the sequence, the head and the task. */
+INLINE void find_block(const AttentionCall *c, int64_t h, int64_t task, Block *b) {
     const Plan *p = &c->plan;
     b->n = p->task_sequence[task];
     b->h = h;
@@ -222,19 +253,19 @@ INLINE void find_block(const Call *c, int64_t h, int64_t task, Block *b) {
     b->task = task;
     b->first = p->task_row[task];
     b->length = p->length[b->n];
-    b->count = lowest(ROWS, b->length - b->first);
-    b->low = c->window > 0 ? highest(b->first - c->window + 1, 0) : 0;
+    b->count = int_min(ROWS, b->length - b->first);
+    b->low = c->window > 0 ? int_max(b->first - c->window + 1, 0) : 0;
     b->high = c->causal ? b->first + b->count : b->length;
     const int32_t *steps = p->step_of_row + b->n * p->longest + b->first;
     for (int r = 0; r < ROWS; r++) b->step[r] = r < b->count ? steps[r] : -1;
     const int32_t *tokens = p->tokens + b->n * p->columns;
-    const int64_t used = p->task_count[task] ? p->tokens_used[b->n] : 0; /* without a step no key token matters */
+    const int64_t used = p->task_count[task] ? p->tokens_used[b->n] : 0; /* without a step the map needs no key token */
     b->first_column = below(tokens, used, b->low);
     b->columns = below(tokens, used, b->high) - b->first_column;
 }
 
-/* A block's queries, scaled, as rows and as panels. */
-static void read_queries(const Call *c, const Block *b, float *q, float *panel) {
+/* A block's scaled queries, as rows and as panels. */
+static void read_queries(const AttentionCall *c, const Block *b, float *q, float *panel) {
     const int64_t D = c->head_dim, width = width_of(D), panels = (b->count + PANEL - 1) / PANEL;
     const int64_t row = c->plan.begin[b->n] + b->first, offset = at(c->q_strides, c->plan.batch[b->n], b->h, row);
     read_rows(c->q, offset, c->q_strides[2], c->is_bf16, D, b->count, panels * PANEL, width, q);
@@ -243,13 +274,13 @@ static void read_queries(const Call *c, const Block *b, float *q, float *panel) 
     to_panels(q, panels, D, width, panel);
 }
 
-/* The steps that rows of a vector are in, by turns. */
-INLINE void sum_steps(const Call *c, const Block *b, const vf *w, double *sums) {
+/* Add the weights of each vector's rows to the sums of their steps. */
+INLINE void sum_steps(const AttentionCall *c, const Block *b, const vf *w, double *sums) {
     const int64_t first = c->plan.task_first[b->task], C = c->plan.columns;
     for (int v = 0; v < VECTORS && v * LANES < b->count; v++) {
         const vi steps = *(const vi_any *)(b->step + v * LANES);
         int32_t done = -1;
-        for (int i = 0; i < LANES; i++) { /* ascending: a step is a run of lanes, between them rows in none */
+        for (int i = 0; i < LANES; i++) { /* steps ascend: each is a run of lanes, with rows in no step between */
             const int32_t step = b->step[v * LANES + i];
             if (step <= done) continue;
             sums[(step - first) * C] += sum_of((vf)((vi)w[v] & (steps == step)));
@@ -258,34 +289,34 @@ INLINE void sum_steps(const Call *c, const Block *b, const vf *w, double *sums) 
     }
 }
 
-/* The map's part of a forward block: set-aside scores to weights, and their sums over the rows of each step. */
+/* The map of a forward block: turn the saved scores into weights and sum them over the rows of each step. */
 INLINE void add_map(
-    const Call *c, const Block *b, float (*aside)[ROWS], const vf *max, const vf *sum, double *sums
+    const AttentionCall *c, const Block *b, float (*aside)[ROWS], const vf *max, const vf *sum, double *sums
 ) {
     vf share[VECTORS];
     for (int v = 0; v < VECTORS; v++) share[v] = 1.0f / sum[v];
     for (int64_t j = 0; j < b->columns; j++) {
-        vf w[VECTORS]; /* of max and sum, not of lse, which is rounded */
+        vf w[VECTORS]; /* from max and sum rather than from lse, which is rounded */
         for (int v = 0; v < VECTORS; v++) w[v] = weight(load(&aside[j][v * LANES]) - max[v]) * share[v];
         sum_steps(c, b, w, sums + b->first_column + j);
     }
 }
 
-/* A panel's scores to exp(score - max), over the keys [from, to) of the block; what max and sum become, and by how much
- * what was made with the old max shrinks. */
+/* Online softmax of a panel over the keys [from, to) of the block: replace scores by exp(score - max), update max and
+ * sum, and return in `shrink` the factor exp(old max - max) for earlier results. */
 INLINE void softmax(float (*tile)[ROWS], int64_t panel, int64_t from, int64_t to, vf *max, vf *sum, vf *shrink) {
     float *column = &tile[0][panel * PANEL];
     UNROLL for (int v = 0; v < 2; v++) {
         vf m0 = max[v], m1 = m0;
         int64_t j = from;
         for (; j + 1 < to; j += 2) {
-            m0 = most(load(column + j * ROWS + v * LANES), m0);
-            m1 = most(load(column + (j + 1) * ROWS + v * LANES), m1);
+            m0 = vf_max(load(column + j * ROWS + v * LANES), m0);
+            m1 = vf_max(load(column + (j + 1) * ROWS + v * LANES), m1);
         }
-        if (j < to) m0 = most(load(column + j * ROWS + v * LANES), m0);
-        const vf m = most(m0, m1);
+        if (j < to) m0 = vf_max(load(column + j * ROWS + v * LANES), m0);
+        const vf m = vf_max(m0, m1);
         shrink[v] = weight(max[v] - m);
-        shrink[v] = (vf)(((vi)shrink[v] & (max[v] != m)) | ((vi)splat(1.0f) & (max[v] == m))); /* inf too */
+        shrink[v] = (vf)(((vi)shrink[v] & (max[v] != m)) | ((vi)splat(1.0f) & (max[v] == m))); /* also for infinities */
         max[v] = m;
     }
     vf total[2] = {{0}, {0}};
@@ -305,7 +336,7 @@ INLINE int differs_from_one(vf x) {
     return any;
 }
 
-static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, double *sums) {
+static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work *work, double *sums) {
     const int64_t D = c->head_dim, width = width_of(D);
     const Plan *plan = &c->plan;
     Block b;
@@ -317,7 +348,7 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
 
     read_queries(c, &b, q, panel);
     memset(out, 0, b.count * width * sizeof(float));
-    const float start = c->sinks && !(c->sinks[h] < LEAST) ? c->sinks[h] : LEAST; /* NaN stays NaN */
+    const float start = c->sinks && !(c->sinks[h] < FIRST_MAX) ? c->sinks[h] : FIRST_MAX; /* keeps NaN */
     for (int x = 0; x < VECTORS; x++) {
         max[x] = splat(start);
         sum[x] = splat(c->sinks ? 1.0f : 0.0f);
@@ -328,7 +359,7 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
     int64_t token = 0;
 
     for (int64_t key = b.low; key < b.high; key += KEYS) {
-        const int64_t keys = lowest(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
+        const int64_t keys = int_min(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
         read_rows(c->k, at(c->k_strides, batch, b.g, begin + key), c->k_strides[2], c->is_bf16, D, keys, strips * STRIP,
                   width, k);
         read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, D, keys, keys, width,
@@ -372,7 +403,7 @@ static void forward_block(const Call *c, int64_t h, int64_t task, Work *work, do
     float *lse = c->lse + (batch * c->q_heads + h) * c->rows + begin + b.first;
     for (int64_t r = 0; r < b.count; r++) {
         const float total = sum[r / LANES][r % LANES], by = 1.0f / total;
-        lse[r] = (float)(max[r / LANES][r % LANES] + log(total)); /* rounded once */
+        lse[r] = (float)(max[r / LANES][r % LANES] + log(total)); /* one rounding */
         const int64_t offset = at(c->out_strides, batch, h, begin + b.first + r);
         if (c->is_bf16)
             for (int64_t d = 0; d < D; d++) ((uint16_t *)c->out)[offset + d] = to_bf16(out[r * width + d] * by);
@@ -391,14 +422,15 @@ static int64_t first_task(const Plan *p, int64_t n) {
     return low;
 }
 
-/* The map of one step of a sequence: over tasks and groups of heads, then over the tokens of each word. */
-static void reduce_map(const Call *c, int64_t n, int64_t s) {
+/* The map of one step of a sequence: the sum over tasks and groups of heads, then over the tokens of each word. */
+static void reduce_map(const AttentionCall *c, int64_t n, int64_t s) {
     const Plan *p = &c->plan;
     const int64_t C = p->columns, heads = c->per_head ? c->q_heads : 1, groups = c->per_head ? 1 : c->groups;
     const int32_t *word = p->word_of_token + n * C;
     int64_t begin = first_task(p, n), end;
-    while (begin < p->tasks && p->task_sequence[begin] == n && p->task_first[begin] + p->task_count[begin] <= s) begin++;
-    for (end = begin; end < p->tasks && p->task_sequence[end] == n; end++) /* tasks' steps ascend */
+    while (begin < p->tasks && p->task_sequence[begin] == n && p->task_first[begin] + p->task_count[begin] <= s)
+        begin++;
+    for (end = begin; end < p->tasks && p->task_sequence[end] == n; end++) /* the steps of tasks ascend */
         if (p->task_count[end] && p->task_first[end] > s) break;
     for (int64_t h = 0; h < heads; h++) {
         float *map = c->maps + ((n * heads + h) * c->steps + s) * c->words;
@@ -415,22 +447,22 @@ static void reduce_map(const Call *c, int64_t n, int64_t s) {
     }
 }
 
-/* One block of a group of heads. */
-static void forward_task(const Call *c, int64_t task, int64_t group) {
+/* One task for one group of heads. */
+static void forward_task(const AttentionCall *c, int64_t task, int64_t group) {
     const Plan *p = &c->plan;
     const int64_t count = p->task_count[task], heads = (c->q_heads + c->groups - 1) / c->groups;
     double *sums = c->sums + (p->task_slot[task] * c->groups + group * count) * p->columns;
     if (count * p->columns > 0) memset(sums, 0, count * p->columns * sizeof(double));
-    for (int64_t h = group * heads; h < lowest((group + 1) * heads, c->q_heads); h++)
+    for (int64_t h = group * heads; h < int_min((group + 1) * heads, c->q_heads); h++)
         forward_block(c, h, task, own_work(c), sums);
 }
 
-void molsaki_attention_forward(const Call *c) {
+void molsaki_attention_forward(const AttentionCall *c) {
     const Plan *p = &c->plan;
 #pragma omp parallel num_threads((int)c->threads)
     {
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t t = p->tasks - 1; t >= 0; t--) /* under causality the longest first */
+        for (int64_t t = p->tasks - 1; t >= 0; t--) /* with a causal mask, the longest task first */
             for (int64_t group = 0; group < c->groups; group++) forward_task(c, t, group);
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < p->sequences; n++)
@@ -439,8 +471,8 @@ void molsaki_attention_forward(const Call *c) {
     }
 }
 
-/* dA of a key token for the rows of a vector. */
-INLINE vf upstream(const Call *c, const Block *b, int64_t column, int v) {
+/* dA of a key token for the rows of one vector. */
+INLINE vf upstream(const AttentionCall *c, const Block *b, int64_t column, int v) {
     const int32_t *step = b->step + v * LANES, word = c->plan.word_of_token[b->n * c->plan.columns + column];
     const int64_t map = c->per_head ? b->n * c->q_heads + b->h : b->n;
     const float *dmaps = c->dmaps + map * c->steps * c->words + word;
@@ -451,9 +483,10 @@ INLINE vf upstream(const Call *c, const Block *b, int64_t column, int v) {
     return x;
 }
 
-/* The key tokens' dA into `aside`, and what it adds to each row's delta: its weights times dA. */
+/* Write dA of the key tokens to `aside`, and each row's sum of weight * dA, the map's part of delta, to `added`. */
 static void upstream_of_map(
-    const Call *c, const Block *b, const float *key_tokens, const float *panel, float (*aside)[ROWS], float *added
+    const AttentionCall *c, const Block *b, const float *key_tokens, const float *panel, float (*aside)[ROWS],
+    float *added
 ) {
     const int64_t D = c->head_dim, width = width_of(D), panels = (b->count + PANEL - 1) / PANEL;
     const int32_t *tokens = c->plan.tokens + b->n * c->plan.columns;
@@ -461,9 +494,9 @@ static void upstream_of_map(
     for (int v = 0; v < VECTORS; v++) sums[v] = (vf){0};
     for (int64_t j = 0; j < b->columns; j += STRIP)
         for (int64_t p = 0; p < panels; p++) {
-            const int64_t column = b->first_column + j, count = lowest(STRIP, b->columns - j);
+            const int64_t column = b->first_column + j, count = int_min(STRIP, b->columns - j);
             const int64_t row = b->first + p * PANEL;
-            if (c->causal && tokens[column] >= row + PANEL) { /* seen by none, and so the columns after it */
+            if (c->causal && tokens[column] >= row + PANEL) { /* no row sees it or a later column */
                 for (int64_t i = 0; i < count; i++) memset(&aside[j + i][p * PANEL], 0, PANEL * sizeof(float));
                 continue;
             }
@@ -475,14 +508,14 @@ static void upstream_of_map(
                 const vf da = upstream(c, b, column + i, v);
                 const vf w = weight(load(&s[i][x * LANES]) - load(b->lse + v * LANES));
                 store(&aside[j + i][v * LANES], da);
-                sums[v] += (vf)((vi)w & seen(c, row + x * LANES, tokens[column + i], b->length)) * da;
+                sums[v] += (vf)((vi)w & visible(c, row + x * LANES, tokens[column + i], b->length)) * da;
             }
         }
     for (int v = 0; v < VECTORS; v++) store(added + v * LANES, sums[v]);
 }
 
-/* lse, and delta = rowsum(dO * O) - dlse, of a block's rows. */
-INLINE void read_delta(const Call *c, Block *b, int64_t batch, int64_t row, const float *dout, int64_t width) {
+/* lse and delta = rowsum(dO * O) - dlse of a block's rows. */
+INLINE void read_delta(const AttentionCall *c, Block *b, int64_t batch, int64_t row, const float *dout, int64_t width) {
     const int64_t D = c->head_dim, at_row = (batch * c->q_heads + b->h) * c->rows + row;
     for (int64_t r = 0; r < ROWS; r++) b->lse[r] = b->delta[r] = 0;
     for (int64_t r = 0; r < b->count; r++) {
@@ -506,15 +539,15 @@ INLINE void zero_rows(float *x, int64_t row, int64_t count, int64_t D) {
     for (int64_t r = 0; r < count; r++) memset(x + r * row, 0, D * sizeof(float));
 }
 
-/* Where a key head's gradients are added up, from zero: in place or in the thread's part. */
-typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } Keys;
-static Keys keys_to(const Call *c, int64_t n, int64_t g, int in_place, int64_t thread) {
+/* Where the gradients of a key head are summed, starting from zero: in the result or in the thread's part. */
+typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } KeyGradients;
+static KeyGradients key_gradients(const AttentionCall *c, int64_t n, int64_t g, int in_place, int64_t thread) {
     const Plan *p = &c->plan;
     const int64_t D = c->head_dim, b = p->batch[n], row = p->begin[n], size = p->longest * D;
-    Keys to = {c->parts + thread * 2 * size, c->parts + (thread * 2 + 1) * size, D, D};
+    KeyGradients to = {c->parts + thread * 2 * size, c->parts + (thread * 2 + 1) * size, D, D};
     if (in_place)
-        to = (Keys){c->dk + at(c->dk_strides, b, g, row), c->dv + at(c->dv_strides, b, g, row), c->dk_strides[2],
-                    c->dv_strides[2]};
+        to = (KeyGradients){c->dk + at(c->dk_strides, b, g, row), c->dv + at(c->dv_strides, b, g, row),
+                            c->dk_strides[2], c->dv_strides[2]};
     else
         c->part_of[thread] = n * c->kv_heads + g;
     zero_rows(to.dk, to.dk_row, p->length[n], D);
@@ -522,8 +555,8 @@ static Keys keys_to(const Call *c, int64_t n, int64_t g, int in_place, int64_t t
     return to;
 }
 
-/* A key head's key tokens, as rows, then zeros. */
-static void read_key_tokens(const Call *c, int64_t n, int64_t g, float *rows) {
+/* Copy the keys of a head's key tokens, one per row, followed by zeros. */
+static void read_key_tokens(const AttentionCall *c, int64_t n, int64_t g, float *rows) {
     const Plan *p = &c->plan;
     const int64_t D = c->head_dim, width = width_of(D), used = p->tokens_used[n];
     for (int64_t j = 0; j < used; j++) {
@@ -534,7 +567,7 @@ static void read_key_tokens(const Call *c, int64_t n, int64_t g, float *rows) {
 }
 
 static void backward_block(
-    const Call *c, int64_t h, int64_t task, const Keys *to, const float *key_tokens, Work *work
+    const AttentionCall *c, int64_t h, int64_t task, const KeyGradients *to, const float *key_tokens, Work *work
 ) {
     const int64_t D = c->head_dim, width = width_of(D);
     const Plan *plan = &c->plan;
@@ -565,7 +598,7 @@ static void backward_block(
     int64_t token = 0;
 
     for (int64_t key = b.low; key < b.high; key += KEYS) {
-        const int64_t keys = lowest(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
+        const int64_t keys = int_min(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
         read_rows(c->k, at(c->k_strides, batch, b.g, begin + key), c->k_strides[2], c->is_bf16, D, keys, strips * STRIP,
                   width, k);
         if (c->dout)
@@ -608,8 +641,8 @@ static void backward_block(
             }
         }
         for (int64_t j = 0; j < keys; j += GROUP) {
-            const int64_t from = c->causal ? highest(key + j - b.first, 0) : 0, limit = lowest(GROUP, keys - j);
-            const int64_t end = c->window > 0 ? lowest(key + j + GROUP - 1 + c->window - b.first, b.count) : b.count;
+            const int64_t from = c->causal ? int_max(key + j - b.first, 0) : 0, limit = int_min(GROUP, keys - j);
+            const int64_t end = c->window > 0 ? int_min(key + j + GROUP - 1 + c->window - b.first, b.count) : b.count;
             if (from >= end) continue;
             accumulate(&dscores[j][from], ROWS, 1, q + from * width, width, end - from, D,
                        to->dk + (key + j) * to->dk_row, to->dk_row, limit);
@@ -630,16 +663,17 @@ static void backward_block(
     }
 }
 
-/* How long a task takes, about. */
-INLINE int64_t cost(const Call *c, int64_t task) {
+/* The approximate cost of a task. */
+INLINE int64_t cost(const AttentionCall *c, int64_t task) {
     const int64_t first = c->plan.task_row[task], length = c->plan.length[c->plan.task_sequence[task]];
-    const int64_t stop = lowest(first + ROWS, length), low = c->window > 0 ? highest(first - c->window + 1, 0) : 0;
+    const int64_t stop = int_min(first + ROWS, length), low = c->window > 0 ? int_max(first - c->window + 1, 0) : 0;
     return (stop - first) * ((c->causal ? stop : length) - low + 64);
 }
 
-/* A thread's share: blocks in the order of sequences, heads, rows. A key head's gradients are added up in place by the
- * thread that has its first block, and by later ones in parts of their own: a thread begins in the middle of one at most. */
-static void backward_share(const Call *c, int64_t thread, int64_t threads) {
+/* The share of one thread: consecutive blocks in the order of sequences, heads, rows. The thread that has the first
+ * block of a key head sums the head's gradients in the result. A later thread uses its own part. It needs only one,
+ * because its share starts within at most one key head. */
+static void backward_share(const AttentionCall *c, int64_t thread, int64_t threads) {
     const Plan *p = &c->plan;
     const int64_t H = c->q_heads, group = H / c->kv_heads;
     int64_t total = 0, done = 0, current = -1, tasks;
@@ -647,7 +681,7 @@ static void backward_share(const Call *c, int64_t thread, int64_t threads) {
     const int64_t begin = total / threads * thread, end = thread + 1 < threads ? total / threads * (thread + 1) : total;
     Work *work = own_work(c);
     float *key_tokens = work->aside[p->columns + STRIP];
-    Keys to = {0};
+    KeyGradients to = {0};
     c->part_of[thread] = -1;
     for (int64_t first = 0; first < p->tasks; first += tasks) {
         const int64_t n = p->task_sequence[first];
@@ -663,7 +697,7 @@ static void backward_share(const Call *c, int64_t thread, int64_t threads) {
                 if (done < begin || done >= end) continue;
                 if (n * c->kv_heads + h / group != current) {
                     current = n * c->kv_heads + h / group;
-                    to = keys_to(c, n, h / group, h % group == 0 && t == first, thread);
+                    to = key_gradients(c, n, h / group, h % group == 0 && t == first, thread);
                     if (c->dmaps) read_key_tokens(c, n, h / group, key_tokens);
                 }
                 backward_block(c, h, t, &to, key_tokens, work);
@@ -672,7 +706,7 @@ static void backward_share(const Call *c, int64_t thread, int64_t threads) {
     }
 }
 
-void molsaki_attention_backward(const Call *c) {
+void molsaki_attention_backward(const AttentionCall *c) {
     const Plan *p = &c->plan;
     const int64_t D = c->head_dim;
 #pragma omp parallel num_threads((int)c->threads)

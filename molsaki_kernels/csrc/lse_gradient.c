@@ -1,20 +1,30 @@
-/* O' = O - dlse / |dO|^2 dO in one pass (what ../fold.py explains), float32. */
-#include <stdint.h>
+/* O' = O - dlse / |dO|^2 dO in one float32 pass, which adds the gradient of lse to a backward that ignores it. The
+ * equation is explained in ../attention/lse_gradient.py. */
+#include "layout.h"
 
 typedef struct {
     int64_t batches, heads, rows, head_dim, threads;
     int64_t out_strides[3], dout_strides[3], folded_strides[3], dlse_strides[3];
-    float vanished; /* |dO|^2 below this is no direction to fold along */
+    float vanished; /* |dO|^2 below this counts as zero */
     const float *out, *dout;
     float *folded;
     const float *dlse;
-} Fold;
+} LseGradientCall;
+
+#define F(field) FIELD(LseGradientCall, field)
+const Layout molsaki_layout_LseGradientCall[] = {
+    WHOLE(LseGradientCall),
+    F(batches), F(heads), F(rows), F(head_dim), F(threads), F(out_strides), F(dout_strides), F(folded_strides),
+    F(dlse_strides), F(vanished), F(out), F(dout), F(folded), F(dlse),
+    END,
+};
+#undef F
 
 enum { ROWS = 32, LANES = 16 };
 typedef float vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-/* head_dim is a multiple of LANES. Returns whether dO vanishes in a row: then what was made is of no use. */
-int64_t molsaki_fold(const Fold *c) {
+/* head_dim is a multiple of LANES. Returns nonzero if dO vanishes in a row; the result is then not usable. */
+int64_t molsaki_lse_gradient(const LseGradientCall *c) {
     int64_t vanished = 0;
     const int64_t blocks = (c->rows + ROWS - 1) / ROWS;
 #pragma omp parallel for collapse(2) schedule(static) num_threads((int)c->threads) reduction(| : vanished)

@@ -1,19 +1,21 @@
-/* The stepwise map on a CPU, forward and backward (backend "native"); compiled on first use by library.py.
+/* The stepwise map on a CPU from q, k and lse, forward and backward, for attention engines that compute no map.
  *
- * The mathematics is that of ../stepmap.py. Here it is tiled for the registers and caches of one core: 24 rows of q are
- * copied, as float32, to the first cache; their scores with the packed key tokens are made in registers, turned into
- * weights there, and summed over the rows of a step (forward) or multiplied by dA (backward). A tile of dS stays in the
- * cache for the products that follow. Nothing of size M x C reaches memory.
+ * The equations are those of ../attention_map/torch.py, tiled for the registers and caches of one core. ROWS rows of
+ * q are copied to the first-level cache as float32. Their scores with the packed key tokens are computed in registers,
+ * turned into weights, and summed over the rows of a step (forward) or multiplied by dA (backward). A tile of dS stays
+ * in the cache for the products that follow. Nothing of size M x C reaches memory.
  *
- * Deterministic: which rows a task takes and the order in which its parts are added up depend on shapes, the plan and the
- * number of threads alone.
+ * Deterministic: the rows of a task and the order of its sums depend only on the shapes, the plan and the number of
+ * threads.
  */
-#include "tiles.h"
+#include "layout.h"
+#include "plan.h"
+#include "simd.h"
 
 enum {
-    ROWS = 24,      /* of q at a time */
-    STRIDE = MAX_D + 16,    /* of the copied rows: an odd number of cache lines */
-    COLUMNS = 256,  /* of a tile of dS */
+    ROWS = 24,           /* rows of q per tile */
+    STRIDE = MAX_D + 16, /* of the copied rows; an odd number of cache lines */
+    COLUMNS = 256,       /* columns of a tile of dS */
     TILE = COLUMNS + 16
 };
 
@@ -26,37 +28,48 @@ typedef struct {
     const void *q, *k;
     const float *lse;
     /* Forward. */
-    double *sums;  /* a task's, from task_slot * heads out * columns on: (heads out, count, columns) */
-    float *packed; /* (sequences, kv_heads, head_dim x columns): key tokens, scaled, in panels of one or two vectors */
+    double *sums;  /* per task, from task_slot * heads out * columns on: (heads out, count, columns) */
+    float *packed; /* (sequences, kv_heads, head_dim x columns): scaled key tokens in panels of one or two vectors */
     float *maps;
     /* Backward. */
     const float *dmaps;
-    float *upstream; /* (sequences, heads in, steps, columns): dA of a key token's word, weighted */
-    float *keys;     /* (sequences, kv_heads, columns, head_dim): key tokens, scaled */
+    float *upstream; /* (sequences, heads in, steps, columns): weighted dA of the word of each key token */
+    float *keys;     /* (sequences, kv_heads, columns, head_dim): scaled key tokens */
     float *dk_parts; /* (sequences, q_heads, chunks, columns, head_dim) */
     float *dk_tokens; /* (sequences, kv_heads, columns, head_dim) */
-    float *kept;     /* (sequences, q_heads, longest, head_dim): dq from the first half to the second, or NULL: made there */
-    float *dlse;     /* (B, q_heads, M), zero before */
+    float *kept;     /* (sequences, q_heads, longest, head_dim): dq of the first phase; NULL: computed again */
+    float *dlse;     /* (B, q_heads, M), filled with zeros by the caller */
     void *dq, *dk;
-} Call;
+} MapCall;
 
-/* Rows of one sequence and head, in the first cache. Absent rows and rows in no step are zeros, with lse 0: their weights
- * are finite whatever lies in memory. */
+#define F(field) FIELD(MapCall, field)
+const Layout molsaki_layout_MapCall[] = {
+    WHOLE(MapCall),
+    F(plan), F(q_heads), F(kv_heads), F(head_dim), F(steps), F(words), F(causal), F(window), F(is_bf16), F(per_head),
+    F(threads), F(chunk_rows), F(chunks), F(q_strides), F(k_strides), F(dq_strides), F(dk_strides), F(lse_strides),
+    F(scale), F(word_weight), F(q), F(k), F(lse), F(sums), F(packed), F(maps), F(dmaps), F(upstream), F(keys),
+    F(dk_parts), F(dk_tokens), F(kept), F(dlse), F(dq), F(dk),
+    END,
+};
+#undef F
+
+/* Rows of one sequence and head, in the first-level cache. Missing rows and rows in no step are zeros with lse 0, so
+ * that their weights are finite. */
 typedef struct {
     float q[ROWS][STRIDE] __attribute__((aligned(64)));
     float lse[ROWS];
-    int32_t step[ROWS]; /* -1: none */
+    int32_t step[ROWS]; /* -1: in no step */
     int64_t first, count;
-    int64_t low, high; /* the columns that some row may see, low a multiple of two vectors */
+    int64_t low, high; /* the columns that at least one row may see; low is a multiple of two vectors */
 } Rows;
 
-/* Which rows and columns: of rows [first, first + ROWS), at most up to stop. Returns 0 if no row is in a step or none can
- * see a key token. */
-static int find_rows(const Call *c, int64_t n, int64_t first, int64_t stop, Rows *rows) {
+/* Find the steps and the columns of the rows [first, min(first + ROWS, stop)). Returns 0 if no row is in a step, or no
+ * row sees a key token. */
+static int find_rows(const MapCall *c, int64_t n, int64_t first, int64_t stop, Rows *rows) {
     const int32_t *steps = c->plan.step_of_row + n * c->plan.longest + first;
     const int32_t *tokens = c->plan.tokens + n * c->plan.columns;
     rows->first = first;
-    rows->count = lowest(ROWS, stop - first);
+    rows->count = int_min(ROWS, stop - first);
     int any = 0;
     for (int r = 0; r < ROWS; r++) {
         rows->step[r] = r < rows->count ? steps[r] : -1;
@@ -69,7 +82,7 @@ static int find_rows(const Call *c, int64_t n, int64_t first, int64_t stop, Rows
     return any && rows->low < rows->high;
 }
 
-static void load_rows(const Call *c, int64_t n, int64_t h, int64_t stop, Rows *rows) {
+static void load_rows(const MapCall *c, int64_t n, int64_t h, int64_t stop, Rows *rows) {
     const int64_t D = c->head_dim, first = rows->first, row = c->plan.begin[n] + first, width = c->is_bf16 ? 2 : 4;
     const int64_t offset = c->plan.batch[n] * c->q_strides[0] + h * c->q_strides[1] + row * c->q_strides[2];
     const float *lse = c->lse + c->plan.batch[n] * c->lse_strides[0] + h * c->lse_strides[1] + row;
@@ -88,9 +101,9 @@ static void load_rows(const Call *c, int64_t n, int64_t h, int64_t stop, Rows *r
     }
 }
 
-/* The key tokens of a sequence and key head, scaled: in panels of (head_dim, two vectors of columns), the last one
- * perhaps of one vector; and, for the backward, as rows. Padding is zero. */
-static void pack_keys(const Call *c, int64_t n, int64_t g) {
+/* Copy the scaled key tokens of a sequence and key head into panels of (head_dim, two vectors of columns), of which
+ * the last may have one vector; for the backward also as rows. Padding is zero. */
+static void pack_keys(const MapCall *c, int64_t n, int64_t g) {
     const int64_t D = c->head_dim, C = c->plan.columns, used = c->plan.tokens_used[n];
     const int32_t *tokens = c->plan.tokens + n * C;
     float *packed = c->packed + (n * c->kv_heads + g) * D * C;
@@ -106,19 +119,19 @@ static void pack_keys(const Call *c, int64_t n, int64_t g) {
             memset(row, 0, D * sizeof(float));
         }
         if (keys) memcpy(keys + j * D, row, D * sizeof(float));
-        const int64_t panel = j / (2 * LANES) * (2 * LANES), width = lowest(2 * LANES, C - panel);
+        const int64_t panel = j / (2 * LANES) * (2 * LANES), width = int_min(2 * LANES, C - panel);
         float *column = packed + panel * D + (j - panel);
         for (int64_t d = 0; d < D; d++) column[d * width] = row[d];
     }
 }
 
-/* How many vectors wide a panel is. */
-INLINE int64_t wide(const Call *c, int64_t column) { return lowest(2 * LANES, c->plan.columns - column) / LANES; }
+/* The width of a panel in vectors. */
+INLINE int64_t wide(const MapCall *c, int64_t column) { return int_min(2 * LANES, c->plan.columns - column) / LANES; }
 
-/* The weights of STRIP rows, from r on, and `vectors` vectors of columns, from `column` on, the first ones of a panel of
- * `wide` vectors. Hidden ones are 0. */
+/* The weights of STRIP rows from r on and `vectors` vectors of columns from `column` on, which begin a panel of `wide`
+ * vectors. Masked weights are 0. */
 INLINE void weights(
-    const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
+    const MapCall *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
     int64_t wide, vf p[STRIP][2]
 ) {
     const int64_t D = c->head_dim;
@@ -139,9 +152,9 @@ INLINE void weights(
     if (tokens[end - 1] <= bound && (c->window <= 0 || tokens[column] > last - c->window)) return;
     UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) {
         const vi token = *(const vi_any *)(tokens + column + v * LANES);
-        vi seen = token <= (int32_t)(c->causal ? first + i : NEVER - 1);
-        if (c->window > 0) seen &= token > (int32_t)(first + i - c->window);
-        p[i][v] = (vf)((vi)p[i][v] & seen);
+        vi visible = token <= (int32_t)(c->causal ? first + i : NEVER - 1);
+        if (c->window > 0) visible &= token > (int32_t)(first + i - c->window);
+        p[i][v] = (vf)((vi)p[i][v] & visible);
     }
 }
 
@@ -151,9 +164,9 @@ INLINE void add_wide(double *sums, vf p) {
     for (int i = 0; i < LANES; i++) sums[i] += part[i];
 }
 
-/* Sums of the weights over the rows of each step. */
+/* Add the weights of a tile to the sums of their rows' steps. */
 INLINE void sum_tile(
-    const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
+    const MapCall *c, const Rows *rows, const float *packed, const int32_t *tokens, int r, int64_t column, int vectors,
     int64_t wide, int64_t first_step, double *sums
 ) {
     vf p[STRIP][2];
@@ -175,9 +188,9 @@ INLINE void sum_tile(
                 add_wide(sums + (rows->step[r + i] - first_step) * c->plan.columns + column + v * LANES, p[i][v]);
 }
 
-static void forward_task(const Call *c, int64_t t) {
+static void forward_task(const MapCall *c, int64_t t) {
     const int64_t n = c->plan.task_sequence[t], C = c->plan.columns, count = c->plan.task_count[t];
-    const int64_t stop = lowest(c->plan.task_row[t] + TASK_ROWS, c->plan.length[n]);
+    const int64_t stop = int_min(c->plan.task_row[t] + TASK_ROWS, c->plan.length[n]);
     const int64_t group = c->q_heads / c->kv_heads, heads_out = c->per_head ? c->q_heads : 1;
     const int32_t *tokens = c->plan.tokens + n * C;
     double *sums = c->sums + c->plan.task_slot[t] * heads_out * C;
@@ -201,8 +214,8 @@ static void forward_task(const Call *c, int64_t t) {
     }
 }
 
-/* The map of a sequence from its tasks' sums: over tasks, then over the tokens of each word. */
-static void reduce_map(const Call *c, int64_t n) {
+/* The map of a sequence: the sum over its tasks, then over the tokens of each word. */
+static void reduce_map(const MapCall *c, int64_t n) {
     const int64_t C = c->plan.columns, heads_out = c->per_head ? c->q_heads : 1;
     const int32_t *word = c->plan.word_of_token + n * C;
     memset(c->maps + n * heads_out * c->steps * c->words, 0, heads_out * c->steps * c->words * sizeof(float));
@@ -212,7 +225,7 @@ static void reduce_map(const Call *c, int64_t n) {
     for (int64_t h = 0; h < heads_out; h++) {
         int64_t from = begin;
         for (int64_t s = 0; s < c->steps; s++) {
-            while (from < end && c->plan.task_first[from] + c->plan.task_count[from] <= s) from++; /* tasks' steps ascend */
+            while (from < end && c->plan.task_first[from] + c->plan.task_count[from] <= s) from++; /* steps ascend */
             float *map = c->maps + ((n * heads_out + h) * c->steps + s) * c->words;
             for (int64_t j = 0; j < c->plan.tokens_used[n]; j++) {
                 double sum = 0;
@@ -226,7 +239,7 @@ static void reduce_map(const Call *c, int64_t n) {
     }
 }
 
-void molsaki_map_forward(const Call *c) {
+void molsaki_map_forward(const MapCall *c) {
 #pragma omp parallel num_threads((int)c->threads)
     {
 #pragma omp for collapse(2) schedule(static)
@@ -239,8 +252,8 @@ void molsaki_map_forward(const Call *c) {
     }
 }
 
-/* dA of the words, weighted, spread over their key tokens; zero for padding. */
-static void spread_upstream(const Call *c, int64_t n) {
+/* Copy the weighted dA of each word to its key tokens; zero for padding. */
+static void spread_upstream(const MapCall *c, int64_t n) {
     const int64_t C = c->plan.columns, heads_in = c->per_head ? c->q_heads : 1;
     const int32_t *word = c->plan.word_of_token + n * C;
     for (int64_t row = n * heads_in * c->steps; row < (n + 1) * heads_in * c->steps; row++)
@@ -251,9 +264,9 @@ static void spread_upstream(const Call *c, int64_t n) {
 
 static const float no_upstream[COLUMNS];
 
-/* dS of STRIP rows and one or two vectors of columns into the tile, and its sums over columns. */
+/* dS of STRIP rows and one or two vectors of columns, into the tile; its sums over columns are added to `sums`. */
 INLINE void dscores_tile(
-    const Call *c, const Rows *rows, const float *packed, const int32_t *tokens, const float *const *upstream, int r,
+    const MapCall *c, const Rows *rows, const float *packed, const int32_t *tokens, const float *const *upstream, int r,
     int64_t column, int vectors, int64_t wide, int64_t origin, float (*tile)[TILE], vf *sums
 ) {
     vf p[STRIP][2];
@@ -265,9 +278,10 @@ INLINE void dscores_tile(
     }
 }
 
-/* dS of the rows and the columns [origin, stop) into the tile. */
+/* dS of the rows and the columns [origin, stop), into the tile. */
 static void dscores(
-    const Call *c, const Rows *rows, int64_t n, int64_t h, int64_t origin, int64_t stop, float (*tile)[TILE], vf *sums
+    const MapCall *c, const Rows *rows, int64_t n, int64_t h, int64_t origin, int64_t stop, float (*tile)[TILE],
+    vf *sums
 ) {
     const int64_t C = c->plan.columns, group = c->q_heads / c->kv_heads;
     const int32_t *tokens = c->plan.tokens + n * C;
@@ -284,9 +298,9 @@ static void dscores(
             dscores_tile(c, rows, packed, tokens, upstream, r, column, 1, wide(c, column), origin, tile, sums);
 }
 
-/* dq of the rows, from the tile's columns [origin, stop) on. */
+/* Add the columns [origin, stop) of the tile to dq of the rows. */
 static void add_dq_of_tile(
-    const Call *c, const float (*tile)[TILE], int64_t n, int64_t h, int64_t count, int64_t origin, int64_t stop,
+    const MapCall *c, const float (*tile)[TILE], int64_t n, int64_t h, int64_t count, int64_t origin, int64_t stop,
     float (*dq)[STRIDE]
 ) {
     const int64_t D = c->head_dim, group = c->q_heads / c->kv_heads;
@@ -295,10 +309,10 @@ static void add_dq_of_tile(
         accumulate(tile[r], TILE, 1, keys, D, stop - origin, D, dq[r], STRIDE, GROUP);
 }
 
-/* First half: dlse, dk of the key tokens and perhaps dq, of one chunk of one head's rows. */
-static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
+/* First phase, one chunk of one head's rows: dlse, dk of the key tokens and, if it is kept, dq. */
+static void backward_task(const MapCall *c, int64_t n, int64_t h, int64_t chunk) {
     const int64_t D = c->head_dim, C = c->plan.columns;
-    const int64_t stop = lowest((chunk + 1) * c->chunk_rows, c->plan.length[n]);
+    const int64_t stop = int_min((chunk + 1) * c->chunk_rows, c->plan.length[n]);
     float *part = c->dk_parts + ((n * c->q_heads + h) * c->chunks + chunk) * C * D;
     float *dlse = c->dlse + c->plan.batch[n] * c->lse_strides[0] + h * c->lse_strides[1] + c->plan.begin[n];
     memset(part, 0, c->plan.tokens_used[n] * D * sizeof(float));
@@ -312,7 +326,7 @@ static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
         for (int r = 0; r < ROWS; r++) sums[r] = (vf){0};
         if (c->kept) memset(dq, 0, sizeof dq);
         for (int64_t origin = rows.low; origin < rows.high; origin += COLUMNS) {
-            const int64_t end = lowest(origin + COLUMNS, rows.high);
+            const int64_t end = int_min(origin + COLUMNS, rows.high);
             dscores(c, &rows, n, h, origin, end, tile, sums);
             for (int64_t j = origin; j < end; j += GROUP)
                 accumulate(&tile[0][j - origin], 1, TILE, rows.q[0], STRIDE, rows.count, D, part + j * D, D, end - j);
@@ -327,8 +341,8 @@ static void backward_task(const Call *c, int64_t n, int64_t h, int64_t chunk) {
     }
 }
 
-/* dk of a key token: over the chunks of all heads of its group, scaled. */
-static void reduce_dk(const Call *c, int64_t n, int64_t g) {
+/* dk of the key tokens: the scaled sum over the chunks of all query heads of the group. */
+static void reduce_dk(const MapCall *c, int64_t n, int64_t g) {
     const int64_t D = c->head_dim, C = c->plan.columns, group = c->q_heads / c->kv_heads;
     const float *parts = c->dk_parts + (n * c->kv_heads + g) * group * c->chunks * C * D;
     float *dk = c->dk_tokens + (n * c->kv_heads + g) * C * D;
@@ -339,7 +353,7 @@ static void reduce_dk(const Call *c, int64_t n, int64_t g) {
     for (int64_t x = 0; x < size; x++) dk[x] *= (float)c->scale;
 }
 
-void molsaki_map_dlse(const Call *c) {
+void molsaki_map_dlse(const MapCall *c) {
 #pragma omp parallel num_threads((int)c->threads)
     {
 #pragma omp for collapse(2) schedule(static) nowait
@@ -367,11 +381,11 @@ INLINE void add_row(void *target, int64_t offset, const float *row, int64_t D, i
     }
 }
 
-/* Second half: dq of ROWS rows of all heads, which lie side by side in a gradient laid out (B, M, H, D). */
-static void add_dq(const Call *c, int64_t n, int64_t first) {
+/* Second phase: dq of ROWS rows of all heads. In the layout (B, M, H, D) the heads of a row are contiguous. */
+static void add_dq(const MapCall *c, int64_t n, int64_t first) {
     const int64_t D = c->head_dim;
     Rows rows;
-    if (!find_rows(c, n, first, lowest(first + ROWS, c->plan.length[n]), &rows)) return;
+    if (!find_rows(c, n, first, int_min(first + ROWS, c->plan.length[n]), &rows)) return;
     float tile[ROWS][TILE] __attribute__((aligned(64)));
     float dq[ROWS][STRIDE] __attribute__((aligned(64)));
     vf unused[ROWS];
@@ -381,7 +395,7 @@ static void add_dq(const Call *c, int64_t n, int64_t first) {
             load_rows(c, n, h, first + ROWS, &rows);
             memset(dq, 0, sizeof dq);
             for (int64_t origin = rows.low; origin < rows.high; origin += COLUMNS) {
-                const int64_t end = lowest(origin + COLUMNS, rows.high);
+                const int64_t end = int_min(origin + COLUMNS, rows.high);
                 dscores(c, &rows, n, h, origin, end, tile, unused);
                 add_dq_of_tile(c, (const float(*)[TILE])tile, n, h, rows.count, origin, end, dq);
             }
@@ -395,7 +409,7 @@ static void add_dq(const Call *c, int64_t n, int64_t first) {
     }
 }
 
-void molsaki_map_add(const Call *c) {
+void molsaki_map_add(const MapCall *c) {
     const int64_t D = c->head_dim, C = c->plan.columns;
 #pragma omp parallel num_threads((int)c->threads)
     {
@@ -406,7 +420,7 @@ void molsaki_map_add(const Call *c) {
 #pragma omp for collapse(2) schedule(static)
         for (int64_t n = 0; n < c->plan.sequences; n++)
             for (int64_t g = 0; g < c->kv_heads; g++)
-                for (int64_t j = 0; j < c->plan.tokens_used[n]; j++) { /* a token is in one word: no two add to one row */
+                for (int64_t j = 0; j < c->plan.tokens_used[n]; j++) { /* each token is in one word */
                     const int64_t row = c->plan.begin[n] + c->plan.tokens[n * C + j], b = c->plan.batch[n];
                     const int64_t offset = b * c->dk_strides[0] + g * c->dk_strides[1] + row * c->dk_strides[2];
                     add_row(c->dk, offset, c->dk_tokens + ((n * c->kv_heads + g) * C + j) * D, D, c->is_bf16);

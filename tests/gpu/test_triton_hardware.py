@@ -1,4 +1,4 @@
-"""The Triton kernels on hardware: the interpreted cases again in every dtype, then real sizes up to 131,072 tokens."""
+"""The Triton kernels on hardware: the interpreted cases in every dtype, then real sizes up to 131,072 tokens."""
 
 import dataclasses
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from molsaki_kernels import StepPlan, reference
-from molsaki_kernels._triton.attention_backward import flash_backward
-from molsaki_kernels._triton.attention_forward import flash_forward
+from molsaki_kernels._triton.attention_forward import attention_forward
 from molsaki_kernels._triton.map_backward import map_backward
 from molsaki_kernels._triton.map_forward import map_forward
 from tests.helpers.hardware_cases import DTYPES, FEATURES, long_inputs, walk
@@ -44,7 +43,7 @@ def test_one_gradient(dtype, source):
 @pytest.mark.parametrize("D", [64, 128])
 def test_long(M, D):
     x = long_inputs(M, Hq=4, Hkv=2, D=D, dtype=torch.bfloat16, words=M // 20)
-    torch.use_deterministic_algorithms(False)  # the walk's index_add_
+    torch.use_deterministic_algorithms(False)  # index_add_ of the blockwise oracle is not deterministic
     exact, eager = walk(x, torch.float64), walk(x, torch.bfloat16)
     check(f"long_{M}_{D}", kernels(Case("long", D=D), x, "both"), exact, eager)
 
@@ -55,7 +54,7 @@ def test_131072_tokens():
     x = long_inputs(M, Hq=4, Hkv=2, D=D, dtype=torch.bfloat16, words=M // 20)
     found = kernels(Case("longest", D=D), x, "both")
     assert all(t.isfinite().all() for t in found.values())
-    # Each row of the map sums to at most the rows of its step; the first step sees only its own words.
+    # Each row of the map sums to at most the number of rows of its step.
     steps = x.plan.steps[0]
     assert (found["maps"][0].sum(-1) <= (steps[:, 1] - steps[:, 0]) * 1.001).all()
     rows = torch.randint(M, (64,), generator=torch.Generator().manual_seed(0)).cuda()
@@ -78,7 +77,7 @@ def test_131072_tokens():
 
 
 def test_more_than_2_31_elements():
-    """q of 2.15 billion elements: the last sequence of the batch answers as it does alone."""
+    """q of 2.15 billion elements: the results of the last sequence of the batch are the same as alone."""
     B, M, D = 2**31 // (2048 * 128) + 8, 2048, 128
     generator = torch.Generator(device="cuda").manual_seed(0)
     last = [torch.randn((1, 1, M, D), generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -91,7 +90,7 @@ def test_more_than_2_31_elements():
     alone = Inputs(*last, None, None, plan[B - 1], last[0], torch.ones((1, 1, 2), device="cuda"), torch.empty(0))
     a, b = kernels(case, whole, "both"), kernels(case, alone, "both")
     assert all(torch.equal(a[key][-1:], b[key]) for key in a if key != "dk")
-    torch.testing.assert_close(a["dk"][-1:], b["dk"])  # the shares of the rows differ with the batch
+    torch.testing.assert_close(a["dk"][-1:], b["dk"])  # the number of splits of the rows depends on the batch
 
 
 def test_twice_is_bitwise_the_same():
@@ -105,29 +104,29 @@ def test_twice_is_bitwise_the_same():
 
 def test_the_map_alone_is_bitwise_the_same_twice():
     x = long_inputs(4096, Hq=8, Hkv=2, D=128, dtype=torch.bfloat16, words=200)
-    options, plan = Case("twice", D=128).options(), x.tensors()
-    _, lse, _ = flash_forward(x.q, x.k, x.v, None, options)
-    maps, again = (map_forward(x.q, x.k, lse, plan, options) for _ in range(2))
+    options, plan = Case("twice", D=128).options(), x.plan_tensors()
+    inputs = x.map_inputs(attention_forward(x.attention_inputs(), options, plan).lse)
+    maps, again = (map_forward(inputs, options, plan) for _ in range(2))
     assert torch.equal(maps, again)
-    for a, b in zip(*(map_backward(x.q, x.k, lse, x.dmaps, plan, options) for _ in range(2)), strict=True):
+    for a, b in zip(*(map_backward(x.dmaps, inputs, options, plan) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 
 
 def test_extra_memory_is_that_of_the_map():
-    """Beyond plain flash attention: at most one more q, whatever the plan; here the shares are small beside it."""
+    """At most the size of q more than flash attention without a map; here the partial sums are small compared to q."""
+    case = Case("memory", D=128)
     x = long_inputs(32768, Hq=8, Hkv=2, D=128, dtype=torch.bfloat16, words=400)
-    options = Case("memory", D=128).options()
+    no_plan = StepPlan.from_spans([[]], [[]], device="cuda")
 
-    def peak(plan, dmaps):
+    def peak(inputs, source):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out, lse, maps = flash_forward(x.q, x.k, x.v, plan, options)
-        flash_backward(x.q, x.k, x.v, out, lse, x.dout, options, plan, dmaps)
+        kernels(case, inputs, source)
         return torch.cuda.max_memory_allocated() - before
 
     q_bytes = x.q.numel() * x.q.element_size()
-    assert peak(x.tensors(), x.dmaps) - peak(None, None) <= q_bytes
+    assert peak(x, "both") - peak(dataclasses.replace(x, plan=no_plan), "out") <= q_bytes
 
 
 def test_tf32_only_if_asked():

@@ -1,7 +1,7 @@
-"""What the hardware tests share: features, dtypes, and long sequences with an oracle that walks over blocks of rows.
+"""Shared by the hardware tests: features, dtypes, and long sequences with a blockwise oracle.
 
-The walk gives everything the oracle of ``kernel_cases`` gives without a weight matrix; eager's error is that of the
-same walk in the working dtype.
+The blockwise oracle gives all results of the oracle of ``kernel_cases`` without the whole weight matrix. Eager's error
+is that of the same computation in the working dtype.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def long_inputs(M: int, Hq: int, Hkv: int, D: int, dtype: torch.dtype, words: in
 
 
 def walk(x: Inputs, dtype: torch.dtype, rows: int = 1024) -> dict[str, torch.Tensor]:
-    """What ``oracle`` gives for a causal call and both gradients, in ``dtype``, a block of rows of a head at a time."""
+    """The results of ``oracle`` for a causal call and both gradients, in ``dtype``, by blocks of rows of one head."""
     q, k, v, dout = (t.to(dtype)[0] for t in (x.q, x.k, x.v, x.dout))
     Hq, M, D = q.shape
     group, scale = Hq // k.shape[0], D**-0.5
@@ -62,10 +62,13 @@ def walk(x: Inputs, dtype: torch.dtype, rows: int = 1024) -> dict[str, torch.Ten
     tokens, words = x.plan.tokens[0], x.plan.word_of_token[0]
     weight = x.dmaps[0].to(wide) / Hq
     found = {
-        "out": torch.empty_like(q), "lse": q.new_empty((Hq, M), dtype=wide),
-        "maps": torch.zeros_like(weight), "dq": torch.empty_like(q),
-        "dk": torch.zeros_like(k, dtype=wide), "dv": torch.zeros_like(v, dtype=wide),
-    }  # fmt: skip
+        "out": torch.empty_like(q),
+        "lse": q.new_empty((Hq, M), dtype=wide),
+        "maps": torch.zeros_like(weight),
+        "dq": torch.empty_like(q),
+        "dk": torch.zeros_like(k, dtype=wide),
+        "dv": torch.zeros_like(v, dtype=wide),
+    }
     for h in range(Hq):
         for m0 in range(0, M, rows):
             at = torch.arange(m0, min(m0 + rows, M), device=q.device)

@@ -1,4 +1,4 @@
-"""What the kernel tests share: a case, its inputs and plan, the float64 oracle, and the error budget."""
+"""Shared by the kernel tests: a case, its inputs and plan, the float64 oracle, and the comparison with the budget."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import random
 import torch
 
 from molsaki_kernels import StepPlan, reference
-from molsaki_kernels._triton.attention_backward import flash_backward
-from molsaki_kernels._triton.attention_forward import flash_forward
+from molsaki_kernels._triton.attention_backward import attention_backward
+from molsaki_kernels._triton.attention_forward import attention_forward
 from molsaki_kernels._triton.map_backward import map_backward
 from molsaki_kernels._triton.map_forward import map_forward
-from molsaki_kernels.spec import AttentionOptions, PlanTensors
+from molsaki_kernels.spec import AttentionInputs, AttentionOptions, MapInputs, OutputGradients, PlanTensors
 from tests.helpers.budget import assert_within_budget, error
 
 SEED = 7
+HEAD_REDUCTION = "heads"  # the keyword of stepwise_attention, stepwise_map and the oracle for "mean" or "none"
 WORST: dict[str, dict[str, float]] = {}  # case name -> result -> error as a share of its budget
 
 
@@ -40,18 +41,16 @@ class Case:
     device: str = "cpu"
 
     def options(self) -> AttentionOptions:
-        return AttentionOptions(
-            self.causal, self.D**-0.5 if self.scale is None else self.scale, self.window, self.softcap
-        )
+        scale = self.D**-0.5 if self.scale is None else self.scale
+        return AttentionOptions(self.causal, scale, self.window, self.softcap, self.per_head)
+
+    def score_keywords(self) -> dict:
+        """The options of the attention weights, as keywords of the oracle."""
+        return {"causal": self.causal, "scale": self.scale, "window": self.window, "softcap": self.softcap}
 
     def keywords(self) -> dict:
-        return {
-            "causal": self.causal,
-            "scale": self.scale,
-            "window": self.window,
-            "softcap": self.softcap,
-            "heads": "none" if self.per_head else "mean",
-        }
+        """The options of ``stepwise_attention`` and ``stepwise_map``."""
+        return {**self.score_keywords(), HEAD_REDUCTION: "none" if self.per_head else "mean"}
 
 
 @dataclasses.dataclass
@@ -66,7 +65,13 @@ class Inputs:
     dmaps: torch.Tensor
     dlse: torch.Tensor
 
-    def tensors(self) -> PlanTensors:
+    def attention_inputs(self) -> AttentionInputs:
+        return AttentionInputs(self.q, self.k, self.v, self.sinks, self.cu_seqlens)
+
+    def map_inputs(self, lse: torch.Tensor) -> MapInputs:
+        return MapInputs(self.q, self.k, lse, self.cu_seqlens)
+
+    def plan_tensors(self) -> PlanTensors:
         return PlanTensors(self.plan.steps, self.plan.tokens, self.plan.word_of_token, self.plan.num_words)
 
 
@@ -81,10 +86,10 @@ def spans(length: int, kind: str, rng: random.Random) -> tuple[list, list]:
         return [], [[0]]
     if kind == "no_words":
         return [(0, length)], []
-    if kind == "middle":  # tiles without a step before and after, and rows of a step that see no key token yet
+    if kind == "middle":  # tiles without a step before and after, and rows of a step without a visible key token
         start, stop = length // 3, 2 * length // 3
         return [(start, stop)], [[start + 9], [length - 1]]
-    # Gaps, a step of no row, of one row, and one longer than a tile; words of one to three tokens in any order.
+    # Gaps, a step of no row, one of one row, and one longer than a tile; words of one to three tokens in any order.
     steps, at = [], rng.randrange(min(3, length))
     for size in (min(5, length), 0, 1, length // 2, length):
         stop = min(at + size, length)
@@ -106,7 +111,7 @@ def random_rows(shape, layout: str, dtype, device, generator) -> torch.Tensor:
     B, H, M, D = shape
     if layout == "contiguous":
         x = torch.randn(shape, generator=generator)
-    elif layout == "transposed":  # what a projection gives: (B, M, H, D)
+    elif layout == "transposed":  # the output of a projection: (B, M, H, D)
         x = torch.randn((B, M, H, D), generator=generator).transpose(1, 2)
     else:  # a slice of a fused projection
         x = torch.randn((B, M, H, 3 * D), generator=generator)[..., D : 2 * D].transpose(1, 2)
@@ -121,8 +126,8 @@ def make(case: Case) -> Inputs:
     q, dout = (random_rows((B, case.Hq, M, case.D), case.layout, case.dtype, case.device, generator) for _ in range(2))
     k, v = (random_rows((B, case.Hkv, M, case.D), case.layout, case.dtype, case.device, generator) for _ in range(2))
     sinks = torch.randn(case.Hq, generator=generator).to(case.device, case.dtype) if case.sinks else None
-    rows = [spans(length, case.plan, rng) if length else ([], []) for length in lengths]
-    plan = StepPlan.from_spans([s for s, _ in rows], [w for _, w in rows], device=case.device)
+    chosen = [spans(length, case.plan, rng) if length else ([], []) for length in lengths]
+    plan = StepPlan.from_spans([s for s, _ in chosen], [w for _, w in chosen], device=case.device)
     shape = (len(plan), *((case.Hq,) if case.per_head else ()), plan.num_steps, plan.num_words)
     dmaps = torch.randn(shape, generator=generator).to(case.device)
     dlse = torch.randn((B, case.Hq, M), generator=generator).to(case.device)
@@ -136,20 +141,27 @@ FAR_STRIDES = {"batch": (2**31 + 64, 16, 16, 1), "rows": (16, 16, 2**27 + 64, 1)
 
 
 def far_copy(x: torch.Tensor, strides: tuple[int, ...], folder) -> torch.Tensor:
-    """x in a sparse file with a flat index past 2**31: only the pages touched exist."""
+    """x in a sparse file with a flat index past 2**31: only pages that are accessed exist."""
     size = sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + 1
     path = str(folder / f"{len(list(folder.iterdir()))}")
     return torch.from_file(path, shared=True, size=size, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
 
 
+def sequences(cu_seqlens: torch.Tensor | None, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """The batch itself, or one ``(1, H, length, ...)`` slice of each tensor per packed sequence."""
+    if cu_seqlens is None:
+        return [tensors]
+    bounds = cu_seqlens.tolist()
+    return [tuple(t[:, :, a:b] for t in tensors) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
 def oracle(case: Case, x: Inputs, dtype: torch.dtype, source: str) -> dict[str, torch.Tensor]:
-    """The reference in ``dtype``: results, and gradients of what ``source`` names ("both", "map", "out" or "lse")."""
+    """The reference in ``dtype``: results, and gradients of a loss of ``source`` ("both", "map", "out" or "lse")."""
     q, k, v = (t.detach().to(dtype).requires_grad_() for t in (x.q, x.k, x.v))
     sinks = None if x.sinks is None else x.sinks.detach().to(dtype).requires_grad_()
     out, maps = reference.stepwise_attention(q, k, v, x.plan, sinks=sinks, cu_seqlens=x.cu_seqlens, **case.keywords())
-    options = {key: value for key, value in case.keywords().items() if key != "heads"}
-    parts = reference._sequences(x.cu_seqlens, q, k)
-    lse = torch.cat([reference.attention_weights(a, b, sinks=sinks, **options)[1] for a, b in parts], -1)
+    parts = sequences(x.cu_seqlens, q, k)
+    lse = torch.cat([reference.attention_weights(a, b, sinks=sinks, **case.score_keywords())[1] for a, b in parts], -1)
     loss = out.new_zeros((), dtype=lse.dtype)
     if source in ("both", "out"):
         loss = loss + (out * x.dout.to(out.dtype)).sum()
@@ -163,15 +175,17 @@ def oracle(case: Case, x: Inputs, dtype: torch.dtype, source: str) -> dict[str, 
 
 
 def kernels(case: Case, x: Inputs, source: str) -> dict[str, torch.Tensor]:
-    """The fused kernels' answer to the same question."""
-    options, plan = case.options(), x.tensors()
-    out, lse, maps = flash_forward(x.q, x.k, x.v, plan, options, x.sinks, x.cu_seqlens, case.per_head)
-    dq, dk, dv, dsinks = flash_backward(
-        x.q, x.k, x.v, out, lse, x.dout if source in ("both", "out") else None, options, plan,
-        x.dmaps if source in ("both", "map") else None, x.dlse if source == "lse" else None, x.sinks, x.cu_seqlens,
-    )  # fmt: skip
-    found = {"out": out, "lse": lse, "maps": maps, "dq": dq, "dk": dk, "dv": dv}
-    return found if dsinks is None else {**found, "dsinks": dsinks}
+    """The same results from the fused kernels."""
+    inputs, options, plan = x.attention_inputs(), case.options(), x.plan_tensors()
+    outputs = attention_forward(inputs, options, plan)
+    upstream = OutputGradients(
+        dout=x.dout if source in ("both", "out") else None,
+        dlse=x.dlse if source == "lse" else None,
+        dmaps=x.dmaps if source in ("both", "map") else None,
+    )
+    grads = attention_backward(upstream, inputs, outputs, options, plan)
+    found = {**vars(outputs), **vars(grads)}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def map_oracle(case: Case, x: Inputs, lse: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -185,17 +199,18 @@ def map_oracle(case: Case, x: Inputs, lse: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def map_kernels(case: Case, x: Inputs, lse: torch.Tensor) -> dict[str, torch.Tensor]:
-    plan, options = x.tensors(), case.options()
-    maps = map_forward(x.q, x.k, lse, plan, options, x.cu_seqlens, case.per_head)
-    dq, dk, dlse = map_backward(x.q, x.k, lse, x.dmaps, plan, options, x.cu_seqlens)
+    """The same results from the kernels of the map alone."""
+    inputs, options, plan = x.map_inputs(lse), case.options(), x.plan_tensors()
+    maps = map_forward(inputs, options, plan)
+    dq, dk, dlse = map_backward(x.dmaps, inputs, options, plan)
     return {"maps": maps, "dq": dq, "dk": dk, "dlse": dlse}
 
 
 def check(name: str, found: dict, exact: dict, eager: dict) -> None:
-    """Every result within its budget; how much of it was spent goes to WORST.
+    """Assert that every result is within its budget, and record the used share of the budgets in WORST.
 
-    A result that is zero everywhere (dq where every row sees one key) is what terms of order ten leave, and eager,
-    which has no other terms, is off by nothing: there, the budget is a rounding step of 16.
+    A result can be exactly zero everywhere, as dq where one key is visible to every row. There eager has no error, but
+    the kernel's result is the difference of terms of order ten: the budget is a rounding step of 16.
     """
     assert found.keys() == exact.keys()
     shares = WORST.setdefault(name, {})

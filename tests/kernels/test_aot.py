@@ -1,4 +1,4 @@
-"""The ahead-of-time compiler's command: what it reports, and what it fails on."""
+"""The command of the ahead-of-time compiler: its report, and its failures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ pytest.importorskip("triton")
 
 ARGUMENTS = ["--target", "cuda:90"]
 COMPILED = aot.Report(
-    "flash_forward-bf16-d64", "flash_forward_kernel", "cuda:90", registers=128, spills=0, shared=65536, wgmma=True,
-    matrix="wgmma", warps=4, stages=2,
-)  # fmt: skip
+    "flash_forward-bf16-d64",
+    "flash_forward_kernel",
+    "cuda:90",
+    registers=128,
+    spills=0,
+    shared=65536,
+    wgmma=True,
+    matrix="wgmma",
+    warps=4,
+    stages=2,
+)
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -28,11 +36,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_json_of_a_few_variants(tmp_path):
-    """In an environment that interprets kernels, with nothing compiled yet."""
-    result = run(
-        "-m", "molsaki_kernels.aot", *ARGUMENTS, "--json", "--filter", "fold-bf16", "--jobs", "2",
-        TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
+    """In an environment that interprets kernels, with an empty cache."""
+    command = ["-m", "molsaki_kernels.aot", *ARGUMENTS, "--json", "--filter", "fold-bf16", "--jobs", "2"]
+    result = run(*command, TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
     assert {"fold-bf16-d64", "fold-bf16-d128"} <= {row["name"] for row in rows}
@@ -85,10 +91,10 @@ def test_what_counts_as_a_failure(change, flags, target, words):
 
 
 def test_a_variant_that_does_not_compile():
-    """A shape that is no power of two; the report says so, and the others go on."""
+    """A shape that is not a power of two is a failure in the report; the run goes on."""
     script = (
-        "import dataclasses; from molsaki_kernels import aot; from molsaki_kernels._triton import lse_gradient as fold;"
-        "good = fold.variants('sm90')[0];"
+        "import dataclasses; from molsaki_kernels import aot; from molsaki_kernels._triton import lse_gradient;"
+        "good = lse_gradient.variants('sm90')[0];"
         "bad = dataclasses.replace(good, constexprs=good.constexprs | dict(BM=3));"
         "aot._variants = lambda arch: dict(bad=bad);"
         "print(aot.compile_variant('cuda:90', 'bad').failures[0])"

@@ -16,7 +16,7 @@ from molsaki_kernels._native import build as library
 from molsaki_kernels.attention import eager, sdpa
 from molsaki_kernels.attention_map import torch as stepmap
 from molsaki_kernels.attention_map import torch_blocks as layout
-from molsaki_kernels.spec import AttentionOptions
+from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionOutputs
 from tests.helpers.budget import assert_within_budget, error
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,11 +31,11 @@ FEATURES = {
     "sinks": dict(sinks=True),
     "everything": dict(sinks=True, window=17, softcap=3.0, scale=0.3),
     "scale": dict(scale=0.5),
-    "heads": dict(heads="none"),
-    "heads, window, sinks": dict(heads="none", window=9, sinks=True),
+    "heads": dict(head_reduction="none"),
+    "heads, window, sinks": dict(head_reduction="none", window=9, sinks=True),
     "packed": dict(packed=True),
     "packed, window, sinks": dict(packed=True, window=12, sinks=True),
-    "packed, heads, softcap": dict(packed=True, heads="none", softcap=3.0),
+    "packed, heads, softcap": dict(packed=True, head_reduction="none", softcap=3.0),
     "packed, not causal": dict(packed=True, causal=False),
 }
 
@@ -122,7 +122,7 @@ def ready(request):
 
 
 def ready_engines():
-    return [name for name in ENGINES if mk.engines()[name] == "ready"]
+    return [name for name in ENGINES if mk.engines()[name].ready]
 
 
 @pytest.mark.usefixtures("cpu_map")
@@ -154,7 +154,7 @@ def test_output_as_the_only_gradient(engine):
 @pytest.mark.parametrize("plan_name", [name for name in PLANS if name != "ragged"])
 def test_plans(plan_name, engine, packed):
     compare(engine, plan_name, dict(packed=packed), torch.float32)
-    compare(engine, plan_name, dict(packed=packed, heads="none", sinks=True), torch.float32)
+    compare(engine, plan_name, dict(packed=packed, head_reduction="none", sinks=True), torch.float32)
 
 
 @pytest.mark.usefixtures("cpu_map")
@@ -200,7 +200,7 @@ def test_map_from_a_given_lse(feature):
         tensors, plan, cu = inputs("ragged", dtype, packed=packed, sinks=sinks)
         q, k = tensors[:2]
         lse = torch.randn(q.shape[:3], dtype=torch.float64).add_(4)
-        given = {name: value for name, value in options.items() if name != "heads"}
+        given = {name: value for name, value in options.items() if name != "head_reduction"}
         results = []
         for function, kind in (
             (reference.stepwise_map, torch.float64),
@@ -209,7 +209,7 @@ def test_map_from_a_given_lse(feature):
         ):
             leaves = [q.to(kind).requires_grad_(), k.to(kind).requires_grad_()]
             leaves.append(lse.to(torch.promote_types(kind, torch.float32)).requires_grad_())
-            maps = function(*leaves, plan, cu_seqlens=cu, heads=options.get("heads", "mean"), **given)
+            maps = function(*leaves, plan, cu_seqlens=cu, head_reduction=options.get("head_reduction", "mean"), **given)
             weight = torch.randn(maps.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
             results.append((maps, *torch.autograd.grad((maps.double() * weight).sum(), leaves)))
         for name, oracle, eager_value, got in zip(("maps", "dq", "dk", "dlse"), *results, strict=True):
@@ -399,18 +399,14 @@ def test_opcheck(feature, engine, cpu_backend):
     tensors, plan, cu = inputs(plan_name, torch.float32, packed=packed, sinks=with_sinks)
     tensors = [t.requires_grad_() for t in tensors]
     backend = "triton" if engine == "triton" else cpu_backend
-    per_head = options.get("heads") == "none"
+    per_head = options.get("head_reduction") == "none"
     q, k, v = tensors[:3]
-    arguments = (q, k, v, plan.steps, plan.tokens, plan.word_of_token, plan.num_words,
-                 tensors[3] if with_sinks else None, cu, True, 0.25, options.get("window"), None, per_head,
-                 engine, backend)  # fmt: skip
+    options = (True, 0.25, options.get("window"), None, per_head)
+    tensors_of_plan = (plan.steps, plan.tokens, plan.word_of_token, plan.num_words)
+    arguments = (q, k, v, tensors[3] if with_sinks else None, cu, *options, *tensors_of_plan, engine, backend)
     torch.library.opcheck(torch.ops.molsaki.stepwise_attention, arguments)
     lse = torch.randn(q.shape[:3]).requires_grad_()
-    torch.library.opcheck(
-        torch.ops.molsaki.stepwise_map,
-        (q, k, lse, plan.steps, plan.tokens, plan.word_of_token, plan.num_words, cu, True, 0.25,
-         options.get("window"), None, per_head, backend),
-    )  # fmt: skip
+    torch.library.opcheck(torch.ops.molsaki.stepwise_map, (q, k, lse, cu, *options, *tensors_of_plan, backend))
 
 
 @pytest.mark.usefixtures("cpu_map")
@@ -462,7 +458,7 @@ def test_triton_engine_through_the_door(feature):
 
 def test_triton_map_on_another_engine(monkeypatch):
     """On a GPU the map kernels ride on any engine: here interpreted, on the CPU flash operator."""
-    monkeypatch.setattr(mk.attention.checks, "choose_map_backend", lambda backend, q, softcap: "triton")
+    monkeypatch.setattr(mk.api.engine_selection, "choose_map_engine", lambda engine, q, options: "triton")
     for feature in ("plain", "packed, window, sinks"):
         compare("sdpa", "some empty", FEATURES[feature], torch.float32)
 
@@ -473,8 +469,8 @@ def test_triton_backend_of_the_map_and_of_pooled_values():
     results = []
     for backend in ("torch", "triton"):
         leaves = [t.clone().requires_grad_() for t in (q, k, lse, v)]
-        maps = mk.stepwise_map(*leaves[:3], plan, backend=backend)
-        pooled = mk.pool_values(leaves[3], torch.tensor([20, 3, 0]), backend=backend)
+        maps = mk.stepwise_map(*leaves[:3], plan, engine=backend)
+        pooled = mk.pool_values(leaves[3], torch.tensor([20, 3, 0]), engine=backend)
         value = (maps * torch.linspace(-1, 1, maps.numel()).view(maps.shape)).sum() + pooled.square().sum()
         results.append((maps, pooled, *torch.autograd.grad(value, leaves)))
     for a, b in zip(*results, strict=True):
@@ -483,7 +479,7 @@ def test_triton_backend_of_the_map_and_of_pooled_values():
 
 def test_engines_and_choice():
     listed = mk.engines()
-    assert listed["sdpa"] == listed["eager"] == "ready"
+    assert listed["sdpa"].ready and listed["eager"].ready
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
     with pytest.raises(ValueError, match="softcap"):
         mk.stepwise_attention(q, k, v, plan, softcap=3.0, engine="sdpa")
@@ -508,10 +504,14 @@ def test_forward_of_bfloat16_on_amx_is_left_to_sdpa(monkeypatch):
     if library.why_not():
         pytest.skip(library.why_not())
     chosen = []
-    monkeypatch.setattr(mk.attention.ops, "run_attention", lambda *inputs: (chosen.append(inputs[-2]), None, None))
+    monkeypatch.setattr(
+        mk.api.ops,
+        "run_attention",
+        lambda *call: chosen.append(call[-2]) or AttentionOutputs(call[0].q, call[0].q, call[0].q),
+    )
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
     for amx in (True, False):
-        monkeypatch.setattr(mk.attention, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(mk.api.engine_selection, "has_amx", lambda amx=amx: amx)
         for dtype in (torch.bfloat16, torch.float32):
             for wanted in (False, True):
                 mk.stepwise_attention(q.to(dtype, copy=True).requires_grad_(wanted), k.to(dtype), v.to(dtype), plan)
@@ -540,9 +540,9 @@ def bad_calls():
         (good | dict(softcap=-1.0), ValueError, "softcap: expected a positive"),
         (good | dict(sinks=torch.zeros(3)), ValueError, r"sinks: expected \(4,\)"),
         (good | dict(sinks=torch.zeros(4, dtype=torch.long)), TypeError, "sinks: expected a floating"),
-        (good | dict(heads="all"), ValueError, 'heads: expected "mean" or "none"'),
+        (good | dict(head_reduction="all"), ValueError, 'head_reduction: expected "mean" or "none"'),
         (good | dict(plan=[]), TypeError, "plan: expected a StepPlan"),
-        (good | dict(plan=plan[0]), ValueError, "plan: expected one entry a sequence, got 1 where q has batch 2"),
+        (good | dict(plan=plan[0]), ValueError, "plan: expected one entry per sequence, got 1 where q has batch 2"),
         (good | dict(plan=far), ValueError, "sequence 0's 6 tokens, but it reaches 7"),
         (good | dict(plan=plan.to("meta")), ValueError, "plan: expected on q's device"),
         (packed | dict(cu_seqlens=cu.long()), TypeError, "cu_seqlens: expected int32"),
@@ -567,10 +567,10 @@ def test_bad_lse_and_backend():
     for lse in (torch.zeros(1, 2, 5), torch.zeros(1, 2, 6, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="lse: expected torch.float32"):
             mk.stepwise_map(q, q, lse, plan)
-    with pytest.raises(ValueError, match='backend: expected "auto"'):
-        mk.stepwise_map(q, q, torch.zeros(1, 2, 6), plan, backend="cuda")
+    with pytest.raises(ValueError, match='engine: expected "auto"'):
+        mk.stepwise_map(q, q, torch.zeros(1, 2, 6), plan, engine="cuda")
     with pytest.raises(ValueError, match='"triton" cannot serve this call: .*float64'):
-        mk.stepwise_map(q.double(), q.double(), torch.zeros(1, 2, 6, dtype=torch.float64), plan, backend="triton")
+        mk.stepwise_map(q.double(), q.double(), torch.zeros(1, 2, 6, dtype=torch.float64), plan, engine="triton")
 
 
 @pytest.mark.parametrize("cudnn", [False, True])
@@ -582,14 +582,15 @@ def test_cuda_operators_take_these_arguments(monkeypatch, cudnn, packed):
     B = 1 if packed else 2
     q, k = (torch.zeros(B, heads, 64, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
     cu = torch.zeros(3, dtype=torch.int32, device="meta") if packed else None
-    assert sdpa._use_cudnn(q, cu, options) is (cudnn and not packed)
-    out, lse = sdpa._cuda_forward(q, k, k, cu, options)
+    inputs = AttentionInputs(q, k, k, None, cu)
+    assert sdpa._use_cudnn(inputs, options) is (cudnn and not packed)
+    out, lse = sdpa._cuda_forward(inputs, options)
     assert out.shape == q.shape and lse.shape == q.shape[:3]
-    grads = sdpa._cuda_backward(out, q, k, k, out, lse, cu, options)
+    grads = sdpa._cuda_backward(out, inputs, AttentionOutputs(out, lse), options)
     assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
     options = AttentionOptions(True, 0.25, window=9)
-    out, lse = sdpa._cuda_forward(q, k, k, cu, options)
-    grads = sdpa._cuda_backward(out, q, k, k, out, lse, cu, options)
+    out, lse = sdpa._cuda_forward(inputs, options)
+    grads = sdpa._cuda_backward(out, inputs, AttentionOutputs(out, lse), options)
     assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
 
 

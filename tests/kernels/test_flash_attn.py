@@ -65,7 +65,7 @@ def test_one_source_of_gradient(machine, name):
 def test_plans(machine, name, plan_name):
     machine(*MACHINES[name])
     compare("flash_attn", plan_name, {}, torch.float32)
-    compare("flash_attn", plan_name, dict(packed=True, heads="none", sinks=True), torch.float32)
+    compare("flash_attn", plan_name, dict(packed=True, head_reduction="none", sinks=True), torch.float32)
 
 
 def test_head_dim_256_on_blackwell_is_folded(machine):
@@ -80,14 +80,14 @@ def test_head_dim_256_on_blackwell_is_folded(machine):
 def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
     """Inputs arrive in place, and results leave in the layout that the operators promised."""
     machine(*MACHINES[name])
-    laid_out = ops._laid_out
+    match_strides = ops.match_strides
 
     def without_a_copy(x, strides):
-        result = laid_out(x, strides)
+        result = match_strides(x, strides)
         assert result.data_ptr() == x.data_ptr() and result.stride() == strides
         return result
 
-    monkeypatch.setattr(ops, "_laid_out", without_a_copy)
+    monkeypatch.setattr(ops, "match_strides", without_a_copy)
     tensors, plan, cu = inputs("ragged", torch.bfloat16, packed=packed, layout=layout)
     run(mk.stepwise_attention, tensors, plan, cu, {}, torch.bfloat16, engine="flash_attn")
     (_, forward), (_, backward) = stand_ins.CALLS
@@ -101,7 +101,7 @@ def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
 def test_triton_map_is_added_to_its_gradients(machine, monkeypatch, name, layout):
     """The map kernels, interpreted, write into dq and dk as they come: transposed, packed, or a slice of wider ones."""
     machine(*MACHINES[name])
-    monkeypatch.setattr(mk.attention.checks, "choose_map_backend", lambda backend, q, softcap: "triton")
+    monkeypatch.setattr(mk.api.engine_selection, "choose_map_engine", lambda engine, q, options: "triton")
     compare("flash_attn", "some empty", FEATURES["plain"], torch.float16, layout=layout)
     compare("flash_attn", "some empty", FEATURES["packed, window, sinks"], torch.float32, layout=layout)
 
@@ -230,7 +230,7 @@ def test_not_in_auto_and_refused_with_a_reason():
     (q, k, v), plan, _ = inputs("some empty", torch.float32)
     with pytest.raises(ValueError, match="'flash_attn' cannot serve this call.*not installed|no GPU|not for cpu"):
         mk.stepwise_attention(q, k, v, plan, engine="flash_attn")
-    assert mk.engines()["flash_attn"] != "ready" or torch.cuda.is_available()
+    assert not mk.engines()["flash_attn"].ready or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("version", [2, 4])

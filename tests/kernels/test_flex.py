@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import molsaki_kernels as mk
 from molsaki_kernels import reference
 from molsaki_kernels.attention import flex
-from molsaki_kernels.spec import AttentionOptions, AttentionRequest
+from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionRequest
 from tests.helpers.tiny import one_thread  # noqa: F401
 from tests.kernels.test_attention import FEATURES, PLANS, compare, inputs, run
 
@@ -51,7 +51,7 @@ def test_output_as_the_only_gradient():
 @pytest.mark.parametrize("plan_name", [name for name in PLANS if name != "ragged"])
 def test_plans(plan_name):
     compare("flex", plan_name, {}, torch.float32)
-    compare("flex", plan_name, dict(packed=True, heads="none", sinks=True), torch.float32)
+    compare("flex", plan_name, dict(packed=True, head_reduction="none", sinks=True), torch.float32)
 
 
 @pytest.mark.parametrize("groups", [1, 7])
@@ -132,7 +132,7 @@ def test_one_compilation_for_each_softcap(monkeypatch):
     try:
         for i in range(9):
             options = AttentionOptions(True, 0.1 + i, window=3 + i, softcap=1.0 + i)
-            _, lse = flex.forward(q, q, q, None, None, options)
+            _, lse, _ = vars(flex.forward(AttentionInputs(q, q, q), options, None)).values()
             _, expected = reference.attention_weights(q, q, scale=0.1 + i, window=3 + i, softcap=1.0 + i)
             torch.testing.assert_close(lse, expected)
             (dq,) = torch.autograd.grad(lse.square().sum(), q)
@@ -185,17 +185,21 @@ def test_masks_are_kept_as_long_as_their_sequences():
     causal, window = AttentionOptions(True, 0.25), AttentionOptions(True, 0.25, window=9)
     gc.collect()
     before = len(flex._packed_masks)
-    mask = flex._mask(q, cu, causal)
-    assert flex._mask(q, cu, causal) is mask and flex._mask(q, cu, window) is not mask
-    assert flex._mask(q, cu, causal) is mask
-    assert flex._mask(q, cu.clone(), causal) is not mask
-    cu[1] = 200  # in place: what was kept no longer holds
-    assert flex._mask(q, cu, causal) is not mask
-    assert flex._mask(q, cu, causal).mask_mod(0, 0, torch.tensor(150), torch.tensor(50))
+
+    def mask_of(q, cu, options):
+        return flex._mask(AttentionInputs(q, q, q, None, cu), options)
+
+    mask = mask_of(q, cu, causal)
+    assert mask_of(q, cu, causal) is mask and mask_of(q, cu, window) is not mask
+    assert mask_of(q, cu, causal) is mask
+    assert mask_of(q, cu.clone(), causal) is not mask
+    cu[1] = 200  # in place: the mask of the old values must not be used
+    assert mask_of(q, cu, causal) is not mask
+    assert mask_of(q, cu, causal).mask_mod(0, 0, torch.tensor(150), torch.tensor(50))
     del cu
     gc.collect()
     assert len(flex._packed_masks) == before
-    assert flex._mask(q, None, causal) is flex._mask(q + 1, None, AttentionOptions(True, 7.0))
+    assert mask_of(q, None, causal) is mask_of(q + 1, None, AttentionOptions(True, 7.0))
 
 
 def test_what_it_can_do(monkeypatch):
@@ -214,6 +218,6 @@ def test_what_it_can_do(monkeypatch):
     assert "head_dim 16 and more, not 8" in asked(head_dim=8)
     (q, k, v), plan, _ = inputs("some empty", torch.float32)
     if not torch.cuda.is_available():
-        assert "no GPU" in mk.engines()["flex"]
+        assert "no GPU" in str(mk.engines()["flex"])
     with pytest.raises(ValueError, match="'flex' cannot serve this call"):
         mk.stepwise_attention(q, k, v, plan, engine="flex")

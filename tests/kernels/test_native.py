@@ -1,12 +1,8 @@
-"""The C library: the map and the fold at the kernels' own seams, and what happens where it cannot be had."""
+"""The C library's map, attention and lse gradient, called through the public functions and the operators."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
 from molsaki_kernels._native import build as library
 from molsaki_kernels._native.lse_gradient import fold_in_one_pass
-from molsaki_kernels.attention.lse_gradient import VANISHED, fold
+from molsaki_kernels.attention.lse_gradient import VANISHED, fold_dlse_into_out
 from molsaki_kernels.attention_map import native as native
 from tests.helpers.budget import assert_within_budget
 
@@ -65,10 +61,10 @@ CASES = {
     "not causal": (dict(lengths=[130, 7], words=60, steps=9, q_heads=3, kv_heads=3, dim=128), dict(causal=False)),
     "not causal, window, heads": (
         dict(lengths=[130, 7], words=60, steps=9, q_heads=3, kv_heads=3, dim=64),
-        dict(causal=False, window=20, heads="none")),
+        dict(causal=False, window=20, head_reduction="none")),
     "packed, heads": (
         dict(lengths=[50, 1, 200, 33], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True, gaps=True),
-        dict(heads="none")),
+        dict(head_reduction="none")),
     "packed, window": (
         dict(lengths=[50, 1, 200, 33], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True),
         dict(window=11)),
@@ -91,7 +87,7 @@ def test_map(monkeypatch, name, dtype, largest_kept):
     tensors = [tensors[0].to(dtype).double(), tensors[1].to(dtype).double(), tensors[2]]
     oracle = results(reference.stepwise_map, tensors, plan, cu, torch.float64, options)
     eager = results(reference.stepwise_map, tensors, plan, cu, dtype, options)
-    got = results(mk.stepwise_map, tensors, plan, cu, dtype, options, backend="native")
+    got = results(mk.stepwise_map, tensors, plan, cu, dtype, options, engine="native")
     for key, value in got.items():
         assert_within_budget(key, value, oracle[key], eager[key])
 
@@ -106,7 +102,7 @@ def test_any_number_of_threads(name):
     try:
         for count in (1, 3, 3):
             torch.set_num_threads(count)
-            found.append(results(mk.stepwise_map, tensors, plan, cu, torch.float32, options, backend="native"))
+            found.append(results(mk.stepwise_map, tensors, plan, cu, torch.float32, options, engine="native"))
     finally:
         torch.set_num_threads(threads)
     for key in found[0]:
@@ -117,12 +113,12 @@ def test_any_number_of_threads(name):
 @needs_library
 def test_rows_in_no_step_and_tokens_in_no_word_may_hold_anything():
     tensors, plan, _ = case([90, 40], 12, 4, 4, 2, 32)
-    clean = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+    clean = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
     q, k, lse = (t.clone() for t in tensors)
     q[1, :, 40:], k[1, :, 40:], lse[1, :, 40:] = float("nan"), float("inf"), float("nan")
     words = set(plan.tokens[0].tolist())
     k[0, :, [t for t in range(90) if t not in words]] = float("nan")
-    poisoned = results(mk.stepwise_map, (q, k, lse), plan, None, torch.float32, {}, backend="native")
+    poisoned = results(mk.stepwise_map, (q, k, lse), plan, None, torch.float32, {}, engine="native")
     for key, value in clean.items():
         assert torch.equal(value, poisoned[key]), key
 
@@ -136,7 +132,7 @@ def test_scores_far_from_lse():
     k[:, :, 39] = 10.0  # seen by the last row alone; its score is 1,600 times the scale
     lse = torch.full((1, 1, 40), 0.0)
     lse[..., 39] = 400.0
-    maps = mk.stepwise_map(q, k, lse, plan, backend="native")
+    maps = mk.stepwise_map(q, k, lse, plan, engine="native")
     torch.testing.assert_close(maps, torch.tensor([[[36.0 - 0, 1.0]]]))
 
 
@@ -146,10 +142,10 @@ def test_what_it_does_not_take_goes_to_torch(reason):
     tensors, plan, _ = case([30], 5, 3, 2, 2, 8 if reason == "head_dim" else 16)
     options = dict(softcap=3.0) if reason == "softcap" else {}
     dtype = getattr(torch, reason) if reason.startswith("float") else torch.float32
-    with pytest.raises(ValueError, match=f'backend: "native" cannot serve this call: .*{reason}'):
-        results(mk.stepwise_map, tensors, plan, None, dtype, options, backend="native")
+    with pytest.raises(ValueError, match=f'engine: "native" cannot serve this call: .*{reason}'):
+        results(mk.stepwise_map, tensors, plan, None, dtype, options, engine="native")
     auto = results(mk.stepwise_map, tensors, plan, None, dtype, options)
-    plain = results(mk.stepwise_map, tensors, plan, None, dtype, options, backend="torch")
+    plain = results(mk.stepwise_map, tensors, plan, None, dtype, options, engine="torch")
     assert all(torch.equal(auto[key], plain[key]) for key in auto)
 
 
@@ -186,18 +182,16 @@ def test_what_would_reach_past_memory_is_refused(name):
     q, k, lse = q.float(), k.float(), lse.float()
     plan, cu = plan_by_hand(**changed)
     with pytest.raises(ValueError, match=message):
-        torch.ops.molsaki.stepwise_map(q, k, lse, *plan, 1, cu, True, 0.25, None, None, False, "native")
+        torch.ops.molsaki.stepwise_map(q, k, lse, cu, True, 0.25, None, None, False, *plan, 1, "native")
     with pytest.raises(ValueError, match=message):
-        torch.ops.molsaki.stepwise_attention(
-            q, k, k, *plan, 1, None, cu, True, 0.25, None, None, False, "native", "native"
-        )
+        torch.ops.molsaki.stepwise_attention(q, k, k, None, cu, True, 0.25, None, None, False, *plan, 1, "native", "")
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_default_dtype_and_device_change_nothing(dtype):
     tensors, plan, _ = case([60, 31], 12, 4, 4, 2, 32)
-    expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+    expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
     _, plan, _ = case([60, 31], 12, 4, 4, 2, 32)  # one that nothing is kept of
     q, k, lse = (t.float().requires_grad_() for t in tensors)
     weight = torch.randn(expected["maps"].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -205,7 +199,7 @@ def test_default_dtype_and_device_change_nothing(dtype):
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
-            maps = mk.stepwise_map(q, k, lse, plan, backend="native")
+            maps = mk.stepwise_map(q, k, lse, plan, engine="native")
             found = [maps, *torch.autograd.grad((maps.double() * weight).sum(), (q, k, lse))]
     finally:
         torch.set_default_dtype(before)
@@ -217,7 +211,7 @@ def test_nan_of_any_kind_stays_nan():
     (q, k, lse), plan, _ = case([40], 5, 1, 2, 2, 16)
     q = q.float()
     q[0, 0, 39].view(torch.int32).fill_(-1)  # all bits set
-    assert mk.stepwise_map(q, k.float(), lse.float(), plan, backend="native").isnan().any()
+    assert mk.stepwise_map(q, k.float(), lse.float(), plan, engine="native").isnan().any()
 
 
 @needs_library
@@ -234,103 +228,24 @@ def test_fold(layout):
     torch.testing.assert_close((folded.double() * dout.double()).sum(-1), expected, rtol=1e-5, atol=1e-5)
     dout[1, 2, 49] = 0  # nothing to fold along: the other way takes the call
     assert not fold_in_one_pass(out, dout, dlse, folded, VANISHED)
-    assert fold(out, dout, dlse)[0].isfinite().all()
-
-
-@needs_library
-def test_no_wider_than_avx2(tmp_path):
-    """The same source for processors without AVX-512 passes the same cases."""
-    source = "import molsaki_kernels._native.build as library\nlibrary.FLAGS += ('-mno-avx512f',)\n"
-    chosen = ["-qx", "-p", "no:cacheprovider", __file__, "-k", "test_map or test_attention"]
-    source += f"import pytest, sys\nsys.exit(pytest.main({chosen}))"
-    environment = os.environ | {"MOLSAKI_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = tmp_path.glob("*.so")
-    if shutil.which("objdump"):
-        disassembled = subprocess.run(["objdump", "-d", built], capture_output=True, text=True).stdout
-        assert "ymm" in disassembled and "zmm" not in disassembled
+    assert fold_dlse_into_out(out, dout, dlse)[0].isfinite().all()
 
 
 def test_without_a_library(without_native):
     tensors, plan, _ = case([30], 5, 3, 2, 2, 16)
     with pytest.raises(ValueError, match='"native" cannot serve this call: switched off by a test'):
-        results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+        results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
     results(mk.stepwise_map, tensors, plan, None, torch.float32, {})
-
-
-def reason_with(monkeypatch, **environment):
-    monkeypatch.delenv("MOLSAKI_CACHE", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
-    return library._loaded.__wrapped__()[1]
-
-
-def test_switched_off(monkeypatch):
-    assert reason_with(monkeypatch, MOLSAKI_NATIVE="0") == "switched off by MOLSAKI_NATIVE=0"
-
-
-@needs_library
-def test_no_compiler(monkeypatch):
-    assert "no C compiler" in reason_with(monkeypatch, PATH="/nowhere", CC="")
-
-
-@needs_library
-def test_a_compiler_that_fails(monkeypatch, tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no space left >&2\nexit 3\n")
-    broken.chmod(0o755)
-    reason = reason_with(monkeypatch, CC=broken, MOLSAKI_CACHE=tmp_path / "cache")
-    assert reason == f"{broken} failed: no space left"
-    assert not list((tmp_path / "cache").iterdir())
-
-
-@needs_library
-def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "could not be compiled or loaded" in reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "file")
-
-
-@needs_library
-def test_a_library_that_somebody_else_could_have_made(monkeypatch, tmp_path):
-    """Where there is no home, only a folder in /tmp that nobody else can write to will do."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file") is None
-    (folder,) = tmp_path.glob("molsaki_kernels-*")
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)
-    assert "only this user can write to" in reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file")
-
-
-@needs_library
-def test_a_damaged_library_is_made_again(monkeypatch, tmp_path):
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "whole") is None
-    (built,) = (tmp_path / "whole").iterdir()
-    damaged = tmp_path / "damaged" / built.name
-    damaged.parent.mkdir()
-    damaged.write_bytes(b"")  # what a power cut may leave
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=damaged.parent) is None
-    assert damaged.stat().st_size == built.stat().st_size
-
-
-@needs_library
-def test_compiled_once(monkeypatch, tmp_path):
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
-    (built,) = tmp_path.iterdir()
-    before = built.stat().st_mtime_ns
-    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
-    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [before]
 
 
 @needs_library
 def test_threads_of_their_own():
     """Working memory is a thread's own: calls from several Python threads do not mix."""
     tensors, plan, _ = case([200], 40, 6, 4, 2, 64)
-    expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native")
+    expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
 
     def call(_):
-        found = [results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, backend="native") for _ in range(10)]
+        found = [results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native") for _ in range(10)]
         return all(torch.equal(x[key], expected[key]) for x in found for key in expected)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -354,10 +269,10 @@ ATTENTION = {
     "not causal": (dict(lengths=[230, 230], words=60, steps=9, q_heads=3, kv_heads=3, dim=128), dict(causal=False)),
     "not causal, window, heads": (
         dict(lengths=[330], words=60, steps=9, q_heads=3, kv_heads=3, dim=64),
-        dict(causal=False, window=120, heads="none")),
+        dict(causal=False, window=120, head_reduction="none")),
     "packed, heads": (
         dict(lengths=[50, 1, 400, 33], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True, gaps=True),
-        dict(heads="none")),
+        dict(head_reduction="none")),
     "packed, window, sinks": (
         dict(lengths=[50, 1, 250, 193], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True),
         dict(window=11, sinks=True)),
@@ -471,10 +386,10 @@ def test_rows_in_no_sequence_are_zero():
     sinks = torch.tensor([1000.0, 0.5], requires_grad=True)
     plan = StepPlan.from_spans([[(0, 5)]], [[[1]]])
     cu = torch.tensor([3, 20], dtype=torch.int32)
-    out, maps, lse = torch.ops.molsaki.stepwise_attention(
-        q, k, v, plan.steps, plan.tokens, plan.word_of_token, 1, sinks, cu, True, 0.25, None, None, False, "native",
-        "native",
-    )  # fmt: skip
+    tensors = (plan.steps, plan.tokens, plan.word_of_token, 1)
+    out, lse, maps = torch.ops.molsaki.stepwise_attention(
+        q, k, v, sinks, cu, True, 0.25, None, None, False, *tensors, "native", ""
+    )
     inside = slice(3, 20)
     whole = [t[:, :, inside] for t in (q, k, v)]
     expected, expected_maps = mk.stepwise_attention(*whole, plan, sinks=sinks, engine="native")
@@ -493,9 +408,9 @@ def test_attention_far_from_zero():
     q[:, 4], k[:, 4] = 1e15, -1e15
     plan = StepPlan.from_spans([[(0, 100)]], [[[3], [99]]])
     sinks = torch.tensor([1e4, float("inf"), -1e4, float("-inf"), float("-inf")])
-    out, maps = mk.stepwise_attention(q, k, v, plan, sinks=sinks, heads="none", engine="native")
+    out, maps = mk.stepwise_attention(q, k, v, plan, sinks=sinks, head_reduction="none", engine="native")
     oracle, eager = (
-        reference.stepwise_attention(q.to(t), k.to(t), v.to(t), plan, sinks=sinks.to(t), heads="none")
+        reference.stepwise_attention(q.to(t), k.to(t), v.to(t), plan, sinks=sinks.to(t), head_reduction="none")
         for t in (torch.float64, torch.float32)
     )
     for name, got, exact, theirs in zip(("out", "maps"), (out, maps), oracle, eager, strict=True):
@@ -512,12 +427,12 @@ def test_lse_of_any_layout():
     (q, k, _), _, _ = case([40, 40], 5, 2, 3, 3, 16)
     q, k = q.float(), k.float()
     plan = StepPlan.from_spans([[(0, 40)]] * 2, [[[3], [9]]] * 2)
-    options = (plan.steps, plan.tokens, plan.word_of_token, 2, None, None, True, 0.25, None, None)
-    out, maps, lse = torch.ops.molsaki.stepwise_attention(q, k, k, *options, False, "native", "native")
+    options = (True, 0.25, None, None, False, plan.steps, plan.tokens, plan.word_of_token, 2, "native", "")
+    out, lse, maps = torch.ops.molsaki.stepwise_attention(q, k, k, None, None, *options)
     other = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    upstream = (torch.randn_like(out), torch.randn_like(maps), torch.randn_like(lse))
+    upstream = (torch.randn_like(out), torch.randn_like(lse), torch.randn_like(maps))
     a, b = (
-        torch.ops.molsaki.stepwise_attention_backward(*upstream, q, k, k, out, x, *options, "native", "native")
+        torch.ops.molsaki.stepwise_attention_backward(*upstream, out, x, q, k, k, None, None, *options)
         for x in (lse, other)
     )
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -527,10 +442,10 @@ def test_lse_of_any_layout():
 def test_no_sequence_at_all():
     q = torch.randn(1, 2, 40, 16)
     nothing = StepPlan.from_spans([], [])
-    out, maps, lse = torch.ops.molsaki.stepwise_attention(
-        q, q, q, nothing.steps, nothing.tokens, nothing.word_of_token, 0, None, torch.zeros(1, dtype=torch.int32), True,
-        0.25, None, None, False, "native", "native",
-    )  # fmt: skip
+    tensors = (nothing.steps, nothing.tokens, nothing.word_of_token, 0)
+    out, lse, maps = torch.ops.molsaki.stepwise_attention(
+        q, q, q, None, torch.zeros(1, dtype=torch.int32), True, 0.25, None, None, False, *tensors, "native", ""
+    )
     assert maps.shape == (0, 0, 0) and not out.any() and not lse.any()
 
 

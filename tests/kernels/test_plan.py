@@ -74,7 +74,7 @@ def test_numpy_and_tensor_indices():
 @pytest.mark.parametrize(
     "steps, words, kind, message",
     [
-        ([[]], [], ValueError, "steps and words: expected one entry a sequence in both, got 1 and 0"),
+        ([[]], [], ValueError, "steps and words: expected one entry per sequence in both, got 1 and 0"),
         ([[(0, 2, 3)]], [[]], ValueError, r"steps\[0\]\[0\]: expected a \(start, stop\) pair"),
         ([[5]], [[]], ValueError, r"steps\[0\]\[0\]: expected a \(start, stop\) pair"),
         ([[(3, 2)]], [[]], ValueError, r"steps\[0\]\[0\]: expected 0 <= start <= stop"),

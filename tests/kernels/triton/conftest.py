@@ -1,4 +1,4 @@
-"""Poisoned memory: whatever ``torch.empty`` hands out is NaN, so that a kernel that leaves a hole is seen."""
+"""Uninitialised memory is NaN in these tests, so that an element that no kernel writes is detected."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The map alone, from q, k and lse, against the float64 oracle."""
+"""The kernels of the map alone, from q, k and lse, against the float64 oracle."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import torch
 from triton.runtime import interpreter
 
 import molsaki_kernels as mk
+from molsaki_kernels import validation
 from molsaki_kernels._triton.map_backward import map_backward, map_dlse
 from molsaki_kernels._triton.map_forward import map_forward
 from tests.helpers.kernel_cases import FAR_STRIDES, Case, check_map, far_copy, make, map_kernels, map_oracle, oracle
@@ -38,7 +39,7 @@ CASES = [
 
 
 def launches(monkeypatch) -> list[str]:
-    """The names of the kernels that the interpreter runs from now on."""
+    """The names of the kernels that the interpreter runs from this call on."""
     names, run = [], interpreter.GridExecutor.__call__
 
     def counted(self, *args, **kwargs):
@@ -65,35 +66,48 @@ def test_map_and_gradients(case):
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_adds_to_gradients_in_place(case, launched, monkeypatch):
-    """And where the rows are not split, no launch is spent on adding the splits up."""
+    """Without splits of the rows, no kernel is launched to add them."""
     x = make(case)
     lse = oracle(case, x, torch.float64, "out")["lse"].float()
-    plan, options = x.tensors(), case.options()
-    dq, dk, dlse = map_backward(x.q, x.k, lse, x.dmaps, plan, options, x.cu_seqlens)
+    arguments = x.dmaps, x.map_inputs(lse), case.options(), x.plan_tensors()
+    dq, dk, dlse = map_backward(*arguments)
     sum_q, sum_k = x.dout.clone(), torch.ones_like(x.k)
     names = launches(monkeypatch)
-    same_q, same_k, again = map_backward(x.q, x.k, lse, x.dmaps, plan, options, x.cu_seqlens, dq=sum_q, dk=sum_k)
+    same_q, same_k, again = map_backward(*arguments, dq=sum_q, dk=sum_k)
     assert names == launched
     assert same_q is sum_q and same_k is sum_k
     torch.testing.assert_close(sum_q, x.dout + dq)
     torch.testing.assert_close(sum_k, 1 + dk)
     assert torch.equal(dlse, again)
-    assert torch.equal(dlse, map_dlse(x.q, x.k, lse, x.dmaps, plan, options, x.cu_seqlens))
+    assert torch.equal(dlse, map_dlse(*arguments))
 
 
 @pytest.mark.parametrize(
     "engine, forward, backward",
     [
-        ("triton", ["flash_forward_kernel", "map_reduce_kernel"],
-         ["flash_dq_kernel", "map_dk_kernel", "flash_dkv_kernel"]),
-        ("sdpa", ["map_partials_kernel", "map_reduce_kernel"], ["map_dq_kernel"] * 2 + ["map_dk_kernel"]),
-        (None, ["map_partials_kernel", "map_reduce_kernel"], ["map_dq_kernel", "map_dk_kernel"]),
+        pytest.param(
+            "triton",
+            ["flash_forward_kernel", "map_reduce_kernel"],
+            ["flash_dq_kernel", "map_dk_kernel", "flash_dkv_kernel"],
+            id="triton",
+        ),
+        pytest.param(
+            "sdpa",
+            ["map_partials_kernel", "map_reduce_kernel"],
+            ["map_dq_kernel", "map_dq_kernel", "map_dk_kernel"],
+            id="sdpa",
+        ),
+        pytest.param(
+            None,
+            ["map_partials_kernel", "map_reduce_kernel"],
+            ["map_dq_kernel", "map_dk_kernel"],
+            id="the map alone",
+        ),
     ],
-    ids=["triton", "sdpa", "the map alone"],
-)  # fmt: skip
+)
 def test_launches_of_a_layer(engine, forward, backward, monkeypatch):
-    """In the paper's regime they decide: a kernel more must be meant."""
-    monkeypatch.setattr(mk.attention.checks, "choose_map_backend", lambda backend, q, softcap: "triton")
+    """At the sizes of the paper, the number of launches decides the time: an additional kernel must be intended."""
+    monkeypatch.setattr(validation, "choose_map_backend", lambda backend, q, softcap: "triton")
     x = make(Case("launches", M=20, B=4))
     q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
     lse = torch.full(q.shape[:3], 3.0).requires_grad_()
@@ -119,22 +133,22 @@ def test_strided_lse_and_gradient():
     case = Case("strided", M=17)
     x = make(case)
     lse = oracle(case, x, torch.float64, "out")["lse"].float()
-    padded = torch.nn.functional.pad(lse, (0, 15))[..., :17]  # as the memory-efficient op hands it out
+    padded = torch.nn.functional.pad(lse, (0, 15))[..., :17]  # as the memory-efficient operator returns it
     ones = dataclasses.replace(x, dmaps=torch.ones(()).expand(x.dmaps.shape))
-    found, plain = map_kernels(case, ones, padded), map_oracle(case, ones, lse, torch.float64)
+    found, exact = map_kernels(case, ones, padded), map_oracle(case, ones, lse, torch.float64)
     for key in found:
-        torch.testing.assert_close(found[key].double(), plain[key], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[key].double(), exact[key], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("strides", FAR_STRIDES.values(), ids=FAR_STRIDES)
 def test_flat_index_past_int32(tmp_path, strides):
     case = Case("int64", M=17, B=2, D=16, Hq=1, dtype=torch.float16)
     x = make(case)
-    q, k = (far_copy(t, strides, tmp_path) for t in (x.q, x.k))
     dq, dk = (far_copy(torch.zeros_like(t), strides, tmp_path) for t in (x.q, x.k))
-    lse = torch.full((2, 1, 17), 3.0)
-    plan, options = x.tensors(), case.options()
-    assert torch.equal(map_forward(q, k, lse, plan, options), map_forward(x.q, x.k, lse, plan, options))
-    near = map_backward(x.q, x.k, lse, x.dmaps, plan, options)
-    far = map_backward(q, k, lse, x.dmaps, plan, options, dq=dq, dk=dk)
-    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
+    near = x.map_inputs(torch.full((2, 1, 17), 3.0))
+    far = dataclasses.replace(near, **{key: far_copy(getattr(x, key), strides, tmp_path) for key in ("q", "k")})
+    options, plan = case.options(), x.plan_tensors()
+    assert torch.equal(map_forward(far, options, plan), map_forward(near, options, plan))
+    expected = map_backward(x.dmaps, near, options, plan)
+    found = map_backward(x.dmaps, far, options, plan, dq=dq, dk=dk)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -1,12 +1,11 @@
-"""The fused kernels against the float64 oracle: every feature, ragged shapes, every gradient."""
+"""The fused attention kernels against the float64 oracle: every feature, ragged shapes, every gradient."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from molsaki_kernels._triton.attention_backward import flash_backward
-from molsaki_kernels._triton.attention_forward import flash_forward
+from molsaki_kernels._triton.attention_forward import attention_forward
 from tests.helpers.kernel_cases import FAR_STRIDES, Case, check_fused, far_copy, kernels, make
 
 FEATURES = [
@@ -16,7 +15,7 @@ FEATURES = [
     Case("window_of_one", M=17, window=1),
     Case("full_window", M=63, causal=False, window=9),
     Case("softcap", softcap=2.0),
-    Case("sinks", sinks=True, Hq=6, Hkv=2),  # dsinks has a number a head: of two numbers an error is no estimate
+    Case("sinks", sinks=True, Hq=6, Hkv=2),  # dsinks has one number per head: the error of two would be a poor estimate
     Case("scale", scale=0.3),
     Case("packed", lengths=(17, 0, 63, 1, 40)),
     Case("packed_window_softcap_sinks", lengths=(33, 50), window=20, softcap=3.0, sinks=True, Hq=6, Hkv=2),
@@ -61,30 +60,25 @@ def test_gradient_of_one_result(source):
     check_fused(Case("one_result", sinks=True, M=40, Hq=6, Hkv=2), source)
 
 
-def test_no_plan_is_plain_attention():
-    case = Case("plain", M=40)
-    x = make(case)
-    out, lse, maps = flash_forward(x.q, x.k, x.v, None, case.options())
-    assert maps is None
-    found = kernels(case, x, "out")
-    assert torch.equal(out, found["out"]) and torch.equal(lse, found["lse"])
-    grads = flash_backward(x.q, x.k, x.v, out, lse, x.dout, case.options())[:3]
-    assert all(torch.equal(grad, found[name]) for grad, name in zip(grads, ("dq", "dk", "dv"), strict=True))
+def test_an_empty_plan_changes_nothing_but_the_map():
+    case, empty = Case("with_map", M=40), Case("without_map", M=40, plan="no_steps")
+    with_map, without_map = kernels(case, make(case), "out"), kernels(empty, make(empty), "out")
+    assert with_map.pop("maps").any() and without_map.pop("maps").numel() == 0
+    assert all(torch.equal(without_map[key], with_map[key]) for key in with_map)
 
 
 def test_large_partials_take_the_second_read_of_q():
-    """Where the shares of all heads would be larger than q, the map is made by its own kernel."""
+    """Where the partial sums of all heads would be larger than q, the map's own kernel computes it."""
     check_fused(Case("unfused", plan="whole", M=70, D=16))
 
 
 def test_expanded_gradient():
     case = Case("expanded", M=17)
     x = make(case)
-    out, lse, _ = flash_forward(x.q, x.k, x.v, None, case.options())
-    ones = torch.ones(()).expand(out.shape)
-    given = flash_backward(x.q, x.k, x.v, out, lse, ones, case.options())
-    copied = flash_backward(x.q, x.k, x.v, out, lse, ones.contiguous(), case.options())
-    assert all(torch.equal(a, b) for a, b in zip(given[:3], copied[:3], strict=True))
+    ones = torch.ones(()).expand(x.q.shape)
+    given = kernels(case, dataclasses.replace(x, dout=ones), "out")
+    copied = kernels(case, dataclasses.replace(x, dout=ones.contiguous()), "out")
+    assert all(torch.equal(given[key], copied[key]) for key in given)
 
 
 def test_twice_is_bitwise_the_same():
@@ -103,16 +97,17 @@ def test_flat_index_past_int32(tmp_path, strides):
     assert all(torch.equal(near[key], far[key]) for key in near)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 8, 16), (2, 2, 0, 16)])
-def test_empty_batch(shape):
-    q = torch.randn(shape)
-    case = Case("empty", D=16)
-    out, lse, _ = flash_forward(q, q, q, None, case.options())
-    assert out.shape == q.shape and lse.shape == q.shape[:3]
-    assert all(g.shape == q.shape for g in flash_backward(q, q, q, out, lse, out, case.options())[:3])
+@pytest.mark.parametrize("B, M", [(0, 8), (2, 0)])
+def test_empty_batch(B, M):
+    case = Case("empty", B=B, M=M, D=16, Hkv=2)
+    x = make(case)
+    found = kernels(case, x, "both")
+    assert found["lse"].shape == x.q.shape[:3]
+    assert all(found[key].shape == x.q.shape for key in ("out", "dq", "dk", "dv"))
 
 
 def test_scale_must_be_positive():
-    q = torch.randn(1, 1, 8, 16)
+    case = Case("scale", M=8, D=16, scale=0.0)
+    x = make(case)
     with pytest.raises(ValueError, match="scale"):
-        flash_forward(q, q, q, None, dataclasses.replace(Case("", D=16).options(), scale=0.0))
+        attention_forward(x.attention_inputs(), case.options(), x.plan_tensors())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molsaki_kernels import pool_values, reference
-from molsaki_kernels.value_pooling import values
+from molsaki_kernels.value_pooling import torch as values
 from tests.helpers.budget import assert_within_budget
 
 CASES = list(itertools.product(["sum", "mean"], ["concat", "mean"], ["none", "lengths", "packed", "packed lengths"]))
@@ -74,7 +74,7 @@ def test_opcheck_and_strides():
     for tensor in (v, strided):
         torch.library.opcheck(
             torch.ops.molsaki.pool_values,
-            (tensor.requires_grad_(), given["lengths"], 1e-6, False, False, None, "torch"),
+            (tensor.requires_grad_(), given["lengths"], None, 1e-6, False, False, "torch"),
         )
 
 
@@ -89,7 +89,7 @@ def test_opcheck_and_strides():
         (dict(lengths=torch.zeros(2)), ValueError, "lengths: expected .* integers"),
         (dict(lengths=torch.zeros(2, device="meta").long()), ValueError, "lengths: expected on v's device"),
         (dict(cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)), ValueError, "v: expected"),
-        (dict(backend="cuda"), ValueError, "backend: expected"),
+        (dict(engine="cuda"), ValueError, "engine: expected"),
     ],
 )
 def test_bad_input(given, kind, message):

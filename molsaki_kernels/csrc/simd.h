@@ -1,4 +1,4 @@
-/* What the sources of this folder share: vectors of floats, exp, bfloat16, a product in registers, and a plan. */
+/* Vectors of floats for AVX2 or AVX-512: load and store, exp and tanh, bfloat16, and a matrix product in registers. */
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -9,7 +9,7 @@ enum { LANES = 16, STRIP = 12, DEEP = 4 };
 #else
 enum { LANES = 8, STRIP = 6, DEEP = 2 };
 #endif
-/* Registers: STRIP x 2 vectors of scores, or GROUP x DEEP vectors of a head's numbers. */
+/* What fits the registers: STRIP x 2 vectors of scores, or GROUP x DEEP vectors along the head dimension. */
 enum { GROUP = 6, MAX_D = 256 };
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
@@ -19,34 +19,20 @@ typedef int32_t vi_any __attribute__((vector_size(LANES * 4), aligned(4), may_al
 
 #define UNROLL _Pragma("GCC unroll 24")
 #define INLINE static inline __attribute__((always_inline))
-#define NEVER INT32_MAX /* the position of a padding token */
-
-/* Sequences and their plan, as `native/sequences.py` makes them: where each is, its key tokens (padded to `columns`), its
- * rows' steps. */
-typedef struct {
-    int64_t sequences, columns, longest, tasks;
-    const int64_t *batch, *begin, *length, *tokens_used;
-    const int32_t *tokens, *word_of_token, *step_of_row;
-    /* A task: rows [row, row + TASK_ROWS) of a sequence, which touch `count` steps from `first` on; `slot` counts the
-     * steps of the tasks before. */
-    const int64_t *task_sequence, *task_row, *task_first, *task_count, *task_slot;
-} Plan;
-
-enum { TASK_ROWS = 192 };
 
 INLINE vf load(const float *x) { return *(const vf_any *)x; }
 INLINE void store(float *x, vf v) { *(vf_any *)x = v; }
 #ifdef __AVX512F__
-INLINE vf least(vf a, vf b) { return _mm512_min_ps(a, b); } /* the second where one is NaN */
-INLINE vf most(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); } /* the second argument if either is NaN */
+INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 #else
-INLINE vf least(vf a, vf b) { return _mm256_min_ps(a, b); }
-INLINE vf most(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 #endif
 INLINE vf splat(float x) { return x - (vf){0}; }
-INLINE vf clamp(vf x, float a, float b) { return most(splat(a), least(splat(b), x)); } /* NaN stays NaN */
-INLINE int64_t lowest(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t highest(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE vf clamp(vf x, float a, float b) { return vf_max(splat(a), vf_min(splat(b), x)); } /* keeps NaN */
+INLINE int64_t int_min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t int_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 INLINE float sum_of(vf x) {
     float lanes[LANES];
@@ -63,7 +49,7 @@ INLINE float from_bf16(uint16_t x) {
     return value;
 }
 
-/* To the nearest, ties to even; NaN stays NaN. */
+/* Rounds to nearest, ties to even. Keeps NaN. */
 INLINE uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -71,7 +57,7 @@ INLINE uint16_t to_bf16(float x) {
     return x != x ? 0x7fc0 : (uint16_t)rounded;
 }
 
-/* A row of float32 or bfloat16 numbers, as float32. */
+/* Copy one row of D float32 or bfloat16 numbers to float32. */
 INLINE void read_row(const void *x, int64_t offset, int64_t is_bf16, int64_t D, float *row) {
     if (is_bf16)
         for (int64_t d = 0; d < D; d++) row[d] = from_bf16(((const uint16_t *)x)[offset + d]);
@@ -79,8 +65,8 @@ INLINE void read_row(const void *x, int64_t offset, int64_t is_bf16, int64_t D, 
         memcpy(row, (const float *)x + offset, D * sizeof(float));
 }
 
-/* exp of numbers in [-80, 80] as (1 + rest) power: reduction by ln 2 (one fused product; off by 2e-9 for each factor of
- * 2), then a polynomial (Cephes' expf). */
+/* exp(x) = (1 + rest) * power for x in [-80, 80]. Range reduction by ln 2 in one fused multiply-add (error 2e-9 per
+ * factor of 2), then the polynomial of Cephes' expf. */
 INLINE vf exponential_parts(vf x, vf *power) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf n = x * 1.44269504088896341f + shift;
@@ -97,28 +83,18 @@ INLINE vf exponential_parts(vf x, vf *power) {
 
 INLINE vf exponential(vf x) {
     vf power, rest = exponential_parts(x, &power);
-    return (rest + 1.0f) * power; /* a product: NaN stays NaN */
+    return (rest + 1.0f) * power; /* a product keeps NaN */
 }
 
-/* tanh, to a few units in the last place near 0 too: of m = exp(2 x) - 1, m / (m + 2). */
+/* tanh(x) = m / (m + 2) with m = exp(2 x) - 1: accurate to a few units in the last place, also near 0. */
 INLINE vf hyperbolic_tangent(vf x) {
     vf power, rest = exponential_parts(clamp(2.0f * x, -80.0f, 80.0f), &power);
     const vf m = rest * power + (power - 1.0f);
     return m / (m + 2.0f);
 }
 
-/* How many of n ascending tokens are below `bound`. */
-static inline int64_t below(const int32_t *tokens, int64_t n, int64_t bound) {
-    int64_t low = 0, high = n;
-    while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if (tokens[middle] < bound) low = middle + 1; else high = middle;
-    }
-    return low;
-}
-
-/* target[i][d] += sum over t below `count` of a[i * a_row + t * a_next] b[t][d], for `rows` rows i (at most GROUP) and D
- * numbers d: in registers GROUP rows and up to DEEP vectors. */
+/* target[i][d] += sum over t < count of a[i * a_row + t * a_next] * b[t][d], for rows i < `rows` (at most GROUP) and d
+ * < D. GROUP rows and up to DEEP vectors are summed in registers. */
 INLINE void accumulate_part(
     const float *a, int64_t a_row, int64_t a_next, const float *b, int64_t b_row, int64_t count, int vectors,
     float *target, int64_t target_row, int64_t rows

@@ -27,12 +27,12 @@ def check(plan, M=9, **options):
 def test_one_layout_serves_every_layer(monkeypatch, without_native):
     made = []
 
-    class Counted(layout.Layout):
+    class Counted(layout.BlockedSequences):
         def __init__(self, *arguments):
             made.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(layout, "Layout", Counted)
+    monkeypatch.setattr(layout, "BlockedSequences", Counted)
     plan = plan_of()
     q, k, v = (t.requires_grad_() for t in inputs())
     for _ in range(3):
@@ -42,7 +42,7 @@ def test_one_layout_serves_every_layer(monkeypatch, without_native):
 
 
 @pytest.mark.usefixtures("cpu_map")
-@pytest.mark.parametrize("change", [{"M": 12}, {"causal": False}, {"window": 3}, {"heads": "none"}])
+@pytest.mark.parametrize("change", [{"M": 12}, {"causal": False}, {"window": 3}, {"head_reduction": "none"}])
 def test_another_shape_or_option_has_its_own(change):
     plan = plan_of()
     check(plan)
@@ -73,15 +73,15 @@ def test_plans_share_no_layout():
 @pytest.mark.usefixtures("cpu_map")
 def test_nothing_outlives_its_plan():
     gc.collect()
-    before = len(plan_cache._kept)
+    before = len(plan_cache._cache)
     plan = plan_of()
     q, k, _ = inputs()
     stepwise_map(q, k, torch.full((2, 2, 9), 3.0), plan)
     check(plan)
-    assert len(plan_cache._kept) == before + 1
+    assert len(plan_cache._cache) == before + 1
     del plan
     gc.collect()
-    assert len(plan_cache._kept) == before
+    assert len(plan_cache._cache) == before
 
 
 def test_inference_mode_plan():

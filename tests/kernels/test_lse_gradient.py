@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molsaki_kernels.attention.lse_gradient import VANISHED, fold
+from molsaki_kernels.attention.lse_gradient import VANISHED, fold_dlse_into_out
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -20,7 +20,7 @@ def test_row_sums(dtype, rows):
         dout *= torch.logspace(-18, 0, 40)[:, None]
     out, dout = out.to(dtype), dout.to(dtype)
     dlse = torch.randn(2, 3, 40, dtype=torch.promote_types(dtype, torch.float32))
-    folded, along = fold(out, dout, dlse)
+    folded, along = fold_dlse_into_out(out, dout, dlse)
     assert folded.dtype == dtype and folded.isfinite().all() and along.isfinite().all()
     expected = (out.double() * dout.double()).sum(-1) - dlse.double()
     got = (folded.double() * along.double()).sum(-1)
@@ -36,4 +36,4 @@ def test_row_sums(dtype, rows):
 def test_float16_is_refused():
     x = torch.zeros(1, 1, 2, 4, dtype=torch.float16)
     with pytest.raises(TypeError, match="float16 lacks the exponent range"):
-        fold(x, x, torch.zeros(1, 1, 2))
+        fold_dlse_into_out(x, x, torch.zeros(1, 1, 2))

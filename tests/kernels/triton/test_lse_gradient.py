@@ -1,15 +1,16 @@
-"""The fold kernel: rowsum(dO' * O') = rowsum(dO * O) - dlse, as exactly as the dtype can say it."""
+"""The kernel that folds dlse into O: rowsum(dO' * O') = rowsum(dO * O) - dlse, up to the rounding of the dtype."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
-from molsaki_kernels._triton import lse_gradient as fold
-from molsaki_kernels.attention import lse_gradient as torch_fold
+from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out
+from molsaki_kernels.attention import lse_gradient as pytorch
 from tests.helpers.budget import assert_within_budget
 
-DEVICE = "cpu" if fold.triton.knobs.runtime.interpret else "cuda"
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
@@ -27,15 +28,15 @@ def delta(out, dout):
 
 
 def check(out, dout, dlse):
-    folded, upstream = fold.fold(out, dout, dlse)
+    folded, upstream = fold_dlse_into_out(out, dout, dlse)
     assert folded.dtype == out.dtype and upstream.dtype == dout.dtype
     wanted = delta(out, dout) - dlse.double()
-    eager, eager_upstream = (t.to(DEVICE) for t in torch_fold.fold(out.cpu(), dout.cpu(), dlse.cpu()))
+    eager, eager_upstream = (t.to(DEVICE) for t in pytorch.fold(out.cpu(), dout.cpu(), dlse.cpu()))
     assert_within_budget("D - dlse", delta(folded, upstream).to(out.dtype), wanted, delta(eager, eager_upstream))
-    gone = dout.abs().amax(-1) < 1e-15
-    assert torch.equal(upstream[~gone], dout[~gone])
-    assert (upstream[gone].double() / 1e-20 - 1).abs().le(torch.finfo(dout.dtype).eps).all()
-    again = fold.fold(out, dout, dlse)
+    vanished = dout.abs().amax(-1) < 1e-15
+    assert torch.equal(upstream[~vanished], dout[~vanished])
+    assert (upstream[vanished].double() / 1e-20 - 1).abs().le(torch.finfo(dout.dtype).eps).all()
+    again = fold_dlse_into_out(out, dout, dlse)
     assert torch.equal(folded, again[0]) and torch.equal(upstream, again[1])
     return folded, upstream
 
@@ -43,16 +44,16 @@ def check(out, dout, dlse):
 @pytest.mark.parametrize("zeros", ["none", "half", "all"])
 @pytest.mark.parametrize("M, D", [(1, 64), (17, 16), (63, 80), (130, 128), (5, 256), (3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fold(dtype, M, D, zeros):
+def test_dlse_is_folded_into_out(dtype, M, D, zeros):
     check(*case(dtype, M, D, zeros=zeros))
 
 
 @pytest.mark.parametrize("magnitude", [1e-14, 1e-9, 1e9, 1e25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_magnitudes(dtype, magnitude):
-    """Squares of dO that float32 cannot hold are never made."""
+    """No square of dO is computed that float32 cannot represent."""
     out, dout, dlse = case(dtype, magnitude=magnitude, zeros="none")
-    folded, upstream = fold.fold(out, dout, dlse)
+    folded, upstream = fold_dlse_into_out(out, dout, dlse)
     wanted = delta(out, dout) - dlse.double()
     rounding = torch.finfo(dtype).eps * ((folded.double() * upstream.double()).abs().sum(-1) + wanted.abs())
     assert folded.isfinite().all() and ((delta(folded, upstream) - wanted).abs() <= rounding).all()
@@ -70,12 +71,12 @@ def test_strides(dtype):
     assert all(torch.equal(a, b) for a, b in zip(wanted, strided, strict=True))
     one_row = dout[:, :, 1:2]
     folded = check(out, one_row.expand_as(out), dlse)
-    assert torch.equal(folded[0], fold.fold(out, one_row.expand_as(out).contiguous(), dlse)[0])
+    assert torch.equal(folded[0], fold_dlse_into_out(out, one_row.expand_as(out).contiguous(), dlse)[0])
     check(out, torch.ones(1, dtype=dtype, device=DEVICE).expand_as(out), dlse)
 
 
 def test_gradient_of_the_scores():
-    """What a flash backward makes of the pair is the gradient with dlse, also in rows whose dO was replaced."""
+    """A flash backward computes the gradient with dlse from the pair, also in rows whose dO was replaced."""
     out, dout, dlse = case(torch.float32, M=40, D=16, zeros="half")
     generator = torch.Generator().manual_seed(1)
     scores = torch.randn(1, 3, 40, 40, generator=generator).double().to(DEVICE).requires_grad_()
@@ -83,7 +84,7 @@ def test_gradient_of_the_scores():
     weights = scores.softmax(-1)
     out = weights @ v
     torch.autograd.backward([out, scores.logsumexp(-1)], [dout.double(), dlse.double()])
-    folded, upstream = (t.double() for t in fold.fold(out.detach().float(), dout, dlse))
+    folded, upstream = (t.double() for t in fold_dlse_into_out(out.detach().float(), dout, dlse))
     dweights = upstream @ v.detach().transpose(-1, -2)
     dscores = weights.detach() * (dweights - (upstream * folded).sum(-1, keepdim=True))
     rounded = scores.grad.float()
@@ -94,10 +95,10 @@ def test_gradient_of_the_scores():
 def test_float16_is_refused():
     out, dout, dlse = case(torch.float16)
     with pytest.raises(TypeError, match="float16"):
-        fold.fold(out, dout, dlse)
+        fold_dlse_into_out(out, dout, dlse)
 
 
 def test_empty():
     out, dout, dlse = case(torch.float32, M=0)
-    folded, upstream = fold.fold(out, dout, dlse)
+    folded, upstream = fold_dlse_into_out(out, dout, dlse)
     assert folded.shape == upstream.shape == out.shape

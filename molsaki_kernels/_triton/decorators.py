@@ -1,0 +1,23 @@
+"""The decorators of Triton functions: ``@jit`` for helpers and ``@kernel`` for the kernels that launchers start.
+
+Type checkers skip the functions that they decorate. Triton is untyped, and a parameter may be a pointer, a tile, a
+number or None; comments in the signatures give the shapes instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+
+__all__ = ["jit", "kernel"]
+
+# Arguments whose values change from batch to batch: one compiled kernel must serve all of their values.
+RAGGED = ["M", "N", "S", "C", "W", "num_slots", "window", "groups", "heads_per_program", "splits"]
+
+if TYPE_CHECKING:
+    from typing import no_type_check as jit
+    from typing import no_type_check as kernel
+else:
+    jit = triton.jit
+    kernel = triton.jit(do_not_specialize=RAGGED)

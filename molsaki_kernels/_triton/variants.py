@@ -1,0 +1,154 @@
+"""Descriptions of the kernels for :mod:`molsaki_kernels.aot`, which compiles them without a GPU.
+
+Each kernel's file lists its own variants in ``variants(arch)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# The types of the kernels' arguments by name; all other arguments are int32.
+_TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks", "folded_out", "folded_dout")  # in the dtype
+_POINTERS = {
+    "cu_seqlens": "i32",
+    "delta": "fp32",
+    "dlse": "fp32",
+    "dmaps": "fp32",
+    "dpooled": "fp32",
+    "dsinks": "fp64",
+    "lengths": "i64",
+    "lse": "fp32",
+    "maps": "fp32",
+    "partial": "fp32",
+    "pooled": "fp32",
+    "step_of_row": "i32",
+    "steps": "i64",
+    "tokens": "i64",
+    "words": "i64",
+}
+_FLOATS = ("scale", "factor", "inner", "weight", "eps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel as its launcher compiles it for one architecture.
+
+    Attributes:
+        kernel: a ``triton.JITFunction``.
+        signature: type of each argument. constexprs: values of the compile-time arguments.
+        attrs: which pointers and strides are multiples of 16, as the launcher would find.
+        wants_wgmma: the kernel should use Hopper's warp-group matrix instructions.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+    wants_wgmma: bool
+
+    def compile(self, target: Any) -> Any:
+        """Compile for a ``GPUTarget``, without a device."""
+        source = triton.compiler.ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+        return triton.compile(source, target=target, options=dict(num_warps=self.num_warps, num_stages=self.num_stages))
+
+
+def variant(
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    *,
+    warps: int,
+    stages: int = 1,
+    absent: tuple[str, ...] = (),
+    wants_wgmma: bool = False,
+    **constexprs: Any,
+) -> Variant:
+    """A variant whose arguments have the types that their names say; ``absent`` pointers are None."""
+    constexprs = {**constexprs, **dict.fromkeys(absent)}
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    for i, arg in enumerate(kernel.arg_names):
+        if arg in constexprs:
+            signature[arg] = "constexpr"
+            continue
+        if arg in _TENSORS:
+            signature[arg] = "*" + TYPES[dtype]
+        elif arg in _POINTERS:
+            signature[arg] = "*" + _POINTERS[arg]
+        else:
+            signature[arg] = "fp32" if arg in _FLOATS else "i32"
+        if signature[arg][0] == "*" or arg.startswith("stride_"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return Variant(name, kernel, signature, constexprs, attrs, warps, stages, wants_wgmma)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The dtype, head dimension and features of an attention call."""
+
+    dtype: torch.dtype
+    head_dim: int
+    feature: str = ""  # a key of FEATURES; "" has the default features
+    causal: bool = True
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    packed: bool = False
+    has_map: bool = True
+    per_head: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (TYPES[self.dtype], f"d{self.head_dim}", self.feature)))
+
+    @property
+    def score_flags(self) -> dict[str, Any]:
+        """As :func:`tiles.score_flags`."""
+        return dict(
+            D=self.head_dim,
+            BD=triton.next_power_of_2(self.head_dim),
+            CAUSAL=self.causal,
+            HAS_WINDOW=self.window,
+            HAS_SOFTCAP=self.softcap,
+            PACKED=self.packed,
+            PRECISION="ieee",
+        )
+
+    def absent(self, *names: str, sinks: tuple[str, ...] = (), map: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """``names``, those of ``cu_seqlens``, ``sinks`` and ``map`` that the case does not have."""
+        packed = () if self.packed else ("cu_seqlens",)
+        return (*names, *packed, *(() if self.sinks else sinks), *(() if self.has_map else map))
+
+
+FEATURES: dict[str, dict[str, bool]] = {
+    "": {},
+    "nomap": dict(has_map=False),
+    "full": dict(causal=False),
+    "window": dict(window=True),
+    "softcap": dict(softcap=True),
+    "sinks": dict(sinks=True),
+    "packed": dict(packed=True),
+    "perhead": dict(per_head=True),
+    "gemma": dict(window=True, softcap=True, packed=True),
+    "gptoss": dict(window=True, sinks=True, packed=True),
+    "fullwindow": dict(causal=False, window=True),
+}
+
+
+def cases() -> list[Case]:
+    """The default features on every row of the configs, and every feature at least once."""
+    chosen = [(torch.bfloat16, D, "") for D in (16, 32, 64, 80, 96, 112, 128, 256)]
+    chosen += [(dtype, D, "") for dtype in (torch.float16, torch.float32) for D in (64, 128, 256)]
+    chosen += [(torch.bfloat16, D, feature) for D in (64, 128) for feature in FEATURES if feature]
+    chosen += [(torch.bfloat16, 256, feature) for feature in ("nomap", "gemma")]
+    chosen += [(torch.float32, 64, "gptoss")]
+    return [Case(dtype, D, feature, **FEATURES[feature]) for dtype, D, feature in chosen]

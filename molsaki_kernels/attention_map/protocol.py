@@ -1,0 +1,54 @@
+"""What every implementation of the stepwise map provides. An implementation is a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
+
+
+class MapGradient(Protocol):
+    """The gradient of the map, in two phases.
+
+    The first phase (the constructor) computes dlse, which the attention's own backward needs. The second,
+    :meth:`add_to`, adds the key columns' part to the dq and dk that this backward returned.
+    """
+
+    @property
+    def dlse(self) -> Tensor:
+        """``(B, Hq, M)`` float32 (float64 for float64 inputs)."""
+
+    def add_to(self, dq: Tensor, dk: Tensor) -> None:
+        """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
+
+
+class MapEngine(Protocol):
+    """One implementation of the map."""
+
+    NAME: str
+
+    def why_not(self, q: Tensor, options: AttentionOptions) -> str | None:
+        """Return the reason why the map of ``q`` cannot be computed, or None."""
+
+    def forward(self, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> Tensor:
+        """Compute the map, ``(N, S, W)`` or per head ``(N, Hq, S, W)``, float32 (float64 for float64 inputs)."""
+
+    def backward(
+        self, dmaps: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute dq, dk and dlse where the map alone is differentiated."""
+
+    @property
+    def Gradient(self) -> Callable[[Tensor, MapInputs, AttentionOptions, PlanTensors], MapGradient]:
+        """``Gradient(dmaps, inputs, options, plan)``; dmaps has the shape of the map."""
+
+
+def both_phases(gradient: MapGradient, inputs: MapInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dlse of a gradient in two phases where the map alone is differentiated."""
+    dq, dk = torch.zeros_like(inputs.q), torch.zeros_like(inputs.k)
+    gradient.add_to(dq, dk)
+    return dq, dk, gradient.dlse.to(inputs.lse.dtype)

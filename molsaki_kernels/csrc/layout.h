@@ -1,0 +1,13 @@
+/* Tables of where C puts the fields of each struct. `../_native/structs.py` compares them with ctypes when it loads. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct {
+    const char *field; /* "" is the struct as a whole; NULL ends the table */
+    int64_t offset, size;
+} Layout;
+
+#define WHOLE(structure) {"", 0, sizeof(structure)}
+#define FIELD(structure, field) {#field, offsetof(structure, field), sizeof(((structure *)0)->field)}
+#define END {0, 0, 0}

@@ -1,0 +1,70 @@
+"""Build the C engine into the wheel: one library for AVX2 and one for AVX-512. All else is in pyproject.toml.
+
+Where the engine cannot be built (another platform, no C compiler), the wheel is a pure one and says so; a machine that
+installs it compiles the engine on first use. An editable install and an sdist contain the sources only.
+"""
+
+from __future__ import annotations
+
+import platform
+import runpy
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+NATIVE = Path("molsaki_kernels") / "_native"
+compilation = runpy.run_path(str(NATIVE / "compile.py"))
+
+
+class BuildWithEngine(build_py):
+    """Copy the Python files, then compile the libraries beside them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / NATIVE
+        for old in folder.glob("*.so"):
+            old.unlink()
+        reason = build_engine(folder)
+        if reason is not None:
+            self.warn(f"the wheel is built without the C engine: {reason}. It will be compiled on first use.")
+
+
+class WheelWithEngine(bdist_wheel):
+    """Tag the wheel for this platform if it contains the engine, but for every Python: ctypes needs no Python ABI."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        has_engine = any((Path(self.get_finalized_command("build").build_lib) / NATIVE).glob("*.so"))
+        self.root_is_pure = not has_engine
+        self.distribution.has_ext_modules = lambda: has_engine  # then it is installed as a platform-dependent package
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform_ = super().get_tag()
+        return (python, abi, platform_) if self.root_is_pure else (self.python_tag, "none", platform_)
+
+
+def build_engine(folder: Path) -> str | None:
+    """Compile all variants into ``folder``, or none of them and return the reason."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"it is written for Linux on x86-64, not {platform.system()} on {platform.machine()}"
+    command = compilation["compiler"]()
+    if command is None:
+        return "no C compiler (cc, gcc, clang or $CC)"
+    built = [folder / f"molsaki-{name}.so" for name in compilation["VARIANTS"]]
+    try:
+        for name, path in zip(compilation["VARIANTS"], built, strict=True):
+            compilation["compile_library"](command, name, path.resolve())
+    except subprocess.CalledProcessError as error:
+        for path in built:
+            path.unlink(missing_ok=True)
+        return f"{command} failed: {error.stderr.strip()}"
+    return None
+
+
+setup(cmdclass={"build_py": BuildWithEngine, "bdist_wheel": WheelWithEngine})

@@ -1,0 +1,210 @@
+"""Compiling, caching, loading and checking the C library, and the reasons given where it is not available."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from molsaki_kernels._native import build, compile, structs
+
+needs_library = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+TESTS = Path(__file__).parent / "test_native.py"
+
+
+def loaded_with(monkeypatch, **environment):
+    """The library and the reason that a new process with these variables would get."""
+    monkeypatch.delenv("MOLSAKI_CACHE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    return build._loaded.__wrapped__()
+
+
+def reason_with(monkeypatch, **environment):
+    return loaded_with(monkeypatch, **environment)[1]
+
+
+def test_switched_off(monkeypatch):
+    assert reason_with(monkeypatch, MOLSAKI_NATIVE="0") == "switched off by MOLSAKI_NATIVE=0"
+
+
+def test_another_platform(monkeypatch):
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    assert reason_with(monkeypatch).startswith("written for Linux on x86-64, not Darwin")
+
+
+@needs_library
+def test_a_processor_without_avx2(monkeypatch):
+    monkeypatch.setattr(build, "_processor", lambda: "flags : fpu sse2")
+    assert reason_with(monkeypatch) == "the processor has no AVX2 and FMA"
+
+
+@needs_library
+def test_no_compiler(monkeypatch):
+    assert "no C compiler" in reason_with(monkeypatch, PATH="/nowhere", CC="")
+
+
+@needs_library
+def test_the_library_itself_without_a_compiler_is_an_error(monkeypatch):
+    monkeypatch.setattr(build, "_loaded", lambda: (None, "switched off by a test"))
+    with pytest.raises(RuntimeError, match="switched off by a test"):
+        build.library()
+
+
+@needs_library
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no space left >&2\nexit 3\n")
+    broken.chmod(0o755)
+    reason = reason_with(monkeypatch, CC=broken, MOLSAKI_CACHE=tmp_path / "cache")
+    assert reason == f"{broken} failed: no space left"
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_library
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "could not be compiled or loaded" in reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "file")
+
+
+@needs_library
+def test_a_cache_that_another_user_could_write_to_is_refused(monkeypatch, tmp_path):
+    """Without a home folder, the cache is in the temporary folder, in a folder that only this user can write to."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file") is None
+    (folder,) = tmp_path.glob("molsaki_kernels-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert "only this user can write to" in reason_with(monkeypatch, XDG_CACHE_HOME=tmp_path / "file")
+
+
+@needs_library
+def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path / "whole") is None
+    (built,) = (tmp_path / "whole").iterdir()
+    damaged = tmp_path / "damaged" / built.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"")  # as after a power cut
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=damaged.parent) is None
+    assert damaged.stat().st_size == built.stat().st_size
+
+
+@needs_library
+def test_compiled_once(monkeypatch, tmp_path):
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
+    (built,) = tmp_path.iterdir()
+    before = built.stat().st_mtime_ns
+    assert reason_with(monkeypatch, MOLSAKI_CACHE=tmp_path) is None
+    assert [path.stat().st_mtime_ns for path in tmp_path.iterdir()] == [before]
+
+
+@needs_library
+def test_no_wider_than_avx2(tmp_path):
+    """The same sources for processors without AVX-512 pass the same cases."""
+    source = "from molsaki_kernels._native import compile\ncompile.FLAGS += ('-mno-avx512f',)\n"
+    chosen = ["-qx", "-p", "no:cacheprovider", str(TESTS), "-k", "test_map or test_attention"]
+    source += f"import pytest, sys\nsys.exit(pytest.main({chosen}))"
+    environment = os.environ | {"MOLSAKI_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.so")
+    assert "ymm" in disassembled(built, "ymm") and "zmm" not in disassembled(built, "ymm")
+
+
+@needs_library
+def test_the_libraries_of_a_wheel(monkeypatch, tmp_path):
+    """The best one that the processor can run is loaded, and nothing is compiled. Without one, the sources are."""
+    (tmp_path / "_native").mkdir()
+    for name in compile.VARIANTS:
+        compile.compile_library(compile.compiler(), name, tmp_path / "_native" / f"molsaki-{name}.so")
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "_native" / "build.py"))
+    opened = []
+    real = ctypes.CDLL
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: opened.append(Path(path).name) or real(path))
+    library, reason = loaded_with(monkeypatch, PATH="/nowhere", CC="", MOLSAKI_CACHE=tmp_path / "cache")
+    best = next(name for name, needed in compile.VARIANTS.items() if needed <= set(build._processor().split()))
+    assert reason is None and opened == [f"molsaki-{best}.so"] and not (tmp_path / "cache").exists()
+    assert library.molsaki_attention_work(16, 64) == build.library().molsaki_attention_work(16, 64)
+    wide, narrow = (tmp_path / "_native" / f"molsaki-{name}.so" for name in compile.VARIANTS)
+    assert "zmm" in disassembled(wide, "zmm") and "zmm" not in disassembled(narrow, "")
+
+    damaged = tmp_path / "damaged" / narrow.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"")
+    monkeypatch.setattr(build, "__file__", str(damaged.parent / "build.py"))
+    assert "no C compiler" in reason_with(monkeypatch, PATH="/nowhere", CC="")
+
+
+def disassembled(path: Path, default: str) -> str:
+    """The registers that the code of a library names; ``default`` where there is no objdump."""
+    if shutil.which("objdump", path=os.defpath) is None:
+        return default
+    command = [shutil.which("objdump", path=os.defpath), "-d", path]
+    return " ".join(set(re.findall("[yz]mm", subprocess.run(command, capture_output=True, text=True).stdout)))
+
+
+@needs_library
+def test_one_openmp_runtime_per_process():
+    """The library uses the runtime that PyTorch has loaded, so it also works where no other is installed."""
+    build.library()
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    assert len({path for path in loaded if re.search(r"/lib(gomp|iomp5|omp)\b[^/]*$", path)}) == 1
+
+
+BROKEN_LAYOUTS = {
+    "a field of another size": (
+        "LseGradientCall", lambda fields: [(n, ctypes.c_double if n == "vanished" else kind) for n, kind in fields],
+        "LseGradientCall.vanished: expected (offset, size) (136, 8) as in Python, got (136, 4) in C",
+    ),
+    "two fields swapped": (
+        "MapCall", lambda fields: [fields[0], fields[2], fields[1], *fields[3:]],
+        "MapCall.kv_heads: expected (offset, size) (128, 8) as in Python, got (136, 8) in C",
+    ),
+    "a field that C does not have": (
+        "AttentionCall", lambda fields: [*fields, ("more", ctypes.c_int64)],
+        "AttentionCall.more: expected (offset, size) (584, 8) as in Python, got None in C",
+    ),
+    "a field that only C has": (
+        "Plan", lambda fields: fields[:-1],
+        "Plan: expected (offset, size) (0, 120) as in Python, got (0, 128) in C",
+    ),
+}  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("name", BROKEN_LAYOUTS)
+def test_a_struct_that_differs_from_c_is_named(monkeypatch, name):
+    struct, change, message = BROKEN_LAYOUTS[name]
+    fields = change(list(getattr(structs, struct)._fields_))
+    broken = type(struct, (ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setattr(structs, struct, broken)
+    library, reason = loaded_with(monkeypatch)
+    assert library is None and reason == f"the library does not fit this package: {message}"
+
+
+@needs_library
+def test_a_constant_that_differs_from_c_is_named(monkeypatch):
+    monkeypatch.setattr(structs, "TASK_ROWS", 96)
+    assert "constants.TASK_ROWS: expected (offset, size) (96, 0)" in reason_with(monkeypatch)
+
+
+@needs_library
+def test_a_library_without_tables_is_refused():
+    assert structs.mismatch(ctypes.CDLL(None)) == "Plan: the library has no table of its layout"
+
+
+@needs_library
+def test_every_function_has_declared_types():
+    source = "".join(file.read_text() for file in compile.SOURCES)
+    exported = set(re.findall(r"^(?:void|int64_t) (molsaki_\w+)\(", source, re.MULTILINE))
+    assert exported == set(build._FUNCTIONS)
+    for name, (result, *arguments) in build._FUNCTIONS.items():
+        function = getattr(build.library(), name)
+        assert function.argtypes == arguments and function.restype == result

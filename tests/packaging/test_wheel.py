@@ -1,0 +1,214 @@
+"""The wheel and the sdist: their contents, and one layer in an environment with only torch and numpy, no compiler.
+
+Nothing is downloaded: the build uses the setuptools that is installed, and the clean environment links to the torch and
+numpy of the running one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from molsaki_kernels._native import build, compile
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+GENERATED = {"build", "dist", "demo", "runs"}  # folders beside pyproject.toml that are no sources
+needs_compiler = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+
+def run(*command, **options) -> str:
+    """Standard output and error of a command that has to succeed."""
+    done = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, **options
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def build_with(hook: str, source: Path, folder: Path, **environment) -> tuple[Path, str]:
+    """What a PEP 517 hook of the project builds, and what it prints."""
+    program = f"from setuptools import build_meta; build_meta.{hook}({str(folder)!r})"
+    output = run(sys.executable, "-c", program, cwd=source, env=os.environ | environment)
+    (built,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
+    return built, output
+
+
+def names_in(archive: Path) -> set[str]:
+    with zipfile.ZipFile(archive) as opened:
+        return set(opened.namelist())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of the sources, so that a build leaves nothing in the tree."""
+    folder = tmp_path_factory.mktemp("source") / "tree"
+
+    def ignored(directory: str, names: list[str]) -> set[str]:
+        found = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")(directory, names) - {".ci"}
+        return found | (GENERATED & set(names) if Path(directory) == ROOT else set())
+
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpacked(source, tmp_path_factory) -> Path:
+    """The sdist, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    archive, _ = build_with("build_sdist", source, folder)
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    return archive.with_name(archive.name.removesuffix(".tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked, tmp_path_factory) -> Path:
+    """Built from the sdist, as pip does it."""
+    return build_with("build_wheel", unpacked, tmp_path_factory.mktemp("wheel"))[0]
+
+
+def test_the_sdist_holds_what_its_tests_need(source, unpacked):
+    folders = ("tests", "examples", "docs", "molsaki", "molsaki_kernels", ".ci")
+    files = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
+    files += [*(source / "benchmarks").glob("*.*"), *(source / "benchmarks/results").glob("*.csv")]
+    files += [source / name for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", "LICENSE")]
+    missing = [str(path.relative_to(source)) for path in files if not (unpacked / path.relative_to(source)).exists()]
+    assert missing == []
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}
+    collected = run(
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=unpacked, env=environment
+    )
+    assert int(re.search(r"(\d+) tests collected", collected).group(1)) > 500
+
+
+@needs_compiler
+def test_the_wheel_contains_the_engine(wheel):
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    names = names_in(wheel)
+    libraries = {f"molsaki_kernels/_native/molsaki-{name}.so" for name in compile.VARIANTS}
+    sources = {f"molsaki_kernels/csrc/{path.name}" for path in (*compile.SOURCES, *compile.HEADERS)}
+    assert names >= {*libraries, *sources, "molsaki_kernels/py.typed", "molsaki/py.typed"}
+    assert {name.split("/")[0] for name in names} == {
+        "molsaki",
+        "molsaki_kernels",
+        wheel.name[: wheel.name.index("-py3")] + ".dist-info",
+    }
+    with zipfile.ZipFile(wheel) as opened:
+        for name in libraries:
+            assert not re.search(rb"lib(gomp|omp|iomp5)\.so", opened.read(name)), "it uses the OpenMP of PyTorch"
+
+
+def test_core_dependencies_are_torch_and_numpy(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith("/METADATA"))
+        lines = opened.read(name).decode().splitlines()
+    requires = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    assert {re.match(r"[\w-]+", x).group() for x in requires if "extra ==" not in x} == {"torch", "numpy"}
+    extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
+    assert extras == {"train", "plot", "triton", "flash", "fused", "demo", "test", "dev", "all"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails"])
+def test_a_wheel_without_the_engine_is_pure_and_says_so(source, tmp_path, fault):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no space left >&2\n[ $1 = --version ]\n")
+    broken.chmod(0o755)
+    environment = {"PATH": "/nowhere", "CC": ""} if fault == "no compiler" else {"CC": str(broken)}
+    (tmp_path / "wheel").mkdir()
+    built, output = build_with("build_wheel", source, tmp_path / "wheel", **environment)
+    assert built.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in names_in(built))
+    reason = "no C compiler" if fault == "no compiler" else f"{broken} failed: no space left"
+    assert f"the wheel is built without the C engine: {reason}" in output
+
+
+def test_an_editable_install_compiles_nothing(source, tmp_path):
+    built, _ = build_with("build_editable", source, tmp_path)
+    assert built.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in names_in(built)) and not list(source.rglob("*.so"))
+
+
+def link_distributions(site_packages: Path, *names: str) -> None:
+    """Link installed distributions, and all that they require, into another environment."""
+    pending, done = list(names), set()
+    while pending:
+        name = pending.pop()
+        if name in done:
+            continue
+        done.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # required on another platform
+        requires = [x for x in distribution.requires or () if "extra ==" not in x]
+        pending += [re.match(r"[\w.-]+", x).group() for x in requires]
+        for top in {path.parts[0] for path in distribution.files} - {"..", "__pycache__"}:
+            link = site_packages / top
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(top))
+
+
+ONE_LAYER = """
+import json, sys
+from pathlib import Path
+import torch
+import molsaki_kernels as mk
+
+plan = mk.StepPlan.from_spans([[(0, 20), (20, 48)]], [[[3], [7, 30]]])
+found = {}
+for name, attention, extra in (
+    ("native", mk.stepwise_attention, {"engine": "native"}), ("oracle", mk.reference.stepwise_attention, {})
+):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 48, 32).requires_grad_() for heads in (4, 2, 2))
+    out, maps = attention(q, k, v, plan, **extra)
+    found[name] = [out, maps, *torch.autograd.grad(out.square().sum() + maps.square().sum(), (q, k, v))]
+loaded = {Path(line.split()[-1]).name for line in open("/proc/self/maps") if ".so" in line}
+print(json.dumps({
+    "file": mk.__file__,
+    "version": getattr(mk, "__version__", None),
+    "difference": max((a - b).abs().max().item() for a, b in zip(*found.values())),
+    "ready": str(mk.engines()["native"]),
+    "libraries": sorted(name for name in loaded if "molsaki" in name),
+    "openmp": sorted(name for name in loaded if name.startswith(("libgomp", "libomp", "libiomp"))),
+    "others": sorted({"transformers", "triton", "matplotlib", "scipy"} & set(sys.modules)),
+}))
+"""
+
+
+@needs_compiler
+def test_one_layer_in_a_clean_environment_without_a_compiler(wheel, tmp_path):
+    venv.create(tmp_path / "clean", with_pip=False, symlinks=True)
+    python = tmp_path / "clean" / "bin" / "python"
+    (site_packages,) = (tmp_path / "clean" / "lib").glob("python*/site-packages")
+    link_distributions(site_packages, "torch", "numpy")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "-q", wheel)
+    (tmp_path / "empty").mkdir()
+    environment = {
+        "PATH": str(tmp_path / "empty"),
+        "HOME": str(tmp_path / "home"),
+        "MOLSAKI_CACHE": str(tmp_path / "cache"),
+    }
+    output = run(python, "-c", ONE_LAYER, cwd=tmp_path / "empty", env=environment)
+    found = json.loads(output.splitlines()[-1])
+    assert Path(found["file"]).is_relative_to(site_packages)
+    assert found["ready"] == "ready" and found["difference"] < 1e-5
+    assert len(found["libraries"]) == 1 and not (tmp_path / "cache").exists()
+    assert len(found["openmp"]) == 1 and found["others"] == []
+
+    program = "from molsaki.extras import require; require('train')"
+    done = subprocess.run([python, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith('run pip install "molsaki-kernels[train]"')
