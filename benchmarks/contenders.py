@@ -14,8 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
 from molsaki_kernels.attention import flex
-from molsaki_kernels.ops import ENGINES
-from molsaki_kernels.spec import AttentionOptions
 
 from .shapes import Inputs, Shape
 
@@ -52,9 +50,8 @@ def fits_eager(shape: Shape, device: torch.device) -> bool:
 
 def with_lse(inputs: Inputs) -> Inputs:
     """Return the inputs with the log-sum-exp of the attention, an input of the map alone."""
-    options = AttentionOptions(causal=True, scale=inputs.q.shape[-1] ** -0.5)
     with torch.no_grad():
-        _, lse = ENGINES["sdpa"].forward(inputs.q, inputs.k, inputs.v, None, None, options)
+        *_, lse = mk.stepwise_attention(inputs.q, inputs.k, inputs.v, inputs.plan, return_lse=True)
     return inputs._replace(lse=lse.contiguous().requires_grad_())
 
 
@@ -83,7 +80,7 @@ def _plain(device: torch.device, shape: Shape) -> list[Contender]:
 
     if device.type == "cpu":
         found = [Contender(CPU_FLASH, "plain", sdpa(SDPBackend.FLASH_ATTENTION))]
-        if mk.engines()["native"] == "ready":
+        if mk.engines()["native"].ready:
             found.append(Contender(NATIVE_ALONE, "plain", _native_alone(shape.batch)))
         return found
     found = [
@@ -123,7 +120,7 @@ def _with_map(device: torch.device) -> list[Contender]:
     def ours(engine: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
         return lambda x: mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine=engine)
 
-    names = [name for name, state in mk.engines().items() if state == "ready" and name != "eager"]
+    names = [name for name, status in mk.engines().items() if status.ready and name != "eager"]
     if device.type == "cpu":
         names = [name for name in names if name != "triton"]  # the interpreter is not measured
     return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]

@@ -105,7 +105,7 @@ small_cases() {
 import torch
 
 from molsaki_kernels import StepPlan, pool_values, stepwise_attention, stepwise_map
-from molsaki_kernels._triton.lse_gradient import fold
+from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out
 
 torch.manual_seed(0)
 steps = [[(0, 9), (9, 50), (60, 130)], [(3, 4)], []]
@@ -124,7 +124,7 @@ for D, options in ((64, {}), (128, dict(window=33, softcap=20.0))):
     (out.float().square().sum() + maps.square().sum()).backward()
     lse = torch.randn(3, 4, 130, device="cuda").add_(9).requires_grad_()
     stepwise_map(q, k, lse, plan, engine="triton", **options).square().sum().backward()
-    folded, upstream = fold(out.detach(), torch.randn_like(out), torch.randn(3, 4, 130, device="cuda"))
+    folded, upstream = fold_dlse_into_out(out.detach(), torch.randn_like(out), torch.randn(3, 4, 130, device="cuda"))
 
 bounds = torch.tensor([0, 130, 134, 134], dtype=torch.int32, device="cuda")
 plan = StepPlan.from_spans(steps[:1] + [[(3, 4)]] + steps[2:], words[:1] + [[[0], [2]]] + words[2:], device="cuda")

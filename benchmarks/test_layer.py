@@ -17,7 +17,7 @@ from .measure import interleaved, peak_memory, ratio
 from .shapes import CPU, CPU_MORE, Shape
 
 DEVICE = torch.device("cpu")
-OURS = f"molsaki, {'native' if mk.engines()['native'] == 'ready' else 'sdpa'}"  # the choice of engine="auto"
+OURS = f"molsaki, {'native' if mk.engines()['native'].ready else 'sdpa'}"  # the choice of engine="auto"
 EXTRA_MIB_LIMIT = 64  # of the map beyond plain attention at 8,192 tokens
 
 
