@@ -16,7 +16,7 @@ def main() -> None:
     # Per sequence: two steps, tokens 0 to 11 and 12 to 39; two key words, token 3 and tokens 17 and 18.
     plan = StepPlan.from_spans(steps=[[(0, 12), (12, 40)]], words=[[[3], [17, 18]]], device=device)
 
-    print("engines on this machine:", engines())
+    print(engines())
     optimizer = torch.optim.Adam([q], lr=0.1)
     for iteration in range(31):
         out, maps = stepwise_attention(q, k, v, plan)  # (1, 8, 40, 64) and (1, 2, 2)
