@@ -34,5 +34,5 @@ def fold_in_one_pass(out: Tensor, dout: Tensor, dlse: Tensor, folded: Tensor, va
     for name, x in zip(_NAMES, tensors, strict=True):
         setattr(call, name, x.data_ptr())
         getattr(call, f"{name}_strides")[:] = x.stride()[:3]
-    done: int = library().molsaki_fold(ctypes.byref(call))
+    done: int = library().molsaki_lse_gradient(ctypes.byref(call))
     return done == 0

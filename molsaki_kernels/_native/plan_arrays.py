@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molsaki_kernels._native.structs import Plan
+from molsaki_kernels._native.structs import TASK_ROWS, Plan
 from molsaki_kernels._plan_cache import cached
 from molsaki_kernels.spec import PlanTensors
 
-TASK_ROWS = 192  # as in plan.h
 NEVER = 2**31 - 1  # the position of a padding token, as in plan.h
 _CPU = torch.device("cpu")  # also where another default device is set
 _PLAN = ("batch", "begin", "length", "tokens_used", "tokens", "word_of_token", "step_of_row")
