@@ -407,6 +407,7 @@ def load_config(name: str) -> PretrainedConfig:
 
 
 def _part(event: Any, vocabulary: int) -> str:
+    """Return the kind of work of a profiler event, by the names of the autograd functions and operators around it."""
     chain = [event]
     while chain[-1].cpu_parent is not None:
         chain.append(chain[-1].cpu_parent)
@@ -415,9 +416,9 @@ def _part(event: Any, vocabulary: int) -> str:
         return "optimizer"
     if "flash_attention" in names or "aten::_softmax" in names:
         return "attention"
-    if "pool_values" in names:
+    if re.search(r"\b_Pooling|molsaki::pool_values", names):
         return "pooled values"
-    if "molsaki" in names:
+    if re.search(r"\b_(Attention|Map)(Backward)?\b|molsaki::stepwise", names):
         return "maps and what joins them to attention"
     if any(vocabulary in shape for e in chain for shape in (e.input_shapes or []) if isinstance(shape, list)):
         return "embedding, head and cross-entropy"

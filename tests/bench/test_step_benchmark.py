@@ -55,7 +55,11 @@ def test_every_contender_computes_in_the_dtype(name):
 def test_records(dtype, said, capsys):
     setup = Setup("tiny-teacher", "tiny", BATCHES[0], False, "cpu", dtype)
     records = measured("time", setup, ["dss", "molsaki, stored maps"], 0.0, {"device": "here"})
-    records += measured("profile", setup, ["dss"], 0.0, {"device": "here"})
+    profile = measured("profile", setup, ["molsaki, stored maps"], 0.0, {"device": "here"})
+    assert {"seconds, maps and what joins them to attention", "seconds, pooled values", "seconds, linear layers"} <= {
+        record["quantity"] for record in profile
+    }
+    records += profile
     assert {record["dtype"] for record in records} == {said}
     found = {(record["contender"], record["quantity"]): record for record in records}
     assert found["molsaki, stored maps", "time over dss"]["target"] == 1.1
