@@ -37,7 +37,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
     Autocast has cast the inputs already; the precision of the products inside is chosen here.
     """
-    if autocast_is_on(x):
+    if x.device.type in _DEVICE_TYPES and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -96,7 +96,8 @@ def _attention(
         if maps is None:
             lse = lse.contiguous()
             maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
-        return AttentionOutputs(match_strides(out, dense_strides(inputs.q)), lse, maps)
+        promised = match_strides(out, dense_strides(inputs.q))
+        return outputs if promised is out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
 
 
 def _attention_gradients(
@@ -113,12 +114,14 @@ def _attention_gradients(
             result = ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
         else:
             result = _gradients_with_map(gradients, inputs, outputs, options, plan, engine, map_engine)
-        return InputGradients(
-            match_strides(result.dq, _gradient_strides(inputs.q, engine)),
-            match_strides(result.dk, _gradient_strides(inputs.k, engine)),
-            match_strides(result.dv, _gradient_strides(inputs.v, engine)),
-            result.dsinks,
-        )
+        dq, dk, dv = result.dq, result.dk, result.dv
+        if dq.stride() != (strides := _gradient_strides(inputs.q, engine)):
+            dq = match_strides(dq, strides)
+        if dk.stride() != (strides := _gradient_strides(inputs.k, engine)):
+            dk = match_strides(dk, strides)
+        if dv.stride() != (strides := _gradient_strides(inputs.v, engine)):
+            dv = match_strides(dv, strides)
+        return InputGradients(dq, dk, dv, result.dsinks)
 
 
 def _gradients_with_map(
@@ -415,7 +418,7 @@ def _gradient_strides(x: Tensor, engine: str) -> tuple[int, ...]:
     if engine == sdpa.NAME and x.device.type == "cpu":
         B, H, M, D = x.shape
         return M * H * D, D, H * D, 1
-    return dense_strides(x)
+    return x.stride() if x.is_contiguous() else dense_strides(x)
 
 
 def _empty_map(q: Tensor, options: AttentionOptions, plan: PlanTensors) -> Tensor:

@@ -101,10 +101,13 @@ def backward(
     return InputGradients(*_cuda_backward(dout, inputs, AttentionOutputs(out, lse), options))
 
 
-def _cpu_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _cpu_operands(*tensors: Tensor) -> list[Tensor]:
     """Return tensors as the CPU operator takes them: not float16, last dimension contiguous."""
-    tensors = tuple(t.float() if t.dtype == torch.float16 else t for t in tensors)
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    operands = []
+    for x in tensors:
+        x = x.float() if x.dtype == torch.float16 else x
+        operands.append(x if x.stride(-1) == 1 else x.contiguous())
+    return operands
 
 
 def _cpu_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
