@@ -94,7 +94,6 @@ def backward(
     if dmaps is not None and dmaps.numel() and arrays.columns:
         dmaps = dmaps.float().contiguous()
         call.dmaps = dmaps.data_ptr()
-    delta = None
     if sinks is not None:
         delta = torch.zeros(lse.shape, dtype=torch.float64, device=_CPU)
         call.delta = delta.data_ptr()
@@ -109,7 +108,7 @@ def backward(
     dq, dk, dv = results
     if q.dtype != torch.float32:
         dq, dk, dv = dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
-    return InputGradients(dq, dk, dv, None if delta is None else sinks_gradient(sinks, lse, delta))
+    return InputGradients(dq, dk, dv, None if sinks is None else sinks_gradient(sinks, lse, delta))
 
 
 def _call(

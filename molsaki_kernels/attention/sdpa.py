@@ -224,10 +224,11 @@ def _cuda_backward(
     if _use_cudnn(inputs, options):
         state = torch.empty((), dtype=torch.int64, device=q.device)  # of the unused dropout: never read
         M = q.shape[2]
-        return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-            dout, q, k, v, out, lse[..., None], state, state, None, None, None, M, M, 0.0, options.causal,
-            scale=options.scale,
-        )  # fmt: skip
+        results = (out, lse[..., None])
+        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, *results, state, state, None, None, None, M, M, 0.0, options.causal, scale=options.scale
+        )
+        return dq, dk, dv
     rest = _flash_options(options)
     packed, bounds, M = inputs.cu_seqlens is not None, inputs.cu_seqlens, q.shape[2]
     dout, q, k, v, out = (_flash_layout(t, packed) for t in (dout, q, k, v, out))
