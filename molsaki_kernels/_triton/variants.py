@@ -124,7 +124,7 @@ class Case:
         )
 
     def absent(self, *names: str, sinks: tuple[str, ...] = (), map: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """``names``, those of ``cu_seqlens``, ``sinks`` and ``map`` that the case does not have."""
+        """Arguments that are None: ``names``, and those of the features that the case does not have."""
         packed = () if self.packed else ("cu_seqlens",)
         return (*names, *packed, *(() if self.sinks else sinks), *(() if self.has_map else map))
 
@@ -145,7 +145,7 @@ FEATURES: dict[str, dict[str, bool]] = {
 
 
 def cases() -> list[Case]:
-    """The default features on every row of the configs, and every feature at least once."""
+    """The default features for every dtype and head dimension in configs, and every feature at least once."""
     chosen = [(torch.bfloat16, D, "") for D in (16, 32, 64, 80, 96, 112, 128, 256)]
     chosen += [(dtype, D, "") for dtype in (torch.float16, torch.float32) for D in (64, 128, 256)]
     chosen += [(torch.bfloat16, D, feature) for D in (64, 128) for feature in FEATURES if feature]
