@@ -1,4 +1,4 @@
-"""Compile the C sources of ``csrc/``. Standard library only, because setup.py runs this file before torch is there."""
+"""Compile the C sources of ``csrc/``. Standard library only, because setup.py runs this file before torch is installed."""
 
 from __future__ import annotations
 
