@@ -47,8 +47,7 @@ docs:
 	@for page in README.md CONTRIBUTING.md docs/*.md; do printf '%-28s %s\n' "$$page" "$$(sed -n 's/^# *//p;T;q' "$$page")"; done
 
 plots: demo
-	$(BIN)/python -m benchmarks.plots --output-dir benchmarks/results/plots \
-	  $(filter-out benchmarks/results/predicted-% benchmarks/results/extract-%,$(wildcard benchmarks/results/*.csv))
+	$(BIN)/python -m benchmarks.plots
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
