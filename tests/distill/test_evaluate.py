@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from molsaki.batches.data import Example, predict_prompt
+from molsaki.batches.tokenized import predict_prompt
+from molsaki.text.examples import Example
 from molsaki.config import EvaluateConfig
 from molsaki.evaluation.evaluate import evaluate, generate, paired_test, score, wilson
 from molsaki.text.answers import find_choice, find_number, parse_number, same_answer
