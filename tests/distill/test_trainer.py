@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from molsaki.batches.data import Example
 from molsaki.config import DistillConfig, ExtractConfig
 from molsaki.teacher.extract import extract
-from molsaki.training.trainer import ROUTER, DistillTrainer, checkpoints, last_checkpoint
+from molsaki.text.examples import Example
+from molsaki.training.checkpoints import ROUTER, checkpoints, last_checkpoint
+from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.tiny import one_thread  # noqa: F401
@@ -183,9 +184,9 @@ def test_packing_changes_nothing(tmp_path, objective):
         if t.teacher is not None:
             t.teacher.to(dtype)
         batch = t.data_collator([t.train_dataset[i] for i in range(4)])
-        assert len(batch["tasks"]) == (1 if packing or objective == "vanilla" else 2)
-        assert ("cu_seq_lens_q" in batch["tasks"][0]) == packing
-        assert ("branches" in batch["tasks"][0]) == sharing
+        assert len(batch.student) == (1 if packing or objective == "vanilla" else 2)
+        assert (batch.student[0].cu_seq_lens_q is not None) == packing
+        assert (batch.student[0].shared_prefix is not None) == sharing
         out = t._forward(t.model, batch)
         out["loss"].sum().backward()
         grads = {n: p.grad for n, p in t.model.named_parameters()}
@@ -264,21 +265,21 @@ def test_packing_that_a_student_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setattr("molsaki.training.trainer.can_pack", lambda model: False)
     collator = trainer(tmp_path).data_collator
     assert not collator.packing and not collator.share_question
-    with pytest.raises(ValueError, match="--packing: texts that share a row change one another in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="--packing: LlamaForCausalLM does not keep packed texts separate"):
         trainer(tmp_path, packing=True)
 
 
 def test_sharing_that_a_student_cannot_do(tmp_path, monkeypatch):
     assert trainer(tmp_path).data_collator.share_question
     assert not trainer(tmp_path, share_question=False).data_collator.share_question
-    monkeypatch.setattr("molsaki.training.trainer.can_branch", lambda model: False)
+    monkeypatch.setattr("molsaki.training.trainer.can_share_prefix", lambda model: False)
     collator = trainer(tmp_path).data_collator
     assert collator.packing and not collator.share_question
-    with pytest.raises(ValueError, match="--share_question: the end of a text, run by itself, .* in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="--share_question: LlamaForCausalLM gives other results if the shared prefix"):
         trainer(tmp_path, share_question=True)
     for options in ({"packing": False}, {"objective": "vanilla"}):
         with pytest.raises(ValueError, match="share_question: expected packing and an objective of both tasks, got"):
-            config(tmp_path, share_question=True, **options)
+            trainer(tmp_path, share_question=True, **options)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(straight, tmp_path):
@@ -412,7 +413,7 @@ def test_nan_stops_and_saves_the_batch(tmp_path):
         t.train()
     (saved,) = tmp_path.glob("bad_batch_step2_rank0.pt")
     batch = torch.load(saved, weights_only=False)
-    assert len(batch["inputs"]["ids"]) == len(batch["inputs"]["plan"]) == 2
+    assert len(batch["inputs"].ids) == len(batch["inputs"]) == 2
     assert not torch.isfinite(batch["losses"]["loss"]).all()
 
 
@@ -487,5 +488,5 @@ def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="objective: logits needs one vocabulary"):
         trainer(tmp_path, objective="logits")
     monkeypatch.setattr(DistillConfig, "n_gpu", 4)
-    with pytest.raises(ValueError, match="4 GPUs are visible to this one process; start one process a GPU"):
+    with pytest.raises(ValueError, match="4 GPUs are visible to this one process; start one process per GPU"):
         trainer(tmp_path)
