@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class TextBatch(Movable):
     cu_seq_lens_q: Tensor | None = None
     shared_prefix: SharedPrefix | None = None
 
-    def model_inputs(self) -> dict[str, object]:
+    def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of a model's or decoder's forward."""
         names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "shared_prefix")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}

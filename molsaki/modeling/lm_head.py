@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +49,7 @@ class Head:
         """The head of a model, or None if its logits are another function. Checked on two tokens."""
         causal = causal_model(model)
         decoder, config = causal.base_model, causal.config.get_text_config()
-        if decoder is causal or causal.get_output_embeddings() is None:
+        if decoder is causal or causal.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
             return None
         names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
         head = cls(*(getattr(config, name, None) for name in names))
@@ -57,7 +58,8 @@ class Head:
         was_training = causal.training
         try:
             ids = torch.tensor([[0, 1]], device=causal.device)
-            expected = causal.eval()(input_ids=ids, use_cache=False).logits
+            causal.eval()  # type: ignore[no-untyped-call]
+            expected = causal(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
             causal.train(was_training)
@@ -92,7 +94,8 @@ class Head:
             x = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if type(x) is not Tensor or torch.compiler.is_compiling():
                 return F.cross_entropy(x, labels, reduction="none")
-            return cast(Tensor, _CrossEntropy.apply(x if unshared or x is not logits else x.clone(), labels))
+            x = x if unshared or x is not logits else x.clone()
+            return cast(Tensor, _CrossEntropy.apply(x, labels))  # type: ignore[no-untyped-call]
 
         most = max(LOGITS_AT_ONCE // causal_model(model).config.get_text_config().vocab_size, 1)
         count = max(-(-len(labels) // most), 1)
@@ -133,7 +136,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (total.log() + (largest - label_logits)).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         """``(softmax(x) - one_hot(labels)) upstream``"""
         if torch.is_grad_enabled():  # once_differentiable would allow it for an upstream without a gradient
             raise RuntimeError("cross-entropy: create_graph=True is refused: it has no second derivative here")
@@ -160,14 +163,10 @@ def use_fused(choice: str, device: torch.device) -> bool:
     reason = None
     if importlib.util.find_spec("liger_kernel") is None:
         reason = "liger-kernel is not installed (pip install molsaki-kernels[fused])"
-    elif _version(importlib.metadata.version("liger-kernel")) < _version(LIGER):
-        reason = f"liger-kernel {LIGER} or later is needed, this is {importlib.metadata.version('liger-kernel')}"
+    elif Version(found := importlib.metadata.version("liger-kernel")) < Version(LIGER):
+        reason = f"liger-kernel {LIGER} or later is needed, this is {found}"
     elif device.type != "cuda":
         reason = f"its kernels need a CUDA device, this is {device.type}"
     if choice == "liger" and reason:
         raise ValueError(f"fused_cross_entropy: liger cannot be used: {reason}")
     return reason is None
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())

@@ -81,8 +81,8 @@ def load_model(
 
 
 def load_both(
-    model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None, name: str | None, flag: str, dtype: str
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, name: str | None, flag: str, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer; those that are not given are loaded from ``name``."""
     if model is None:
         if name is None:
@@ -94,7 +94,7 @@ def load_both(
     return model, tokenizer
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targets: list[str]) -> nn.Module:
+def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: list[str]) -> PreTrainedModel:
     """The model with LoRA adapters of this rank, which alone are trained.
 
     Raises:
@@ -105,8 +105,14 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targe
     except ImportError:
         raise ImportError("--lora_rank: needs the package peft, which is not installed") from None
     modules = targets[0] if targets == ["all-linear"] else targets
-    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
-    return cast(nn.Module, get_peft_model(cast(PreTrainedModel, model), lora))
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=modules,
+    )
+    return cast(PreTrainedModel, get_peft_model(model, lora))  # PEFT's wrapper passes attribute access on
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

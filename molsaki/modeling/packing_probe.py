@@ -5,6 +5,8 @@ Layers other than attention, such as convolutions and recurrent states, may carr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +35,12 @@ def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], s
     input_ids = torch.tensor([[token for text, prefix in pairs for token in text[prefix:]]], device=device)
     position = torch.tensor([[at for text, prefix in pairs for at in range(prefix, len(text))]], device=device)
     bounds = torch.tensor([0, *(len(text) - prefix for text, prefix in pairs)], device=device).cumsum(0).int()
-    inputs: dict[str, object] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     inputs |= {"position_ids": position, "cu_seq_lens_q": bounds, "use_cache": False}
     if shared is not None:
         inputs["shared_prefix"] = shared.to(device)
     causal.set_attn_implementation(NAME)
-    causal.eval()
+    causal.eval()  # type: ignore[no-untyped-call]
     try:
         alone = [causal.base_model(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts]
         expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from molsaki.batches.batch import Batch, TextBatch
 from molsaki.config import DistillConfig
@@ -29,9 +29,10 @@ class Distiller(nn.Module):
         config: the objective and its weights.
     """
 
+    student: PreTrainedModel
     accepts_loss_kwargs = True  # Trainer must not divide the loss again, see DistillTrainer.compute_loss
 
-    def __init__(self, student: nn.Module, mixture: MixtureOfLayers | None, config: DistillConfig):
+    def __init__(self, student: PreTrainedModel, mixture: MixtureOfLayers | None, config: DistillConfig):
         super().__init__()
         self.student = student
         self.mixture = mixture
@@ -43,7 +44,7 @@ class Distiller(nn.Module):
     @property
     def config(self) -> PretrainedConfig:
         """The student's model config, which trackers log and DeepSpeed reads."""
-        return self.student.config  # type: ignore[return-value]
+        return self.student.config
 
     @property
     def _no_split_modules(self) -> Any:
@@ -51,10 +52,10 @@ class Distiller(nn.Module):
         return self.student._no_split_modules
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
+        self.student.gradient_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.student.gradient_checkpointing_disable()  # type: ignore[operator]
+        self.student.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """All losses of a batch of N examples.

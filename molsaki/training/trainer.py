@@ -11,12 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -51,7 +53,7 @@ from molsaki.training.checkpoints import (
     step_of,
 )
 from molsaki.training.distiller import Distiller
-from molsaki.training.objectives import OBJECTIVES
+from molsaki.training.objectives import OBJECTIVES, Objective
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +81,16 @@ class DistillTrainer(Trainer):
 
     args: DistillConfig
     model: Distiller
+    processing_class: PreTrainedTokenizerBase
+    objective: Objective
+    teacher: PreTrainedModel | None
 
     def __init__(
         self,
         config: DistillConfig,
-        student: nn.Module | None = None,
+        student: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        teacher: nn.Module | None = None,
+        teacher: PreTrainedModel | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         store: Store | None = None,
         train_dataset: DistillDataset | Sequence[Example] | None = None,
@@ -101,7 +106,7 @@ class DistillTrainer(Trainer):
             )
         set_seed(config.seed)
         if config.deepspeed:  # models are loaded whole and probed before ZeRO-3 shards them
-            unset_hf_deepspeed_config()
+            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
         objective = OBJECTIVES[config.objective]
         if config.share_question and not objective.explain_texts:
             raise ValueError(
@@ -156,15 +161,15 @@ class DistillTrainer(Trainer):
             if store is not None:
                 store.check(describe(config, store.num_layers, store.all_layers, student_layers, teacher, teacher_spec))
                 teacher = None
-            teacher_layers = probe(teacher)[0] if store is None else store.num_layers
+            teacher_layers = store.num_layers if store is not None else probe(cast(PreTrainedModel, teacher))[0]
             mixture = mixture_of(config, teacher_layers, student_layers, width)
         teacher_packing = packing and teacher is not None and can_pack(teacher)
         if teacher is not None:
-            teacher.to(config.device).eval().requires_grad_(False)
+            teacher.to(config.device).eval().requires_grad_(False)  # type: ignore[arg-type]
             if objective.maps or teacher_packing:
                 teacher.set_attn_implementation(NAME)
         if config.deepspeed:
-            set_hf_deepspeed_config(config.hf_deepspeed_config)
+            set_hf_deepspeed_config(config.hf_deepspeed_config)  # type: ignore[no-untyped-call]
 
         def prepared(
             data: DistillDataset | Sequence[Example] | None, path: str | None, limit: int | None
@@ -184,7 +189,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=Distiller(student, mixture, config),
             args=config,
-            data_collator=Collator(
+            data_collator=Collator(  # type: ignore[arg-type]
                 student_pad=tokenizer.pad_token_id,
                 teacher_pad=0 if teacher_spec is None else teacher_spec.tokenizer.pad_token_id,
                 packing=packing,
@@ -203,15 +208,20 @@ class DistillTrainer(Trainer):
         self.add_callback(_LogBeforeSave())
         self.add_callback(_StopIfBad(self))
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """The number of examples of one optimizer step, over accumulation and processes; each counts once."""
         count = torch.tensor(sum(len(batch) for batch in batch_samples), device=device)
-        return self.accelerator.reduce(count, "sum")
+        total: Tensor = self.accelerator.reduce(count, "sum")
+        return total
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: Batch,
@@ -228,7 +238,7 @@ class DistillTrainer(Trainer):
         self._add(out)
         return (loss, out) if return_outputs else loss
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         with torch.no_grad():
@@ -236,11 +246,18 @@ class DistillTrainer(Trainer):
         self._add({name: self.accelerator.gather_for_metrics(value.detach()) for name, value in out.items()})
         return out["loss"].mean(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         training, self._sums = self._sums, {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics, _ = _means(self._sums)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self._sums = training
         return output
 
@@ -250,28 +267,30 @@ class DistillTrainer(Trainer):
             self._sums = {}
             logs.update({name: value for name, value in metrics.items() if name != "loss"})
             if weights and self.is_world_process_zero():
-                with open(Path(self.args.output_dir) / WEIGHTS_LOG, "a", encoding="utf-8") as file:
+                with open(self._folder / WEIGHTS_LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")
         super().log(logs, *args, **kwargs)
 
     def _forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The distiller's forward, after what the teacher has to add to the batch."""
-        live = batch.teacher
-        if self.objective.maps and batch.teacher_map is None:
+        teacher, live, mixture = self.teacher, batch.teacher, self.model.mixture
+        if mixture is not None and batch.teacher_map is None:
             if batch.teacher_layers is not None:
                 maps, plan = batch.teacher_layers.float(), batch.plan
             else:
-                maps, plan = teacher_maps(self.teacher, plan=live.plan, **live.model_inputs()), live.plan
-            weights, mixed = self.model.mixture.teacher(maps, plan)
+                assert teacher is not None and live is not None and live.plan is not None
+                maps, plan = teacher_maps(teacher, plan=live.plan, **live.model_inputs()), live.plan
+            weights, mixed = mixture.teacher(maps, plan)
             batch = dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights)
         elif self.objective.teacher_logits:
+            assert teacher is not None and live is not None
             if not torch.equal(live.targets, batch.student[0].targets[: len(live.targets)]):
                 raise ValueError(
                     f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
                     "the two templates give different ones"
                 )
             with torch.no_grad():
-                batch = dataclasses.replace(batch, teacher_logits=label_logits(self.teacher, live))
+                batch = dataclasses.replace(batch, teacher_logits=label_logits(teacher, live))
         out: dict[str, Tensor] = model(dataclasses.replace(batch, teacher=None, teacher_layers=None))
         return out
 
@@ -283,7 +302,7 @@ class DistillTrainer(Trainer):
 
     def _save_bad(self, batch: Batch, out: dict[str, Tensor]) -> str:
         """Save the batch whose loss is not finite; the error message."""
-        path = Path(self.args.output_dir) / f"bad_batch_step{self.state.global_step}_rank{self.args.process_index}.pt"
+        path = self._folder / f"bad_batch_step{self.state.global_step}_rank{self.args.process_index}.pt"
         torch.save({"inputs": batch, "losses": out}, path)
         bad = [example for example, loss in zip(batch.ids, out["loss"], strict=True) if not torch.isfinite(loss)]
         return (
@@ -310,14 +329,16 @@ class DistillTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": taken, "lr": self.args.router_learning_rate})
         return optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
         """As ``Trainer.train``, but True (or ``config.resume``) means the last complete checkpoint, if there is one.
 
         Raises:
             ValueError: ``output_dir`` holds checkpoints already and this does not continue them.
             FloatingPointError: the loss is not finite; the batch is saved first.
         """
-        folder = self.args.output_dir
+        folder = self._folder
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint or self.args.resume
         if resume_from_checkpoint is True:
@@ -329,7 +350,7 @@ class DistillTrainer(Trainer):
             )
         if self.is_world_process_zero():
             step = 0 if not resume_from_checkpoint else step_of(resume_from_checkpoint)
-            cut_weights_log(Path(folder) / WEIGHTS_LOG, step)
+            cut_weights_log(folder / WEIGHTS_LOG, step)
         return super().train(resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -349,9 +370,10 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the student, its tokenizer and, into a checkpoint, the router; each file is complete or absent."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        student, router = self.model.student, {}
+        student = self.model.student
+        router: dict[str, Tensor] = {}
         weights = None if state_dict is None else _part(state_dict, "student.")
         if weights is not None:  # gathered from shards, tied weights appear twice
             once = {name for name, _ in student.named_parameters()}
@@ -361,12 +383,12 @@ class DistillTrainer(Trainer):
         if self._is_in_checkpoint and self.model.mixture is not None:
             router = self.model.mixture.state_dict() if state_dict is None else _part(state_dict, "mixture.")
         if not self._is_in_checkpoint and self.args.lora_rank:
-            student = copy.deepcopy(student).merge_and_unload()
+            student = cast(Any, copy.deepcopy(student)).merge_and_unload()
             weights = None
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
             student.save_pretrained(part, state_dict=weights)
             self.processing_class.save_pretrained(part)
-            Path(part, CONFIG).write_text(self.args.to_json_string())
+            Path(part, CONFIG).write_text(self.args.to_json_string())  # type: ignore[no-untyped-call]
             if router:
                 save_file({name: value.contiguous() for name, value in router.items()}, Path(part, ROUTER))
             for path in Path(part).iterdir():
@@ -385,7 +407,7 @@ class DistillTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights, except those tied to a loaded one."""
@@ -447,9 +469,9 @@ def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _check_vocabulary(
-    objective: str, store: Store | None, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    objective: str, store: Store | None, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
 ) -> None:
-    if store is not None:
+    if store is not None or teacher is None:
         raise ValueError(f"objective: {objective} needs a live teacher; the store holds maps, not logits")
     if student.get_vocab() != teacher.get_vocab():
         raise ValueError(

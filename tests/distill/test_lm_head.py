@@ -22,33 +22,9 @@ from molsaki.modeling import lm_head
 from molsaki.modeling.lm_head import Head, _CrossEntropy, label_logits
 from molsaki.text.examples import Example
 from tests.helpers import tiny
+from tests.helpers.architectures import HEADS, make_headed
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.tiny import one_thread  # noqa: F401
-
-SMALL = dict(
-    vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-)  # fmt: skip
-HEADS = {
-    "Llama": dict(tie_word_embeddings=True),
-    "Qwen2": dict(tie_word_embeddings=False),
-    "Gemma2": dict(final_logit_softcapping=3.0),
-    "Cohere2": dict(logit_scale=0.25),
-    "Granite": dict(logits_scaling=4.0),
-    "Phi": dict(),  # a head with a bias
-}
-
-
-def make(name: str, dtype: torch.dtype = torch.float32, **more) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = getattr(transformers, name + "Config")(**SMALL | HEADS.get(name, {}) | more)
-    model = getattr(transformers, name + "ForCausalLM")(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(10)  # logits large enough for a softcap to bend them
-    if model.get_output_embeddings().bias is not None:
-        model.get_output_embeddings().bias.data.normal_()
-    return model.to(dtype).eval()
 
 
 def tasks(packing: bool) -> list[TextBatch]:
@@ -69,7 +45,7 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits(name, monkeypatch):
     upstream = torch.rand(10**4, dtype=torch.float64)
     results = []
     for dtype, own in ((torch.float64, True), (torch.float32, True), (torch.float32, False)):
-        model, (task,) = make(name, dtype), tasks(True)
+        model, (task,) = make_headed(name, dtype), tasks(True)
         labels = task.targets
         if own:
             model.set_attn_implementation("molsaki")
@@ -96,9 +72,9 @@ class Squashed(torch.nn.Linear):
 def headed(kind: str, dtype: torch.dtype):
     """A model and its head: one of `HEADS`, or a head whose logits others may have."""
     if kind in HEADS:
-        model = make(kind, dtype)
+        model = make_headed(kind, dtype)
         return model, Head.of(model)
-    model = make("Qwen2", dtype, tie_word_embeddings=False)
+    model = make_headed("Qwen2", dtype, tie_word_embeddings=False)
     if kind == "squashed":
         model.set_output_embeddings(Squashed(32, 258, dtype=dtype))
     if kind == "lora":
@@ -138,7 +114,7 @@ def test_cross_entropy_in_the_memory_of_the_logits(kind, chunks, monkeypatch):
 
 
 def test_logits_that_a_hook_keeps_stay_theirs():
-    model = make("Qwen2")
+    model = make_headed("Qwen2")
     kept = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: kept.append(out))
     hidden = torch.randn(5, 32)
@@ -161,7 +137,7 @@ def test_logits_of_minus_infinity():
 
 
 def test_no_labels():
-    model, hidden = make("Llama"), torch.randn(0, 32, requires_grad=True)
+    model, hidden = make_headed("Llama"), torch.randn(0, 32, requires_grad=True)
     loss = Head().cross_entropy(model, hidden, torch.zeros(0, dtype=torch.long))
     loss.sum().backward()
     assert loss.shape == (0,) and hidden.grad.shape == (0, 32)
@@ -173,7 +149,7 @@ def test_no_labels():
 def test_a_second_backward_is_refused(chunks, hooks, monkeypatch):
     """Also where hooks hand out the saved tensors, so that autograd does not see that they changed."""
     monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * (8 // chunks))
-    model, hidden = make("Llama"), torch.randn(8, 32, requires_grad=True)
+    model, hidden = make_headed("Llama"), torch.randn(8, 32, requires_grad=True)
     same = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with same if hooks else contextlib.nullcontext():
         loss = Head().cross_entropy(model, hidden, torch.arange(8)).sum()
@@ -183,7 +159,7 @@ def test_a_second_backward_is_refused(chunks, hooks, monkeypatch):
 
 
 def test_a_gradient_of_the_gradient_is_refused():
-    model, hidden = make("Llama"), torch.randn(8, 32, requires_grad=True)
+    model, hidden = make_headed("Llama"), torch.randn(8, 32, requires_grad=True)
     loss = Head().cross_entropy(model, hidden, torch.arange(8)).sum()
     with pytest.raises(RuntimeError, match="create_graph=True is refused"):
         torch.autograd.grad(loss, hidden, create_graph=True)
@@ -204,7 +180,7 @@ def test_compiled(kind, monkeypatch):
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_memory_is_that_of_one_chunk(chunks, monkeypatch, tmp_path):
     """What the allocator of a CPU says: without the weight's gradients no other buffer is of the logits' size."""
-    model, hidden = make("Llama", vocab_size=1 << 13), torch.randn(384, 32, requires_grad=True)
+    model, hidden = make_headed("Llama", vocab_size=1 << 13), torch.randn(384, 32, requires_grad=True)
     labels = torch.randint(1 << 13, (384,))
     chunk = 4 * (1 << 13) * 384 // chunks
     monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", chunk // 4)
@@ -227,7 +203,7 @@ def test_what_the_fused_kernel_is_given(name, monkeypatch):
 
     functional = types.SimpleNamespace(liger_fused_linear_cross_entropy=stand_in)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
-    model, (task,) = make(name, torch.float64), tasks(True)
+    model, (task,) = make_headed(name, torch.float64), tasks(True)
     grads = []
     for fused in (False, True):
         model.zero_grad()
@@ -240,7 +216,7 @@ def test_what_the_fused_kernel_is_given(name, monkeypatch):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_only_labels_are_projected_and_few_at_a_time(packing, monkeypatch):
-    model = make("Llama")
+    model = make_headed("Llama")
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.numel()))
     monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * 50)
@@ -262,7 +238,7 @@ def test_a_head_of_another_kind_is_left_to_the_model():
             out.logits = out.logits / 2
             return out
 
-    model = Halved(make("Llama").config).eval()
+    model = Halved(make_headed("Llama").config).eval()
     assert Head.of(model) is None
     for packing in (False, True):
         for task in tasks(packing):
@@ -282,4 +258,4 @@ def test_fused_cross_entropy_says_why_not():
 def test_the_head_inside_a_wrapper():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    assert Head.of(peft.get_peft_model(make("Llama"), config)) == Head()
+    assert Head.of(peft.get_peft_model(make_headed("Llama"), config)) == Head()

@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from molsaki.training.mixture import MixtureOfLayers, layer_pairs, layer_scores
-from molsaki_kernels import StepPlan
-
-
-def plan_of(*shapes: tuple[int, int]) -> StepPlan:
-    """Sequences with so many steps and words."""
-    return StepPlan.from_spans(
-        [[(2 * s, 2 * s + 2) for s in range(S)] for S, _ in shapes], [[[w] for w in range(W)] for _, W in shapes]
-    )
+from tests.helpers.tiny import plan_of
 
 
 def test_teacher_weights_by_hand():

@@ -8,10 +8,8 @@ import torch.nn.functional as F
 
 from molsaki.modeling.packing_probe import can_pack, can_share_prefix
 from molsaki.modeling.unwrap import causal_model
-from tests.distill.test_attention_hook import make, skip_gpt2_before_transformers_5  # noqa: F401
-from tests.distill.test_lm_head import HEADS
-from tests.distill.test_lm_head import make as make_headed
 from tests.distill.test_shared_prefix import ARCHITECTURES
+from tests.helpers.architectures import HEADS, make, make_headed, skip_gpt2_before_transformers_5  # noqa: F401
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 

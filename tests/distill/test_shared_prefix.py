@@ -16,7 +16,7 @@ from molsaki.batches.collator import Collator
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.batches.tokenized import TokenizedExample, TokenizedText
 from molsaki.modeling.masked_attention import suffix_attention
-from tests.distill.test_attention_hook import make, relative, skip_gpt2_before_transformers_5  # noqa: F401
+from tests.helpers.architectures import make, relative, skip_gpt2_before_transformers_5  # noqa: F401
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 ARCHITECTURES = ["Llama", "Mistral", "Gemma2", "GptOss", "GPT2", "Cohere2"]  # windows of 9, softcap, sinks, no rotation

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from molsaki_kernels import StepPlan
+
 SPECIAL = ["<|pad|>", "<|end|>"]
 
 
@@ -78,3 +80,10 @@ def save(folder: Path, layers: int, tok: PreTrainedTokenizerFast | None = None, 
     model(layers, len(tok), seed, **options).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
+
+
+def plan_of(*shapes: tuple[int, int]) -> StepPlan:
+    """Sequences with so many steps and words."""
+    return StepPlan.from_spans(
+        [[(2 * s, 2 * s + 2) for s in range(S)] for S, _ in shapes], [[[w] for w in range(W)] for _, W in shapes]
+    )
