@@ -37,12 +37,7 @@ class DistillDataset(Dataset[Item]):
         store: the teacher's stored maps.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        tokenization: Tokenization,
-        store: Store | None = None,
-    ):
+    def __init__(self, examples: Sequence[Example], tokenization: Tokenization, store: Store | None = None):
         self.examples, self.store = examples, store
         self._tokenization = tokenization
         self._kept: list[bytes] = []

@@ -73,6 +73,7 @@ def attention(
         raise ValueError('step_plan: expected a StepPlan with output_attentions=True under "molsaki", got None')
     window = _window(attention_mask, sliding_window)
     lengths = attention_mask.lengths if isinstance(attention_mask, CompactMask) else None
+    scores: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if not isinstance(attention_mask, CompactMask) and cu_seq_lens_q is None:
         if step_plan is not None:
             raise ValueError(
@@ -80,9 +81,7 @@ def attention(
                 f"no custom mask), got a mask {None if attention_mask is None else tuple(attention_mask.shape)} "
                 f"for queries {tuple(query.shape)} and keys {tuple(key.shape)}"
             )
-        out = masked_attention(
-            query, key, value, attention_mask, dropout=dropout, scale=scaling, softcap=softcap, sinks=s_aux
-        )
+        out = masked_attention(query, key, value, attention_mask, dropout=dropout, **scores)
         return out.transpose(1, 2).contiguous(), None
 
     cu_seqlens = None if cu_seq_lens_q is None else cu_seq_lens_q.to(torch.int32)
@@ -91,17 +90,8 @@ def attention(
         if cu_seqlens is None:
             raise ValueError("shared_prefix: expected with cu_seq_lens_q, the bounds of a packed row, got None")
         whole = query.shape[2] - len(shared_prefix.suffixes)
-        suffixes = suffix_attention(
-            query[:, :, whole:],
-            key,
-            value,
-            shared_prefix.to(query.device),
-            window=window,
-            dropout=dropout,
-            scale=scaling,
-            softcap=softcap,
-            sinks=s_aux,
-        )
+        shared = shared_prefix.to(query.device)
+        suffixes = suffix_attention(query[:, :, whole:], key, value, shared, window=window, dropout=dropout, **scores)
         query, key, value = (t[:, :, :whole] for t in (query, key, value))
         cu_seqlens = cu_seqlens[: len(shared_prefix) + 1]
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -112,16 +102,14 @@ def attention(
         plan = step_plan.to(query.device)
         if layer == 0 and lengths is not None:
             _check_lengths(plan, lengths)
-    out, maps = stepwise_attention(
-        query, key, value, plan, window=window, cu_seqlens=cu_seqlens, scale=scaling, softcap=softcap, sinks=s_aux
-    )
+    out, maps = stepwise_attention(query, key, value, plan, window=window, cu_seqlens=cu_seqlens, **scores)
     if dropout:
         position = torch.arange(query.shape[2], device=query.device)
         mask = visible(position, position, True, window)
         if cu_seqlens is not None:
             text = torch.searchsorted(cu_seqlens[1:], position, right=True)
             mask = mask & (text[:, None] == text)
-        out = masked_attention(query, key, value, mask, dropout=dropout, scale=scaling, softcap=softcap, sinks=s_aux)
+        out = masked_attention(query, key, value, mask, dropout=dropout, **scores)
     if step_plan is not None and step_record is not None:
         step_record.add(layer, maps, value, lengths, cu_seqlens)
     out = out.transpose(1, 2)

@@ -82,12 +82,7 @@ class Record:
 
 @contextlib.contextmanager
 def capture(
-    model: nn.Module,
-    plan: StepPlan,
-    values: bool = False,
-    *,
-    value_heads: str = "concat",
-    pooling: str = "sum",
+    model: nn.Module, plan: StepPlan, values: bool = False, *, value_heads: str = "concat", pooling: str = "sum"
 ) -> Iterator[Record]:
     """Record the stepwise maps of every layer from the model's forwards inside the block.
 

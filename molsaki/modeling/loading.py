@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from molsaki.config import DistillConfig
+
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with a padding token; error messages call it ``flag``.
@@ -94,8 +96,8 @@ def load_both(
     return model, tokenizer
 
 
-def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: list[str]) -> PreTrainedModel:
-    """The model with LoRA adapters of this rank, which alone are trained.
+def add_lora(model: PreTrainedModel, config: DistillConfig) -> PreTrainedModel:
+    """The model with LoRA adapters as the config says; only these are trained.
 
     Raises:
         ImportError: the package peft is not installed.
@@ -104,14 +106,10 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float,
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ImportError("--lora_rank: needs the package peft, which is not installed") from None
-    modules = targets[0] if targets == ["all-linear"] else targets
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
-        target_modules=modules,
-    )
+    targets = config.lora_targets[0] if config.lora_targets == ["all-linear"] else config.lora_targets
+    alpha = cast(int, config.lora_alpha)  # PEFT takes fractions as well
+    dropout, rank = config.lora_dropout, config.lora_rank
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     return cast(PreTrainedModel, get_peft_model(model, lora))  # PEFT's wrapper passes attribute access on
 
 

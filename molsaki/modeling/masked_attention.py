@@ -86,15 +86,7 @@ def suffix_attention(
         sinks = sinks.view(kv_heads, groups).repeat_interleave(T, 1)
     column = torch.arange(shared.keys.shape[1], device=key.device)
     mask = visible(shared.queries.flatten(), column, True, window).view(N, 1, T, -1).repeat(1, 1, groups, 1)
-    out = masked_attention(
-        query,
-        gathered(key, shared.keys),
-        gathered(value, shared.keys),
-        mask,
-        dropout=dropout,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    key, value = gathered(key, shared.keys), gathered(value, shared.keys)
+    out = masked_attention(query, key, value, mask, dropout=dropout, scale=scale, softcap=softcap, sinks=sinks)
     out = out.reshape(N, kv_heads, groups, T, -1).permute(0, 3, 1, 2, 4).reshape(N * T, kv_heads * groups, -1)
     return out.index_select(0, shared.suffixes)[None]

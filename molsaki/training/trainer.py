@@ -42,16 +42,7 @@ from molsaki.modeling.packing_probe import can_pack, can_share_prefix
 from molsaki.teacher.extract import describe, mixture_of, probe, teacher_maps
 from molsaki.teacher.store import Store
 from molsaki.text.examples import Example, read_examples
-from molsaki.training.checkpoints import (
-    CONFIG,
-    ROUTER,
-    WEIGHTS_LOG,
-    checkpoints,
-    cut_weights_log,
-    last_checkpoint,
-    seal,
-    step_of,
-)
+from molsaki.training import checkpoints
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import OBJECTIVES, Objective
 
@@ -115,13 +106,7 @@ class DistillTrainer(Trainer):
             )
         student, tokenizer = load_both(student, tokenizer, config.student, "--student", config.student_dtype)
         if config.lora_rank:
-            student = add_lora(
-                student,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                targets=config.lora_targets,
-            )
+            student = add_lora(student, config)
         freeze(student, config.freeze)
         limit = config.max_length or context_length(student.config)
         student_spec, teacher_spec = TokenizerSpec(tokenizer, config.student_template, limit), None
@@ -256,10 +241,9 @@ class DistillTrainer(Trainer):
     ) -> EvalLoopOutput:
         training, self._sums = self._sums, {}
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics, _ = _means(self._sums)
-        cast(dict[str, float], output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in _means(self._sums)[0].items()}
         self._sums = training
-        return output
+        return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums:
@@ -267,30 +251,34 @@ class DistillTrainer(Trainer):
             self._sums = {}
             logs.update({name: value for name, value in metrics.items() if name != "loss"})
             if weights and self.is_world_process_zero():
-                with open(self._folder / WEIGHTS_LOG, "a", encoding="utf-8") as file:
+                with open(self._folder / checkpoints.WEIGHTS_LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")
         super().log(logs, *args, **kwargs)
 
     def _forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The distiller's forward, after what the teacher has to add to the batch."""
-        teacher, live, mixture = self.teacher, batch.teacher, self.model.mixture
-        if mixture is not None and batch.teacher_map is None:
-            if batch.teacher_layers is not None:
-                maps, plan = batch.teacher_layers.float(), batch.plan
-            else:
-                assert teacher is not None and live is not None and live.plan is not None
-                maps, plan = teacher_maps(teacher, plan=live.plan, **live.model_inputs()), live.plan
-            weights, mixed = mixture.teacher(maps, plan)
+        mixture, teacher, live = self.model.mixture, self.teacher, batch.teacher
+        if mixture is not None and batch.teacher_layers is not None:
+            weights, mixed = mixture.teacher(batch.teacher_layers.float(), batch.plan)
             batch = dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights)
-        elif self.objective.teacher_logits:
-            assert teacher is not None and live is not None
-            if not torch.equal(live.targets, batch.student[0].targets[: len(live.targets)]):
+        elif self.objective.has_teacher and batch.teacher_map is None:
+            if teacher is None or live is None or live.plan is None:
+                raise ValueError(
+                    "train_dataset, eval_dataset: expected the teacher's stored maps or tokens, got neither; "
+                    "prepare the data set with store or with teacher"
+                )
+            if mixture is not None:
+                maps = teacher_maps(teacher, plan=live.plan, **live.model_inputs())
+                weights, mixed = mixture.teacher(maps, live.plan)
+                batch = dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights)
+            elif torch.equal(live.targets, batch.student[0].targets[: len(live.targets)]):
+                with torch.no_grad():
+                    batch = dataclasses.replace(batch, teacher_logits=label_logits(teacher, live))
+            else:
                 raise ValueError(
                     f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
                     "the two templates give different ones"
                 )
-            with torch.no_grad():
-                batch = dataclasses.replace(batch, teacher_logits=label_logits(teacher, live))
         out: dict[str, Tensor] = model(dataclasses.replace(batch, teacher=None, teacher_layers=None))
         return out
 
@@ -342,15 +330,15 @@ class DistillTrainer(Trainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint or self.args.resume
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(folder)
-        elif not resume_from_checkpoint and checkpoints(folder):
+            resume_from_checkpoint = checkpoints.last_checkpoint(folder)
+        elif not resume_from_checkpoint and checkpoints.checkpoints(folder):
             raise ValueError(
                 f"output_dir: {folder} holds the checkpoints of another run; continue it with --resume, or choose "
                 "another folder"
             )
         if self.is_world_process_zero():
-            step = 0 if not resume_from_checkpoint else step_of(resume_from_checkpoint)
-            cut_weights_log(folder / WEIGHTS_LOG, step)
+            step = 0 if not resume_from_checkpoint else checkpoints.step_of(resume_from_checkpoint)
+            checkpoints.cut_weights_log(folder / checkpoints.WEIGHTS_LOG, step)
         return super().train(resume_from_checkpoint or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -363,8 +351,8 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
-            seal(folder / f"checkpoint-{self.state.global_step}")
-            for old in checkpoints(folder)[limit:] if limit else []:
+            checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
+            for old in checkpoints.checkpoints(folder)[limit:] if limit else []:
                 if str(old) != self.state.best_model_checkpoint:
                     shutil.rmtree(old)
 
@@ -388,9 +376,9 @@ class DistillTrainer(Trainer):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
             student.save_pretrained(part, state_dict=weights)
             self.processing_class.save_pretrained(part)
-            Path(part, CONFIG).write_text(self.args.to_json_string())  # type: ignore[no-untyped-call]
+            Path(part, checkpoints.CONFIG).write_text(self.args.to_json_string())  # type: ignore[no-untyped-call]
             if router:
-                save_file({name: value.contiguous() for name, value in router.items()}, Path(part, ROUTER))
+                save_file({name: value.contiguous() for name, value in router.items()}, Path(part, checkpoints.ROUTER))
             for path in Path(part).iterdir():
                 os.replace(path, folder / path.name)
 
@@ -401,7 +389,7 @@ class DistillTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.student)
         mixture = self.model.mixture
         if mixture is not None and mixture.state_dict():
-            mixture.load_state_dict(load_file(Path(resume_from_checkpoint, ROUTER)))
+            mixture.load_state_dict(load_file(Path(resume_from_checkpoint, checkpoints.ROUTER)))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
