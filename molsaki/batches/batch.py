@@ -1,4 +1,4 @@
-"""What the collator builds and the distiller reads: the texts of one forward, and the batch of one training step."""
+"""The batches that the collator builds and the distiller reads: texts for one forward, examples for one step."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Collator:
 
     Args:
         student_pad, teacher_pad: ids of the padding tokens.
-        packing, teacher_packing: pack the texts of a forward into one row instead of padding them.
+        packing, teacher_packing: pack the texts of a forward into one sequence instead of padding them.
         explain: the student runs the explain texts, too.
         share_question: when packing, leave out of each predict text the tokens with which its explain text begins, too,
             in batches where these are at least half of the predict texts' tokens.
@@ -108,7 +108,7 @@ def _common_prefix(a: TokenizedText, b: TokenizedText) -> int:
 def _packed_suffixes(
     texts: Sequence[TokenizedText], prefixes: Sequence[int], positions: Sequence[Tensor], plan: StepPlan | None
 ) -> TextBatch:
-    """Each text without its prefix, of so many tokens; ``positions``: where in the row each text's tokens are."""
+    """Each text without its prefix, of so many tokens; ``positions``: where each text's tokens are in the result."""
     ids = [torch.from_numpy(text.input_ids[prefix:]).long() for text, prefix in zip(texts, prefixes, strict=True)]
     bounds = pad(torch.tensor([len(text) for text in ids]).cumsum(0), (1, 0))
     position_ids = [torch.arange(prefix, prefix + len(text)) for text, prefix in zip(ids, prefixes, strict=True)]

@@ -1,7 +1,7 @@
-"""Shared-prefix packing: of two texts that start with the same tokens, the packed row holds the second one's rest only.
+"""Shared-prefix packing: if two texts start with the same tokens, only the rest of the second one is packed.
 
-Those rests, the suffixes, stand after all whole texts. In a causal model both texts have the same hidden states in
-their common prefix, so a suffix attends to the prefix's keys and values in the whole text, and to its own.
+These rests, the suffixes, follow all whole texts. In a causal model both texts have the same hidden states in their
+common prefix, so a suffix attends to the prefix's keys and values in the whole text, and to its own.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from molsaki.batches.movable import Movable
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SharedPrefix(Movable):
-    """Positions in a packed row of N texts, of at most K tokens, whose suffixes have at most T tokens, n in total.
+    """Positions of N texts of at most K tokens, whose prefixes are shared. Suffixes have at most T tokens, n in total.
 
     Padding repeats a text's last token. No query sees it as a key and nothing reads it as a query, so its gradient
     is 0.
 
     Attributes:
-        keys: ``(N, K)`` int64, the position in the row of each token of a text.
+        keys: ``(N, K)`` int64, the position in the packed sequence of each token of a text.
         queries: ``(N, T)`` int64, the position in its text of each suffix token.
-        suffixes: ``(n,)`` int64, the position in the flattened ``queries`` of each suffix token of the row.
+        suffixes: ``(n,)`` int64, the position in the flattened ``queries`` of each suffix token of the packed sequence.
     """
 
     keys: Tensor

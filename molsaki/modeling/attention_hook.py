@@ -66,8 +66,8 @@ def attention(
         dropout: of the weights that give the output; the map is of the undropped weights.
         step_plan: of this batch, passed as a keyword of the model's forward, with ``output_attentions=True``.
         step_record: where `capture` collects maps and values.
-        cu_seq_lens_q: ``(N + 1,)`` bounds of the texts in a packed row.
-        shared_prefix: where the suffixes are in a packed row; plan, map and pooled values are of the whole texts.
+        cu_seq_lens_q: ``(N + 1,)`` bounds of the texts in a packed sequence.
+        shared_prefix: where the suffixes are in a packed sequence; plan, map and pooled values are of the whole texts.
     """
     if output_attentions and step_plan is None:
         raise ValueError('step_plan: expected a StepPlan with output_attentions=True under "molsaki", got None')
@@ -88,7 +88,7 @@ def attention(
     suffixes = None
     if shared_prefix is not None:
         if cu_seqlens is None:
-            raise ValueError("shared_prefix: expected with cu_seq_lens_q, the bounds of a packed row, got None")
+            raise ValueError("shared_prefix: expected with cu_seq_lens_q, the bounds of packed texts, got None")
         whole = query.shape[2] - len(shared_prefix.suffixes)
         shared = shared_prefix.to(query.device)
         suffixes = suffix_attention(query[:, :, whole:], key, value, shared, window=window, dropout=dropout, **scores)

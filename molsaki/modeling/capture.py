@@ -42,7 +42,7 @@ class Record:
         if not self._has_run:
             raise ValueError("capture: no forward of the model has run inside the block yet")
         if not layers:
-            raise ValueError("capture: the model's forward passes no extra keywords to its attention; no map was made")
+            raise ValueError("capture: the model's forward passes no extra keywords to its attention: no maps")
         device = next(iter(self._maps.values())).device
         return torch.stack([layers[index].to(device) for index in sorted(layers)], dim=1)
 

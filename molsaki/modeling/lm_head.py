@@ -27,7 +27,7 @@ LIGER = "0.8.5"  # earlier versions give every label the gradient of the first o
 
 
 def label_logits(model: nn.Module, texts: TextBatch) -> Tensor:
-    """Logits ``(n, V)`` from the model's own forward, one row per label of ``texts``."""
+    """Logits ``(n, V)`` from the model's own forward, for the n labels of ``texts``."""
     width = texts.input_ids.shape[1]
     columns = torch.unique(texts.index % width)
     logits: Tensor = model(**texts.model_inputs(), logits_to_keep=columns).logits

@@ -128,7 +128,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def context_length(model_config: PretrainedConfig) -> int | None:
-    """The longest text in tokens for which a model was made, if its config says so."""
+    """The longest text in tokens that a model supports, if its config says so."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -1,7 +1,6 @@
 """Attention under an explicit boolean or additive mask, for the cases without a map: generation, dropout, suffixes.
 
-A suffix is what a text that shares a prefix with another one keeps in a packed row, see
-:mod:`molsaki.batches.shared_prefix`.
+A suffix is the rest of a packed text whose prefix is shared with another one, see :mod:`molsaki.batches.shared_prefix`.
 """
 
 from __future__ import annotations
@@ -63,11 +62,11 @@ def suffix_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention ``(1, n, Hq, D)`` of the n suffix tokens of a packed row, each over its own prefix and suffix.
+    """Causal attention ``(1, n, Hq, D)`` of the n suffix tokens of packed texts, each over its own prefix and suffix.
 
     Args:
-        query: ``(1, Hq, n, D)``, of the suffix tokens, which are the last n of the row.
-        key, value: ``(1, Hkv, M, D)``, of the whole row.
+        query: ``(1, Hq, n, D)``, of the suffix tokens, which are the last n of the packed sequence.
+        key, value: ``(1, Hkv, M, D)``, of the whole packed sequence.
         window: a query sees its last ``window`` keys, itself included.
     """
     (N, T), kv_heads = shared.queries.shape, key.shape[1]

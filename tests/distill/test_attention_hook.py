@@ -313,7 +313,7 @@ def test_capture_through_a_wrapper():
 
 
 def test_a_real_causality():
-    """The first row of the first layer's map is its own token only: nothing after it leaks in."""
+    """The first step, one token, attends to itself alone; no later token leaks in."""
     model = make("Llama")
     inputs, _ = batch()
     plan = StepPlan.from_spans([[(0, 1), (1, 40)]] * 2, [[[0], [20]]] * 2)

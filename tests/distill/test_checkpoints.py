@@ -147,4 +147,4 @@ def test_a_checkpoint_of_version_0_1_0_is_resumed(tmp_path):
     expected = json.loads((WRITTEN / "expected.json").read_text())
     assert [entry["step"] for entry in expected] == [1, 2, 3, 4]
     for row, entry in zip(logged(t, *LOSSES), expected, strict=True):
-        assert row == pytest.approx(tuple(entry.values()), rel=1e-4)  # other machines round otherwise
+        assert row == pytest.approx(tuple(entry.values()), rel=1e-4)  # rounding differs between machines

@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     used = []
     for count in (60, 260):
         path = tiny.write_jsonl(tmp_path / f"{count}.jsonl", tiny.problems(count))
-        prepare(read_examples(path)[:30], TextOptions(), student())  # what is made once
+        prepare(read_examples(path)[:30], TextOptions(), student())  # warms up caches
         tracemalloc.start()
         data = prepare(read_examples(path), TextOptions(), student())
         assert sum(len(row.predict.input_ids) > 0 for row, _ in (data[n] for n in range(0, count, 7))) == count // 7 + 1

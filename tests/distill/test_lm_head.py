@@ -147,7 +147,7 @@ def test_no_labels():
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_a_second_backward_is_refused(chunks, hooks, monkeypatch):
-    """Also where hooks hand out the saved tensors, so that autograd does not see that they changed."""
+    """Also if hooks return the saved tensors, so that autograd does not detect that they changed."""
     monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * (8 // chunks))
     model, hidden = make_headed("Llama"), torch.randn(8, 32, requires_grad=True)
     same = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -179,7 +179,7 @@ def test_compiled(kind, monkeypatch):
 
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_memory_is_that_of_one_chunk(chunks, monkeypatch, tmp_path):
-    """What the allocator of a CPU says: without the weight's gradients no other buffer is of the logits' size."""
+    """By the CPU allocator's record: without the weight's gradients no other buffer has the size of the logits."""
     model, hidden = make_headed("Llama", vocab_size=1 << 13), torch.randn(384, 32, requires_grad=True)
     labels = torch.randint(1 << 13, (384,))
     chunk = 4 * (1 << 13) * 384 // chunks

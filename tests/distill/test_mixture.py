@@ -1,4 +1,4 @@
-"""Eq. 4 and 5 and the layer-to-layer controls, with numbers worked out by hand."""
+"""Eq. 4 and 5 and the layer-to-layer controls, against numbers computed by hand."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_packing_changes_nothing(tmp_path, objective):
         )  # fmt: skip
         t.model.to(dtype)
         t.model.head = None if own else t.model.head
-        if t.model.mixture is not None:  # at zero the router hands no gradient on
+        if t.model.mixture is not None:  # at zero the router passes no gradient on
             for p in t.model.mixture.parameters():
                 p.data.copy_(torch.linspace(-0.02, 0.02, p.numel()).view_as(p))
         if t.teacher is not None:

@@ -26,9 +26,9 @@ def text(ids: list[int], start: int, steps=(), words=()) -> TokenizedText:
     return TokenizedText(np.array(ids, np.int32), start, list(steps), [list(word) for word in words])
 
 
-def rows() -> list[TokenizedExample]:
+def texts() -> list[TokenizedExample]:
     """Questions of several lengths: longer than any window; one that the predict text does not begin with, without
-    words; one that is the prefix to its last token; one after which both texts go on alike, labels and all."""
+    words; one that is a prefix up to its last token; one after which both texts continue with the same labels."""
     ids = torch.randint(3, 61, (200,), generator=torch.Generator().manual_seed(4)).tolist()
     a, b, c, d = ids[:40], ids[40:69], ids[69:91], ids[91:111]
     return [
@@ -41,7 +41,7 @@ def rows() -> list[TokenizedExample]:
 
 
 def task(share: bool, items: list[TokenizedExample] | None = None) -> TextBatch:
-    batch = Collator(0, packing=True, share_question=share)([(row, None) for row in items or rows()])
+    batch = Collator(0, packing=True, share_question=share)([(row, None) for row in items or texts()])
     return batch.student[0]
 
 
@@ -86,26 +86,26 @@ def test_the_row():
     assert len(shared.plan) == 4
     for name in ("labels", "counts", "targets"):
         assert torch.equal(torch.as_tensor(getattr(shared, name)), torch.as_tensor(getattr(packed, name))), name
-    # What predicts a label is the same token at the same position, in whichever text it is.
+    # The same token at the same position predicts a label, even if it is in the other text.
     for name in ("input_ids", "position_ids"):
         assert torch.equal(getattr(shared, name)[0, shared.index], getattr(packed, name)[0, packed.index])
     assert shared.index[-6:].tolist() == [91 + 6, 91 + 7, 91 + 8, 91 + 9, 91 + 10, 123]
 
 
 def test_little_to_share_is_not_shared():
-    assert task(True, rows()[1:2]).shared_prefix is None
-    assert task(True, rows()[2:3]).shared_prefix is not None
+    assert task(True, texts()[1:2]).shared_prefix is None
+    assert task(True, texts()[2:3]).shared_prefix is not None
     assert task(False).shared_prefix is None
 
 
 def test_a_suffix_is_never_empty():
     """Where both texts are the same, all but the last token is shared."""
-    same = text(rows()[2].explain.input_ids.tolist(), 10)
-    shared = task(True, [TokenizedExample("s", None, same, same, None), rows()[2]])
+    same = text(texts()[2].explain.input_ids.tolist(), 10)
+    shared = task(True, [TokenizedExample("s", None, same, same, None), texts()[2]])
     assert shared.cu_seq_lens_q.tolist() == [0, 22, 44, 45, 47]
     assert shared.position_ids[0, 44:].tolist() == [21, 10, 11]
     model = make("Llama")
-    expected = hidden(model, task(False, [TokenizedExample("s", None, same, same, None), rows()[2]]))
+    expected = hidden(model, task(False, [TokenizedExample("s", None, same, same, None), texts()[2]]))
     assert relative(hidden(model, shared), expected) < 1e-6
 
 
@@ -207,7 +207,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_memory_is_that_of_the_suffixes(softcap):
-    """Nothing is as long as the row in two directions, and keys are not repeated over the heads of a group."""
+    """No tensor is as long as the packed sequence in two dimensions, and no key is repeated for a group's heads."""
     q, k, v, shared = tensors()
     with Largest() as largest:
         suffix_attention(

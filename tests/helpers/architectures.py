@@ -92,8 +92,11 @@ def softmax_in_float64(x, dim=None, _stacklevel=3, dtype=None):
 
 
 def eager(model, inputs, plan):
-    """Maps reduced by hand from the model's own weights. Its softmax, float32 by itself, is kept in the model's dtype:
-    in a float64 model the mask's most negative number would become -inf there, and padding rows NaN."""
+    """Maps reduced from the attention weights of the model's eager attention, and the logits.
+
+    The model's softmax, float32 by default, is kept in the model's dtype: in float32 the lowest float64 number of the
+    mask would become -inf, and the output of padding NaN.
+    """
     model.set_attn_implementation("eager")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "softmax", softmax_in_float64)

@@ -1,6 +1,6 @@
 """Starts subprocesses for tests, and is the program of each: ``python tests/helpers/processes.py ACTION ...``.
 
-accelerate 1.15 supports FSDP on accelerators only and ignores it on a CPU, although PyTorch supports it there over gloo.
+accelerate 1.15 supports FSDP on accelerators only and ignores it on a CPU, although PyTorch supports it over gloo.
 `_allow_fsdp_on_a_cpu` removes that one condition. Everything else is the same as in a user's processes.
 """
 
@@ -129,7 +129,7 @@ def lose_extract(rank: str, batch: str, *argv: str) -> int:
 
 
 def wrapped(report: str) -> None:
-    """Write maps, values and gradients of a wrapped model to ``REPORT.KIND.RANK``; each process has one of two texts."""
+    """Write maps, values and gradients of a wrapped model to ``REPORT.KIND.RANK``; each process has one text."""
     from tests.helpers import tiny
 
     torch.distributed.init_process_group("gloo")
