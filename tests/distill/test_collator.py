@@ -10,8 +10,10 @@ from molsaki.batches.collator import Collator
 from molsaki.batches.dataset import DistillDataset, prepare
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import TextOptions
-from tests.distill.test_dataset import OTHER, TOKENIZER, examples, student
 from tests.helpers.tiny import one_thread  # noqa: F401
+from tests.helpers.training import OTHER, TOKENIZER, examples
+
+STUDENT, TEACHER = TokenizerSpec(TOKENIZER, "plain", None), TokenizerSpec(OTHER, "plain", None)
 
 
 def labelled(task: TextBatch, row: int = 0) -> str:
@@ -25,7 +27,7 @@ def batch_of(data: DistillDataset, **options) -> Batch:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_labels_lie_on_the_rationale_and_the_answer(packing):
-    batch = batch_of(prepare(examples(3), TextOptions(), student()), packing=packing)
+    batch = batch_of(prepare(examples(3), TextOptions(), STUDENT), packing=packing)
     assert len(batch.student) == (1 if packing else 2)
     texts = [labelled(task, n) for task in batch.student for n in range(len(task.counts))]
     expected = [" " + example.rationale + "<|end|>" for example in examples(3)]
@@ -36,7 +38,7 @@ def test_labels_lie_on_the_rationale_and_the_answer(packing):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_index_is_where_each_label_is_predicted(packing):
-    data = prepare(examples(4), TextOptions(), student(), TokenizerSpec(OTHER, "plain", None))
+    data = prepare(examples(4), TextOptions(), STUDENT, TEACHER)
     batch = batch_of(data, packing=packing, teacher_packing=packing)
     for task in (*batch.student, batch.teacher):
         assert torch.equal(task.input_ids.flatten()[task.index + 1], task.targets)
@@ -45,7 +47,7 @@ def test_index_is_where_each_label_is_predicted(packing):
 
 
 def test_padded_tasks_are_right_padded():
-    data = prepare(examples(4), TextOptions(), student(), TokenizerSpec(OTHER, "plain", None))
+    data = prepare(examples(4), TextOptions(), STUDENT, TEACHER)
     batch = batch_of(data)
     for task in (*batch.student, batch.teacher):
         ids, mask = task.input_ids, task.attention_mask
@@ -57,7 +59,7 @@ def test_padded_tasks_are_right_padded():
 
 
 def test_packed_texts_follow_one_another_without_padding():
-    data = prepare(examples(3), TextOptions(), student())
+    data = prepare(examples(3), TextOptions(), STUDENT)
     (task,) = batch_of(data, packing=True).student
     texts = [row.explain for row, _ in data] + [row.predict for row, _ in data]
     lengths = [len(text.input_ids) for text in texts]
@@ -74,7 +76,7 @@ def test_packed_texts_follow_one_another_without_padding():
 
 
 def test_two_tokenizers_give_plans_of_one_shape():
-    data = prepare(examples(4), TextOptions(), student(), TokenizerSpec(OTHER, "plain", None))
+    data = prepare(examples(4), TextOptions(), STUDENT, TEACHER)
     batch = Collator(0, 0)([data[i] for i in range(4)])
     mine, other = batch.plan, batch.teacher.plan
     assert (mine.step_mask.equal(other.step_mask), mine.word_mask.equal(other.word_mask)) == (True, True)
@@ -84,7 +86,7 @@ def test_two_tokenizers_give_plans_of_one_shape():
 
 def test_a_batch_moves_as_a_whole():
     """accelerate and ``Trainer`` move a batch by ``to``; nothing stays behind, and nothing is copied without need."""
-    data = prepare(examples(2), TextOptions(), student(), TokenizerSpec(OTHER, "plain", None))
+    data = prepare(examples(2), TextOptions(), STUDENT, TEACHER)
     batch = batch_of(data, packing=True, share_question=True)
     moved = batch.to("meta")
     assert (len(moved), moved.ids, moved.student[0].counts) == (2, batch.ids, batch.student[0].counts)
@@ -101,14 +103,14 @@ def test_a_batch_is_pinned_as_a_whole(monkeypatch):
     """Without a GPU no memory can be pinned: a stand-in marks the tensors."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
-    batch = batch_of(prepare(examples(2), TextOptions(), student()), packing=True, share_question=True)
+    batch = batch_of(prepare(examples(2), TextOptions(), STUDENT), packing=True, share_question=True)
     again = batch.pin_memory()
     assert len(pinned) == 5 + (7 + 3 + 5)  # of the plan, of the texts, of their shared prefix and plan
     assert torch.equal(again.student[0].input_ids, batch.student[0].input_ids)
 
 
 def test_the_model_gets_what_the_batch_has():
-    data = prepare(examples(2), TextOptions(), student())
+    data = prepare(examples(2), TextOptions(), STUDENT)
     (packed,), (padded, _) = batch_of(data, packing=True).student, batch_of(data).student
     assert padded.model_inputs().keys() == {"input_ids", "attention_mask", "use_cache"}
     assert packed.model_inputs().keys() == {"input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "use_cache"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molsaki.config import DistillConfig
-from molsaki.training.objectives import OBJECTIVES
+from molsaki.training.objectives import OBJECTIVES, Objective
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.budget import assert_within_budget
@@ -18,6 +18,18 @@ from tests.helpers.training import TOKENIZER, config, examples, logged
 
 def test_the_command_line_offers_every_objective():
     assert typing.get_args(typing.get_type_hints(DistillConfig)["objective"]) == tuple(OBJECTIVES)
+
+
+def test_a_new_objective_is_one_entry(tmp_path, monkeypatch):
+    """Besides its name in the config, whose choices are fixed."""
+    rationale = Objective(lambda student, batch, options: {"loss": student.explain.cross_entropy})
+    monkeypatch.setitem(OBJECTIVES, "rationale", rationale)
+    options = config(tmp_path, objective="dss", max_steps=2, save_strategy="no")
+    options.objective = "rationale"
+    t = DistillTrainer(options, tiny.model(2), TOKENIZER, train_dataset=examples())
+    t.train()
+    (first, words), (second, _) = logged(t, "loss", "words_mean")
+    assert 0 < second < first and words == 9
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

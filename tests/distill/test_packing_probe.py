@@ -8,12 +8,11 @@ import torch.nn.functional as F
 
 from molsaki.modeling.packing_probe import can_pack, can_share_prefix
 from molsaki.modeling.unwrap import causal_model
-from tests.distill.test_shared_prefix import ARCHITECTURES
-from tests.helpers.architectures import HEADS, make, make_headed, skip_gpt2_before_transformers_5  # noqa: F401
+from tests.helpers.architectures import HEADS, SHARING, make, make_headed, skip_gpt2_before_transformers_5  # noqa: F401
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", SHARING)
 def test_these_models_can_share_prefixes(name):
     model = make(name, torch.float32).train()
     before = model.config._attn_implementation

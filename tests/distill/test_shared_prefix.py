@@ -16,10 +16,8 @@ from molsaki.batches.collator import Collator
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.batches.tokenized import TokenizedExample, TokenizedText
 from molsaki.modeling.masked_attention import suffix_attention
-from tests.helpers.architectures import make, relative, skip_gpt2_before_transformers_5  # noqa: F401
+from tests.helpers.architectures import SHARING, make, relative, skip_gpt2_before_transformers_5  # noqa: F401
 from tests.helpers.tiny import one_thread  # noqa: F401
-
-ARCHITECTURES = ["Llama", "Mistral", "Gemma2", "GptOss", "GPT2", "Cohere2"]  # windows of 9, softcap, sinks, no rotation
 
 
 def text(ids: list[int], start: int, steps=(), words=()) -> TokenizedText:
@@ -109,7 +107,7 @@ def test_a_suffix_is_never_empty():
     assert relative(hidden(model, shared), expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", SHARING)
 def test_sharing_changes_nothing(name):
     model = make(name)
     expected, got = results(model, task(False)), results(model, task(True))

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from molsaki.config import DistillConfig, ExtractConfig
+from molsaki.batches.dataset import prepare
+from molsaki.batches.tokenized import TokenizerSpec
+from molsaki.config import DistillConfig, ExtractConfig, TextOptions
 from molsaki.teacher.extract import extract
 from molsaki.text.examples import Example
 from molsaki.training.checkpoints import ROUTER
@@ -263,6 +265,9 @@ def test_bad_input(tmp_path, monkeypatch):
         DistillTrainer(config(tmp_path, student="/no/such/model"))
     with pytest.raises(ValueError, match="objective: logits needs one vocabulary"):
         trainer(tmp_path, objective="logits")
+    untaught = prepare(examples(2), TextOptions(), TokenizerSpec(TOKENIZER, "plain", None))
+    with pytest.raises(ValueError, match="train_dataset, eval_dataset: expected the teacher's stored maps or tokens"):
+        trainer(tmp_path, data=untaught, max_steps=1).train()
     monkeypatch.setattr(DistillConfig, "n_gpu", 4)
     with pytest.raises(ValueError, match="4 GPUs are visible to this one process; start one process per GPU"):
         trainer(tmp_path)

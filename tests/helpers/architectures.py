@@ -47,6 +47,10 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+# For shared prefixes: windows of 9 tokens, softcap, sinks, no rotation.
+SHARING = ["Llama", "Mistral", "Gemma2", "GptOss", "GPT2", "Cohere2"]
+
+
 def make(name: str, dtype: torch.dtype = torch.float64, **overrides):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**(ARCHITECTURES[name] | overrides))
