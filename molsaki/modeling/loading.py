@@ -1,16 +1,13 @@
-"""Loads causal language models and tokenizers and prepares them for training; errors name the flag at fault."""
+"""Loads causal language models and their tokenizers; errors name the flag at fault."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-import re
-from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,8 +16,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
-from molsaki.config import DistillConfig
 
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
@@ -94,37 +89,6 @@ def load_both(
         tokenizer = load_tokenizer(name or str(model.name_or_path), flag)
     check_tokenizer(tokenizer, flag)
     return model, tokenizer
-
-
-def add_lora(model: PreTrainedModel, config: DistillConfig) -> PreTrainedModel:
-    """The model with LoRA adapters as the config says; only these are trained.
-
-    Raises:
-        ImportError: the package peft is not installed.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ImportError("--lora_rank: needs the package peft, which is not installed") from None
-    targets = config.lora_targets[0] if config.lora_targets == ["all-linear"] else config.lora_targets
-    alpha = cast(int, config.lora_alpha)  # PEFT takes fractions as well
-    dropout, rank = config.lora_dropout, config.lora_rank
-    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-    return cast(PreTrainedModel, get_peft_model(model, lora))  # PEFT's wrapper passes attribute access on
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude from training the parameters in whose names one of these regular expressions is found.
-
-    Raises:
-        ValueError: a pattern is found in no name.
-    """
-    for pattern in patterns:
-        found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
-        if not found:
-            raise ValueError(f"--freeze: {pattern!r} is the name of no parameter of the student")
-        for parameter in found:
-            parameter.requires_grad_(False)
 
 
 def context_length(model_config: PretrainedConfig) -> int | None:

@@ -37,7 +37,7 @@ from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import DistillConfig, require
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.lm_head import label_logits
-from molsaki.modeling.loading import add_lora, context_length, freeze, load_both
+from molsaki.modeling.loading import context_length, load_both
 from molsaki.modeling.packing_probe import can_pack, can_share_prefix
 from molsaki.teacher.extract import describe, mixture_of, probe, teacher_maps
 from molsaki.teacher.store import Store
@@ -45,6 +45,7 @@ from molsaki.text.examples import Example, read_examples
 from molsaki.training import checkpoints
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import OBJECTIVES, Objective
+from molsaki.training.trainable import add_lora, freeze
 
 logger = logging.getLogger(__name__)
 
