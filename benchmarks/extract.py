@@ -25,16 +25,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from molsaki.batches.data import Side, read_examples
+from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import ExtractConfig
-from molsaki.modeling.forward import can_pack, model_inputs
-from molsaki.modeling.hooks import NAME
+from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.loading import context_length, load_model, load_tokenizer
+from molsaki.modeling.packing_probe import can_pack
 from molsaki.teacher.extract import entries_of, mixture_of, probe, tasks_of
+from molsaki.text.examples import read_examples
 
 from .layer import describe, read_records, write_csv
 from .measure import ratio
-from .step import moved
 
 BASE = "plain"
 
@@ -65,7 +65,7 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
     config = ExtractConfig(batch_tokens=arguments.batch_tokens)
     teacher = load_model(arguments.model, "--model", arguments.dtype).to(device).eval()
     teacher.set_attn_implementation(NAME)
-    sides = [Side(load_tokenizer(arguments.model, "--model"), "plain", context_length(teacher.config))]
+    sides = [TokenizerSpec(load_tokenizer(arguments.model, "--model"), "plain", context_length(teacher.config))]
     examples = read_examples(arguments.data, rationale=False)[: arguments.examples]
     depth, _ = probe(teacher.base_model)
     mixture = mixture_of(config, depth, 1, 1)
@@ -77,7 +77,7 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
 
     def plain(packing: bool, attention: str) -> Callable[[], object]:
         batches = tasks_of(examples, range(len(examples)), config, sides, packing)
-        inputs = [moved(model_inputs(task), device) for _, task in batches if task is not None]
+        inputs = [task.to(device).model_inputs() for _, task in batches if task is not None]
 
         @torch.no_grad()
         def run() -> list[Tensor]:

@@ -30,13 +30,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.annotation.demonstrations import DEMONSTRATIONS
-from molsaki.batches.data import Example, all_left_out, read_examples
+from molsaki.batches.tokenized import all_left_out
 from molsaki.config import AnnotateConfig, require
 from molsaki.evaluation.evaluate import score
 from molsaki.evaluation.generate import Reply, batches, decode, write_whole
 from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
 from molsaki.teacher.store import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.answers import parse_number
+from molsaki.text.examples import Example, read_examples
 from molsaki.text.segment import segment
 from molsaki.text.tokens import prompt
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from molsaki.batches.data import Example
+from molsaki.text.examples import Example
 
 
 def _math(question: str, rationale: str, answer: str, keywords: str) -> Example:

@@ -15,11 +15,12 @@ import torch
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-from molsaki.batches.data import Example, predict_prompt, read_examples
+from molsaki.batches.tokenized import predict_prompt
 from molsaki.config import EvaluateConfig, require
 from molsaki.evaluation.generate import batches, decode, write_whole
 from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
 from molsaki.text.answers import find_choice, find_number, parse_number, same_text
+from molsaki.text.examples import Example, read_examples
 from molsaki.text.tokens import prompt
 
 MAX_NEW_TOKENS = {"answer": 16, "rationale": 256}

@@ -12,17 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molsaki.batches.data import Example, read_examples, spans_of
+from molsaki.batches.tokenized import spans_of
 from molsaki.config import MixtureOptions, PlotConfig, TextOptions, require
-from molsaki.modeling.hooks import capture
+from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import load_model, load_tokenizer
 from molsaki.plotting import plots
 from molsaki.teacher.extract import mixture_of, probe, teacher_maps
 from molsaki.teacher.store import Store
+from molsaki.text.examples import Example, read_examples
 from molsaki.text.segment import Spans
 from molsaki.text.tokens import encode
+from molsaki.training.checkpoints import CONFIG, ROUTER, WEIGHTS_LOG, checkpoints
 from molsaki.training.mixture import MixtureOfLayers
-from molsaki.training.trainer import CONFIG, ROUTER, WEIGHTS_LOG, checkpoints
 from molsaki_kernels import StepPlan
 
 CURVES = {

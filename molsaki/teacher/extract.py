@@ -23,12 +23,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from molsaki.batches.data import Example, LeftOut, Side, Text, all_left_out, cut, read_examples, spans_of, teacher_task
+from molsaki.batches.batch import TextBatch
+from molsaki.batches.collator import text_batch
+from molsaki.batches.tokenized import LeftOut, TokenizedText, TokenizerSpec, all_left_out, cut, spans_of
 from molsaki.config import ExtractConfig, MixtureOptions, TextOptions, require
-from molsaki.modeling.forward import can_pack, input_device, model_inputs
-from molsaki.modeling.hooks import NAME, capture
+from molsaki.modeling.attention_hook import NAME
+from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
+from molsaki.modeling.packing_probe import can_pack
+from molsaki.modeling.unwrap import input_device
 from molsaki.teacher.store import Entry, Store, StoreWriter, fingerprint_model, fingerprint_spans, fingerprint_tokenizer
+from molsaki.text.examples import Example, read_examples
 from molsaki.training.mixture import MixtureOfLayers
 from molsaki_kernels import StepPlan
 
@@ -70,14 +75,16 @@ def extract(
     if config.packing and not packing:
         raise ValueError(f"--packing: texts that share a row change one another in {type(teacher).__name__}")
     layers, _ = probe(teacher.base_model)
-    side = Side(tokenizer, config.teacher_template, config.teacher_max_length or context_length(teacher.config))
+    side = TokenizerSpec(
+        tokenizer, config.teacher_template, config.teacher_max_length or context_length(teacher.config)
+    )
     sides, student_layers = [side], None
     if config.student is not None:
         student = AutoConfig.from_pretrained(config.student)
         student_layers = student.get_text_config().num_hidden_layers
         if config.too_long == "cut":
             limit = config.max_length or context_length(student)
-            sides.append(Side(load_tokenizer(config.student, "--student"), config.student_template, limit))
+            sides.append(TokenizerSpec(load_tokenizer(config.student, "--student"), config.student_template, limit))
     description = describe(config, layers, config.all_layers, student_layers, teacher, side)
     writer = StoreWriter(
         config.store, description | {"num_layers": layers, "data": _fingerprint_data(examples)}, len(examples),
@@ -120,7 +127,7 @@ class _Text(NamedTuple):
 
     number: int
     entry: Entry
-    text: Text | None
+    text: TokenizedText | None
 
     @property
     def tokens(self) -> int:
@@ -131,7 +138,7 @@ def entries_of(
     examples: Sequence[Example],
     numbers: Iterable[int],
     config: ExtractConfig,
-    sides: Sequence[Side],
+    sides: Sequence[TokenizerSpec],
     teacher: PreTrainedModel,
     mixture: MixtureOfLayers | None,
     packing: bool,
@@ -154,13 +161,17 @@ def entries_of(
 
 
 def tasks_of(
-    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, sides: Sequence[Side], packing: bool
-) -> Iterator[tuple[list[_Text], dict | None]]:
+    examples: Sequence[Example],
+    numbers: Iterable[int],
+    config: ExtractConfig,
+    sides: Sequence[TokenizerSpec],
+    packing: bool,
+) -> Iterator[tuple[list[_Text], TextBatch | None]]:
     """What runs together, batch by batch: the examples, and a task of those that are not left out, if there are any."""
     pad = sides[0].tokenizer.pad_token_id
     for batch in _batches(_texts(examples, numbers, config, sides), config.batch_tokens, packing):
         texts = [item.text for item in batch if item.text is not None]
-        yield batch, teacher_task(texts, pad, packing) if texts else None
+        yield batch, text_batch(texts, pad, packing) if texts else None
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -174,7 +185,7 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _texts(
-    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, sides: Sequence[Side]
+    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, sides: Sequence[TokenizerSpec]
 ) -> Iterator[_Text]:
     for number in numbers:
         example = examples[number]
@@ -185,7 +196,7 @@ def _texts(
             yield _Text(number, entry, None)
             continue
         ids = np.array(encoded.input_ids, np.int32)
-        text = Text(ids, encoded.target_start, encoded.steps, encoded.words)
+        text = TokenizedText(ids, encoded.target_start, encoded.steps, encoded.words)
         yield _Text(number, Entry(example.id, fingerprint_spans(spans)), text)
 
 
@@ -206,18 +217,18 @@ def _batches(texts: Iterable[_Text], batch_tokens: int, packing: bool) -> Iterat
 
 
 def _run(
-    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, task: dict
+    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, task: TextBatch
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each text's maps, ``(K, S, W)`` or ``(Lt, S, W)`` without a mixture, and weights ``(K, Lt)`` or None."""
     device = input_device(teacher)
-    plan = task["plan"].to(device)
-    inputs = {name: value.to(device) for name, value in model_inputs(task).items() if isinstance(value, Tensor)}
+    plan = task.plan.to(device)
+    inputs = {name: value.to(device) for name, value in task.model_inputs().items() if isinstance(value, Tensor)}
     maps = teacher_maps(teacher, plan=plan, **inputs)
     weights: list[Tensor | None] = [None] * len(plan)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
         weights = list(mixed.cpu())
-    sizes = zip(task["plan"].step_mask.sum(1).tolist(), task["plan"].word_mask.sum(1).tolist(), strict=True)
+    sizes = zip(task.plan.step_mask.sum(1).tolist(), task.plan.word_mask.sum(1).tolist(), strict=True)
     return [m[:, :steps, :words] for m, (steps, words) in zip(maps.cpu(), sizes, strict=True)], weights
 
 
@@ -227,7 +238,7 @@ def describe(
     all_layers: bool,
     student_layers: int | None,
     teacher: PreTrainedModel | None,
-    side: Side | None,
+    side: TokenizerSpec | None,
 ) -> dict:
     """What a store has to be of to be used with these options; the teacher's part only where it is given."""
     found = {"all_layers": all_layers} | {name: getattr(options, name) for name in ("key", "splitter", "number_words")}

@@ -13,11 +13,11 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from molsaki.annotation.annotate import Form, Work, annotate, judge, split_keywords
-from molsaki.batches.data import Example, read_examples
 from molsaki.cli import main
 from molsaki.config import AnnotateConfig, ExtractConfig
 from molsaki.evaluation.generate import Reply, decode
 from molsaki.teacher.extract import extract
+from molsaki.text.examples import Example, read_examples
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 

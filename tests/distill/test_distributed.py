@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from molsaki.cli import main
-from molsaki.training.trainer import ROUTER, last_checkpoint
+from molsaki.training.checkpoints import ROUTER, last_checkpoint
 from tests.helpers import processes, tiny
 
 FSDP = processes.ROOT / "examples/distributed/fsdp2.yaml"
@@ -104,7 +104,7 @@ def test_two_processes_are_one_with_twice_the_batch(work, straight):
 
 def test_resume_in_two_processes(work, straight):
     """One process is lost; torchrun ends the other and says so. The rest of the run is that without interruption,
-    bitwise, with DDP from the checkpoint before a last one that is not whole."""
+    bitwise, with DDP from the last but one checkpoint, since the last one is damaged."""
     kind, expected = straight
     run = work / f"{kind}_resumed_run"
     begin = time.perf_counter()
@@ -139,7 +139,7 @@ def test_a_process_lost_without_torchrun(work):
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(work):
-    """Started by hand, so that each has to stop by itself; the batch is saved, the weights are not touched."""
+    """Started by hand, so that each has to stop by itself; the batch is saved and the weights do not change."""
     stopped = processes.by_hand("distill_but", "nan", 1, 4, *flags(work, "nan_run", 2))
     messages = [process.communicate(timeout=processes.LIMIT)[1] for process in stopped]
     assert [process.returncode for process in stopped] == [2, 2]
@@ -159,7 +159,7 @@ def captured(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_capture_on_a_wrapped_model(captured, kind):
-    """Each process's maps are the plain model's, and the gradients the mean of the plain model's."""
+    """Each process has the unwrapped model's maps, and the mean of the unwrapped model's gradients."""
     found = [torch.load(f"{captured}.{kind}.{rank}") for rank in range(2)]
     plain = tiny.model(2)
     for rank in range(2):

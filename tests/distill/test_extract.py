@@ -16,13 +16,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from molsaki.batches.data import Side, cut, read_examples
+from molsaki.batches.tokenized import TokenizerSpec, cut
 from molsaki.cli import main
 from molsaki.config import DistillConfig, ExtractConfig
 from molsaki.modeling.loading import load_model
 from molsaki.teacher import extract as extract_module
 from molsaki.teacher.extract import extract, probe, teacher_maps
 from molsaki.teacher.store import Entry, Store, StoreWriter, fingerprint_model, verify
+from molsaki.text.examples import read_examples
 from molsaki.text.tokens import encode
 from molsaki.training.trainer import DistillTrainer
 from molsaki_kernels import StepPlan
@@ -114,7 +115,7 @@ def test_packed_batches_hold_no_padding(tmp_path, monkeypatch):
         result = extract(config(tmp_path / name, rows, batch_tokens=1000, shard_size=40), TEACHER, OTHER)
         monkeypatch.setattr(extract_module, "_run", run)
         runs.append([task["cu_seq_lens_q"].diff().tolist() for task in tasks])
-        assert all(task["input_ids"].shape == (1, task["cu_seq_lens_q"][-1]) for task in tasks)
+        assert all(task.input_ids.shape == (1, task.cu_seq_lens_q[-1]) for task in tasks)
     assert runs[0] == runs[1] and sum(map(len, runs[0])) == 40
     assert sum(map(sum, runs[0])) == result["tokens"]
     assert all(sum(batch) <= 1000 < sum(batch) + after[0] for batch, after in zip(runs[0], runs[0][1:], strict=False))
@@ -226,7 +227,7 @@ def test_the_next_texts_are_cut_while_the_teacher_runs(tmp_path, monkeypatch):
         return cut(example, *args)
 
     def waiting(teacher, mixture, task):
-        runs.append(len(task["plan"]))
+        runs.append(len(task.plan))
         with seen:
             assert seen.wait_for(lambda: len(cut_ids) >= min(sum(runs) + 2, 10), timeout=10)  # one closes a batch
         return run(teacher, mixture, task)
@@ -532,7 +533,7 @@ SVAMP = processes.ROOT.parent / "shared/data/svamp_train.jsonl"
 @pytest.mark.skipif(not SVAMP.exists(), reason="SVAMP is not there")
 def test_below_a_kilobyte_an_example_of_svamp(tmp_path):
     """As a teacher of 32 layers would store it."""
-    examples, side = read_examples(SVAMP), Side(OTHER, "plain", None)
+    examples, side = read_examples(SVAMP), TokenizerSpec(OTHER, "plain", None)
     description = {"num_layers": 32, "all_layers": False}
     writer = StoreWriter(tmp_path, description, len(examples))
     for shard in writer.claim(writer.missing()):

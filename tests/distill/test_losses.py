@@ -1,4 +1,4 @@
-"""Each loss against numbers worked out by hand."""
+"""Each loss against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from molsaki.training import losses
 from molsaki_kernels import StepPlan
-from tests.distill.test_mixture import plan_of
+from tests.helpers.tiny import plan_of
 
 
 def log_softmax(*x: float) -> list[float]:

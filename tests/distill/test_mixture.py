@@ -1,4 +1,4 @@
-"""Eq. 4 and 5 and the layer-to-layer controls, with numbers worked out by hand."""
+"""Eq. 4 and 5 and the layer-to-layer controls, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from molsaki.training.mixture import MixtureOfLayers, layer_pairs, layer_scores
-from molsaki_kernels import StepPlan
-
-
-def plan_of(*shapes: tuple[int, int]) -> StepPlan:
-    """Sequences with so many steps and words."""
-    return StepPlan.from_spans(
-        [[(2 * s, 2 * s + 2) for s in range(S)] for S, _ in shapes], [[[w] for w in range(W)] for _, W in shapes]
-    )
+from tests.helpers.tiny import plan_of
 
 
 def test_teacher_weights_by_hand():

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,88 +8,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from molsaki.batches.data import Example
-from molsaki.config import DistillConfig, ExtractConfig
+from molsaki.batches.dataset import prepare
+from molsaki.batches.tokenized import TokenizerSpec
+from molsaki.config import DistillConfig, ExtractConfig, TextOptions
 from molsaki.teacher.extract import extract
-from molsaki.training.trainer import ROUTER, DistillTrainer, checkpoints, last_checkpoint
+from molsaki.text.examples import Example
+from molsaki.training.checkpoints import ROUTER
+from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
-from tests.helpers.budget import assert_within_budget
 from tests.helpers.tiny import one_thread  # noqa: F401
-
-TOKENIZER, OTHER = tiny.tokenizer(), tiny.tokenizer(60)
-
-
-def examples(count: int = 8) -> list[Example]:
-    return [Example(r["id"], r["question"], r["rationale"], r["answer"]) for r in tiny.problems(count)]
-
-
-def config(folder: Path, **options) -> DistillConfig:
-    options = dict(
-        max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, save_steps=3, use_cpu=True,
-        disable_tqdm=True, seed=3, dataloader_num_workers=0,
-    ) | options  # fmt: skip
-    return DistillConfig(output_dir=str(folder), **options)
-
-
-def trainer(folder: Path, data=None, student=None, **options) -> DistillTrainer:
-    return DistillTrainer(
-        config(folder, **options), student or tiny.model(2), TOKENIZER, tiny.model(3, len(OTHER), seed=1), OTHER,
-        train_dataset=data or examples(),
-    )  # fmt: skip
-
-
-def logged(t: DistillTrainer, *names: str) -> list[tuple]:
-    return [tuple(entry[name] for name in names) for entry in t.state.log_history if "loss" in entry]
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-LOSSES = ("step", "loss", "loss_pre", "loss_exp", "loss_att", "entropy_student", "grad_norm", "learning_rate")
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """Six steps without interruption."""
-    t = trainer(tmp_path_factory.mktemp("straight"))
-    t.train()
-    t.save_model()
-    return t
-
-
-def same_files(a: Path, b: Path) -> bool:
-    x, y = load_file(a), load_file(b)
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-
-
-@pytest.mark.parametrize("fault", [None, "interrupted", "flipped byte", "truncated"])
-def test_resume_is_bitwise(straight, tmp_path, fault):
-    first = trainer(tmp_path, save_steps=1 if fault else 3, max_steps=6)
-    first.add_callback(StopAt(3))
-    first.train()
-    file = tmp_path / "checkpoint-3/model.safetensors"
-    if fault == "interrupted":
-        (tmp_path / "checkpoint-3/sealed.json").unlink()
-    elif fault == "flipped byte":
-        file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
-    elif fault == "truncated":
-        file.write_bytes(file.read_bytes()[:1000])
-    assert last_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-2" if fault else "checkpoint-3"))
-    resumed = trainer(tmp_path, resume=True)
-    resumed.train()
-    assert len(logged(straight, *LOSSES)) == 6
-    assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
-    whole = Path(straight.args.output_dir)
-    assert same_files(whole / "checkpoint-6/model.safetensors", tmp_path / "checkpoint-6/model.safetensors")
-    assert same_files(whole / "checkpoint-6" / ROUTER, tmp_path / "checkpoint-6" / ROUTER)
-    a, b = (torch.load(folder / "checkpoint-6/optimizer.pt")["state"] for folder in (whole, tmp_path))
-    assert all(torch.equal(value, b[k][name]) for k, state in a.items() for name, value in state.items())
-    assert (whole / "layer_weights.jsonl").read_text() == (tmp_path / "layer_weights.jsonl").read_text()
+from tests.helpers.training import LOSSES, OTHER, TOKENIZER, StopAt, config, examples, gradients, logged, trainer
 
 
 def test_what_is_logged(straight):
@@ -134,19 +59,6 @@ def test_exported_student_is_a_plain_model(straight):
     AutoModelForCausalLM.from_pretrained(folder / "checkpoint-6")
 
 
-def gradients(t: DistillTrainer) -> dict[str, torch.Tensor]:
-    """The gradient that the first optimizer step sees."""
-    seen = {}
-
-    class Look(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            seen.update({n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None})
-
-    t.add_callback(Look())
-    t.train()
-    return seen
-
-
 def test_accumulation_gives_the_gradient_of_the_big_batch(tmp_path):
     options = dict(max_steps=1, max_grad_norm=1e9, save_strategy="no")
     big = gradients(trainer(tmp_path / "a", per_device_train_batch_size=8, **options))
@@ -159,41 +71,6 @@ def test_accumulation_gives_the_gradient_of_the_big_batch(tmp_path):
         assert small.keys() == big.keys()
         for name, value in big.items():
             torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("objective", ["vanilla", "dss", "mmi", "logits", "molsaki"])
-def test_packing_changes_nothing(tmp_path, objective):
-    """Losses and gradients of packed batches, with the question once or twice, also by the model's own head, within the
-    budget of padded ones."""
-    found = {}
-    for packing, sharing, own, dtype in (
-        (False, False, False, torch.float64), (False, False, True, torch.float32), (True, False, False, torch.float32),
-        (True, False, True, torch.float32), (True, True, False, torch.float32), (True, True, True, torch.float32),
-    ):  # fmt: skip
-        sharing &= objective != "vanilla"
-        t = DistillTrainer(
-            config(tmp_path, objective=objective, packing=packing, share_question=sharing), tiny.model(2), TOKENIZER,
-            tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(4),
-        )  # fmt: skip
-        t.model.to(dtype)
-        t.model.head = None if own else t.model.head
-        if t.model.mixture is not None:  # at zero the router hands no gradient on
-            for p in t.model.mixture.parameters():
-                p.data.copy_(torch.linspace(-0.02, 0.02, p.numel()).view_as(p))
-        if t.teacher is not None:
-            t.teacher.to(dtype)
-        batch = t.data_collator([t.train_dataset[i] for i in range(4)])
-        assert len(batch["tasks"]) == (1 if packing or objective == "vanilla" else 2)
-        assert ("cu_seq_lens_q" in batch["tasks"][0]) == packing
-        assert ("branches" in batch["tasks"][0]) == sharing
-        out = t._forward(t.model, batch)
-        out["loss"].sum().backward()
-        grads = {n: p.grad for n, p in t.model.named_parameters()}
-        found[packing, sharing, own] = {n: x.detach() for n, x in out.items() if x.is_floating_point()} | grads
-    oracle, padded = found.pop((False, False, False)), found.pop((False, False, True))
-    for values in found.values():
-        for name, value in values.items():
-            assert_within_budget(name, value, oracle[name], padded[name])
 
 
 @pytest.fixture(scope="module")
@@ -238,74 +115,25 @@ def test_the_store_is_the_live_teacher(stored, tmp_path, layout, options, monkey
         assert (b[name] - value).norm() <= 2e-6 * value.norm(), name
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"packing": False}, {"bf16": True, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2}],
-    ids=["padded", "packed, bf16, accumulation, workers"],
-)
-def test_resume_is_bitwise_however_batches_are_made(tmp_path, options, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    runs = {}
-    for name, stop in (("whole", None), ("resumed", 3)):
-        t = trainer(tmp_path / name, **options)
-        if stop:
-            t.add_callback(StopAt(stop))
-            t.train()
-            t = trainer(tmp_path / name, resume=True, **options)
-        t.train()
-        runs[name] = t
-    assert len(logged(runs["whole"], *LOSSES)) == 6
-    assert logged(runs["whole"], *LOSSES) == logged(runs["resumed"], *LOSSES)
-    for file in ("model.safetensors", ROUTER):
-        assert same_files(tmp_path / "whole/checkpoint-6" / file, tmp_path / "resumed/checkpoint-6" / file)
-
-
 def test_packing_that_a_student_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setattr("molsaki.training.trainer.can_pack", lambda model: False)
     collator = trainer(tmp_path).data_collator
     assert not collator.packing and not collator.share_question
-    with pytest.raises(ValueError, match="--packing: texts that share a row change one another in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="--packing: LlamaForCausalLM does not keep packed texts separate"):
         trainer(tmp_path, packing=True)
 
 
 def test_sharing_that_a_student_cannot_do(tmp_path, monkeypatch):
     assert trainer(tmp_path).data_collator.share_question
     assert not trainer(tmp_path, share_question=False).data_collator.share_question
-    monkeypatch.setattr("molsaki.training.trainer.can_branch", lambda model: False)
+    monkeypatch.setattr("molsaki.training.trainer.can_share_prefix", lambda model: False)
     collator = trainer(tmp_path).data_collator
     assert collator.packing and not collator.share_question
-    with pytest.raises(ValueError, match="--share_question: the end of a text, run by itself, .* in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="--share_question: LlamaForCausalLM gives other results if the shared prefix"):
         trainer(tmp_path, share_question=True)
     for options in ({"packing": False}, {"objective": "vanilla"}):
         with pytest.raises(ValueError, match="share_question: expected packing and an objective of both tasks, got"):
-            config(tmp_path, share_question=True, **options)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(straight, tmp_path):
-    """A write fails in the middle of a checkpoint; resumed, the run ends as one without interruption."""
-    t = trainer(tmp_path, save_steps=2)
-
-    class Fill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:  # from now on no file gets longer than this
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as on a full disk: an error, not a signal
-    t.add_callback(Fill())
-    try:
-        with pytest.raises(Exception, match="(?i)file too large|write|failed"):
-            t.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    resumed = trainer(tmp_path, resume=True)
-    resumed.train()
-    assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
-    assert same_files(
-        Path(straight.args.output_dir, "checkpoint-6/model.safetensors"), tmp_path / "checkpoint-6/model.safetensors"
-    )
+            trainer(tmp_path, share_question=True, **options)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
@@ -353,37 +181,6 @@ def test_evaluation_counts_each_example_once(tmp_path):
     assert metrics["eval_without_words"] == 0
 
 
-def test_best_checkpoint_is_loaded_with_its_router(tmp_path):
-    t = DistillTrainer(
-        config(tmp_path, max_steps=4, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_steps=1,
-               save_total_limit=1, load_best_model_at_end=True),
-        tiny.model(2), TOKENIZER, tiny.model(3, len(OTHER), seed=1), OTHER,
-        train_dataset=examples(), eval_dataset=examples(2),
-    )  # fmt: skip
-    t.train()
-    best = Path(t.state.best_model_checkpoint)
-    losses = {e["step"]: e["eval_loss"] for e in t.state.log_history if "eval_loss" in e}
-    assert best.name == f"checkpoint-{min(losses, key=losses.get)}"
-    assert len(checkpoints(tmp_path)) <= 2
-    router = load_file(best / ROUTER)
-    assert all(torch.equal(value, t.model.mixture.state_dict()[name]) for name, value in router.items())
-    embedding = load_file(best / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(embedding, t.model.student.get_input_embeddings().weight)
-
-
-@pytest.mark.parametrize("objective", ["vanilla", "dss", "mmi", "logits", "molsaki"])
-def test_objectives_train(tmp_path, objective):
-    t = DistillTrainer(
-        config(tmp_path, objective=objective, max_steps=4, save_strategy="no", per_device_train_batch_size=8),
-        tiny.model(2), TOKENIZER, tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(),
-    )  # fmt: skip
-    t.train()
-    rows = logged(t, "loss", "loss_pre")
-    assert rows[-1][1] < rows[0][1]
-    assert (t.model.mixture is None) == (objective != "molsaki")
-    assert (t.teacher is None) == (objective in ("vanilla", "dss", "mmi"))
-
-
 def test_examples_without_words_add_no_attention_loss(tmp_path):
     wordless = Example("w", "Who has nuts?", "Ann has nuts. They are small.", "Ann")
     t = trainer(tmp_path, data=examples(3) + [wordless], per_device_train_batch_size=4, max_steps=1, save_strategy="no")
@@ -412,7 +209,7 @@ def test_nan_stops_and_saves_the_batch(tmp_path):
         t.train()
     (saved,) = tmp_path.glob("bad_batch_step2_rank0.pt")
     batch = torch.load(saved, weights_only=False)
-    assert len(batch["inputs"]["ids"]) == len(batch["inputs"]["plan"]) == 2
+    assert len(batch["inputs"].ids) == len(batch["inputs"]) == 2
     assert not torch.isfinite(batch["losses"]["loss"]).all()
 
 
@@ -457,24 +254,6 @@ def test_freezing(tmp_path):
         trainer(tmp_path, freeze=["layer9"])
 
 
-def test_a_folder_with_checkpoints_is_not_overwritten(straight):
-    with pytest.raises(ValueError, match="holds the checkpoints of another run; continue it with --resume"):
-        trainer(Path(straight.args.output_dir)).train()
-
-
-def test_resume_with_nothing_to_resume_starts(tmp_path):
-    t = trainer(tmp_path, resume=True, max_steps=1, save_strategy="no")
-    t.train()
-    assert t.state.global_step == 1
-
-
-def test_a_checkpoint_of_another_student_is_refused(straight, tmp_path):
-    other = trainer(tmp_path, student=tiny.model(3))
-    shutil.copytree(Path(straight.args.output_dir, "checkpoint-3"), tmp_path / "checkpoint-3")
-    with pytest.raises(ValueError, match="the checkpoint is of another student: it lacks"):
-        other.train(resume_from_checkpoint=True)
-
-
 def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="config: expected a DistillConfig, got dict"):
         DistillTrainer({})
@@ -486,6 +265,9 @@ def test_bad_input(tmp_path, monkeypatch):
         DistillTrainer(config(tmp_path, student="/no/such/model"))
     with pytest.raises(ValueError, match="objective: logits needs one vocabulary"):
         trainer(tmp_path, objective="logits")
+    untaught = prepare(examples(2), TextOptions(), TokenizerSpec(TOKENIZER, "plain", None))
+    with pytest.raises(ValueError, match="train_dataset, eval_dataset: expected the teacher's stored maps or tokens"):
+        trainer(tmp_path, data=untaught, max_steps=1).train()
     monkeypatch.setattr(DistillConfig, "n_gpu", 4)
-    with pytest.raises(ValueError, match="4 GPUs are visible to this one process; start one process a GPU"):
+    with pytest.raises(ValueError, match="4 GPUs are visible to this one process; start one process per GPU"):
         trainer(tmp_path)

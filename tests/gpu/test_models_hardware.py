@@ -16,8 +16,8 @@ from molsaki.config import DistillConfig, ExtractConfig
 from molsaki.teacher.extract import extract
 from molsaki.teacher.store import Store
 from molsaki.training.trainer import DistillTrainer
-from tests.distill.test_hooks import ARCHITECTURES, TRANSFORMERS, batch, eager, make, objective
 from tests.helpers import tiny
+from tests.helpers.architectures import ARCHITECTURES, TRANSFORMERS, batch, eager, make, objective
 from tests.helpers.budget import assert_within_budget
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

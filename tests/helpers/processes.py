@@ -1,7 +1,7 @@
-"""What one process of several runs in the tests of distributed training: ``python tests/processes.py ACTION ...``.
+"""Starts subprocesses for tests, and is the program of each: ``python tests/helpers/processes.py ACTION ...``.
 
-accelerate 1.15 knows FSDP on accelerators only and silently trains without on a CPU, where PyTorch can do it over gloo;
-`_allow_fsdp_on_a_cpu` takes that one condition away. Everything else is what a user's processes run.
+accelerate 1.15 supports FSDP on accelerators only and ignores it on a CPU, although PyTorch supports it over gloo.
+`_allow_fsdp_on_a_cpu` removes that one condition. Everything else is the same as in a user's processes.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from molsaki.teacher import extract as extract_module
 from molsaki.training.trainer import DistillTrainer
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 240  # seconds that any of these subprocesses may take
+LIMIT = 240  # seconds per subprocess
 
 
 def torchrun(*argv, processes: int = 2) -> subprocess.CompletedProcess:
-    """Run this program in several gloo processes under torchrun, which finds a free port."""
+    """Run this program in several gloo processes under torchrun, which chooses a free port."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, __file__]
     return python("-m", *launcher, *argv)
 
 
 def python(*argv, **environment) -> subprocess.CompletedProcess:
+    """Run Python with these arguments and additional environment variables, in the repository's root."""
     words = [sys.executable, *map(str, argv)]
     env = _environment(environment)
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
 def by_hand(*argv, processes: int = 2) -> list[subprocess.Popen]:
-    """Start the processes one by one, as on several machines: nobody ends the others when one is lost."""
+    """Start the processes one by one, as on several machines: no launcher stops the others when one is lost."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,10 +64,10 @@ def _environment(more: dict) -> dict[str, str]:
 
 
 def _allow_fsdp_on_a_cpu() -> None:
-    plain = AcceleratorState.__init__
+    original = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
-        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
@@ -75,7 +76,7 @@ def _allow_fsdp_on_a_cpu() -> None:
 
 
 def distill(report: str, *argv: str) -> None:
-    """``molsaki distill``, and what each process holds afterwards, in ``REPORT.RANK``."""
+    """Run ``molsaki distill`` and write the state of each process afterwards to ``REPORT.RANK``."""
     config = parse(DistillConfig, argv)
     trainer = DistillTrainer(config)
     trainer.train()
@@ -94,7 +95,7 @@ def distill(report: str, *argv: str) -> None:
 
 
 def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
-    """``molsaki distill``, one process of which, when it begins a step, kills itself or finds its weights broken."""
+    """Run ``molsaki distill``; at the start of a step one process kills itself or has NaN written into its weights."""
 
     class Fault(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
@@ -103,10 +104,10 @@ def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
                     os.kill(os.getpid(), signal.SIGKILL)
                 next(model.student.parameters()).data.fill_(float("nan"))
 
-    made = DistillTrainer.__init__
+    original = DistillTrainer.__init__
 
     def init(self, *args, **kwargs):
-        made(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         self.add_callback(Fault())
 
     DistillTrainer.__init__ = init
@@ -114,7 +115,7 @@ def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
 
 
 def lose_extract(rank: str, batch: str, *argv: str) -> int:
-    """``molsaki extract``, one process of which kills itself before a forward pass."""
+    """Run ``molsaki extract``; one process kills itself before a forward pass."""
     run, batches = extract_module._run, []
 
     def counted(*args):
@@ -128,7 +129,7 @@ def lose_extract(rank: str, batch: str, *argv: str) -> int:
 
 
 def wrapped(report: str) -> None:
-    """Maps, values and gradients of a wrapped model, each process with one of two texts, in ``REPORT.KIND.RANK``."""
+    """Write maps, values and gradients of a wrapped model to ``REPORT.KIND.RANK``; each process has one text."""
     from tests.helpers import tiny
 
     torch.distributed.init_process_group("gloo")
@@ -150,11 +151,11 @@ def wrapped(report: str) -> None:
 
 
 def losses_of(model: nn.Module, number: int):
-    """A loss on the logits and maps of one text, and the record."""
+    """A loss of the logits, maps and values of one text, and the record."""
     from tests.helpers import tiny
 
-    row = tiny.problems(2)[number]
-    spans = segment(row["question"], row["rationale"])
+    problem = tiny.problems(2)[number]
+    spans = segment(problem["question"], problem["rationale"])
     tokenizer = tiny.tokenizer()
     with capture(model, plan(spans, tokenizer), values=True) as record:
         out = model(**tokenizer(spans.text, return_tensors="pt"), use_cache=False)

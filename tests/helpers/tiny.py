@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers and word problems, made offline, for tests that take seconds."""
+"""Tiny random models, tokenizers, word problems and plans, built offline, for tests that take seconds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from molsaki_kernels import StepPlan
+
 SPECIAL = ["<|pad|>", "<|end|>"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Models this small lose more to threads than they gain, most of all where tests share the machine."""
+    """Threads make models this small slower, most of all if several tests run on the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +54,7 @@ def model(layers: int = 2, vocab: int = 258, seed: int = 0, **options) -> LlamaF
 
 
 def problems(count: int) -> list[dict]:
-    """Word problems with a rationale of two steps: rows as the JSON lines hold them."""
+    """Word problems with a rationale of two steps, as the objects of a JSON lines file."""
     rows = []
     for i in range(count):
         a, b, c = 3 + i % 7, 2 + i % 5, 1 + i % 3
@@ -78,3 +80,10 @@ def save(folder: Path, layers: int, tok: PreTrainedTokenizerFast | None = None, 
     model(layers, len(tok), seed, **options).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
+
+
+def plan_of(*shapes: tuple[int, int]) -> StepPlan:
+    """A plan of sequences with these numbers of steps and words."""
+    return StepPlan.from_spans(
+        [[(2 * s, 2 * s + 2) for s in range(S)] for S, _ in shapes], [[[w] for w in range(W)] for _, W in shapes]
+    )

@@ -1,4 +1,4 @@
-"""The heads of real architectures, their cross-entropy in chunks, and which models can pack."""
+"""The heads of real architectures and their cross-entropy in chunks."""
 
 from __future__ import annotations
 
@@ -13,50 +13,30 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from molsaki.batches.data import Collator, Example, Side, prepare
+from molsaki.batches.batch import TextBatch
+from molsaki.batches.collator import Collator
+from molsaki.batches.dataset import prepare
+from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import TextOptions
-from molsaki.modeling import forward
-from molsaki.modeling.forward import Head, _CrossEntropy, can_branch, can_pack, causal_model, label_logits, model_inputs
+from molsaki.modeling import lm_head
+from molsaki.modeling.lm_head import Head, _CrossEntropy, label_logits
+from molsaki.text.examples import Example
 from tests.helpers import tiny
+from tests.helpers.architectures import HEADS, make_headed
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.tiny import one_thread  # noqa: F401
 
-SMALL = dict(
-    vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-)  # fmt: skip
-HEADS = {
-    "Llama": dict(tie_word_embeddings=True),
-    "Qwen2": dict(tie_word_embeddings=False),
-    "Gemma2": dict(final_logit_softcapping=3.0),
-    "Cohere2": dict(logit_scale=0.25),
-    "Granite": dict(logits_scaling=4.0),
-    "Phi": dict(),  # a head with a bias
-}
 
-
-def make(name: str, dtype: torch.dtype = torch.float32, **more) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = getattr(transformers, name + "Config")(**SMALL | HEADS.get(name, {}) | more)
-    model = getattr(transformers, name + "ForCausalLM")(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(10)  # logits large enough for a softcap to bend them
-    if model.get_output_embeddings().bias is not None:
-        model.get_output_embeddings().bias.data.normal_()
-    return model.to(dtype).eval()
-
-
-def tasks(packing: bool) -> list[dict]:
+def tasks(packing: bool) -> list[TextBatch]:
     tokenizer = tiny.tokenizer()
     examples = [Example(r["id"], r["question"], r["rationale"], r["answer"]) for r in tiny.problems(3)]
-    data = prepare(examples, TextOptions(), Side(tokenizer, "plain", None))
-    return Collator(0, packing=packing)([data[n] for n in range(3)])["tasks"]
+    data = prepare(examples, TextOptions(), TokenizerSpec(tokenizer, "plain", None))
+    return Collator(0, packing=packing)([data[n] for n in range(3)]).student
 
 
-def hidden_of(model, task: dict) -> torch.Tensor:
+def hidden_of(model, task: TextBatch) -> torch.Tensor:
     model.set_attn_implementation("molsaki")
-    return model.base_model(**model_inputs(task))[0].flatten(0, 1)[task["index"]]
+    return model.base_model(**task.model_inputs())[0].flatten(0, 1)[task.index]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -65,15 +45,15 @@ def test_chunks_give_the_loss_and_gradients_of_all_logits(name, monkeypatch):
     upstream = torch.rand(10**4, dtype=torch.float64)
     results = []
     for dtype, own in ((torch.float64, True), (torch.float32, True), (torch.float32, False)):
-        model, (task,) = make(name, dtype), tasks(True)
-        labels = task["targets"]
+        model, (task,) = make_headed(name, dtype), tasks(True)
+        labels = task.targets
         if own:
             model.set_attn_implementation("molsaki")
             loss = F.cross_entropy(label_logits(model, task), labels, reduction="none")
         else:
             head = Head.of(model)
             assert head is not None
-            monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * 50)
+            monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * 50)
             loss = head.cross_entropy(model, hidden_of(model, task), labels)
         (loss * upstream[: len(loss)].to(dtype)).sum().backward()
         results.append({"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()})
@@ -92,9 +72,9 @@ class Squashed(torch.nn.Linear):
 def headed(kind: str, dtype: torch.dtype):
     """A model and its head: one of `HEADS`, or a head whose logits others may have."""
     if kind in HEADS:
-        model = make(kind, dtype)
+        model = make_headed(kind, dtype)
         return model, Head.of(model)
-    model = make("Qwen2", dtype, tie_word_embeddings=False)
+    model = make_headed("Qwen2", dtype, tie_word_embeddings=False)
     if kind == "squashed":
         model.set_output_embeddings(Squashed(32, 258, dtype=dtype))
     if kind == "lora":
@@ -113,7 +93,7 @@ def pytorchs(head: Head, model, hidden: torch.Tensor, labels: torch.Tensor) -> t
 @pytest.mark.parametrize("kind", [*HEADS, "squashed", "lora"])
 def test_cross_entropy_in_the_memory_of_the_logits(kind, chunks, monkeypatch):
     """Losses, and gradients of labels that weigh differently, in float64 and in bfloat16 autocast."""
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * -(-40 // chunks))
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * -(-40 // chunks))
     rows, upstream = torch.randn(40, 32, dtype=torch.float64), torch.rand(40)
     labels = torch.randint(258, (40,))
     results = []
@@ -134,7 +114,7 @@ def test_cross_entropy_in_the_memory_of_the_logits(kind, chunks, monkeypatch):
 
 
 def test_logits_that_a_hook_keeps_stay_theirs():
-    model = make("Qwen2")
+    model = make_headed("Qwen2")
     kept = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: kept.append(out))
     hidden = torch.randn(5, 32)
@@ -157,7 +137,7 @@ def test_logits_of_minus_infinity():
 
 
 def test_no_labels():
-    model, hidden = make("Llama"), torch.randn(0, 32, requires_grad=True)
+    model, hidden = make_headed("Llama"), torch.randn(0, 32, requires_grad=True)
     loss = Head().cross_entropy(model, hidden, torch.zeros(0, dtype=torch.long))
     loss.sum().backward()
     assert loss.shape == (0,) and hidden.grad.shape == (0, 32)
@@ -167,9 +147,9 @@ def test_no_labels():
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_a_second_backward_is_refused(chunks, hooks, monkeypatch):
-    """Also where hooks hand out the saved tensors, so that autograd does not see that they changed."""
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * (8 // chunks))
-    model, hidden = make("Llama"), torch.randn(8, 32, requires_grad=True)
+    """Also if hooks return the saved tensors, so that autograd does not detect that they changed."""
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * (8 // chunks))
+    model, hidden = make_headed("Llama"), torch.randn(8, 32, requires_grad=True)
     same = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with same if hooks else contextlib.nullcontext():
         loss = Head().cross_entropy(model, hidden, torch.arange(8)).sum()
@@ -179,7 +159,7 @@ def test_a_second_backward_is_refused(chunks, hooks, monkeypatch):
 
 
 def test_a_gradient_of_the_gradient_is_refused():
-    model, hidden = make("Llama"), torch.randn(8, 32, requires_grad=True)
+    model, hidden = make_headed("Llama"), torch.randn(8, 32, requires_grad=True)
     loss = Head().cross_entropy(model, hidden, torch.arange(8)).sum()
     with pytest.raises(RuntimeError, match="create_graph=True is refused"):
         torch.autograd.grad(loss, hidden, create_graph=True)
@@ -187,7 +167,7 @@ def test_a_gradient_of_the_gradient_is_refused():
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
 def test_compiled(kind, monkeypatch):
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * 4)
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * 4)
     (model, head), labels, results = headed(kind, torch.float32), torch.arange(8), []
     for function in (head.cross_entropy, torch.compile(head.cross_entropy, backend="aot_eager")):
         hidden = torch.linspace(-1, 1, 8 * 32).view(8, 32).requires_grad_()
@@ -199,11 +179,11 @@ def test_compiled(kind, monkeypatch):
 
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_memory_is_that_of_one_chunk(chunks, monkeypatch, tmp_path):
-    """What the allocator of a CPU says: without the weight's gradients no other buffer is of the logits' size."""
-    model, hidden = make("Llama", vocab_size=1 << 13), torch.randn(384, 32, requires_grad=True)
+    """By the CPU allocator's record: without the weight's gradients no other buffer has the size of the logits."""
+    model, hidden = make_headed("Llama", vocab_size=1 << 13), torch.randn(384, 32, requires_grad=True)
     labels = torch.randint(1 << 13, (384,))
     chunk = 4 * (1 << 13) * 384 // chunks
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", chunk // 4)
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", chunk // 4)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         Head().cross_entropy(model.requires_grad_(False), hidden, labels).sum().backward()
     profile.export_chrome_trace(str(tmp_path / "trace"))
@@ -223,11 +203,11 @@ def test_what_the_fused_kernel_is_given(name, monkeypatch):
 
     functional = types.SimpleNamespace(liger_fused_linear_cross_entropy=stand_in)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
-    model, (task,) = make(name, torch.float64), tasks(True)
+    model, (task,) = make_headed(name, torch.float64), tasks(True)
     grads = []
     for fused in (False, True):
         model.zero_grad()
-        loss = Head.of(model).cross_entropy(model, hidden_of(model, task), task["targets"], fused)
+        loss = Head.of(model).cross_entropy(model, hidden_of(model, task), task.targets, fused)
         (loss * torch.linspace(0, 1, len(loss))).sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
@@ -236,14 +216,14 @@ def test_what_the_fused_kernel_is_given(name, monkeypatch):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_only_labels_are_projected_and_few_at_a_time(packing, monkeypatch):
-    model = make("Llama")
+    model = make_headed("Llama")
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.numel()))
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 258 * 50)
+    monkeypatch.setattr(lm_head, "LOGITS_AT_ONCE", 258 * 50)
     for task in tasks(packing):
-        count, head = sum(task["counts"]), Head.of(model)
+        count, head = sum(task.counts), Head.of(model)
         seen.clear()
-        loss = head.cross_entropy(model, hidden_of(model, task), task["targets"])
+        loss = head.cross_entropy(model, hidden_of(model, task), task.targets)
         assert sum(seen) == count * 258 and max(seen) <= 258 * 50
         assert len(seen) == -(-count // 50)
         kept = seen[-1]  # the last chunk is not computed again
@@ -258,52 +238,24 @@ def test_a_head_of_another_kind_is_left_to_the_model():
             out.logits = out.logits / 2
             return out
 
-    model = Halved(make("Llama").config).eval()
+    model = Halved(make_headed("Llama").config).eval()
     assert Head.of(model) is None
     for packing in (False, True):
         for task in tasks(packing):
             model.set_attn_implementation("molsaki" if packing else "sdpa")
-            whole = model(**model_inputs(task)).logits.flatten(0, 1)[task["index"]]
+            whole = model(**task.model_inputs()).logits.flatten(0, 1)[task.index]
             torch.testing.assert_close(label_logits(model, task), whole)
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_decoders_can_pack(name):
-    model = make(name).train()
-    assert can_pack(model)
-    assert model.training and model.config._attn_implementation == "sdpa"
-    assert all(module.training for module in model.modules())
-
-
-def test_a_model_that_mixes_the_texts_of_a_row_cannot():
-    model = make("Llama")
-
-    class Mixing(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):  # a convolution over two tokens
-            return self.inner(x) + 0.1 * F.pad(x, (0, 0, 1, 0))[:, :-1]
-
-    model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
-    assert not can_pack(model)
-    assert not can_branch(model)
-
-
 def test_fused_cross_entropy_says_why_not():
-    assert not forward.use_fused("torch", torch.device("cuda"))
-    assert not forward.use_fused("auto", torch.device("cpu"))
+    assert not lm_head.use_fused("torch", torch.device("cuda"))
+    assert not lm_head.use_fused("auto", torch.device("cpu"))
     wanted = "CUDA device" if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
     with pytest.raises(ValueError, match=f"fused_cross_entropy: liger cannot be used: .*{wanted}"):
-        forward.use_fused("liger", torch.device("cpu"))
+        lm_head.use_fused("liger", torch.device("cpu"))
 
 
-def test_the_model_inside_a_wrapper():
+def test_the_head_inside_a_wrapper():
     peft = pytest.importorskip("peft")
-    model = make("Llama")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
-    assert causal_model(wrapped) is model
-    assert Head.of(wrapped) == Head()
-    assert can_pack(wrapped)
-    assert can_branch(wrapped)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    assert Head.of(peft.get_peft_model(make_headed("Llama"), config)) == Head()

@@ -6,107 +6,21 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 import molsaki
 from molsaki_kernels import StepPlan, ops
 from molsaki_kernels._native import build as library
-from molsaki_kernels.reference import pool_values, reduce_weights
-
-TRANSFORMERS = int(transformers.__version__.split(".")[0])
-
-SMALL = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
+from molsaki_kernels.reference import pool_values
+from tests.helpers.architectures import (  # noqa: F401
+    ARCHITECTURES,
+    TRANSFORMERS,
+    batch,
+    eager,
+    make,
+    objective,
+    relative,
+    skip_gpt2_before_transformers_5,
 )
-HALF = ["sliding_attention", "full_attention"] * 2
-NO_KV = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
-
-ARCHITECTURES = {
-    "Llama": SMALL,
-    "Mistral": SMALL | dict(sliding_window=9),
-    "Qwen2": {k: v for k, v in SMALL.items() if k != "head_dim"}
-    | dict(use_sliding_window=True, sliding_window=9, max_window_layers=2, layer_types=HALF),
-    "Qwen3": SMALL,
-    "Gemma2": SMALL | dict(sliding_window=9, attn_logit_softcapping=5.0, query_pre_attn_scalar=16, layer_types=HALF),
-    "Gemma3Text": SMALL | dict(sliding_window=9, query_pre_attn_scalar=16, layer_types=HALF),
-    "Phi3": {k: v for k, v in SMALL.items() if k != "head_dim"} | dict(sliding_window=9),
-    "GPT2": dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=128, attn_pdrop=0.0, resid_pdrop=0.0,
-                 embd_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0),
-    "GPTNeoX": NO_KV,
-    "Olmo2": {k: v for k, v in SMALL.items() if k != "head_dim"},
-    "SmolLM3": {k: v for k, v in SMALL.items() if k != "head_dim"} | dict(no_rope_layers=[1, 1, 0, 1]),
-    "Granite": {k: v for k, v in SMALL.items() if k != "head_dim"} | dict(attention_multiplier=0.3),
-    "Cohere2": SMALL | dict(sliding_window=9, layer_types=HALF),
-    "GptOss": SMALL | dict(sliding_window=9, num_local_experts=2, num_experts_per_tok=1, layer_types=HALF),
-}  # fmt: skip
-
-
-def make(name: str, dtype: torch.dtype = torch.float64, **overrides):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**(ARCHITECTURES[name] | overrides))
-    suffix = {"GPT2": "LMHeadModel", "Gemma3Text": "ForCausalLM"}.get(name, "ForCausalLM")
-    model = getattr(transformers, {"Gemma3Text": "Gemma3"}.get(name, name) + suffix)
-    model = model(config).to(dtype)
-    for parameter in model.parameters():  # norms and sinks away from their trivial initial values
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    if name == "GptOss" and dtype == torch.float64 and TRANSFORMERS > 4:
-        model.set_experts_implementation("eager")  # the grouped product takes no float64
-    return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def skip_gpt2_before_transformers_5(request):
-    if TRANSFORMERS < 5 and "GPT2" in request.node.name and "generate" not in request.node.name:
-        pytest.skip("transformers 4's GPT-2 hands no extra keywords to its attention")
-
-
-def batch(lengths=(40, 29)):
-    torch.manual_seed(1)
-    M = max(lengths)
-    ids = torch.randint(3, 61, (len(lengths), M))
-    mask = torch.zeros_like(ids)
-    for n, length in enumerate(lengths):
-        mask[n, :length] = 1
-    plan = StepPlan.from_spans(
-        [[(1, 13), (13, 20), (22, 40)], [(0, 12), (12, 29)]],
-        [[[3], [15, 16], [0], [31]], [[25], [4, 5, 6]]],
-    )
-    return dict(input_ids=ids, attention_mask=mask), plan
-
-
-def objective(maps: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    g = torch.Generator().manual_seed(2)
-    weight = torch.randn(maps.shape, generator=g, dtype=torch.float64)
-    logit_weight = torch.randn(logits.shape, generator=g, dtype=torch.float64)
-    return (maps * weight).sum() + (logits * logit_weight * mask[..., None]).sum()
-
-
-def softmax_in_float64(x, dim=None, _stacklevel=3, dtype=None):
-    return x.softmax(dim)
-
-
-def eager(model, inputs, plan):
-    """Maps reduced by hand from the model's own weights. Its softmax, float32 by itself, is kept in the model's dtype:
-    in a float64 model the mask's most negative number would become -inf there, and padding rows NaN."""
-    model.set_attn_implementation("eager")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "softmax", softmax_in_float64)
-        out = model(**inputs, output_attentions=True)
-    return torch.stack([reduce_weights(weights.double(), plan) for weights in out.attentions], 1), out.logits
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -399,7 +313,7 @@ def test_capture_through_a_wrapper():
 
 
 def test_a_real_causality():
-    """The first row of the first layer's map is its own token only: nothing after it leaks in."""
+    """The first step, one token, attends to itself alone; no later token leaks in."""
     model = make("Llama")
     inputs, _ = batch()
     plan = StepPlan.from_spans([[(0, 1), (1, 40)]] * 2, [[[0], [20]]] * 2)
