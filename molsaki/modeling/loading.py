@@ -1,35 +1,39 @@
-"""Loads causal language models and their tokenizers, with errors that name the flag at fault."""
+"""Loads causal language models and tokenizers and prepares them for training; errors name the flag at fault."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-from typing import Literal
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, with a padding token; ``flag`` is what error messages call it.
+    """The tokenizer of a folder or hub name, with a padding token; error messages call it ``flag``.
 
     Raises:
         ValueError: there is none, or it gives no character offsets.
     """
-    tokenizer = _load(AutoTokenizer, name, flag)
+    tokenizer = cast(PreTrainedTokenizerBase, _load(AutoTokenizer, name, flag))
     check_tokenizer(tokenizer, flag)
     return tokenizer
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str = "tokenizer") -> None:
-    """Refuse a tokenizer without offsets or end token; give one without a padding token its end token for it."""
+    """Refuse a tokenizer without offsets or end token. One without a padding token gets its end token for it."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"{flag}: {type(tokenizer).__name__} gives no character offsets; expected a fast tokenizer (tokenizer.json)"
@@ -44,15 +48,15 @@ def load_model(
     name: str,
     flag: str = "model",
     dtype: str = "auto",
-    device_map: str | dict | None = None,
+    device_map: str | dict[str, Any] | None = None,
     quantize: Literal["none", "8bit", "4bit"] = "none",
 ) -> PreTrainedModel:
-    """The causal language model of a folder or hub name, in evaluation mode; ``flag`` names it in error messages.
+    """The causal language model of a folder or hub name, in evaluation mode; error messages call it ``flag``.
 
     Args:
         dtype: ``"auto"`` for the checkpoint's own, or a torch dtype's name.
-        device_map: as in ``from_pretrained``, or the same as JSON; on the CPU if None and not quantised.
-        quantize: bits of the weights of linear layers, by bitsandbytes; 4 are its NF4.
+        device_map: as in ``from_pretrained``, or the same as JSON; the CPU if None and not quantised.
+        quantize: bits of the weights of linear layers, by bitsandbytes; 4 means its NF4.
 
     Raises:
         ValueError: there is no such model, or bitsandbytes cannot run on this machine's devices.
@@ -68,20 +72,63 @@ def load_model(
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError(f"--quantize: {quantize} needs the package bitsandbytes, which is not installed")
         compute = torch.bfloat16 if dtype == "auto" else options["dtype"]
-        options["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if quantize == "8bit"
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-        )
-    return _load(AutoModelForCausalLM, name, flag, **options).eval()
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+        bits = {"load_in_8bit": True} if quantize == "8bit" else four
+        options["quantization_config"] = BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
+    model = cast(PreTrainedModel, _load(AutoModelForCausalLM, name, flag, **options))
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
-def context_length(model_config) -> int | None:
-    """The longest text in tokens that a model with this config was made for, if it says so."""
+def load_both(
+    model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None, name: str | None, flag: str, dtype: str
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A model and its tokenizer; those that are not given are loaded from ``name``."""
+    if model is None:
+        if name is None:
+            raise ValueError(f"{flag}: required: a folder or hub name, or the model itself from Python")
+        model = load_model(name, flag, dtype)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name or str(model.name_or_path), flag)
+    check_tokenizer(tokenizer, flag)
+    return model, tokenizer
+
+
+def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targets: list[str]) -> nn.Module:
+    """The model with LoRA adapters of this rank, which alone are trained.
+
+    Raises:
+        ImportError: the package peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ImportError("--lora_rank: needs the package peft, which is not installed") from None
+    modules = targets[0] if targets == ["all-linear"] else targets
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
+    return cast(nn.Module, get_peft_model(cast(PreTrainedModel, model), lora))
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Exclude from training the parameters in whose names one of these regular expressions is found.
+
+    Raises:
+        ValueError: a pattern is found in no name.
+    """
+    for pattern in patterns:
+        found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+        if not found:
+            raise ValueError(f"--freeze: {pattern!r} is the name of no parameter of the student")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+def context_length(model_config: PretrainedConfig) -> int | None:
+    """The longest text in tokens for which a model was made, if its config says so."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-def _load(auto_class, name: str, flag: str, **options):
+def _load(auto_class: Any, name: str, flag: str, **options: Any) -> Any:
     if not isinstance(name, str):
         raise TypeError(f"{flag}: expected a folder or hub name, got {type(name).__name__}")
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -1,7 +1,7 @@
-"""Every loss, a pure function of tensors that returns one number an example, ``(N,)``.
+"""The losses, as pure functions of tensors that return one number per example, ``(N,)``.
 
-Each example counts once: a loss is the mean over an example's own positions or steps, and the caller averages over
-examples, so that accumulation, batching and processes change nothing.
+A loss is the mean over the example's own positions or steps, and the caller averages over examples. So every example
+counts once, however examples are divided into batches, accumulation steps and processes.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molsaki.batches.batch import IGNORE
 from molsaki_kernels import StepPlan
 
-IGNORE = -100  # of a position without a label
-NO_MASS = 1e-8  # normalise="sum": shares below this are taken for this
+NO_MASS = 1e-8  # normalise="sum": smaller shares count as this
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, the mean over an example's labels; 0 for an example without any (L_pre, L_exp of Eq. 7).
 
     Args:
-        logits: ``(N, P, V)``, any floating dtype; position p predicts ``labels[:, p]`` (shifting is the caller's). Or
-            only the rows that have a label, in order, ``(n, V)``.
-        labels: ``(N, P)``, -100 where there is none.
+        logits: ``(N, P, V)``, any floating dtype; position p predicts ``labels[:, p]``, so the caller shifts. Or of
+            the n labelled positions alone, in order, ``(n, V)``.
+        labels: ``(N, P)``, -100 at positions without a label.
     """
-    rows = _at_least_float32(_labelled("logits", logits, labels))
-    return per_example(F.cross_entropy(rows, labels[labels != IGNORE], reduction="none"), labels)
+    labelled = at_least_float32(_labelled("logits", logits, labels))
+    return per_example(F.cross_entropy(labelled, labels[labels != IGNORE], reduction="none"), labels)
 
 
 def per_example(values: Tensor, labels: Tensor) -> Tensor:
     """The mean over each example's labels, ``(N,)``; 0 for an example without any.
 
     Args:
-        values: ``(n,)``, one for each label that is not -100, in order.
+        values: ``(n,)``, one per label that is not -100, in order.
         labels: ``(N, P)``.
     """
     mask = labels != IGNORE
@@ -43,15 +43,15 @@ def per_example(values: Tensor, labels: Tensor) -> Tensor:
 def attention(
     student: Tensor, teacher: Tensor, plan: StepPlan, normalise: str = "softmax", causal_words: bool = False
 ) -> Tensor:
-    """Eq. 6: KL(teacher row || student row) of each step's distribution over words, the mean over steps and pairs K.
+    """Eq. 6: KL(teacher || student) of each step's distribution over words, the mean over steps and pairs K.
 
     Args:
         student, teacher: ``(N, K, S, W)`` mixed maps; the teacher gets no gradient.
-        plan: which steps and words are real. An example without words has loss 0.
-        normalise: "softmax" over the words (the paper's), or "sum", which divides by a row's mass; a step on which the
-            teacher puts no mass is left out then.
-        causal_words: leave out of a step's row the words that begin after its last token, and steps without any
-            other. The plan is the student's; both sides' words come in the same order in the text.
+        plan: of the student's tokens; its masks exclude padding. An example without words has loss 0.
+        normalise: how a step's masses become a distribution: "softmax" over the words (the paper's), or "sum", which
+            divides by their sum and excludes steps for which the teacher's sum is 0.
+        causal_words: exclude from each step the words that begin after its last token, and steps with no other word.
+            Both sides have the words in the same order.
     """
     if student.shape != teacher.shape or student.dim() != 4:
         raise ValueError(
@@ -65,7 +65,7 @@ def attention(
     if normalise not in ("softmax", "sum"):
         raise ValueError(f'normalise: expected "softmax" or "sum", got {normalise!r}')
     teacher = teacher.detach().to(student.dtype)
-    words = plan.step_mask[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): what takes part
+    words = plan.step_mask[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): the entries that count
     if causal_words:
         words = words & (first_tokens(plan)[:, None, :] < plan.steps[:, :, 1:])
     words = words[:, None]
@@ -79,14 +79,14 @@ def attention(
 
 
 def _softmax_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> Tensor:
-    """``(N, K, S)``. A lowest number in place of -inf keeps rows without words, and their gradient, finite."""
+    """``(N, K, S)``. The lowest number instead of -inf keeps steps without words, and their gradient, finite."""
     lowest = torch.finfo(student.dtype).min
     log_student, log_teacher = (x.masked_fill(~words, lowest).log_softmax(-1) for x in (student, teacher))
     return torch.where(words, log_teacher.exp() * (log_teacher - log_student), 0).sum(-1)
 
 
 def _share_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """``(N, K, S)`` and which of them count."""
+    """``(N, K, S)``, and a mask of the steps that count."""
     student, teacher = (torch.where(words, x, 0) for x in (student, teacher))
     mass = teacher.sum(-1, keepdim=True)
     p = teacher / mass.clamp_min(NO_MASS)
@@ -95,7 +95,7 @@ def _share_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> tuple[
 
 
 def first_tokens(plan: StepPlan) -> Tensor:
-    """``(N, W)``: the position of each word's first token; past every position for a word without tokens."""
+    """``(N, W)``: the position of each word's first token; beyond every position for a word without tokens."""
     never = torch.iinfo(torch.int64).max
     first = torch.full(plan.word_mask.shape, never, device=plan.device)
     is_token = plan.word_of_token >= 0
@@ -108,15 +108,16 @@ def first_tokens(plan: StepPlan) -> Tensor:
 def mutual_information(
     predict_logits: Tensor, predict_labels: Tensor, explain_logits: Tensor, explain_labels: Tensor
 ) -> Tensor:
-    """Cross-entropy in nats between what the two tasks predict (Chen et al. 2024, arXiv 2403.03348).
+    """Cross-entropy in nats between the predictions of both tasks (Chen et al. 2024, arXiv 2403.03348).
 
-    The paper maximises the mutual information of the answer task and the rationale task by a cross-entropy between the
-    two predictions. Read here as: each task's distribution over the vocabulary, averaged over its labelled positions,
-    ``- sum_v p_predict[v] log p_explain[v]``.
+    The paper maximises the mutual information of the answer task and the rationale task by a cross-entropy between
+    their predictions. Here it is ``- sum_v p_predict[v] log p_explain[v]``, where each p is a task's distribution over
+    the vocabulary, averaged over its labelled positions.
 
     Args:
-        predict_logits, explain_logits: ``(N, P, V)`` and ``(N, P', V)``, or the rows with labels, ``(n, V)`` and
-            ``(n', V)``. The labels: ``(N, P)`` and ``(N, P')``.
+        predict_logits, explain_logits: ``(N, P, V)`` and ``(N, P', V)``, or of the labelled positions alone, ``(n, V)``
+            and ``(n', V)``.
+        predict_labels, explain_labels: ``(N, P)`` and ``(N, P')``, -100 at positions without a label.
     """
     if predict_logits.shape[-1] != explain_logits.shape[-1]:
         raise ValueError(
@@ -129,7 +130,7 @@ def mutual_information(
         ("explain_logits", explain_logits, explain_labels),
     ):
         mask = labels != IGNORE
-        log_p = _at_least_float32(_labelled(name, logits, labels)).log_softmax(-1)
+        log_p = at_least_float32(_labelled(name, logits, labels)).log_softmax(-1)
         spread = log_p.new_full((*labels.shape, log_p.shape[-1]), torch.finfo(log_p.dtype).min)
         spread = spread.masked_scatter(mask[..., None], log_p)
         log_means.append(spread.logsumexp(1) - mask.sum(1, keepdim=True).clamp_min(1).log())  # (N, V)
@@ -141,10 +142,10 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float 
     """KL(teacher || student) of softened predictions times T^2, the mean over labels (Mentor-KD, arXiv 2410.09037).
 
     Args:
-        student, teacher: ``(N, P, V)`` over one vocabulary, or the rows with labels, ``(n, V)``; the teacher gets no
-            gradient.
-        labels: ``(N, P)``, -100 where nothing is compared.
-        temperature: T.
+        student, teacher: ``(N, P, V)`` over one vocabulary, or of the labelled positions alone, ``(n, V)``; the teacher
+            gets no gradient.
+        labels: ``(N, P)``, -100 at positions that are not compared.
+        temperature: T, which divides both logits.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -154,7 +155,7 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float 
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     student, teacher = (
-        _at_least_float32(_labelled(name, x, labels)) / temperature
+        at_least_float32(_labelled(name, x, labels)) / temperature
         for name, x in (("student", student), ("teacher", teacher.detach()))
     )
     divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
@@ -162,14 +163,15 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float 
 
 
 def _labelled(name: str, x: Tensor, labels: Tensor) -> Tensor:
-    """The rows that have a label, ``(n, V)``: the vocabulary is wide, the others are many."""
+    """The logits of labelled positions, ``(n, V)``: selected first, since V is large and most positions have none."""
     if x.dim() == 3 and x.shape[:2] == labels.shape:
         return x[labels != IGNORE]
     if x.dim() == 2 and labels.dim() == 2:
         return x
     shapes = f"{tuple(x.shape)} and {tuple(labels.shape)}"
-    raise ValueError(f"{name}: expected (N, P, V) or the rows with labels (n, V), and labels (N, P); got {shapes}")
+    raise ValueError(f"{name}: expected (N, P, V) or (n, V) for the n labels, and labels (N, P); got {shapes}")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

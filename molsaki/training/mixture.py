@@ -1,8 +1,8 @@
-"""Which layers of the teacher teach which of the student: the Mixture of Layers (Eq. 4 and 5) and its controls.
+"""The Mixture of Layers (Eq. 4 and 5), which weighs the layers of both sides, and its controls, which pair them.
 
-Every kind is K pairs of weighted layers, ``p_t (N, K, Lt)`` and ``p_s (N, K, Ls)``, and the mixed maps are
-``A_k = sum_l p_kl A_l``. The paper's mixture has K = 1 and weights that depend on the example; the controls pair single
-layers, so their weights are one-hot and there is nothing to learn.
+Every kind has K pairs of weights over layers, ``p_t (N, K, Lt)`` and ``p_s (N, K, Ls)``, and the mixed maps are
+``A_k = sum_l p_kl A_l``. The paper's mixture has K = 1 and weights that depend on the example. The controls pair single
+layers: their weights are one-hot and are not trained.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from molsaki.training.losses import at_least_float32
 from molsaki_kernels import StepPlan
 
 KINDS = ("mixture", "single", "last", "uniform", "one_to_one", "reverse", "random")
@@ -26,22 +27,23 @@ class MixtureOfLayers(nn.Module):
 
     Args:
         num_teacher_layers, num_student_layers: Lt and Ls.
-        value_width: d, of a layer's pooled values.
-        kind: ``mixture`` (the paper's); ``single``, any one pair; ``last``, the last of both (MiniLM); ``uniform``,
-            student layer m to teacher layer m Lt / Ls, rounded, counting from 1 (TinyBERT); ``one_to_one``, equal
-            depths (MobileBERT); ``reverse``, uniform's teacher layers in reverse order; ``random``, a fixed draw.
+        value_width: d, the width of a layer's pooled values.
+        kind: ``mixture`` (the paper's); ``single``, any one pair; ``last``, the last layers of both (MiniLM);
+            ``uniform``, student layer m with teacher layer m Lt / Ls, rounded, counting from 1 (TinyBERT);
+            ``one_to_one``, equal depths (MobileBERT); ``reverse``, uniform's teacher layers in reverse order;
+            ``random``, teacher layers sampled once.
         router: ``joint``, one linear map from all layers' values ``(Ls d -> Ls)``; ``shared``, one ``(d -> 1)`` for
-            every layer and a bias for each.
+            all layers and a bias per layer.
         tau_t, tau_s: temperatures.
         teacher_scale: ``std`` divides G by its standard deviation over layers, so that tau_t means the same for
             every teacher.
-        value_heads, pooling: how the values were pooled (``pool_values``); kept with the router, since it has learnt
-            from one kind.
-        teacher_layer, student_layer: of ``single``; negative ones count from the end.
-        seed: of ``random``.
+        value_heads, pooling: how the values are pooled (``pool_values``); recorded because a trained router fits one
+            way only.
+        teacher_layer, student_layer: the layers of ``single``; negative numbers count from the end.
+        seed: the seed of ``random``.
 
     Raises:
-        ValueError: an argument is out of range, or ``one_to_one`` and the depths differ.
+        ValueError: an argument is out of range, or the depths differ under ``one_to_one``.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MixtureOfLayers(nn.Module):
         num_teacher_layers: int,
         num_student_layers: int,
         value_width: int,
+        *,
         kind: str = "mixture",
         router: Literal["joint", "shared"] = "joint",
         tau_t: float = 0.1,
@@ -87,14 +90,20 @@ class MixtureOfLayers(nn.Module):
         if kind == "mixture":
             self.router = {"joint": _JointRouter, "shared": _SharedRouter}[router](num_student_layers, value_width)
             return
-        pairs = layer_pairs(kind, num_teacher_layers, num_student_layers, teacher_layer, student_layer, seed)
+        pairs = layer_pairs(
+            kind,
+            num_teacher_layers,
+            num_student_layers,
+            teacher_layer=teacher_layer,
+            student_layer=student_layer,
+            seed=seed,
+        )
         teacher_layers, student_layers = ([pair[side] for pair in pairs] for side in (0, 1))
-        self.register_buffer(
-            "_teacher_pairs", torch.eye(num_teacher_layers)[teacher_layers], persistent=False
-        )  # (K, Lt)
-        self.register_buffer(
-            "_student_pairs", torch.eye(num_student_layers)[student_layers], persistent=False
-        )  # (K, Ls)
+        self.register_buffer("_teacher_pairs", _one_hot(teacher_layers, num_teacher_layers), persistent=False)
+        self.register_buffer("_student_pairs", _one_hot(student_layers, num_student_layers), persistent=False)
+
+    _teacher_pairs: Tensor  # (K, Lt)
+    _student_pairs: Tensor  # (K, Ls)
 
     @torch.no_grad()
     def teacher(self, maps: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
@@ -102,16 +111,16 @@ class MixtureOfLayers(nn.Module):
 
         Args:
             maps: ``(N, Lt, S, W)``.
-            plan: of the teacher's batch. An example with fewer than two words has uniform weights.
+            plan: of the teacher's tokens. An example with fewer than two words has uniform weights.
         """
         self._check("maps", maps, self.num_teacher_layers, plan)
-        maps = _at_least_float32(maps)
+        maps = at_least_float32(maps)
         if self.kind != "mixture":
             weights = self._teacher_pairs.to(maps).expand(maps.shape[0], -1, -1)
         else:
             scores = layer_scores(maps, plan)
             if self.teacher_scale == "std":
-                scores = scores / scores.std(-1, correction=0, keepdim=True).clamp_min(1e-6)  # alike: uniform weights
+                scores = scores / scores.std(-1, correction=0, keepdim=True).clamp_min(1e-6)  # equal: uniform weights
             weights = (scores / self.tau_t).softmax(-1)[:, None]
         return weights, _mix(weights, maps)
 
@@ -119,10 +128,11 @@ class MixtureOfLayers(nn.Module):
         """Weights ``(N, K, Ls)`` and mixed maps ``(N, K, S, W)`` of the student, differentiable (Eq. 5 and 6).
 
         Args:
-            maps: ``(N, Ls, S, W)``. values: ``(N, Ls, d)`` pooled values.
+            maps: ``(N, Ls, S, W)``.
+            values: ``(N, Ls, d)`` pooled values.
         """
         self._check("maps", maps, self.num_student_layers, plan)
-        maps = _at_least_float32(maps)
+        maps = at_least_float32(maps)
         if self.router is None:
             weights = self._student_pairs.to(maps).expand(maps.shape[0], -1, -1)
         else:
@@ -130,14 +140,14 @@ class MixtureOfLayers(nn.Module):
             if values.shape != expected:
                 raise ValueError(f"values: expected (N, Ls, d) = {expected}, got {tuple(values.shape)}")
             with torch.autocast(values.device.type, enabled=False):
-                logits = self.router(values.to(next(self.router.parameters()).dtype))
+                logits: Tensor = self.router(values.to(next(self.router.parameters()).dtype))
             weights = (logits / self.tau_s).softmax(-1)[:, None]
         return weights, _mix(weights, maps)
 
     def uniform(self, maps: Tensor) -> Tensor:
-        """The student's ``(N, Ls, S, W)`` maps at uniform weights, ``(N, K, S, W)``: what L_att would be untrained."""
+        """The student's maps ``(N, Ls, S, W)`` mixed with uniform weights, ``(N, K, S, W)``, as by a new router."""
         pairs = 1 if self.router is not None else len(self._student_pairs)
-        return _at_least_float32(maps).mean(1, keepdim=True).expand(-1, pairs, -1, -1)
+        return at_least_float32(maps).mean(1, keepdim=True).expand(-1, pairs, -1, -1)
 
     def _check(self, name: str, maps: Tensor, layers: int, plan: StepPlan) -> None:
         expected = (len(plan), layers, plan.num_steps, plan.num_words)
@@ -161,7 +171,7 @@ class _JointRouter(nn.Module):
 
 
 class _SharedRouter(nn.Module):
-    """``logits_l = w . h_l + b_l``, one w ``(d,)`` for every layer."""
+    """``logits_l = w . h_l + b_l``, one w ``(d,)`` for all layers."""
 
     def __init__(self, layers: int, width: int):
         super().__init__()
@@ -173,7 +183,7 @@ class _SharedRouter(nn.Module):
 
 
 def layer_scores(maps: Tensor, plan: StepPlan) -> Tensor:
-    """Eq. 4's G, ``(N, L)``: the mean over steps and neighbouring words of ``|A[s, w+1] - A[s, w]|``; 0 without any.
+    """Eq. 4's G, ``(N, L)``: the mean of ``|A[s, w+1] - A[s, w]|`` over steps and words; 0 for fewer than two words.
 
     Args:
         maps: ``(N, L, S, W)``; only the plan's valid steps and words count.
@@ -186,9 +196,9 @@ def layer_scores(maps: Tensor, plan: StepPlan) -> Tensor:
 
 
 def layer_pairs(
-    kind: str, teacher: int, student: int, teacher_layer: int = -1, student_layer: int = -1, seed: int = 0
+    kind: str, teacher: int, student: int, *, teacher_layer: int = -1, student_layer: int = -1, seed: int = 0
 ) -> list[tuple[int, int]]:
-    """The pairs (teacher layer, student layer), from 0, of a kind other than ``mixture``."""
+    """The pairs (teacher layer, student layer), counting from 0, of a kind other than ``mixture``."""
     students = range(student)
     if kind == "single":
         return [(_layer("teacher_layer", teacher_layer, teacher), _layer("student_layer", student_layer, student))]
@@ -202,8 +212,8 @@ def layer_pairs(
         return [(m, m) for m in students]
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(max(teacher, student), generator=generator)[:student] % teacher
-        return list(zip(drawn.tolist(), students, strict=True))
+        sampled = torch.randperm(max(teacher, student), generator=generator)[:student] % teacher
+        return list(zip(sampled.tolist(), students, strict=True))
     spread = [max((2 * m * teacher + student) // (2 * student), 1) - 1 for m in range(1, student + 1)]
     return list(zip(spread if kind == "uniform" else spread[::-1], students, strict=True))
 
@@ -219,5 +229,6 @@ def _mix(weights: Tensor, maps: Tensor) -> Tensor:
         return torch.einsum("nkl,nlsw->nksw", weights.to(maps.dtype), maps)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _one_hot(layers: list[int], count: int) -> Tensor:
+    """``(K, count)`` float32, 1 at each of K layers."""
+    return nn.functional.one_hot(torch.tensor(layers), count).float()

@@ -1,171 +1,64 @@
-"""``DistillTrainer``: transformers' ``Trainer`` around a :class:`Distiller`, the student and its router in one module.
-
-A checkpoint is a Hugging Face folder of the student (or of its LoRA adapter) plus ``router.safetensors``, and
-``sealed.json``, which is written last and holds a checksum of every other file. The exported student has neither.
-"""
+"""``DistillTrainer``: transformers' ``Trainer`` around a :class:`~molsaki.training.distiller.Distiller`."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from molsaki.batches.data import Collator, DistillDataset, Example, Side, prepare, read_examples
+from molsaki.batches.batch import Batch
+from molsaki.batches.collator import Collator
+from molsaki.batches.dataset import DistillDataset, prepare
+from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import DistillConfig, require
-from molsaki.modeling.forward import Head, can_branch, can_pack, causal_model, label_logits, model_inputs, use_fused
-from molsaki.modeling.hooks import NAME, Record, capture
-from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
-from molsaki.teacher.extract import describe, mixture_of, probe, teacher_maps
-from molsaki.teacher.store import Store
-from molsaki.training import losses
-from molsaki.training.mixture import MixtureOfLayers
-from molsaki_kernels import StepPlan
+from molsaki.modeling.attention_hook import NAME
+from molsaki.modeling.lm_head import label_logits
+from molsaki.modeling.loading import add_lora, context_length, freeze, load_both
+from molsaki.modeling.packing_probe import can_pack, can_share_prefix
+from molsaki.teacher.fingerprints import describe
+from molsaki.teacher.map_store import Store
+from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
+from molsaki.text.examples import Example, read_examples
+from molsaki.training.checkpoints import (
+    CONFIG,
+    ROUTER,
+    WEIGHTS_LOG,
+    checkpoints,
+    cut_weights_log,
+    last_checkpoint,
+    seal,
+    step_of,
+)
+from molsaki.training.distiller import Distiller
+from molsaki.training.objectives import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 
-ROUTER, SEAL, WEIGHTS_LOG, CONFIG = "router.safetensors", "sealed.json", "layer_weights.jsonl", "distill.json"
-SIDES = ("teacher", "student")
-
-
-class Distiller(nn.Module):
-    """The student and, for ``objective="molsaki"``, the mixture with its router; the forward computes every loss.
-
-    Args:
-        student: a causal language model, or a PEFT model around one.
-        mixture: the layer weights of both sides; None for the other objectives.
-        config: the objective and its weights.
-    """
-
-    accepts_loss_kwargs = True  # tells Trainer that the losses are weighed by examples, see DistillTrainer.compute_loss
-
-    def __init__(self, student: nn.Module, mixture: MixtureOfLayers | None, config: DistillConfig):
-        super().__init__()
-        self.student = student
-        self.mixture = mixture
-        self.options = config
-        self.head = Head.of(student)
-        self.fused = use_fused(config.fused_cross_entropy, config.device)
-
-    @property
-    def config(self):
-        """The student's model config, which trackers log and DeepSpeed reads."""
-        return self.student.config
-
-    @property
-    def _no_split_modules(self):
-        """The student's decoder layers, which FSDP shards one by one."""
-        return self.student._no_split_modules
-
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        self.student.gradient_checkpointing_enable(**kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.student.gradient_checkpointing_disable()
-
-    def forward(
-        self,
-        tasks: list[dict],
-        plan: StepPlan,
-        teacher_map: Tensor | None = None,
-        teacher_weights: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """All losses of a batch of N examples, as :class:`molsaki.data.Collator` makes them.
-
-        Args:
-            tasks: the texts of explain and predict, or of predict alone for ``vanilla``.
-            teacher_map: ``(N, K, S, W)`` with ``teacher_weights (N, K, Lt)``, for ``molsaki``.
-            teacher_logits: ``(n, V)`` for the n labels of explain, for ``logits``.
-
-        Returns:
-            ``(N,)`` each: ``loss``, the objective's; detached, its parts and what else is logged. For ``molsaki`` also
-            ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
-        """
-        options = self.options
-        record, found, labels = None, [], []
-        for task in tasks:
-            if options.objective == "molsaki" and "plan" in task:
-                record, rows = self._captured(task)
-            else:
-                rows = self._rows(task)
-            counts = [sum(task["counts"][n : n + len(plan)]) for n in range(0, len(task["counts"]), len(plan))]
-            found += rows.split(counts)  # of explain, predict
-            labels += task["labels"].split(len(plan))
-        entropies = [
-            losses.per_example(rows, label) if rows.dim() == 1 else losses.cross_entropy(rows, label)
-            for rows, label in zip(found, labels, strict=True)
-        ]
-
-        loss_pre = entropies[-1]
-        out = {"loss": loss_pre, "loss_pre": loss_pre}
-        out |= {"steps_mean": plan.step_mask.sum(1), "words_mean": plan.word_mask.sum(1)}
-        out["without_words"] = (out["words_mean"] == 0).float()
-        if options.objective == "vanilla":
-            return _detached(out)
-        out["loss_exp"] = entropies[0]
-        out["loss"] = options.alpha * loss_pre + (1 - options.alpha) * out["loss_exp"]
-        if options.objective == "mmi":
-            out["loss_mmi"] = losses.mutual_information(found[1], labels[1], found[0], labels[0])
-            out["loss"] = out["loss"] + options.beta_mmi * out["loss_mmi"]
-        elif options.objective == "logits":
-            out["loss_logits"] = losses.logits(found[0], teacher_logits, labels[0], options.temperature)
-            out["loss"] = out["loss"] + options.beta_logits * out["loss_logits"]
-        elif options.objective == "molsaki":
-            with torch.autocast(plan.device.type, enabled=False):  # maps and values are float32
-                attention = self._attention(record, plan, teacher_map, teacher_weights)
-            out |= attention
-            out["loss"] = out["loss"] + options.beta * out["loss_att"]
-        return _detached(out)
-
-    def _rows(self, task: dict) -> Tensor:
-        """For each label of a task its cross-entropy ``(n,)`` or, where more is needed, its logits ``(n, V)``."""
-        if self.head is None:
-            return label_logits(self.student, task)
-        hidden = causal_model(self.student).base_model(**model_inputs(task))[0]
-        hidden = hidden.flatten(0, 1)[task["index"]]
-        if self.options.objective in ("mmi", "logits"):
-            return self.head.logits(self.student, hidden)
-        return self.head.cross_entropy(self.student, hidden, task["targets"], self.fused)
-
-    def _captured(self, task: dict) -> tuple[Record, Tensor]:
-        """The record of a forward, and its rows."""
-        options = self.options
-        model = self.student if self.head is None else causal_model(self.student).base_model
-        pooling = dict(value_heads=options.value_heads, pooling=options.pooling)
-        with capture(model, task["plan"], values=True, **pooling) as record:
-            return record, self._rows(task)
-
-    def _attention(
-        self, record: Record, plan: StepPlan, teacher_map: Tensor, teacher_weights: Tensor
-    ) -> dict[str, Tensor]:
-        """Eq. 5 and 6, and what is logged of them."""
-        options = (self.options.normalise, self.options.causal_words)
-        maps, values = record.maps[: len(plan)], record.values[: len(plan)]  # texts without a map may come after
-        student_weights, student_map = self.mixture.student(maps, values, plan)
-        out = {"loss_att": losses.attention(student_map, teacher_map, plan, *options)}
-        with torch.no_grad():
-            out["loss_att_uniform"] = losses.attention(self.mixture.uniform(maps), teacher_map, plan, *options)
-            for side, weights in zip(SIDES, (teacher_weights, student_weights), strict=True):
-                out[f"entropy_{side}"] = torch.special.entr(weights).sum(-1).mean(1)
-                out[f"{side}_weights"] = weights.mean(1)
-        return out
-
 
 class DistillTrainer(Trainer):
-    """Trains a student. What is not given is loaded as the config says.
+    """Trains a student. Models, tokenizers, store and data that are not given are loaded as the config says.
 
     Example:
         >>> config = DistillConfig(student="student", teacher="teacher", train_file="train.jsonl", output_dir="run")
@@ -174,15 +67,15 @@ class DistillTrainer(Trainer):
         >>> trainer.save_model()
 
     Args:
-        config: everything else.
+        config: all options, Trainer's own included.
         student, tokenizer: a causal language model and its fast tokenizer.
-        teacher, teacher_tokenizer: a white-box teacher, run live; frozen here.
-        store: the teacher's stored maps, in place of a live teacher.
-        train_dataset, eval_dataset: a :class:`~molsaki.data.DistillDataset`, or a list of examples.
-        **kwargs: as ``Trainer``'s: callbacks, optimizers, ...
+        teacher, teacher_tokenizer: a white-box teacher, which runs live; its parameters are frozen here.
+        store: the teacher's stored maps, instead of a live teacher.
+        train_dataset, eval_dataset: a :class:`~molsaki.batches.dataset.DistillDataset`, or a sequence of examples.
+        **kwargs: of ``Trainer``: callbacks, optimizers, ...
 
     Raises:
-        ValueError, TypeError, OSError: something is missing, of the wrong kind or does not fit the rest.
+        ValueError, TypeError, OSError: an argument is missing, of the wrong type or does not fit the others.
     """
 
     args: DistillConfig
@@ -198,105 +91,135 @@ class DistillTrainer(Trainer):
         store: Store | None = None,
         train_dataset: DistillDataset | Sequence[Example] | None = None,
         eval_dataset: DistillDataset | Sequence[Example] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if not isinstance(config, DistillConfig):
             raise TypeError(f"config: expected a DistillConfig, got {type(config).__name__}")
         if config.n_gpu > 1:
             raise ValueError(
-                f"{config.n_gpu} GPUs are visible to this one process; start one process a GPU with "
+                f"{config.n_gpu} GPUs are visible to this one process; start one process per GPU with "
                 f"`torchrun --nproc_per_node {config.n_gpu}`, or choose one with CUDA_VISIBLE_DEVICES"
             )
         set_seed(config.seed)
-        if config.deepspeed:  # models are loaded whole and tried out before ZeRO-3 shards them
+        if config.deepspeed:  # models are loaded whole and probed before ZeRO-3 shards them
             unset_hf_deepspeed_config()
-        student, tokenizer = _load(student, tokenizer, config.student, "--student", config.student_dtype)
-        check_tokenizer(tokenizer, "--student")
+        objective = OBJECTIVES[config.objective]
+        if config.share_question and not objective.explain_texts:
+            raise ValueError(
+                "share_question: expected packing and an objective of both tasks, got "
+                f"packing={config.packing} and objective={config.objective}"
+            )
+        student, tokenizer = load_both(student, tokenizer, config.student, "--student", config.student_dtype)
         if config.lora_rank:
-            student = _with_lora(student, config)
-        _freeze(student, config.freeze)
-        student_side = Side(tokenizer, config.student_template, config.max_length or context_length(student.config))
+            student = add_lora(
+                student,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                targets=config.lora_targets,
+            )
+        freeze(student, config.freeze)
+        limit = config.max_length or context_length(student.config)
+        student_spec, teacher_spec = TokenizerSpec(tokenizer, config.student_template, limit), None
 
-        is_taught = config.objective in ("molsaki", "logits")
-        if is_taught and store is None and config.store is not None:
+        if not objective.has_teacher:
+            teacher = None
+        elif store is None and config.store is not None:
             store = Store(config.store)
-        teacher_side = None
-        if is_taught and (store is None or teacher is not None or config.teacher is not None):
-            teacher, teacher_tokenizer = _load(
+        if objective.has_teacher and (store is None or teacher is not None or config.teacher is not None):
+            teacher, teacher_tokenizer = load_both(
                 teacher, teacher_tokenizer, config.teacher, "--teacher", config.teacher_dtype
             )
-            check_tokenizer(teacher_tokenizer, "--teacher")
             limit = config.teacher_max_length or context_length(teacher.config)
-            teacher_side = Side(teacher_tokenizer, config.teacher_template, limit)
-        if config.objective == "logits":
-            _check_vocabulary(store, tokenizer, teacher_tokenizer)
+            teacher_spec = TokenizerSpec(teacher_tokenizer, config.teacher_template, limit)
+        if objective.teacher_logits:
+            _check_vocabulary(config.objective, store, tokenizer, teacher_tokenizer)
 
         packing = config.packing is not False and can_pack(student)
         if config.packing and not packing:
-            raise ValueError(f"--packing: texts that share a row change one another in {type(student).__name__}")
-        has_both = config.objective != "vanilla"
-        sharing = has_both and packing and config.share_question is not False and can_branch(student)
+            raise ValueError(
+                f"--packing: {type(student).__name__} does not keep packed texts separate (it may use convolutions or "
+                "a recurrent state); use --packing false"
+            )
+        sharing = (
+            objective.explain_texts and packing and config.share_question is not False and can_share_prefix(student)
+        )
         if config.share_question and not sharing:
             raise ValueError(
-                f"--share_question: the end of a text, run by itself, comes out otherwise in {type(student).__name__}"
+                f"--share_question: {type(student).__name__} gives other results if the shared prefix is not computed "
+                "again; use --share_question false"
             )
         mixture = None
-        if config.objective == "molsaki" or packing:
+        if objective.maps or packing:
             student.set_attn_implementation(NAME)
-        if config.objective == "molsaki":
+        if objective.maps:
             student_layers, width = probe(student, config.value_heads)
             if store is not None:
-                store.check(describe(config, store.num_layers, store.all_layers, student_layers, teacher, teacher_side))
+                store.check(describe(config, store.num_layers, store.all_layers, student_layers, teacher, teacher_spec))
                 teacher = None
             teacher_layers = probe(teacher)[0] if store is None else store.num_layers
             mixture = mixture_of(config, teacher_layers, student_layers, width)
         teacher_packing = packing and teacher is not None and can_pack(teacher)
         if teacher is not None:
             teacher.to(config.device).eval().requires_grad_(False)
-            if config.objective == "molsaki" or teacher_packing:
+            if objective.maps or teacher_packing:
                 teacher.set_attn_implementation(NAME)
-
         if config.deepspeed:
             set_hf_deepspeed_config(config.hf_deepspeed_config)
-        self.teacher = teacher if is_taught else None
+
+        def prepared(
+            data: DistillDataset | Sequence[Example] | None, path: str | None, limit: int | None
+        ) -> DistillDataset | None:
+            if data is None and path is not None:
+                data = read_examples(path)[:limit]
+            if data is None or isinstance(data, DistillDataset):
+                return data
+            data = prepare(data, config, student_spec, teacher_spec, config.predict_template, store)
+            logger.info("%s: %s", path, data.summary())
+            return data
+
+        self.objective, self.teacher = objective, teacher
         self._sums: dict[str, Tensor] = {}
         self._bad_batch: str | None = None
         self._is_in_checkpoint = False
-        datasets = []
-        for data, path, limit in (
-            (train_dataset, config.train_file, config.limit), (eval_dataset, config.eval_file, None),
-        ):  # fmt: skip
-            if data is None and path is not None:
-                data = read_examples(path)[:limit]
-            if data is not None and not isinstance(data, DistillDataset):
-                data = prepare(data, config, student_side, teacher_side, config.predict_template, store)
-                logger.info("%s: %s", path, data.summary())
-            datasets.append(data)
         super().__init__(
             model=Distiller(student, mixture, config),
             args=config,
             data_collator=Collator(
-                tokenizer.pad_token_id, teacher_side and teacher_side.tokenizer.pad_token_id, packing, teacher_packing,
-                explain=has_both, share_question=sharing,
+                student_pad=tokenizer.pad_token_id,
+                teacher_pad=0 if teacher_spec is None else teacher_spec.tokenizer.pad_token_id,
+                packing=packing,
+                teacher_packing=teacher_packing,
+                explain=objective.explain_texts,
+                share_question=sharing,
             ),
-            train_dataset=datasets[0],
-            eval_dataset=datasets[1],
+            train_dataset=prepared(train_dataset, config.train_file, config.limit),
+            eval_dataset=prepared(eval_dataset, config.eval_file, None),
             processing_class=tokenizer,
             **kwargs,
-        )  # fmt: skip
+        )
         asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if asked_for_fsdp and not self.is_fsdp_enabled:
             logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
         self.add_callback(_LogBeforeSave())
         self.add_callback(_StopIfBad(self))
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
-        """How many examples one optimizer step sees, over accumulation and processes: each counts once."""
-        count = torch.tensor(sum(len(batch["plan"]) for batch in batch_samples), device=device)
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return inputs.to(self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """The number of examples of one optimizer step, over accumulation and processes; each counts once."""
+        count = torch.tensor(sum(len(batch) for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, "sum")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This process's share of the loss over all examples of the optimizer step."""
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This process's share of the mean loss over all examples of the optimizer step."""
         out = self._forward(model, inputs)
         loss = out["loss"].sum() * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
@@ -306,13 +229,15 @@ class DistillTrainer(Trainer):
         self._add(out)
         return (loss, out) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
         with torch.no_grad():
             out = self._forward(model, self._prepare_inputs(inputs))
         self._add({name: self.accelerator.gather_for_metrics(value.detach()) for name, value in out.items()})
         return out["loss"].mean(), None, None
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         training, self._sums = self._sums, {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics, _ = _means(self._sums)
@@ -320,7 +245,7 @@ class DistillTrainer(Trainer):
         self._sums = training
         return output
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums:
             metrics, weights = _means(self.accelerator.reduce(self._sums, "sum"))
             self._sums = {}
@@ -330,21 +255,26 @@ class DistillTrainer(Trainer):
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")
         super().log(logs, *args, **kwargs)
 
-    def _forward(self, model: nn.Module, inputs: dict) -> dict[str, Tensor]:
-        inputs = {name: value for name, value in inputs.items() if name != "ids"}
-        side = None if self.teacher is None else inputs.pop("teacher")
-        if "teacher_layers" in inputs:
-            maps = inputs.pop("teacher_layers").float()
-            inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, inputs["plan"])
-        if side is not None and self.args.objective == "molsaki":
-            maps = teacher_maps(self.teacher, plan=side["plan"], **model_inputs(side))
-            inputs["teacher_weights"], inputs["teacher_map"] = self.model.mixture.teacher(maps, side["plan"])
-        elif side is not None:
-            if not torch.equal(side["targets"], inputs["tasks"][0]["targets"][: len(side["targets"])]):
-                raise ValueError("objective: logits needs the same tokens on both sides; the two templates give others")
+    def _forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The distiller's forward, after what the teacher has to add to the batch."""
+        live = batch.teacher
+        if self.objective.maps and batch.teacher_map is None:
+            if batch.teacher_layers is not None:
+                maps, plan = batch.teacher_layers.float(), batch.plan
+            else:
+                maps, plan = teacher_maps(self.teacher, plan=live.plan, **live.model_inputs()), live.plan
+            weights, mixed = self.model.mixture.teacher(maps, plan)
+            batch = dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights)
+        elif self.objective.teacher_logits:
+            if not torch.equal(live.targets, batch.student[0].targets[: len(live.targets)]):
+                raise ValueError(
+                    f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
+                    "the two templates give different ones"
+                )
             with torch.no_grad():
-                inputs["teacher_logits"] = label_logits(self.teacher, side)
-        return model(**inputs)
+                batch = dataclasses.replace(batch, teacher_logits=label_logits(self.teacher, live))
+        out: dict[str, Tensor] = model(dataclasses.replace(batch, teacher=None, teacher_layers=None))
+        return out
 
     def _add(self, out: dict[str, Tensor]) -> None:
         out = out | {"count": torch.ones_like(out["loss"])}
@@ -352,14 +282,14 @@ class DistillTrainer(Trainer):
             value = value.detach().double().sum(0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _save_bad(self, inputs: dict, out: dict[str, Tensor]) -> str:
+    def _save_bad(self, batch: Batch, out: dict[str, Tensor]) -> str:
         """Save the batch whose loss is not finite; the error message."""
         path = Path(self.args.output_dir) / f"bad_batch_step{self.state.global_step}_rank{self.args.process_index}.pt"
-        torch.save({"inputs": inputs, "losses": _detached(out)}, path)
-        bad = [example for example, loss in zip(inputs["ids"], out["loss"], strict=True) if not torch.isfinite(loss)]
+        torch.save({"inputs": batch, "losses": out}, path)
+        bad = [example for example, loss in zip(batch.ids, out["loss"], strict=True) if not torch.isfinite(loss)]
         return (
             f"the loss is not finite after step {self.state.global_step}, on example(s) {', '.join(bad)}; the batch is "
-            f"saved as {path}. The last checkpoint is unharmed; a lower learning rate or fp32 may help"
+            f"saved as {path}. The last checkpoint is intact; a lower learning rate or fp32 may help"
         )
 
     def _stop_if_bad(self) -> None:
@@ -369,7 +299,7 @@ class DistillTrainer(Trainer):
             elsewhere = f"the loss of another process is not finite after step {self.state.global_step}"
             raise FloatingPointError(self._bad_batch or elsewhere)
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.args.router_learning_rate is not None and self.model.mixture is not None:
@@ -381,8 +311,8 @@ class DistillTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": taken, "lr": self.args.router_learning_rate})
         return optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``Trainer.train``, but True (or ``config.resume``) means: from the last whole checkpoint, if there is one.
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As ``Trainer.train``, but True (or ``config.resume``) means the last complete checkpoint, if there is one.
 
         Raises:
             ValueError: ``output_dir`` holds checkpoints already and this does not continue them.
@@ -399,12 +329,12 @@ class DistillTrainer(Trainer):
                 "another folder"
             )
         if self.is_world_process_zero():
-            step = 0 if not resume_from_checkpoint else _step_of(Path(resume_from_checkpoint))
-            _cut_weights_log(Path(folder) / WEIGHTS_LOG, step)
+            step = 0 if not resume_from_checkpoint else step_of(resume_from_checkpoint)
+            cut_weights_log(Path(folder) / WEIGHTS_LOG, step)
         return super().train(resume_from_checkpoint or None, **kwargs)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is sealed
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go after this one is sealed
         self._is_in_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
@@ -414,17 +344,17 @@ class DistillTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             seal(folder / f"checkpoint-{self.state.global_step}")
-            for old in checkpoints(folder)[limit or None :] if limit else []:
+            for old in checkpoints(folder)[limit:] if limit else []:
                 if str(old) != self.state.best_model_checkpoint:
                     shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the student, its tokenizer and, into a checkpoint, the router; a file is there whole or not at all."""
+        """Write the student, its tokenizer and, into a checkpoint, the router; each file is complete or absent."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         student, router = self.model.student, {}
         weights = None if state_dict is None else _part(state_dict, "student.")
-        if weights is not None:  # gathered from shards, weights that are tied are there twice
+        if weights is not None:  # gathered from shards, tied weights appear twice
             once = {name for name, _ in student.named_parameters()}
             for name, _ in student.named_parameters(remove_duplicate=False):
                 if name not in once:
@@ -458,15 +388,15 @@ class DistillTrainer(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Refuse a checkpoint that lacks weights; those tied to a loaded one are not lacking."""
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights, except those tied to a loaded one."""
         named = dict(self.model.student.named_parameters(remove_duplicate=False))
         missing = set(load_result.missing_keys)
         loaded = {id(value) for name, value in named.items() if name not in missing}
         lacking = [name for name in missing if name not in named or id(named[name]) not in loaded]
         if lacking or load_result.unexpected_keys:
             raise ValueError(
-                f"the checkpoint is of another student: it lacks {sorted(lacking)[:3]} and has, besides, "
+                f"the checkpoint is of another student: it lacks {sorted(lacking)[:3]} and also has "
                 f"{sorted(load_result.unexpected_keys)[:3]}"
             )
 
@@ -474,7 +404,7 @@ class DistillTrainer(Trainer):
 class _LogBeforeSave(TrainerCallback):
     """Logs at every step that saves, so that a resumed run averages its metrics over the same steps."""
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log |= control.should_save
 
     on_epoch_end = on_step_end
@@ -484,11 +414,13 @@ class _StopIfBad(TrainerCallback):
     def __init__(self, trainer: DistillTrainer):
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer._stop_if_bad()
 
 
-def distill(config: DistillConfig) -> dict:
+def distill(config: DistillConfig) -> dict[str, Any]:
     """Train as the config says, and export the student to ``config.output_dir``.
 
     Returns:
@@ -503,123 +435,25 @@ def distill(config: DistillConfig) -> dict:
     return metrics | {"student": config.output_dir}
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The ``checkpoint-STEP`` folders of a run, the last one first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The last whole checkpoint of a run, or None; a warning names every later one that is not whole, and why."""
-    for path in checkpoints(folder):
-        fault = _fault(path)
-        if fault is None:
-            return str(path)
-        logger.warning("%s is not whole (%s): going back to the one before", path, fault)
-    return None
-
-
-def seal(folder: Path) -> None:
-    """Write ``sealed.json``, with a checksum of every file, which says that a checkpoint is whole."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    part = folder / (SEAL + ".part")
-    part.write_text(json.dumps({str(path.relative_to(folder)): _checksum(path) for path in files}, indent=1))
-    os.replace(part, folder / SEAL)
-
-
-def _fault(folder: Path) -> str | None:
-    try:
-        sums = json.loads((folder / SEAL).read_text())
-    except FileNotFoundError:
-        return f"no {SEAL}, so its writing was interrupted"
-    except ValueError:
-        return f"{SEAL} cannot be read"
-    for name, expected in sums.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _checksum(folder / name) != expected:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _cut_weights_log(path: Path, step: int) -> None:
-    """Drop the lines after ``step``, which a resumed run writes again."""
-    if path.is_file():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(kept))
-        os.replace(part, path)
-
-
 def _means(sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Metrics as means over examples (``without_words``: their number), and the layer weights of both sides."""
-    count = sums["count"]
-    weights = {side: (sums[f"{side}_weights"] / count).tolist() for side in SIDES if f"{side}_weights" in sums}
-    metrics = {name: (value / count).item() for name, value in sums.items() if value.ndim == 0 and name != "count"}
-    metrics["without_words"] = int(sums["without_words"])
-    return metrics, weights
-
-
-def _detached(out: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with gradients only in ``loss``."""
-    return {name: value if name == "loss" else value.detach() for name, value in out.items()}
+    means = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+    weights = {name.removesuffix("_weights"): value.tolist() for name, value in means.items() if value.ndim == 1}
+    metrics = {name: value.item() for name, value in means.items() if value.ndim == 0}
+    return metrics | {"without_words": int(sums["without_words"])}, weights
 
 
 def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
-def _load(model, tokenizer, name: str | None, flag: str, dtype: str):
-    """The model and its tokenizer, loaded from ``name`` where they are not given."""
-    if model is None:
-        if name is None:
-            raise ValueError(f"{flag}: required: a folder or hub name, or the model itself from Python")
-        model = load_model(name, flag, dtype)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(name or model.name_or_path, flag)
-    return model, tokenizer
-
-
-def _freeze(student: nn.Module, patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        found = [p for name, p in student.named_parameters() if re.search(pattern, name)]
-        if not found:
-            raise ValueError(f"--freeze: {pattern!r} is the name of no parameter of the student")
-        for parameter in found:
-            parameter.requires_grad_(False)
-
-
-def _with_lora(student: nn.Module, config: DistillConfig) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ImportError("--lora_rank: needs the package peft, which is not installed") from None
-    targets = config.lora_targets[0] if config.lora_targets == ["all-linear"] else config.lora_targets
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=targets,
-    )  # fmt: skip
-    return get_peft_model(student, lora)
-
-
-def _check_vocabulary(store: Store | None, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(
+    objective: str, store: Store | None, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
     if store is not None:
-        raise ValueError("objective: logits needs a live teacher; the store holds maps, not logits")
+        raise ValueError(f"objective: {objective} needs a live teacher; the store holds maps, not logits")
     if student.get_vocab() != teacher.get_vocab():
         raise ValueError(
-            f"objective: logits needs one vocabulary; the teacher's has {len(teacher)} tokens and the student's "
+            f"objective: {objective} needs one vocabulary; the teacher's has {len(teacher)} tokens and the student's "
             f"{len(student)}, and they differ"
         )

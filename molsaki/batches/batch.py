@@ -1,0 +1,82 @@
+"""What the collator builds and the distiller reads: the texts of one forward, and the batch of one training step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from molsaki.batches.movable import Movable
+from molsaki.batches.shared_prefix import SharedPrefix
+from molsaki_kernels import StepPlan
+
+IGNORE = -100  # the label of a position without a label
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextBatch(Movable):
+    """R texts for one forward of a model, padded to one length, or packed one after another without padding.
+
+    Attributes:
+        input_ids, attention_mask: ``(R, M)`` int64, right-padded; packed ``(1, total)``, where the mask is all ones.
+        labels: ``(R, P)`` int64, the labels of each text in order, padded with `IGNORE`.
+        counts: R numbers of labels.
+        targets: ``(n,)`` int64, the labels, text after text.
+        index: ``(n,)`` int64, the position in the flattened ``input_ids`` that predicts each label. With a shared
+            prefix it may lie in another text.
+        plan: steps and key words of the texts; None if no map is needed. With ``shared_prefix`` it has the whole texts
+            only.
+        position_ids: ``(1, total)`` int64 if packed; they start at 0 in each text, after the prefix in a suffix.
+        cu_seq_lens_q: ``(R + 1,)`` int32 if packed, the bounds of the texts.
+        shared_prefix: where the suffixes are, if the last texts are packed without the prefix that they share.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    counts: list[int]
+    targets: Tensor
+    index: Tensor
+    plan: StepPlan | None = None
+    position_ids: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    shared_prefix: SharedPrefix | None = None
+
+    def model_inputs(self) -> dict[str, object]:
+        """The keyword arguments of a model's or decoder's forward."""
+        names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "shared_prefix")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given | {"use_cache": False}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch(Movable):
+    """N examples. Each is two texts for the student, see :mod:`molsaki.batches.tokenized`: explain and predict.
+
+    Attributes:
+        ids: the examples' names.
+        plan: steps and key words of the N explain texts, in the student's tokens.
+        student: the texts of each forward of the student. Packed, one forward of the N explain texts and then the N
+            predict texts; padded, one forward of each; of predict alone for an objective without explain texts.
+        teacher: the explain texts in the teacher's tokens, for a live teacher.
+        teacher_map: ``(N, K, S, W)`` mixed maps of the teacher (Eq. 6), with ``teacher_weights``.
+        teacher_weights: ``(N, K, Lt)`` layer weights of the teacher (Eq. 4).
+        teacher_layers: ``(N, Lt, S, W)`` maps of every layer, from a store that has these instead.
+        teacher_logits: ``(n, V)`` logits of the teacher for the n labels of the explain texts.
+    """
+
+    ids: list[str]
+    plan: StepPlan
+    student: list[TextBatch]
+    teacher: TextBatch | None = None
+    teacher_map: Tensor | None = None
+    teacher_weights: Tensor | None = None
+    teacher_layers: Tensor | None = None
+    teacher_logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __contains__(self, name: str) -> bool:
+        """``Trainer`` asks for ``"input_ids"``, to count tokens; a batch of several texts per example has none."""
+        return False

@@ -1,0 +1,145 @@
+"""Collates tokenized examples into a :class:`~molsaki.batches.batch.Batch`, padded or packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from molsaki.batches.batch import IGNORE, Batch, TextBatch
+from molsaki.batches.dataset import Item
+from molsaki.batches.shared_prefix import SharedPrefix
+from molsaki.batches.tokenized import TokenizedText
+from molsaki_kernels import StepPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Collator:
+    """Builds a batch from items of a :class:`~molsaki.batches.dataset.DistillDataset`.
+
+    Args:
+        student_pad, teacher_pad: ids of the padding tokens.
+        packing, teacher_packing: pack the texts of a forward into one row instead of padding them.
+        explain: the student runs the explain texts, too.
+        share_question: when packing, leave out of each predict text the tokens with which its explain text begins, too,
+            in batches where these are at least half of the predict texts' tokens.
+    """
+
+    student_pad: int
+    teacher_pad: int = 0
+    packing: bool = False
+    teacher_packing: bool = False
+    explain: bool = True
+    share_question: bool = False
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        explain, predict = [example.explain for example, _ in items], [example.predict for example, _ in items]
+        plan = _plan(explain)
+        prefixes = [_common_prefix(*pair) for pair in zip(explain, predict, strict=True)]
+        if not self.explain:
+            student = [_packed(predict) if self.packing else _padded(predict, self.student_pad)]
+        elif self.packing and self.share_question and 2 * sum(prefixes) >= sum(len(t.input_ids) for t in predict):
+            student = [_packed_with_shared_prefixes(explain, predict, prefixes, plan)]
+        elif self.packing:
+            no_maps = StepPlan.from_spans([[]] * len(predict), [[]] * len(predict))
+            student = [_packed(explain + predict, StepPlan.cat([plan, no_maps]))]
+        else:
+            student = [_padded(explain, self.student_pad, plan), _padded(predict, self.student_pad)]
+
+        teacher = [example.teacher for example, _ in items if example.teacher is not None]
+        maps = [entry.maps for _, entry in items if entry is not None and entry.maps is not None]
+        weights = [entry.weights for _, entry in items if entry is not None and entry.weights is not None]
+        return Batch(
+            ids=[example.id for example, _ in items],
+            plan=plan,
+            student=student,
+            teacher=text_batch(teacher, self.teacher_pad, self.teacher_packing) if teacher and not maps else None,
+            teacher_map=_pad_maps(maps) if weights else None,
+            teacher_weights=torch.stack(weights) if weights else None,
+            teacher_layers=_pad_maps(maps) if maps and not weights else None,
+        )
+
+
+def text_batch(texts: Sequence[TokenizedText], pad_id: int, packing: bool) -> TextBatch:
+    """Texts for one forward, with their plan."""
+    return _packed(texts, _plan(texts)) if packing else _padded(texts, pad_id, _plan(texts))
+
+
+def _plan(texts: Sequence[TokenizedText]) -> StepPlan:
+    return StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts])
+
+
+def _padded(texts: Sequence[TokenizedText], pad_id: int, plan: StepPlan | None = None) -> TextBatch:
+    ids = [torch.from_numpy(text.input_ids).long() for text in texts]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(text) for text in ids])
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    positions = list(torch.arange(input_ids.numel()).view_as(input_ids))
+    return TextBatch(input_ids, attention_mask, *_labels(texts, positions), plan=plan)
+
+
+def _packed(texts: Sequence[TokenizedText], plan: StepPlan | None = None) -> TextBatch:
+    return _packed_suffixes(texts, [0] * len(texts), _positions(texts), plan)
+
+
+def _packed_with_shared_prefixes(
+    explain: Sequence[TokenizedText], predict: Sequence[TokenizedText], prefixes: Sequence[int], plan: StepPlan
+) -> TextBatch:
+    """All explain texts, and then each predict text without its prefix, of so many tokens."""
+    wholes, lengths = (torch.tensor([len(text.input_ids) for text in texts]) for texts in (explain, predict))
+    shared = SharedPrefix.from_lengths(wholes, torch.tensor(prefixes), lengths - torch.tensor(prefixes))
+    positions = [*_positions(explain), *shared.keys]
+    packed = _packed_suffixes([*explain, *predict], [0] * len(explain) + list(prefixes), positions, plan)
+    return dataclasses.replace(packed, shared_prefix=shared)
+
+
+def _common_prefix(a: TokenizedText, b: TokenizedText) -> int:
+    """The number of tokens with which both texts begin, at most all but the last of ``b``."""
+    length = min(len(a.input_ids), len(b.input_ids) - 1)
+    differ = np.flatnonzero(a.input_ids[:length] != b.input_ids[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def _packed_suffixes(
+    texts: Sequence[TokenizedText], prefixes: Sequence[int], positions: Sequence[Tensor], plan: StepPlan | None
+) -> TextBatch:
+    """Each text without its prefix, of so many tokens; ``positions``: where in the row each text's tokens are."""
+    ids = [torch.from_numpy(text.input_ids[prefix:]).long() for text, prefix in zip(texts, prefixes, strict=True)]
+    bounds = pad(torch.tensor([len(text) for text in ids]).cumsum(0), (1, 0))
+    position_ids = [torch.arange(prefix, prefix + len(text)) for text, prefix in zip(ids, prefixes, strict=True)]
+    input_ids = torch.cat(ids)[None]
+    return TextBatch(
+        input_ids,
+        torch.ones_like(input_ids),  # without a mask transformers builds one of size M x M
+        *_labels(texts, positions),
+        plan=plan,
+        position_ids=torch.cat(position_ids)[None],
+        cu_seq_lens_q=bounds.int(),
+    )
+
+
+def _positions(texts: Sequence[TokenizedText]) -> list[Tensor]:
+    """The position of each token of texts that are packed whole."""
+    lengths = [len(text.input_ids) for text in texts]
+    return list(torch.arange(sum(lengths)).split_with_sizes(lengths))
+
+
+def _labels(texts: Sequence[TokenizedText], positions: Sequence[Tensor]) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """``labels``, ``counts``, ``targets`` and ``index`` of a `TextBatch`; ``positions``: where in the flattened
+    ``input_ids`` each text's tokens are."""
+    firsts = [max(text.target_start, 1) for text in texts]  # no position predicts a text's first token
+    targets = [torch.from_numpy(text.input_ids[first:]).long() for text, first in zip(texts, firsts, strict=True)]
+    index = [at[first - 1 :][: len(target)] for at, first, target in zip(positions, firsts, targets, strict=True)]
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
+    return labels, [len(target) for target in targets], torch.cat(targets), torch.cat(index)
+
+
+def _pad_maps(maps: Sequence[Tensor]) -> Tensor:
+    """``(K, S_n, W_n)`` each to ``(N, K, S, W)``."""
+    steps, words = max(m.shape[1] for m in maps), max(m.shape[2] for m in maps)
+    return torch.stack([pad(m, (0, words - m.shape[2], 0, steps - m.shape[1])) for m in maps])

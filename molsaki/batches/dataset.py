@@ -1,0 +1,123 @@
+"""The data set of distillation: tokenized examples, each with the teacher's stored map where there is a store."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pickle
+from array import array
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from molsaki.batches.tokenized import LeftOut, Tokenization, TokenizedExample, TokenizerSpec, all_left_out
+from molsaki.config import PREDICT_TEMPLATE, TextOptions
+from molsaki.teacher.fingerprints import fingerprint_spans
+from molsaki.teacher.map_store import Entry, Store
+from molsaki.text.examples import Example
+from molsaki.text.spans import Spans
+
+KEPT = 1 << 16  # tokenized examples that a data set keeps in memory, about 1 KB each
+
+Item: TypeAlias = tuple[TokenizedExample, Entry | None]
+
+
+class DistillDataset(Dataset[Item]):
+    """Examples that are tokenized on access; the first `KEPT` are kept in memory, which does not grow with more.
+
+    Make one with `prepare`. Picklable, for the workers of a ``DataLoader``.
+
+    Attributes:
+        examples: as `read_examples` returns them.
+        used: ``(N,)`` the numbers of those that are used.
+        skipped: how many were left out, by reason.
+        without_words: how many of the used ones have no key word: they train both tasks, but have no map.
+        store: the teacher's stored maps.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenization: Tokenization,
+        store: Store | None = None,
+    ):
+        self.examples, self.store = examples, store
+        self._tokenization = tokenization
+        self._kept: list[bytes] = []
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self.without_words = 0
+        used = array("i")
+        for number, example in enumerate(tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2)):
+            try:
+                tokenized = tokenization(example)
+                if store is not None:
+                    _check_stored(store, example.id, tokenized.spans)
+            except LeftOut as reason:
+                self.skipped[str(reason)] += 1
+                continue
+            used.append(number)
+            self.without_words += not tokenized.explain.words
+            if len(self._kept) < KEPT:
+                self._kept.append(pickle.dumps(tokenized))
+        if not used:
+            raise ValueError(all_left_out(self.skipped))
+        self.used: np.ndarray[Any, Any] = np.array(used)
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def __getitem__(self, index: int) -> Item:
+        index = range(len(self))[index]
+        if index < len(self._kept):
+            tokenized = pickle.loads(self._kept[index])
+        else:
+            tokenized = self._tokenization(self.examples[int(self.used[index])])
+        return tokenized, None if self.store is None else self.store[tokenized.id]
+
+    def summary(self) -> str:
+        """One line: examples used, without key words, left out and why."""
+        parts = [f"{len(self)} examples", f"{self.without_words} without key words"]
+        return ", ".join(parts + [f"{count} left out: {reason}" for reason, count in self.skipped.items()])
+
+
+def prepare(
+    examples: Sequence[Example],
+    options: TextOptions,
+    student: TokenizerSpec,
+    teacher: TokenizerSpec | None = None,
+    predict_template: str = PREDICT_TEMPLATE,
+    store: Store | None = None,
+) -> DistillDataset:
+    """Tokenize every example once, to check and count it.
+
+    Examples without key words are kept and counted. Left out and counted are those without a rationale, those too long
+    for a side (unless ``options.too_long == "cut"``) and, if ``options.drop_wrong``, those with a wrong rationale.
+
+    Args:
+        teacher: needed for a live teacher, and with ``too_long="cut"``.
+        store: the teacher's stored maps.
+
+    Raises:
+        ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
+    """
+    # A config that is more than text options may hold what cannot be pickled.
+    text_options = TextOptions(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(TextOptions)}
+    )
+    return DistillDataset(examples, Tokenization(text_options, student, teacher, predict_template), store)
+
+
+def _check_stored(store: Store, id: str, spans: Spans) -> None:
+    if id not in store:
+        raise ValueError(f"{store.folder}: holds no example {id!r}; extract this data set too")
+    entry = store[id]
+    if entry.text != fingerprint_spans(spans):
+        raise ValueError(
+            f"{store.folder}: example {id!r} has another text, other steps or other key words there: fingerprint "
+            f"{entry.text}, expected {fingerprint_spans(spans)}; extract again, or use the same data and options"
+        )
+    if entry.maps is None:
+        raise LeftOut(f"{entry.reason} (in the store)")

@@ -1,0 +1,163 @@
+"""Turns examples into token ids with the steps and key words of the map.
+
+Every example becomes two texts for the student, one per task of distilling step by step (Hsieh et al. 2023): *explain*
+(question, rationale, end token), whose map is compared with the teacher's, and *predict* (question, answer, end token).
+The labels are the rationale or the answer, and the end token.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from molsaki.config import TextOptions
+from molsaki.text.alignment import Encoded, encode, prompt
+from molsaki.text.examples import Example
+from molsaki.text.fitting import TooLong, fit
+from molsaki.text.segment import segment
+from molsaki.text.spans import Spans
+
+
+def spans_of(example: Example, options: TextOptions) -> Spans:
+    """The steps and key words of one example's question and rationale."""
+    keywords = example.keywords or ()
+    return segment(
+        example.question, example.rationale, options.key, options.splitter, options.number_words, keywords
+    )
+
+
+def encode_predict(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, predict_template: str
+) -> Encoded:
+    """The tokens of the predict text; ``target_start`` is the answer's first token."""
+    question, template = _predict_task(example, template, predict_template)
+    return encode(segment(question, example.answer, key=()), tokenizer, template=template)
+
+
+def predict_prompt(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, predict_template: str
+) -> list[int]:
+    """The token ids after which the answer is generated."""
+    question, template = _predict_task(example, template, predict_template)
+    return prompt(question, tokenizer, template=template)
+
+
+def _predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
+    head, found, tail = predict_template.partition("{answer}")
+    if not found or "{question}" not in head or (tail and template == "chat"):
+        raise ValueError(
+            f"predict_template: expected a text with {{question}} and then {{answer}}, got {predict_template!r}"
+        )
+    if template == "chat":
+        return head.replace("{question}", example.question), "chat"
+    return example.question, head + "{rationale}" + tail
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSpec:
+    """How texts are tokenized for one model: tokenizer, template, longest text in tokens (None: no limit)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    max_length: int | None
+
+    @property
+    def room(self) -> int | None:
+        """The longest text without its end token."""
+        return self.max_length and self.max_length - 1
+
+
+class LeftOut(ValueError):
+    """The example cannot be used. The message is the reason, short enough that examples are counted by it."""
+
+
+def all_left_out(skipped: collections.Counter[str]) -> str:
+    """The error message if no example can be used."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    return f"all {skipped.total()} examples were left out: {reasons}"
+
+
+def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) -> tuple[Spans, list[Encoded], bool]:
+    """An example's spans, its tokens for each of ``specs``, and True if the text had to be truncated.
+
+    Raises:
+        LeftOut: it has no rationale, or a wrong one and ``options.drop_wrong``, or is too long for one of ``specs``.
+    """
+    if not example.rationale.strip():
+        raise LeftOut("no rationale")
+    if options.drop_wrong and not example.is_right:
+        raise LeftOut("wrong answer")
+    whole = spans_of(example, options)
+    encoded = [encode(whole, spec.tokenizer, template=spec.template) for spec in specs]
+    if all(spec.room is None or len(e.input_ids) <= spec.room for spec, e in zip(specs, encoded, strict=True)):
+        return whole, encoded, False
+    try:
+        spans = fit(whole, *((spec.tokenizer, spec.template, spec.room) for spec in specs))
+    except TooLong:
+        raise LeftOut("question longer than max_length") from None
+    if options.too_long == "skip":
+        raise LeftOut("text longer than max_length")
+    return spans, [encode(spans, spec.tokenizer, template=spec.template) for spec in specs], True
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedText:
+    """Token ids ``(M,)`` int32, whose labels are those from ``target_start`` on, with the map's steps and words."""
+
+    input_ids: np.ndarray[Any, np.dtype[np.int32]]
+    target_start: int
+    steps: list[tuple[int, int]]
+    words: list[list[int]]
+
+    @classmethod
+    def from_encoded(cls, encoded: Encoded, end: int, is_cut: bool = False) -> TokenizedText:
+        """Up to the first end token after the text, which is added if there is none; a truncated text gets none."""
+        ids, body = encoded.input_ids, max(stop for _, stop in encoded.steps)
+        if is_cut:
+            ids = ids[:body]
+        else:
+            ids = ids[: ids.index(end, body) + 1] if end in ids[body:] else ids + [end]
+        return cls(np.array(ids, np.int32), encoded.target_start, encoded.steps, encoded.words)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedExample:
+    """Both texts of one example for the student, and ``explain`` in the teacher's tokens if the teacher runs live."""
+
+    id: str
+    spans: Spans
+    explain: TokenizedText
+    predict: TokenizedText
+    teacher: TokenizedText | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenization:
+    """Tokenizes examples: the options, the tokenizers of both sides, and the template of the predict text."""
+
+    options: TextOptions
+    student: TokenizerSpec
+    teacher: TokenizerSpec | None
+    predict_template: str
+
+    def __call__(self, example: Example) -> TokenizedExample:
+        """Raises `LeftOut` as `cut` does, and if the predict text is too long."""
+        student, teacher = self.student, self.teacher
+        spans, encoded, is_cut = cut(example, self.options, [student] if teacher is None else [student, teacher])
+        end = student.tokenizer.eos_token_id
+        predict = encode_predict(example, student.tokenizer, student.template, self.predict_template)
+        tokenized = TokenizedExample(
+            example.id,
+            spans,
+            TokenizedText.from_encoded(encoded[0], end, is_cut),
+            TokenizedText.from_encoded(predict, end),
+            None if teacher is None else TokenizedText.from_encoded(encoded[1], teacher.tokenizer.eos_token_id, is_cut),
+        )
+        if student.max_length is not None and len(tokenized.predict.input_ids) > student.max_length:
+            raise LeftOut("answer task longer than max_length")
+        return tokenized

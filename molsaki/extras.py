@@ -1,0 +1,22 @@
+"""The check that an optional part of the package is installed, with an error that names the extra to install."""
+
+from __future__ import annotations
+
+import importlib.util
+
+MODULES = {
+    "train": ("transformers", "accelerate", "safetensors", "yaml", "tqdm", "scipy"),
+    "plot": ("matplotlib",),
+}
+
+
+def require(extra: str) -> None:
+    """Check that the modules of an extra can be imported, without importing them.
+
+    Raises:
+        ImportError: a module is missing. The message names it and the command that installs the extra.
+    """
+    missing = [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise ImportError(f'{names}: expected to be installed; run pip install "molsaki-kernels[{extra}]"')

@@ -1,0 +1,52 @@
+"""Checks on a few tokens that a model gives packed texts the results that it gives each text alone.
+
+Layers other than attention, such as convolutions and recurrent states, may carry information across packed texts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from molsaki.batches.shared_prefix import SharedPrefix
+from molsaki.modeling.attention_hook import NAME
+from molsaki.modeling.unwrap import causal_model, input_device
+
+
+def can_pack(model: nn.Module) -> bool:
+    """True if the model keeps packed texts separate. Checked on two short texts."""
+    return _runs_alike(model, [[0, 1], [1, 2, 0]], [0, 0], None)
+
+
+def can_share_prefix(model: nn.Module) -> bool:
+    """True if the model gives a suffix the results of its whole text. Checked on two pairs of short texts."""
+    shared = SharedPrefix.from_lengths(*(torch.tensor(lengths) for lengths in ([3, 2], [2, 1], [1, 2])))
+    return _runs_alike(model, [[0, 1, 2], [1, 0], [0, 1, 1], [1, 2, 2]], [0, 0, 2, 1], shared)
+
+
+@torch.no_grad()
+def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], shared: SharedPrefix | None) -> bool:
+    """Compare the decoder's output for texts, each from its prefix on, packed and alone."""
+    causal = causal_model(model)
+    previous, was_training, device = causal.config._attn_implementation, causal.training, input_device(causal)
+    pairs = list(zip(texts, prefixes, strict=True))
+    input_ids = torch.tensor([[token for text, prefix in pairs for token in text[prefix:]]], device=device)
+    position = torch.tensor([[at for text, prefix in pairs for at in range(prefix, len(text))]], device=device)
+    bounds = torch.tensor([0, *(len(text) - prefix for text, prefix in pairs)], device=device).cumsum(0).int()
+    inputs: dict[str, object] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs |= {"position_ids": position, "cu_seq_lens_q": bounds, "use_cache": False}
+    if shared is not None:
+        inputs["shared_prefix"] = shared.to(device)
+    causal.set_attn_implementation(NAME)
+    causal.eval()
+    try:
+        alone = [causal.base_model(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts]
+        expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()
+        found: Tensor = causal.base_model(**inputs)[0].float()
+    except TypeError:
+        return False  # the model accepts none of these keywords
+    finally:
+        causal.train(was_training)
+        causal.set_attn_implementation(previous)
+    allowed = 1e-3 if causal.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((found - expected).norm() <= allowed * expected.norm())

@@ -1,0 +1,76 @@
+"""Sealed checkpoints: ``sealed.json`` is written last and holds a checksum of every other file of a checkpoint.
+
+A checkpoint is a Hugging Face folder of the student (or of its LoRA adapter), ``router.safetensors`` and the trainer's
+state. One without a valid seal is not resumed from. The exported student has neither router nor seal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from pathlib import Path
+
+from molsaki.io import atomic_write, write_json
+
+logger = logging.getLogger(__name__)
+
+ROUTER, SEAL, WEIGHTS_LOG, CONFIG = "router.safetensors", "sealed.json", "layer_weights.jsonl", "distill.json"
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The ``checkpoint-STEP`` folders of a run, the last one first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The number of optimizer steps before a checkpoint."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last complete checkpoint of a run, or None; a warning names every later one and its fault."""
+    for path in checkpoints(folder):
+        fault = _fault(path)
+        if fault is None:
+            return str(path)
+        logger.warning("%s is not complete (%s): going back to the one before", path, fault)
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Write ``sealed.json``, which marks a checkpoint as complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(folder / SEAL, {path.relative_to(folder).as_posix(): _checksum(path) for path in files}, indent=1)
+
+
+def cut_weights_log(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, which a resumed run writes again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        with atomic_write(path) as file:
+            file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        sums = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return f"no {SEAL}, so its writing was interrupted"
+    except ValueError:
+        return f"{SEAL} cannot be read"
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _checksum(folder / name) != expected:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value

@@ -1,0 +1,118 @@
+"""The module that is trained: the student and its router, with a forward that returns every loss of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from molsaki.batches.batch import Batch, TextBatch
+from molsaki.config import DistillConfig
+from molsaki.modeling.capture import Record, capture
+from molsaki.modeling.lm_head import Head, label_logits, use_fused
+from molsaki.modeling.unwrap import causal_model
+from molsaki.training import losses
+from molsaki.training.mixture import MixtureOfLayers
+from molsaki.training.objectives import OBJECTIVES, Prediction, StudentMaps, StudentOutput
+from molsaki_kernels import StepPlan
+
+
+class Distiller(nn.Module):
+    """The student and, for objectives with maps, the mixture with its router; the forward returns every loss.
+
+    Args:
+        student: a causal language model, or a PEFT model around one.
+        mixture: the layer weights of both sides; None for objectives without maps.
+        config: the objective and its weights.
+    """
+
+    accepts_loss_kwargs = True  # Trainer must not divide the loss again, see DistillTrainer.compute_loss
+
+    def __init__(self, student: nn.Module, mixture: MixtureOfLayers | None, config: DistillConfig):
+        super().__init__()
+        self.student = student
+        self.mixture = mixture
+        self.options = config
+        self.objective = OBJECTIVES[config.objective]
+        self.head = Head.of(student)
+        self.fused = use_fused(config.fused_cross_entropy, config.device)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The student's model config, which trackers log and DeepSpeed reads."""
+        return self.student.config  # type: ignore[return-value]
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The student's decoder layers, which FSDP shards one by one."""
+        return self.student._no_split_modules
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.student.gradient_checkpointing_enable(**kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.student.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """All losses of a batch of N examples.
+
+        Returns:
+            ``(N,)`` each: ``loss``, the objective's; detached, its terms and what else is logged. For objectives with
+            maps also ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
+        """
+        size, record = len(batch), None
+        values: list[Tensor] = []
+        labels: list[Tensor] = []
+        for texts in batch.student:
+            context: contextlib.AbstractContextManager[Record | None] = contextlib.nullcontext()
+            if self.objective.maps and texts.plan is not None:
+                context = self._capture(texts.plan)
+            with context as captured:
+                found = self._label_values(texts)
+            record = captured or record
+            counts = [sum(texts.counts[n : n + size]) for n in range(0, len(texts.counts), size)]
+            values += found.split_with_sizes(counts)  # of explain, predict
+            labels += texts.labels.split_with_sizes([size] * len(counts))
+        predictions = [_prediction(*pair) for pair in zip(values, labels, strict=True)]
+        student = StudentOutput(
+            predict=predictions[-1],
+            explain=predictions[0] if self.objective.explain_texts else None,
+            maps=None if record is None else self._mixed(record, batch.plan),
+        )
+        words = batch.plan.word_mask.sum(1)
+        terms = self.objective.loss(student, batch, self.options)
+        terms |= {"steps_mean": batch.plan.step_mask.sum(1), "words_mean": words, "without_words": (words == 0).float()}
+        return {name: value if name == "loss" else value.detach() for name, value in terms.items()}
+
+    def _label_values(self, texts: TextBatch) -> Tensor:
+        """The cross-entropy ``(n,)`` of each label, or its logits ``(n, V)`` if objective or head need them."""
+        if self.head is None:
+            return label_logits(self.student, texts)
+        hidden = causal_model(self.student).base_model(**texts.model_inputs())[0]
+        hidden = hidden.flatten(0, 1)[texts.index]
+        if self.objective.student_logits:
+            return self.head.logits(self.student, hidden)
+        return self.head.cross_entropy(self.student, hidden, texts.targets, self.fused)
+
+    def _capture(self, plan: StepPlan) -> contextlib.AbstractContextManager[Record]:
+        model = self.student if self.head is None else causal_model(self.student).base_model
+        options = self.options
+        return capture(model, plan, values=True, value_heads=options.value_heads, pooling=options.pooling)
+
+    def _mixed(self, record: Record, plan: StepPlan) -> StudentMaps:
+        """Eq. 5 and the student's side of Eq. 6, of the texts that have a map, which are the record's first."""
+        assert self.mixture is not None
+        with torch.autocast(plan.device.type, enabled=False):  # maps and values are float32
+            maps, values = record.maps[: len(plan)], record.values[: len(plan)]
+            weights, mixed = self.mixture.student(maps, values, plan)
+            with torch.no_grad():
+                return StudentMaps(mixed, self.mixture.uniform(maps), weights)
+
+
+def _prediction(values: Tensor, labels: Tensor) -> Prediction:
+    if values.dim() == 1:
+        return Prediction(losses.per_example(values, labels), None, labels)
+    return Prediction(losses.cross_entropy(values, labels), values, labels)

@@ -1,0 +1,137 @@
+"""The training objectives as a table: what each one needs and its loss.
+
+To add an objective, write its loss, add an entry to `OBJECTIVES` and its name to ``DistillConfig.objective``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from molsaki.batches.batch import Batch
+from molsaki.config import DistillConfig
+from molsaki.training import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The student's predictions of one kind of text, explain or predict, for N examples.
+
+    Attributes:
+        cross_entropy: ``(N,)``, the mean over each example's labels.
+        logits: ``(n, V)`` for the n labels, if the objective needs ``student_logits``.
+        labels: ``(N, P)``, padded with -100.
+    """
+
+    cross_entropy: Tensor
+    logits: Tensor | None
+    labels: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentMaps:
+    """The student's side of Eq. 5 and 6: maps ``(N, K, S, W)`` mixed by the router and by uniform weights, and the
+    router's weights ``(N, K, Ls)``."""
+
+    mixed: Tensor
+    uniform: Tensor
+    weights: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentOutput:
+    """The student's output for a batch; ``explain`` and ``maps`` are None if the objective does not need them."""
+
+    predict: Prediction
+    explain: Prediction | None
+    maps: StudentMaps | None
+
+
+Loss = Callable[[StudentOutput, Batch, DistillConfig], dict[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One objective.
+
+    Attributes:
+        loss: from the student's output, the batch with the teacher's part, and the options: ``loss (N,)``, which is
+            minimised, and whatever else is logged per example.
+        explain_texts: the student runs the explain texts as well as the predict texts.
+        student_logits: the loss reads the student's logits, not only its cross-entropies.
+        maps: the loss compares the maps of both sides; the teacher's are stored or come from a live teacher.
+        teacher_logits: the loss compares the logits of both sides; needs a live teacher with the student's vocabulary.
+    """
+
+    loss: Loss
+    explain_texts: bool = True
+    student_logits: bool = False
+    maps: bool = False
+    teacher_logits: bool = False
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.maps or self.teacher_logits
+
+
+def vanilla(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
+    """The cross-entropy of the answers."""
+    return {"loss": student.predict.cross_entropy, "loss_pre": student.predict.cross_entropy}
+
+
+def dss(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
+    """Distilling step by step (Hsieh et al. 2023, arXiv 2305.02301): ``alpha L_pre + (1 - alpha) L_exp`` (Eq. 7)."""
+    assert student.explain is not None
+    loss_pre, loss_exp = student.predict.cross_entropy, student.explain.cross_entropy
+    return {
+        "loss": options.alpha * loss_pre + (1 - options.alpha) * loss_exp,
+        "loss_pre": loss_pre,
+        "loss_exp": loss_exp,
+    }
+
+
+def mmi(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
+    """DSS and the cross-entropy between the predictions of both texts (Chen et al. 2024, arXiv 2403.03348)."""
+    predict, explain = student.predict, student.explain
+    assert explain is not None and predict.logits is not None and explain.logits is not None
+    terms = dss(student, batch, options)
+    term = losses.mutual_information(predict.logits, predict.labels, explain.logits, explain.labels)
+    return terms | {"loss": terms["loss"] + options.beta_mmi * term, "loss_mmi": term}
+
+
+def logits(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
+    """DSS and the divergence from the teacher's softened logits (Mentor-KD, Lee et al. 2024, arXiv 2410.09037)."""
+    explain = student.explain
+    assert explain is not None and explain.logits is not None and batch.teacher_logits is not None
+    terms = dss(student, batch, options)
+    term = losses.logits(explain.logits, batch.teacher_logits, explain.labels, options.temperature)
+    return terms | {"loss": terms["loss"] + options.beta_logits * term, "loss_logits": term}
+
+
+def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
+    """DSS and the divergence from the teacher's mixed map (MoLSAKI, arXiv 2604.15701, Eq. 6 and 7)."""
+    maps, teacher_map, teacher_weights = student.maps, batch.teacher_map, batch.teacher_weights
+    assert maps is not None and teacher_map is not None and teacher_weights is not None
+    terms = dss(student, batch, options)
+    how = (options.normalise, options.causal_words)
+    with torch.autocast(batch.plan.device.type, enabled=False):  # maps are float32
+        term = losses.attention(maps.mixed, teacher_map, batch.plan, *how)
+        with torch.no_grad():
+            uniform = losses.attention(maps.uniform, teacher_map, batch.plan, *how)
+    terms |= {"loss": terms["loss"] + options.beta * term, "loss_att": term, "loss_att_uniform": uniform}
+    for side, weights in (("teacher", teacher_weights), ("student", maps.weights.detach())):
+        terms[f"entropy_{side}"] = torch.special.entr(weights).sum(-1).mean(1)
+        terms[f"{side}_weights"] = weights.mean(1)
+    return terms
+
+
+OBJECTIVES = {
+    "vanilla": Objective(vanilla, explain_texts=False),
+    "dss": Objective(dss),
+    "mmi": Objective(mmi, student_logits=True),
+    "logits": Objective(logits, student_logits=True, teacher_logits=True),
+    "molsaki": Objective(molsaki, maps=True),
+}
