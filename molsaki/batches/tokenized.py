@@ -26,9 +26,7 @@ from molsaki.text.spans import Spans
 def spans_of(example: Example, options: TextOptions) -> Spans:
     """The steps and key words of one example's question and rationale."""
     keywords = example.keywords or ()
-    return segment(
-        example.question, example.rationale, options.key, options.splitter, options.number_words, keywords
-    )
+    return segment(example.question, example.rationale, options.key, options.splitter, options.number_words, keywords)
 
 
 def encode_predict(
