@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from molsaki.batches.data import Side, cut, read_examples
+from molsaki.teacher.store import Entry, Store, StoreWriter, fingerprint_model, verify
+from molsaki.text.tokens import encode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from molsaki.batches.data import Side, cut, read_examples
 from molsaki.cli import main
 from molsaki.config import DistillConfig, ExtractConfig
 from molsaki.modeling.loading import load_model
 from molsaki.teacher import extract as extract_module
 from molsaki.teacher.extract import extract, probe, teacher_maps
-from molsaki.teacher.store import Entry, Store, StoreWriter, fingerprint_model, verify
-from molsaki.text.tokens import encode
 from molsaki.training.trainer import DistillTrainer
 from molsaki_kernels import StepPlan
 from tests.helpers import processes, tiny

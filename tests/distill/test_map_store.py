@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from molsaki.teacher import store as store_module
 from molsaki.teacher.store import (
     Entry,
     Store,
@@ -27,6 +24,9 @@ from molsaki.teacher.store import (
     fingerprint_tokenizer,
     verify,
 )
+from safetensors.torch import load_file
+
+from molsaki.teacher import store as store_module
 from molsaki.text.segment import segment
 from tests.helpers import tiny
 
