@@ -273,10 +273,9 @@ def check_choices(config: Any) -> None:
     """Refuse a value that is not among the choices of its field, so that Python callers get the parser's checks."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        choices = field.metadata.get("choices")
-        if get_origin(hints[field.name]) is Literal:
-            choices = get_args(hints[field.name])
-        if choices is not None and getattr(config, field.name) not in choices:
+        is_literal = get_origin(hints[field.name]) is Literal
+        choices = get_args(hints[field.name]) if is_literal else field.metadata.get("choices", ())
+        if field.default in choices and getattr(config, field.name) not in choices:
             listed = ", ".join(map(str, choices))
             raise ValueError(f"{field.name}: expected one of {listed}, got {getattr(config, field.name)!r}")
 

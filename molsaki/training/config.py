@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -69,13 +69,13 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     report_to: None | str | list[str] = option("none", "Trackers to report to, such as tensorboard.")
     remove_unused_columns: bool = option(False, "Must stay False: the batches are nested.")
     ddp_find_unused_parameters: bool | None = option(False, "For models with parameters that some batches do not use.")
-    gradient_checkpointing_kwargs: dict | str | None = option(
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = option(
         {"use_reentrant": False}, "Keyword arguments of the checkpoint function."
     )
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments refuses bf16 otherwise
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         check_choices(self)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")

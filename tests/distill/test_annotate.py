@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from molsaki.batches.data import Example, read_examples
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from molsaki.annotation.annotate import Form, Work, annotate, judge, split_keywords
+from molsaki.batches.data import Example, read_examples
 from molsaki.cli import main
 from molsaki.config import AnnotateConfig, ExtractConfig
 from molsaki.evaluation.generate import Reply, decode

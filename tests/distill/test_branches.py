@@ -8,13 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from molsaki.batches.data import Collator, Row, Text
-from molsaki.modeling.forward import can_branch, model_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import molsaki
+from molsaki.batches.data import Collator, Row, Text
 from molsaki.batches.shared_prefix import Branches
 from molsaki.modeling import hooks
+from molsaki.modeling.forward import can_branch, model_inputs
 from tests.distill.test_hooks import make, relative, skip_gpt2_before_transformers_5  # noqa: F401
 from tests.helpers.tiny import one_thread  # noqa: F401
 

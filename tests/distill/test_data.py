@@ -6,10 +6,10 @@ import tracemalloc
 
 import pytest
 import torch
-from molsaki.batches.data import Collator, DistillDataset, Example, Side, predict_prompt, prepare, read_examples
 from torch.utils.data import DataLoader
 
 from molsaki.batches import data as data_module
+from molsaki.batches.data import Collator, DistillDataset, Example, Side, predict_prompt, prepare, read_examples
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from tests.helpers import tiny
 

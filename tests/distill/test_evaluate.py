@@ -5,12 +5,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from molsaki.batches.data import Example, predict_prompt
-from molsaki.text.tokens import prompt
 
+from molsaki.batches.data import Example, predict_prompt
 from molsaki.config import EvaluateConfig
 from molsaki.evaluation.evaluate import evaluate, generate, paired_test, score, wilson
 from molsaki.text.answers import find_choice, find_number, parse_number, same_answer
+from molsaki.text.tokens import prompt
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 

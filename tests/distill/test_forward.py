@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from molsaki.batches.data import Collator, Example, Side, prepare
-from molsaki.modeling.forward import Head, _CrossEntropy, can_branch, can_pack, causal_model, label_logits, model_inputs
 
+from molsaki.batches.data import Collator, Example, Side, prepare
 from molsaki.config import TextOptions
 from molsaki.modeling import forward
+from molsaki.modeling.forward import Head, _CrossEntropy, can_branch, can_pack, causal_model, label_logits, model_inputs
 from tests.helpers import tiny
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.tiny import one_thread  # noqa: F401

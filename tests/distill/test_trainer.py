@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from molsaki.batches.data import Example
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from molsaki.batches.data import Example
 from molsaki.config import DistillConfig, ExtractConfig
 from molsaki.teacher.extract import extract
 from molsaki.training.trainer import ROUTER, DistillTrainer, checkpoints, last_checkpoint
