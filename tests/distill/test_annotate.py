@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -9,21 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from molsaki.annotation.annotate import Form, Work, annotate, judge, split_keywords
-from molsaki.batches.data import Example, read_examples
+from molsaki.annotation.annotate import annotate
 from molsaki.cli import main
 from molsaki.config import AnnotateConfig, ExtractConfig
-from molsaki.evaluation.generate import Reply, decode
 from molsaki.teacher.extract import extract
+from molsaki.text.examples import read_examples
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 TESTS = Path(__file__).parents[1]
-PLAIN = Form.of("plain")
-HINT = AnnotateConfig.hint
+DATA = Path(__file__).with_name("data")
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -178,64 +176,8 @@ def test_what_the_teacher_sees(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("reply", "gold", "phase", "reason"),
-    [
-        ("3 * 4 = 12 nuts.\nAnswer: 12.0", "12", 1, ""),
-        ("3 * 4 = 12 nuts.\n**Answer:** $12", "12", 1, ""),
-        ("3 * 4 = 12 nuts.\nFinal answer: 3 * 4 = 12", "12", 1, ""),
-        ("3 bags of 4 nuts, so the total is 12.", "12", 1, ""),
-        ("<think>Is it 7?</think>3 * 4 = 12 nuts.\nAnswer: 12", "12", 1, ""),
-        ("3 * 4 = 12 nuts.\nAnswer: 13", "12", 1, "wrong answer"),
-        ("3 * 4 = 7 nuts.\nAnswer: 12", "12", 1, "rationale ends in another answer"),
-        ("Answer: 12", "12", 1, "no rationale"),
-        ("3 * 4 = 12 nuts.\nAnswer: unknown", "12", 1, "no answer"),
-        ("So the answer is 12.\nAnswer: 12", "12", 1, "rationale only states the answer"),
-        ("The answer is 12 nuts.\nAnswer: 12", "12", 2, "rationale only states the answer"),
-        ("", "12", 2, "no rationale"),
-        ("By the hint, 3 bags of 4 nuts are 12.\nAnswer: 12", "12", 2, "rationale speaks of the hint"),
-        ("A person must say yes.\nAnswer: Yes.", "yes", 1, ""),
-        ("A person must say yes.\nAnswer: no", "yes", 1, "wrong answer"),
-    ],
-)
-def test_judge(reply, gold, phase, reason):
-    verdict = judge(Example("i", "How many?", "", gold), Reply(reply, True), PLAIN, HINT, phase)
-    assert verdict.reason == reason
-    if not reason:
-        assert verdict.rationale == reply.rpartition("</think>")[2].split("\n")[0]
-
-
-def test_judge_of_replies_that_were_cut_off():
-    example = Example("i", "How many?", "", "12")
-    for text, ended, reason in [
-        ("3 * 4 = 12", False, "cut off at max_new_tokens"),
-        ("3 * 4 = 12\nAnswer: 12", False, "cut off at max_new_tokens"),  # may have been 120
-        ("3 * 4 = 12 nuts\nAnswer: 12\nBy", False, ""),
-        ("3 * 4 = 12 nuts", True, ""),
-    ]:
-        assert judge(example, Reply(text, ended), PLAIN, HINT, 1).reason == reason
-
-
-def test_split_keywords():
-    assert split_keywords("Keywords: bags, Nuts , NUTS;\n- two  days\n1. left.\n...") == [
-        "bags", "Nuts", "two  days", "left"
-    ]  # fmt: skip
-
-
 def test_samples(tmp_path):
-    """Drawn replies of a random model: the same for a seed, whatever was drawn before, and others for another."""
-    model, tok = tiny.model(1), tiny.tokenizer()
-    prompts = [[5, 6, 7], [8, 9]]
-    first, _ = decode(model, tok, prompts, 8, temperature=1.0, seed=3)
-    state = torch.get_rng_state()
-    torch.rand(5)
-    assert decode(model, tok, prompts, 8, temperature=1.0, seed=3)[0] == first
-    assert decode(model, tok, prompts, 8, temperature=1.0, seed=4)[0] != first
-    torch.set_rng_state(state)
-    a = torch.rand(3)
-    torch.set_rng_state(state)
-    decode(model, tok, prompts, 8, temperature=1.0, seed=3)
-    assert torch.equal(torch.rand(3), a)  # the caller's generator is left alone
+    tok = tiny.tokenizer()
 
     class Varied(Scripted):
         def reply_to(self, text):
@@ -252,23 +194,6 @@ def test_samples(tmp_path):
     assert [row["sample"] for row in rows_of(tmp_path / "out.wrong.jsonl")] == [3, 6]
     with pytest.raises(ValueError, match=r"id a/2 would be that of a's next sample"):
         annotate(files(tmp_path / "b", [ROWS[0], {**ROWS[1], "id": "a/2"}], samples=2, temperature=1.0), varied, tok)
-
-
-def test_true_model_and_stop_string():
-    """tiny's Llama through batched decoding: replies are those of one at a time, cut at the stop string."""
-    model, tok = tiny.model(2), tiny.tokenizer()
-    prompts = [tok(text).input_ids for text in ("Question: How many?\nRationale:", "Hm\nRationale:", "x")]
-    whole, _ = decode(model, tok, prompts, 24)
-    for prompt, reply in zip(prompts, whole, strict=True):
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 24 and ids[-1] != tok.eos_token_id:
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        assert reply == (tok.decode(ids[len(prompt) :], skip_special_tokens=True), ids[-1] == tok.eos_token_id)
-    stop = next(c for reply in whole for c in reply.text[4:] if "!" <= c <= "~")
-    stopped, tokens = decode(model, tok, prompts, 24, stop=stop)
-    for a, b in zip(stopped, whole, strict=True):
-        assert a.text == b.text.partition(stop)[0]
-        assert a.ended == (b.ended or stop in b.text)
 
 
 def test_true_generate_loop_of_a_saved_model(tmp_path, capsys):
@@ -292,14 +217,13 @@ def test_true_generate_loop_of_a_saved_model(tmp_path, capsys):
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-sys.path.insert(0, ".")
 from tests.distill import test_annotate as t
-from molsaki.annotation import annotate
+from molsaki.annotation import annotate, journal
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 left = 0
-whole = annotate.Work._append
+whole = journal.ReplyJournal._append
 
 def append(work, value):
     global left
@@ -310,7 +234,7 @@ def append(work, value):
     left -= 1
     whole(work, value)
 
-annotate.Work._append = append
+journal.ReplyJournal._append = append
 for left in (3, 2, 2):
     child = os.fork()
     if not child:
@@ -336,6 +260,20 @@ def test_killed_and_resumed_is_the_same(tmp_path):
     assert len(model.seen) == 3
     for name in ("out.jsonl", "out.work.jsonl", "out.wrong.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_journal_of_version_0_1_is_continued(tmp_path):
+    """Its 5 lines are used again, and the others are those that version 0.1 wrote."""
+    if transformers.__version__ != "5.17.0":
+        pytest.skip("the fingerprint of a model depends on the config that this version of transformers writes")
+    whole = (DATA / "annotate.work.jsonl").read_bytes()
+    config = files(tmp_path, keywords="teacher", batch_size=1)
+    half = b"".join(whole.splitlines(keepends=True)[:5]) + b'{"check": "half a li'
+    (tmp_path / "out.work.jsonl").write_bytes(half)
+    model, tok = scripted(SCRIPT)
+    annotate(config, model, tok)
+    assert len(model.seen) == len(whole.splitlines()) - 5
+    assert (tmp_path / "out.work.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -371,23 +309,6 @@ def test_changed_teacher_and_data_are_refused(tmp_path):
     os.remove(tmp_path / "out.work.jsonl")
     with pytest.raises(ValueError, match=r"--output_file: .*out.jsonl is there without its out.work.jsonl"):
         annotate(files(tmp_path), *scripted(SCRIPT))
-
-
-def test_work_file(tmp_path):
-    path = tmp_path / "w.jsonl"
-    work = Work(path, {"seed": 1})
-    work.put(1, 0, [["é", 1]], [Reply("a\nb", True)])
-    path.write_bytes(path.read_bytes() + b'{"check"')
-    again = Work(path, {"seed": 1})
-    assert again.get(1, 0, [["é", 1]]) == [Reply("a\nb", True)]
-    assert again.get(1, 1, [["é", 1]]) is None
-    assert path.read_bytes().endswith(b"]}\n")
-    with pytest.raises(ValueError, match="batch 0 of phase 1 is of other examples"):
-        again.get(1, 0, [["f", 1]])
-    path.write_text('{"not": "ours"}\n')
-    with pytest.raises(ValueError, match="w.jsonl:1: damaged, or no work file"):
-        Work(path, {"seed": 1})
-    assert path.read_text() == '{"not": "ours"}\n'
 
 
 def test_too_long_is_counted(tmp_path):
@@ -461,7 +382,3 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process"):
         annotate(files(tmp_path), model, tok)
-
-
-def test_every_field_has_a_help_text():
-    assert [f.name for f in dataclasses.fields(AnnotateConfig) if not f.metadata.get("help")] == []

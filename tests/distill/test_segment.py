@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from molsaki.text.segment import Spans, segment
+from molsaki.text.segment import segment
+from molsaki.text.spans import Spans
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -169,33 +170,6 @@ def test_nothing_reaches_across_the_question_end():
     assert words(segment("I have 1", "1/2 of it")) == ["1", "1/2"]
     assert words(segment("I have 5", "-3 is left")) == ["5", "-3"]
     assert words(segment("ice", "cream", key=["ice cream", "ice"])) == ["ice"]
-
-
-@pytest.mark.parametrize(
-    "keywords, text, expected",
-    [
-        (["light"], "Light, lights, LIGHT; daylight (light)-light_", ["Light", "LIGHT", "light"]),
-        (["rubber stamp", "stamp"], "a rubber  stamp, a Stamp", ["rubber  stamp", "Stamp"]),
-        (["new york", "york city hall"], "new york city hall, New York", ["york city hall", "New York"]),
-        (["b a", "a b"], "a b a", ["a b"]),  # as long: the first wins
-        (["C++", "$5", "é"], "C++ or c++11, $5 and $55, É", ["C++", "c++", "$5", "É"]),
-        (["getting drunk"], "Getting\ndrunk", ["Getting\ndrunk"]),
-        (["a", "a", "A"], "a A", ["a", "A"]),
-        ([], "nothing 5", []),
-        (("x.y",), "xzy x.y", ["x.y"]),
-    ],
-)
-def test_keywords(keywords, text, expected):
-    assert words(segment("", text, key=keywords)) == expected
-
-
-def test_keywords_of_a_real_example():
-    question = (
-        "The receptionist loved to use a rubber stamp, she was pleasant in the whole what?\n(a) class\n(c) office"
-    )
-    spans = segment(question, "Of the above choices, only office makes sense.", key=["rubber stamp", "office"])
-    assert words(spans) == ["rubber stamp", "office", "office"]
-    assert steps(spans)[1:] == ["(a) class\n", "(c) office ", "Of the above choices, only office makes sense."]
 
 
 @pytest.mark.parametrize(
