@@ -162,8 +162,8 @@ class StoreWriter:
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold the lock of a file; False if another process holds it and ``wait`` is False.
 
-        The operating system releases the lock when the process ends for any reason; a lock that outlives its process,
-        filelock's fallback where a file system has no locks, would stop the others.
+        The operating system releases the lock when the process ends, for whatever reason. filelock's fallback for file
+        systems without locks does not, so a lost process would block the others: it is turned off.
         """
         lock = FileLock(self.folder / LOCKS / f"{name}.lock", timeout=-1 if wait else 0, fallback_to_soft=False)
         try:
@@ -173,8 +173,8 @@ class StoreWriter:
             return
         except (NotImplementedError, OSError) as error:
             raise OSError(
-                f"{self.folder}: cannot lock a file there ({error}); the locks keep two processes from writing one "
-                "file; choose a folder on another file system"
+                f"{self.folder}: its file system has no file locks ({error}), which keep two processes from writing "
+                "one file; choose another folder"
             ) from None
         try:
             yield True

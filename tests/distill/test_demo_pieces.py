@@ -1,4 +1,4 @@
-"""The demo's scripts: shallower students, word problems, folders that are whole or not there."""
+"""The demo's scripts: shallower students, word problems, folders that are complete or absent."""
 
 import copy
 import json
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_problems(monkeypatch, tmp_path):
 def test_data_that_is_there_is_left_alone(monkeypatch, tmp_path, capsys):
     first = make_data(monkeypatch, tmp_path / "data", "--train", 4, "--test", 2)
     assert make_data(monkeypatch, tmp_path / "data", "--train", 9, "--test", 9) == first
-    assert "there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
 def test_new_folder_is_whole_or_not_there(tmp_path):

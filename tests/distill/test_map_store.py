@@ -431,5 +431,7 @@ def test_without_file_locks(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", none)
-    with pytest.raises(OSError, match="cannot lock a file there .*; choose a folder on another file system"):
+    with pytest.raises(
+        OSError, match=r"its file system has no file locks \(.*\), which keep two processes .*another folder"
+    ):
         StoreWriter(tmp_path, DESCRIPTION, 4, 4)
