@@ -13,35 +13,20 @@ from typing import TYPE_CHECKING, Any
 from molsaki.modeling.registration import register_on_import
 
 if TYPE_CHECKING:
-    from molsaki.modeling.capture import capture
-    from molsaki.teacher.map_store import Store
-    from molsaki.teacher.map_store_writer import StoreWriter
-    from molsaki.text.alignment import encode, plan
-    from molsaki.text.fitting import fit
-    from molsaki.text.segment import segment
-    from molsaki.text.spans import Spans
-    from molsaki.training import losses
-    from molsaki.training.config import DistillConfig
-    from molsaki.training.mixture import MixtureOfLayers
-    from molsaki.training.trainer import DistillTrainer
+    from molsaki.modeling.capture import capture as capture
+    from molsaki.teacher.map_store import Store as Store
+    from molsaki.teacher.map_store_writer import StoreWriter as StoreWriter
+    from molsaki.text.alignment import encode as encode
+    from molsaki.text.alignment import plan as plan
+    from molsaki.text.fitting import fit as fit
+    from molsaki.text.segment import segment as segment
+    from molsaki.text.spans import Spans as Spans
+    from molsaki.training import losses as losses
+    from molsaki.training.config import DistillConfig as DistillConfig
+    from molsaki.training.mixture import MixtureOfLayers as MixtureOfLayers
+    from molsaki.training.trainer import DistillTrainer as DistillTrainer
 
     __version__: str
-
-__all__ = [
-    "DistillConfig",
-    "DistillTrainer",
-    "MixtureOfLayers",
-    "Spans",
-    "Store",
-    "StoreWriter",
-    "__version__",
-    "capture",
-    "encode",
-    "fit",
-    "losses",
-    "plan",
-    "segment",
-]
 
 _MODULES = {
     "DistillConfig": "molsaki.training.config",
@@ -53,9 +38,11 @@ _MODULES = {
     "capture": "molsaki.modeling.capture",
     "encode": "molsaki.text.alignment",
     "fit": "molsaki.text.fitting",
+    "losses": "molsaki.training.losses",
     "plan": "molsaki.text.alignment",
     "segment": "molsaki.text.segment",
 }
+__all__ = ["__version__", *_MODULES]
 
 register_on_import()
 
@@ -63,17 +50,16 @@ register_on_import()
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("molsaki-kernels")
-    if name != "losses" and name not in _MODULES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        if name == "losses":
-            return importlib.import_module("molsaki.training.losses")
-        return getattr(importlib.import_module(_MODULES[name]), name)
+        module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError:
         from molsaki.extras import require
 
         require("train")
         raise
+    return module if name == "losses" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -99,22 +99,13 @@ def annotate(
             if found is not None:
                 record["keywords"] = found.by_id[id]
             records.append(record | {"rationale_source": source, "phase": verdict.phase})
-    summary: dict[str, Any] = {
-        "teacher": source,
-        "data_file": config.data_file,
-        "output_file": config.output_file,
-        "examples": len(examples),
-        "phase_1": phases[FIRST],
-        "phase_2": phases[SECOND],
-        "dropped": dict(dropped),
-        "rationales": len(records),
-    }
+    summary: dict[str, Any] = {"teacher": source, "data_file": config.data_file, "output_file": config.output_file}
+    summary |= {"examples": len(examples), "phase_1": phases[FIRST], "phase_2": phases[SECOND]}
+    summary |= {"dropped": dict(dropped), "rationales": len(records)}
     if found is not None:
-        summary["keywords"] = {
-            "kept": sum(map(len, found.by_id.values())),
-            "not_in_the_text": found.not_in_the_text,
-            "rationales_without": sum(not words for words in found.by_id.values()),
-        }
+        lists = found.by_id.values()
+        summary["keywords"] = {"kept": sum(map(len, lists)), "not_in_the_text": found.not_in_the_text}
+        summary["keywords"]["rationales_without"] = sum(not words for words in lists)
     summary |= {"tokens": run.tokens, "seconds": seconds, "tokens_per_second": run.tokens / seconds}
     if config.keep_wrong:
         write_json_lines(output.with_suffix(".wrong.jsonl"), refused)
@@ -193,16 +184,15 @@ class _Run:
                     prompts += [_Prompt(example, sample, ids) for sample in range(1, self.config.samples + 1)]
                 else:
                     reasons[example.id] = TOO_LONG
-                    refused.append(_refusal(example, phase, reason=TOO_LONG))
+                    refused.append(_refusal(example, phase, None, None, None, TOO_LONG))
             with tqdm(total=len(prompts), unit="reply", desc=f"annotate, phase {phase}") as bar:
                 for prompt, reply in self._replies(phase, prompts, self.config.max_new_tokens, bar):
                     example = prompt.example
                     verdict = judge(example, reply, self.form, self.config.hint, phase)
                     if verdict.reason:
                         reasons[example.id] = verdict.reason
-                        refused.append(
-                            _refusal(example, phase, prompt.sample, reply.text, verdict.answer, verdict.reason)
-                        )
+                        reply_to = (prompt.sample, reply.text, verdict.answer, verdict.reason)
+                        refused.append(_refusal(example, phase, *reply_to))
                     elif all(verdict.rationale != other.rationale for other in kept.get(example.id, [])):
                         kept.setdefault(example.id, []).append(verdict)
                     counts = collections.Counter(found[0].phase for found in kept.values())
@@ -283,20 +273,7 @@ def _teacher_name(config: AnnotateConfig, teacher: PreTrainedModel) -> str:
 
 
 def _refusal(
-    example: Example,
-    phase: int,
-    sample: int | None = None,
-    reply: str | None = None,
-    answer: str | None = None,
-    reason: str = "",
+    example: Example, phase: int, sample: int | None, reply: str | None, answer: str | None, reason: str
 ) -> dict[str, Any]:
-    return {
-        "id": example.id,
-        "question": example.question,
-        "gold": example.answer,
-        "phase": phase,
-        "sample": sample,
-        "reply": reply,
-        "answer": answer,
-        "reason": reason,
-    }
+    record = {"id": example.id, "question": example.question, "gold": example.answer, "phase": phase}
+    return record | {"sample": sample, "reply": reply, "answer": answer, "reason": reason}

@@ -61,20 +61,11 @@ def evaluate(
     scores = [score(example, reply, config.mode) for example, reply in zip(examples, replies, strict=True)]
     right = sum(one["right"] for one in scores)
     low, high = wilson(right, len(scores))
-    summary: dict[str, Any] = {
-        "model": config.model,
-        "data_file": config.data_file,
-        "mode": config.mode,
-        "examples": len(scores),
-        "right": right,
-        "accuracy": right / len(scores),
-        "low": low,
-        "high": high,
-        "without_answer": sum(one["prediction"] is None for one in scores),
-        "seconds": seconds,
-        "examples_per_second": len(scores) / seconds,
-        "tokens_per_second": tokens / seconds,
-    }
+    total, without_answer = len(scores), sum(one["prediction"] is None for one in scores)
+    summary: dict[str, Any] = {"model": config.model, "data_file": config.data_file, "mode": config.mode}
+    summary |= {"examples": total, "right": right, "accuracy": right / total, "low": low, "high": high}
+    summary |= {"without_answer": without_answer, "seconds": seconds}
+    summary |= {"examples_per_second": total / seconds, "tokens_per_second": tokens / seconds}
     if other is not None:
         summary["paired"] = {"other": config.compare} | paired_test([one["right"] for one in scores], other)
     folder.mkdir(parents=True, exist_ok=True)

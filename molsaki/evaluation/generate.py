@@ -53,24 +53,19 @@ def decode(
     ids = [torch.tensor(prompt) for prompt in prompts]
     input_ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(prompt) for prompt in ids], batch_first=True, padding_side="left")
-    options: dict[str, Any] = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    options: dict[str, Any] = dict(max_new_tokens=new_tokens, num_beams=1, pad_token_id=tokenizer.pad_token_id)
     if temperature > 0:
-        options = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
+        options |= dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
+    else:
+        options |= dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     if stop is not None:
         options |= dict(stop_strings=[stop], tokenizer=tokenizer)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=temperature > 0):
         if temperature > 0:
             torch.manual_seed(seed)
-        out: Tensor = cast(Any, model).generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=new_tokens,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            **options,
-        )[:, input_ids.shape[1] :]
+        inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+        out: Tensor = cast(Any, model).generate(**inputs, **options)[:, input_ids.shape[1] :]
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     replies = []

@@ -31,11 +31,5 @@ def score(example: Example, reply: str, mode: str) -> dict[str, Any]:
         lines = reply.strip().splitlines() or [""]
         prediction = lines[-1 if last else 0].strip() or None
         right = same_text(prediction or "", example.answer)
-    return {
-        "id": example.id,
-        "question": example.question,
-        "gold": example.answer,
-        "reply": reply,
-        "prediction": prediction,
-        "right": right,
-    }
+    record = {"id": example.id, "question": example.question, "gold": example.answer, "reply": reply}
+    return record | {"prediction": prediction, "right": right}

@@ -51,18 +51,7 @@ def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
 
 def mixture_of(options: MixtureOptions, teacher_layers: int, student_layers: int, value_width: int) -> MixtureOfLayers:
     """The mixture that a config describes, for models of these depths."""
-    return MixtureOfLayers(
-        teacher_layers,
-        student_layers,
-        value_width,
-        kind=options.mixture,
-        router=options.router,
-        tau_t=options.tau_t,
-        tau_s=options.tau_s,
-        teacher_scale=options.teacher_scale,
-        value_heads=options.value_heads,
-        pooling=options.pooling,
-        teacher_layer=options.teacher_layer,
-        student_layer=options.student_layer,
-        seed=options.mixture_seed,
-    )
+    names = ("router", "tau_t", "tau_s", "teacher_scale", "value_heads", "pooling", "teacher_layer", "student_layer")
+    more: dict[str, Any] = {name: getattr(options, name) for name in names}
+    more |= {"kind": options.mixture, "seed": options.mixture_seed}
+    return MixtureOfLayers(teacher_layers, student_layers, value_width, **more)
