@@ -290,9 +290,9 @@ def test_the_real_tokenizer_on_real_texts(tokenizers):
         pytest.skip("no tokenizer or texts here")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(300), strict=False)]
-    for row in rows:
-        spans = segment(row["question"], row["rationale"])
+        records = [json.loads(line) for line, _ in zip(file, range(300), strict=False)]
+    for record in records:
+        spans = segment(record["question"], record["rationale"])
         for template in ("plain", "chat", FORMAT):
             encoded = encode(spans, tokenizer, template=template)
             parts = [tokenizer.decode(encoded.input_ids[a:b]).strip() for a, b in encoded.steps]
@@ -302,6 +302,6 @@ def test_the_real_tokenizer_on_real_texts(tokenizers):
             assert sum(map(len, parts)) <= 1.1 * sum(b - a for a, b in spans.words)
             reply = tokenizer.decode(encoded.input_ids[encoded.target_start :], skip_special_tokens=True)
             assert reply.strip() == spans.rationale
-            assert prompt(row["question"], tokenizer, template=template) == encoded.input_ids[: encoded.target_start]
+            assert prompt(record["question"], tokenizer, template=template) == encoded.input_ids[: encoded.target_start]
         other = plan(spans, tokenizers["bert"], 512)
         assert (other.num_steps, other.num_words) == (len(spans.steps), len(spans.words))

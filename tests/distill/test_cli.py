@@ -24,12 +24,12 @@ TRAJECTORY = Path(__file__).with_name("trajectory.json")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with models and data, the teacher's store and a short run, all made by the commands."""
+    """A folder with models and data, the teacher's store and a short run, all written by the commands."""
     folder = tmp_path_factory.mktemp("cli")
     tiny.save(folder / "teacher", 3, tiny.tokenizer(60), seed=1)
     tiny.save(folder / "student", 2)
     tiny.write_jsonl(folder / "train.jsonl", tiny.problems(16))
-    tiny.write_jsonl(folder / "test.jsonl", [{**row, "id": "t/" + row["id"]} for row in tiny.problems(6)])
+    tiny.write_jsonl(folder / "test.jsonl", [{**record, "id": "t/" + record["id"]} for record in tiny.problems(6)])
     extract = ["extract", "--teacher", folder / "teacher", "--data_files", folder / "train.jsonl"]
     assert run(*extract, "--store", folder / "store", "--shard_size", 8) == 0
     assert run(*distill(folder), "--output_dir", folder / "run") == 0
@@ -55,7 +55,7 @@ def history(folder: Path) -> list[dict]:
 
 
 def test_trajectory(work):
-    """The losses of a run are those of the committed one; MOLSAKI_PIN=1 writes them anew."""
+    """The losses of a run are those of the committed one; MOLSAKI_PIN=1 writes them again."""
     names = (
         "loss",
         "loss_pre",

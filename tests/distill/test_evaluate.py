@@ -56,13 +56,13 @@ def test_batched_replies_are_those_of_one_at_a_time():
 
 
 def test_files_and_paired_comparison(folder, tmp_path):
-    rows = tiny.problems(6)
-    data = tiny.write_jsonl(tmp_path / "d.jsonl", [{k: r[k] for k in ("id", "question", "answer")} for r in rows])
+    records = tiny.problems(6)
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", [{k: r[k] for k in ("id", "question", "answer")} for r in records])
     config = EvaluateConfig(model=str(folder), data_file=str(data), output_dir=str(tmp_path / "a"), max_new_tokens=4)
     summary = evaluate(config)
     written = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in written] == [row["id"] for row in rows]
-    assert summary["right"] == sum(row["right"] for row in written)
+    assert [record["id"] for record in written] == [record["id"] for record in records]
+    assert summary["right"] == sum(record["right"] for record in written)
     assert json.loads((tmp_path / "a/summary.json").read_text()) == summary
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["predictions.jsonl", "summary.json"]
     config.compare, config.output_dir = str(tmp_path / "a/predictions.jsonl"), str(tmp_path / "b")

@@ -23,7 +23,7 @@ def texts(path):
 
 
 def lines(step):
-    """What of a step is in its label."""
+    """The lines of a step's label."""
     return shorten(step, 30, 2).splitlines()
 
 

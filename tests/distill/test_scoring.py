@@ -20,5 +20,5 @@ from molsaki.text.examples import Example
     ],
 )
 def test_score(reply, mode, gold, choices, prediction, right):
-    row = score(Example("i", "q", "", gold, None, choices), reply, mode)
-    assert (row["prediction"], row["right"], row["gold"]) == (prediction, right, gold)
+    record = score(Example("i", "q", "", gold, None, choices), reply, mode)
+    assert (record["prediction"], record["right"], record["gold"]) == (prediction, right, gold)

@@ -227,8 +227,8 @@ def test_real_texts(name):
         pytest.skip(f"no {name} here")
     outside = total = 0
     for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
-        row = json.loads(line)
-        question, rationale = row["question"], row.get("rationale") or ""
+        record = json.loads(line)
+        question, rationale = record["question"], record.get("rationale") or ""
         spans = segment(question, rationale)
         check(spans, question, rationale)
         inside = sum(c.isdigit() for word in words(spans) for c in word)
