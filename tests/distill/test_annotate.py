@@ -251,7 +251,7 @@ for left in (3, 2, 2):
 
 
 def test_killed_and_resumed_is_the_same(tmp_path):
-    """SIGKILL amid a line in phase 1, phase 2 and the keywords in turn, each run continues where the last one stopped."""
+    """SIGKILL amid a line in phase 1, phase 2 and the keywords in turn; each run continues where the last stopped."""
     whole = files(tmp_path / "whole", keywords="teacher", batch_size=1)
     annotate(whole, *scripted(SCRIPT))
     folder = tmp_path / "killed"
