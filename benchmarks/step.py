@@ -35,6 +35,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from molsaki.batches.data import IGNORE, Collator, Row, Text
+from molsaki.modeling.forward import model_inputs
+from molsaki.modeling.hooks import NAME
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -45,11 +48,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from molsaki.batches.data import IGNORE, Collator, Row, Text
 from molsaki.batches.shared_prefix import Branches
 from molsaki.config import DistillConfig
-from molsaki.modeling.forward import model_inputs
-from molsaki.modeling.hooks import NAME
 from molsaki.teacher.extract import mixture_of, probe, teacher_maps
 from molsaki.training import losses
 from molsaki.training.trainer import Distiller

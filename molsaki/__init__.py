@@ -1,33 +1,66 @@
-"""Distil where a teacher looks while it reasons (MoLSAKI, arXiv 2604.15701)."""
+"""Distils a teacher's attention to key words, step by step (MoLSAKI, arXiv 2604.15701).
+
+The names below are imported on first use: ``import molsaki`` imports neither torch nor transformers. When transformers
+is imported, before or after, the attention implementation "molsaki" is registered with it.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
 from molsaki.modeling.registration import register_on_import
 
-_LATER = {
-    "DistillConfig": "molsaki.config",
+if TYPE_CHECKING:
+    from molsaki.modeling.capture import capture as capture
+    from molsaki.teacher.map_store import Store as Store
+    from molsaki.teacher.map_store_writer import StoreWriter as StoreWriter
+    from molsaki.text.alignment import encode as encode
+    from molsaki.text.alignment import plan as plan
+    from molsaki.text.fitting import fit as fit
+    from molsaki.text.segment import segment as segment
+    from molsaki.text.spans import Spans as Spans
+    from molsaki.training import losses as losses
+    from molsaki.training.config import DistillConfig as DistillConfig
+    from molsaki.training.mixture import MixtureOfLayers as MixtureOfLayers
+    from molsaki.training.trainer import DistillTrainer as DistillTrainer
+
+    __version__: str
+
+_MODULES = {
+    "DistillConfig": "molsaki.training.config",
     "DistillTrainer": "molsaki.training.trainer",
     "MixtureOfLayers": "molsaki.training.mixture",
-    "Spans": "molsaki.text.segment",
-    "Store": "molsaki.teacher.store",
-    "StoreWriter": "molsaki.teacher.store",
+    "Spans": "molsaki.text.spans",
+    "Store": "molsaki.teacher.map_store",
+    "StoreWriter": "molsaki.teacher.map_store_writer",
     "capture": "molsaki.modeling.capture",
-    "encode": "molsaki.text.tokens",
-    "fit": "molsaki.text.tokens",
-    "plan": "molsaki.text.tokens",
+    "encode": "molsaki.text.alignment",
+    "fit": "molsaki.text.fitting",
+    "losses": "molsaki.training.losses",
+    "plan": "molsaki.text.alignment",
     "segment": "molsaki.text.segment",
 }
-__all__ = [*_LATER, "losses"]
-
-
-def __getattr__(name: str):
-    if name == "losses":
-        return importlib.import_module("molsaki.training.losses")
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__all__ = ["__version__", *_MODULES]
 
 register_on_import()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("molsaki-kernels")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError:
+        from molsaki.extras import require
+
+        require("train")
+        raise
+    return module if name == "losses" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

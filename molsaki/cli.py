@@ -1,33 +1,38 @@
-"""The program ``molsaki``: one command a word, each a thin script over its config and its module.
+"""The program ``molsaki``: one word per command, each a config, a module and the function that runs it.
 
-Modules are imported when their command runs, so ``molsaki --help`` is immediate. What a user got wrong is one line on
-standard error and exit code 2; set ``MOLSAKI_TRACEBACK=1`` to see where it was raised.
+A module is imported when its command runs, so ``molsaki --help`` imports neither torch nor transformers. A user's
+mistake is one line on standard error and exit code 2; set ``MOLSAKI_TRACEBACK=1`` to see where it was raised.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 1 (``store verify`` found faults), 2 (an error), 130 (interrupted)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    listed = "\n".join(f"  {name:10}{help}" for name, help in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="molsaki",
-        description="Distil how a teacher attends to key information, step by step (arXiv 2604.15701).",
-        epilog="commands:\n" + "\n".join(f"  {name:10}{run.__doc__}" for name, run in COMMANDS.items())
-        + "\n\n`molsaki COMMAND --help` lists the command's flags; --config FILE reads them from YAML.",
+        description="Distil a teacher's attention to key words, step by step (arXiv 2604.15701).",
+        epilog=f"commands:\n{listed}\n\n`molsaki COMMAND --help` lists the command's flags; --config FILE reads them "
+        "from YAML.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(argv[:1]).command
     try:
-        return COMMANDS[command](argv[1:]) or 0
+        if command in CONFIGURED:
+            return _run_configured(command, argv[1:])
+        return _store(argv[1:]) if command == "store" else _doctor(argv[1:])
     except KeyboardInterrupt:
         print(f"\nmolsaki {command}: interrupted. {CONTINUE.get(command, 'Run it again.')}", file=sys.stderr)
         return 130
@@ -38,55 +43,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _annotate(argv: list[str]) -> None:
-    """have a teacher write rationales, and keep the right ones"""
-    from molsaki.annotation.annotate import annotate
-    from molsaki.config import AnnotateConfig, parse
-
-    _print(annotate(parse(AnnotateConfig, argv, "molsaki annotate")))
-
-
-def _extract(argv: list[str]) -> None:
-    """run the teacher once over a data set and store its maps"""
-    from molsaki.config import ExtractConfig, parse
-    from molsaki.teacher.extract import extract
-
-    _print(extract(parse(ExtractConfig, argv, "molsaki extract")))
-
-
-def _distill(argv: list[str]) -> None:
-    """train a student, with the teacher live or from the store"""
-    from molsaki.config import DistillConfig, parse
-    from molsaki.training.trainer import distill
-
-    _print(distill(parse(DistillConfig, argv, "molsaki distill")))
-
-
-def _evaluate(argv: list[str]) -> None:
-    """decode greedily, score exactly, write every prediction"""
-    from molsaki.config import EvaluateConfig, parse
-    from molsaki.evaluation.evaluate import evaluate
-
-    _print(evaluate(parse(EvaluateConfig, argv, "molsaki evaluate")))
+COMMANDS = {
+    "annotate": "have a teacher write rationales, and keep the right ones",
+    "extract": "run the teacher once over a data set and store its maps",
+    "distill": "train a student, with the teacher live or from the store",
+    "evaluate": "decode greedily, score exactly, write every prediction",
+    "plot": "draw losses, layer weights and maps",
+    "store": "look at a store: verify, info or head",
+    "doctor": "print versions, devices, engines, and why each is or is not ready",
+}
+# The commands with a config: its name, and the module of the function with the command's name.
+CONFIGURED = {
+    "annotate": ("AnnotateConfig", "molsaki.annotation.annotate"),
+    "extract": ("ExtractConfig", "molsaki.teacher.extract"),
+    "distill": ("DistillConfig", "molsaki.training.trainer"),
+    "evaluate": ("EvaluateConfig", "molsaki.evaluation.evaluate"),
+    "plot": ("PlotConfig", "molsaki.plotting.plot_run"),
+}
+CONTINUE = {
+    "annotate": "All replies so far are kept; run the same command again to continue.",
+    "extract": "All finished shards are kept; run the same command again to continue.",
+    "distill": "Run the same command with --resume to continue from the last checkpoint.",
+}
 
 
-def _plot(argv: list[str]) -> None:
-    """draw losses, layer weights and maps"""
-    from molsaki.config import PlotConfig, parse
-    from molsaki.plotting.plot_run import plot
+def _run_configured(command: str, argv: Sequence[str]) -> int:
+    from molsaki import config
+    from molsaki.extras import require
 
-    for path in plot(parse(PlotConfig, argv, "molsaki plot")):
-        print(path)
+    config_name, module = CONFIGURED[command]
+    require("train")
+    options = config.parse(getattr(config, config_name), argv, f"molsaki {command}")
+    result = getattr(importlib.import_module(module), command)(options)
+    if os.environ.get("RANK", "0") == "0":
+        _print(result)
+    return 0
 
 
-def _store(argv: list[str]) -> int:
-    """look at a store: verify, info or head"""
+def _store(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="molsaki store")
     parser.add_argument("action", choices=["verify", "info", "head"], help="check every file, describe, show examples")
     parser.add_argument("folder", help="folder of the store")
     parser.add_argument("-n", type=int, default=3, help="head: how many examples")
     args = parser.parse_args(argv)
-    from molsaki.teacher.store import Store, verify
+    from molsaki.teacher.map_store import Store, verify
 
     if args.action == "verify":
         faults = verify(args.folder)
@@ -106,8 +106,7 @@ def _store(argv: list[str]) -> int:
     return 0
 
 
-def _doctor(argv: list[str]) -> None:
-    """print versions, devices, engines, and why each is or is not ready"""
+def _doctor(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="molsaki doctor")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
@@ -115,26 +114,13 @@ def _doctor(argv: list[str]) -> None:
 
     found = report()
     print(json.dumps(found, indent=2) if args.json else render(found))
+    return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "annotate": _annotate,
-    "extract": _extract,
-    "distill": _distill,
-    "evaluate": _evaluate,
-    "plot": _plot,
-    "store": _store,
-    "doctor": _doctor,
-}
-CONTINUE = {
-    "annotate": "What is decoded stays; run the same command again to continue.",
-    "extract": "What is stored stays; run the same command again to continue.",
-    "distill": "Run the same command with --resume to continue from the last checkpoint.",
-}
-
-
-def _print(result: dict) -> None:
-    if os.environ.get("RANK", "0") != "0":
+def _print(result: Mapping[str, Any] | Iterable[Any]) -> None:
+    """Print a summary by name, or one item per line."""
+    if not isinstance(result, Mapping):
+        print(*result, sep="\n")
         return
     for name, value in result.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")

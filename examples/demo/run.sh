@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole way, from text to a student that was taught where to look: what `make demo` runs, one command after another.
+# The demo that `make demo` runs: one command after another, from texts to a distilled student and pictures.
 #
-# Whatever is there already is reused, so it can be interrupted and run again; delete a folder to have it made anew.
+# Existing results are reused, so it can be interrupted and run again; delete a folder to compute it again.
 # Other models, from the hub or from a folder:  TEACHER=Qwen/Qwen3-0.6B OUT=demo-qwen make demo
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -46,5 +46,5 @@ say "Pictures"
 molsaki plot --config $scripts/plot.yaml --teacher "$teacher" --student "$out/distilled" --run "$out/distilled" \
   --data_file "$out/data/test.jsonl" --output_dir "$out/plots"
 
-say "Done. What there is now:"
+say "Done. All files:"
 find "$out" -type f -not -path '*/.*' -not -path '*/checkpoint-*' | sort

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from molsaki.batches.tokenized import LeftOut, Tokenization, TokenizedExample, TokenizerSpec, all_left_out
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
-from molsaki.teacher.store import Entry, Store, fingerprint_spans
+from molsaki.teacher.fingerprints import fingerprint_spans
+from molsaki.teacher.map_store import Entry, Store
 from molsaki.text.examples import Example
-from molsaki.text.segment import Spans
+from molsaki.text.spans import Spans
 
 KEPT = 1 << 16  # tokenized examples that a data set keeps in memory, about 1 KB each
 

@@ -16,15 +16,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from molsaki.config import TextOptions
+from molsaki.text.alignment import Encoded, encode, prompt
 from molsaki.text.examples import Example
-from molsaki.text.segment import Spans, segment
-from molsaki.text.tokens import Encoded, TooLong, encode, fit, prompt
+from molsaki.text.fitting import TooLong, fit
+from molsaki.text.segment import segment
+from molsaki.text.spans import Spans
 
 
 def spans_of(example: Example, options: TextOptions) -> Spans:
     """The steps and key words of one example's question and rationale."""
-    key = "numbers" if options.key == "numbers" else example.keywords or ()
-    return segment(example.question, example.rationale, key, options.splitter, options.number_words)
+    keywords = example.keywords or ()
+    return segment(example.question, example.rationale, options.key, options.splitter, options.number_words, keywords)
 
 
 def encode_predict(

@@ -1,4 +1,4 @@
-"""Collects what :mod:`molsaki.plots` draws: what a run has logged, and the maps of texts from models or a store."""
+"""The command ``molsaki plot``: gathers a run's logs and the maps of texts, from models or a store, and draws them."""
 
 from __future__ import annotations
 
@@ -17,35 +17,30 @@ from molsaki.config import MixtureOptions, PlotConfig, TextOptions, require
 from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import load_model, load_tokenizer
 from molsaki.plotting import plots
-from molsaki.teacher.extract import mixture_of, probe, teacher_maps
-from molsaki.teacher.store import Store
+from molsaki.teacher.map_store import Store
+from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
+from molsaki.text.alignment import encode
 from molsaki.text.examples import Example, read_examples
-from molsaki.text.segment import Spans
-from molsaki.text.tokens import encode
+from molsaki.text.spans import Spans
 from molsaki.training.checkpoints import CONFIG, ROUTER, WEIGHTS_LOG, checkpoints
 from molsaki.training.mixture import MixtureOfLayers
 from molsaki_kernels import StepPlan
 
-CURVES = {
-    "loss": ["loss", "loss_pre", "loss_exp", "eval_loss"],
-    "attention loss": ["loss_att", "loss_att_uniform", "eval_loss_att"],
-    "entropy of the layer weights": ["entropy_teacher", "entropy_student"],
-}
-
 
 def plot(config: PlotConfig) -> list[Path]:
-    """Draw everything that the config's run, models, store and data give, and return the files.
+    """Draw everything that can be drawn from the config's run, models, store and data, and return the files.
 
     From a run: ``losses`` and ``layer_weights``. From a data set with a teacher, a store or a student: for each of its
-    first examples ``map_ID``, and ``attention_ID`` for the sides whose tokenizer there is.
+    first examples ``map_ID``, and ``attention_ID`` for the sides whose tokenizer is given.
 
     Raises:
         ValueError, OSError: a flag is missing, a file is not there, or there is nothing to draw.
     """
     if config.run is None:
-        require(config, "output_dir")
-    folder = Path(config.output_dir or Path(config.run, "plots"))
-    drawn = [] if config.run is None else _draw_run(Path(config.run), folder, config.format)
+        folder, drawn = Path(require(config, "output_dir")), []
+    else:
+        folder = Path(config.output_dir or Path(config.run, "plots"))
+        drawn = draw_run(Path(config.run), folder, config.format)
     if config.data_file is not None:
         drawn += _draw_examples(config, folder)
     if not drawn:
@@ -53,14 +48,19 @@ def plot(config: PlotConfig) -> list[Path]:
     return drawn
 
 
-def _draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
+def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
+    """Draw the logs of a run of ``molsaki distill``: ``losses`` and, if it has any, ``layer_weights``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
     if not run.is_dir():
         raise FileNotFoundError(f"--run: no such folder: {run}")
     drawn = []
     states = [path for path in (run, *checkpoints(run)) if (path / "trainer_state.json").is_file()]
     if states:
         history = json.loads((states[0] / "trainer_state.json").read_text())["log_history"]
-        drawn.append(plots.plot_losses(history, CURVES, folder / f"losses.{suffix}"))
+        drawn.append(plots.plot_losses(history, plots.CURVES, folder / f"losses.{suffix}"))
     if (run / WEIGHTS_LOG).is_file():
         records = [json.loads(line) for line in (run / WEIGHTS_LOG).read_text().splitlines()]
         if records:
@@ -70,13 +70,14 @@ def _draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
 
 @dataclasses.dataclass
 class _Side:
-    """A model and its tokenizer, where there are any."""
+    """The teacher or the student: a model and its tokenizer, each of them if it is given."""
 
     model: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     template: str = "plain"
 
     def tokens(self, spans: Spans) -> tuple[Tensor, StepPlan]:
+        assert self.model is not None and self.tokenizer is not None
         encoded = encode(spans, self.tokenizer, template=self.template)
         ids = torch.tensor([encoded.input_ids], device=self.model.device)
         return ids, StepPlan.from_spans([encoded.steps], [encoded.words], device=self.model.device)
@@ -96,7 +97,8 @@ def _draw_examples(config: PlotConfig, folder: Path) -> list[Path]:
         raise ValueError("--data_file: needs --teacher, --store or --student to draw maps of it")
 
     layers, width = (1, 1) if student.model is None else probe(student.model, options.value_heads)
-    depth = store.num_layers if store is not None else layers if teacher.model is None else probe(teacher.model)[0]
+    depth = layers if teacher.model is None else probe(teacher.model)[0]
+    depth = depth if store is None else store.num_layers
     mixture = mixture_of(options, depth, layers, width)
     is_trained = _load_router(mixture, config)
     student_name = "student" if is_trained else "student, layers weighted alike"
@@ -137,7 +139,7 @@ def _options(config: PlotConfig) -> PlotConfig:
 
 
 def _load_router(mixture: MixtureOfLayers, config: PlotConfig) -> bool:
-    """Load the router from the student's folder or the run's last checkpoint; whether there was one, or needs none."""
+    """Load the router from the student's folder or the run's last checkpoint; True if it was found or is not needed."""
     if not mixture.state_dict():
         return True
     folders = [Path(config.student or ".")] + ([] if config.run is None else checkpoints(config.run)[:1])
@@ -149,19 +151,21 @@ def _load_router(mixture: MixtureOfLayers, config: PlotConfig) -> bool:
 
 
 def _chosen(config: PlotConfig) -> list[Example]:
-    examples = [example for example in read_examples(config.data_file) if example.rationale.strip()]
+    data_file = require(config, "data_file")
+    examples = [example for example in read_examples(data_file) if example.rationale.strip()]
     if not config.ids:
         return examples[: config.examples]
     known = {example.id: example for example in examples}
     missing = [id for id in config.ids if id not in known]
     if missing:
-        raise ValueError(f"--ids: {config.data_file} holds no example {missing[0]!r} with a rationale")
+        raise ValueError(f"--ids: {data_file} holds no example {missing[0]!r} with a rationale")
     return [known[id] for id in config.ids]
 
 
 def _teacher_map(example: Example, spans: Spans, store: Store | None, side: _Side, mixture: MixtureOfLayers) -> Tensor:
     """``(S, W)``, averaged over the pairs of layers."""
     if store is None:
+        assert side.model is not None
         ids, plan = side.tokens(spans)
         maps = teacher_maps(side.model, ids, torch.ones_like(ids), plan)
     else:
@@ -178,8 +182,8 @@ def _teacher_map(example: Example, spans: Spans, store: Store | None, side: _Sid
 @torch.no_grad()
 def _student_map(spans: Spans, side: _Side, mixture: MixtureOfLayers, options: PlotConfig) -> Tensor:
     """``(S, W)``, averaged over the pairs of layers."""
+    assert side.model is not None
     ids, plan = side.tokens(spans)
-    pooled = dict(value_heads=options.value_heads, pooling=options.pooling)
-    with capture(side.model, plan, True, **pooled) as record:
+    with capture(side.model, plan, True, value_heads=options.value_heads, pooling=options.pooling) as record:
         side.model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
     return mixture.student(record.maps, record.values, plan)[1][0].mean(0)

@@ -1,73 +1,57 @@
-"""The paper's pictures: maps, layer weights over training, losses, and how much attention key words get step by step.
+"""Draws the paper's pictures: maps, layer weights over training, losses, and the attention on key words per step.
 
-Every function takes numbers and texts, writes one file (its suffix says which kind: png, pdf, svg) and returns its
-path. Nothing here needs a display, and a file is either whole or not there.
+Every function takes numbers and texts, writes one file (png, pdf or svg, by its suffix) and returns its path. None
+needs a display, and a file is either complete or absent.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+from molsaki.extras import require
+from molsaki.io import atomic_write
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError:
+    require("plot")
+    raise
+
+Array = np.ndarray[Any, Any]
 
 TEACHER, STUDENT, OTHER = "#1f5a99", "#d1672c", "#d9d9d9"
-WIDE = 24  # words from which maps stand one above the other instead of side by side
-ANNOTATED = 200  # cells up to which a map's values are written into it
-STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # what is left of a long step or word in a label
+WIDE = 24  # with more words, maps are drawn one above the other instead of side by side
+ANNOTATED = 200  # with more cells, a map's values are not written into it
+STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # longest step (per line) and word of a label
 
-CURVES = {  # what a run logs, a panel each
-    "loss": ("loss",),
+CURVES = {  # the panels of a run's losses, and the logged names in each
+    "loss": ("loss", "eval_loss"),
     "cross-entropy": ("loss_pre", "loss_exp"),
-    "attention loss": ("loss_att", "loss_att_uniform"),
+    "attention loss": ("loss_att", "loss_att_uniform", "eval_loss_att"),
     "between tasks or logits": ("loss_mmi", "loss_logits"),
     "entropy of the layer weights": ("entropy_teacher", "entropy_student"),
 }
 
 
-def plot_run(run: str | Path, output_dir: str | Path) -> list[Path]:
-    """What a run of ``molsaki distill`` logged: ``losses.png`` and, if it has layer weights, ``layer_weights.png``.
-
-    Args:
-        run: folder of the run or of one of its checkpoints, with ``trainer_state.json``.
-        output_dir: folder for the pictures.
-
-    Returns:
-        The files made.
-
-    Raises:
-        FileNotFoundError: ``run`` has no ``trainer_state.json``.
-        ValueError: nothing was logged yet.
-    """
-    state, weights = Path(run) / "trainer_state.json", Path(run) / "layer_weights.jsonl"
-    if not state.is_file():
-        raise FileNotFoundError(f"{state}: no such file; expected the folder of a run of molsaki distill")
-    history = json.loads(state.read_text())["log_history"]
-    made = [plot_losses(history, CURVES, Path(output_dir) / "losses.png")]
-    if weights.is_file():
-        records = [json.loads(line) for line in weights.read_text().splitlines()]
-        made.append(plot_layer_weights(records, Path(output_dir) / "layer_weights.png"))
-    return made
-
-
 def plot_map(
-    maps: Mapping[str, np.ndarray], steps: Sequence[str], words: Sequence[str], path: str | Path, title: str = ""
+    maps: Mapping[str, Array], steps: Sequence[str], words: Sequence[str], path: str | Path, title: str = ""
 ) -> Path:
     """Stepwise maps of one text as heatmaps on one colour scale, such as the teacher's beside the student's (Eq. 6).
 
     Args:
-        maps: what each map is called, and its ``(S, W)`` values.
+        maps: the name of each map and its ``(S, W)`` values.
         steps, words: the texts of the S steps and the W words; long ones are shortened.
         path: the file to write.
-        title: stands above all maps.
+        title: of the picture, above all panels.
 
     Raises:
         ValueError: there is no map, or one is not ``(S, W)``.
@@ -78,10 +62,10 @@ def plot_map(
     top = max((v.max(initial=0.0) for v in values.values()), default=0.0) or 1.0
     stacked = W > WIDE
     width, height = 2.8 + (0.3 if stacked else 0.42) * max(W, 4), 1.1 + 0.46 * max(S, 2)
-    rows, columns = (len(values), 1) if stacked else (1, len(values))
+    panels = (len(values), 1) if stacked else (1, len(values))
     labels_once = 0 if stacked else 2.4 * (len(values) - 1)
-    figure = Figure(figsize=(width * columns - labels_once + 0.9, height * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure = Figure(figsize=(width * panels[1] - labels_once + 0.9, height * panels[0] + 0.3), layout="constrained")
+    axes = figure.subplots(*panels, squeeze=False).ravel()
     colours = ScalarMappable(Normalize(0, top), "Blues")
     for i, (ax, (name, value)) in enumerate(zip(axes, values.items(), strict=True)):
         if value.size:
@@ -102,20 +86,23 @@ def plot_map(
 
 
 def plot_attention_by_step(
-    maps: Mapping[str, np.ndarray], tokens: Mapping[str, Sequence[int]], steps: Sequence[str], path: str | Path,
+    maps: Mapping[str, Array],
+    tokens: Mapping[str, Sequence[int]],
+    steps: Sequence[str],
+    path: str | Path,
     title: str = "",
-) -> Path:  # fmt: skip
-    """How each step's attention is split between key words and all other tokens.
+) -> Path:
+    """The share of each step's attention on key words and on all other tokens.
 
-    A row of attention weights adds up to one, so a step of n tokens has n to give; what its row of the map holds went
-    to key words.
+    The attention weights of a query add up to one, so those of a step of n tokens add up to n; the sum of the step's
+    row of the map is the part on key words.
 
     Args:
-        maps: what each map is called, and its ``(S, W)`` values.
+        maps: the name of each map and its ``(S, W)`` values.
         tokens: for each map, the number of tokens of each of the S steps (tokenizers may differ).
         steps: the texts of the S steps.
         path: the file to write.
-        title: stands above all panels.
+        title: of the picture, above all panels.
 
     Raises:
         ValueError: there is no map, one has not S rows, or ``tokens`` has not S numbers for each.
@@ -134,10 +121,8 @@ def plot_attention_by_step(
         ax.barh(range(S), 100 - key, left=key, color=OTHER, label="other tokens", height=0.7)
         for s, share in enumerate(key):
             inside = share > 85
-            ax.text(
-                share + (-1.5 if inside else 1.5), s, f"{share:.0f}%", va="center", ha="right" if inside else "left",
-                color="white" if inside else "black", fontsize=8,
-            )  # fmt: skip
+            at, align, colour = (share - 1.5, "right", "white") if inside else (share + 1.5, "left", "black")
+            ax.text(at, s, f"{share:.0f}%", va="center", ha=align, color=colour, fontsize=8)
         ax.set_xlim(0, 100)
         ax.set_ylim(S - 0.5, -0.5)
         ax.set_title(name, parse_math=False)
@@ -148,32 +133,32 @@ def plot_attention_by_step(
     return _save(figure, path, title)
 
 
-def plot_layer_weights(records: Sequence[Mapping], path: str | Path, title: str = "") -> Path:
+def plot_layer_weights(records: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
     """The layer weights of both sides over training: ``p_t`` (Eq. 4) and ``p_s`` (Eq. 5).
 
     Above, a heatmap of layers over training steps; below, the first and the last weights against equal ones.
 
     Args:
-        records: one mapping a logging step, ascending: ``step`` and, for each side, a list with a weight a layer
-            (``teacher`` and ``student``, the lines of ``layer_weights.jsonl``; a side may be missing from all).
+        records: one mapping per logging step, ascending: ``step`` and, for each side (``teacher``, ``student``), a
+            list of one weight per layer, as in ``layer_weights.jsonl``. A side may be missing from all records.
         path: the file to write.
-        title: stands above all panels.
+        title: of the picture, above all panels.
 
     Raises:
         ValueError: there are no records or no weights in them, or a side's lists differ in length.
     """
     sides = {side: [r[side] for r in records if side in r] for side in ("teacher", "student")}
-    sides = {side: rows for side, rows in sides.items() if rows}
+    sides = {side: lists for side, lists in sides.items() if lists}
     if not sides:
         raise ValueError("records: expected at least one with layer weights, got none")
-    if any(len(rows) != len(records) or len({len(row) for row in rows}) > 1 for rows in sides.values()):
+    if any(len(lists) != len(records) or len({len(one) for one in lists}) > 1 for lists in sides.values()):
         raise ValueError("records: expected the same sides and numbers of layers in every one")
     steps = [r["step"] for r in records]
     figure = Figure(figsize=(0.6 + 5.2 * len(sides), 6.4), layout="constrained")
     axes = figure.subplots(2, len(sides), squeeze=False, height_ratios=[3, 2])
-    for column, (side, rows) in zip(axes.T, sides.items(), strict=True):
+    for column, (side, lists) in zip(axes.T, sides.items(), strict=True):
         colour = TEACHER if side == "teacher" else STUDENT
-        weights = np.asarray(rows, dtype=float)  # (records, L)
+        weights = np.asarray(lists, dtype=float)  # (records, L)
         L = weights.shape[1]
         over, below = column
         image = over.imshow(weights.T, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
@@ -199,16 +184,16 @@ def plot_layer_weights(records: Sequence[Mapping], path: str | Path, title: str 
 
 
 def plot_losses(
-    log_history: Sequence[Mapping], curves: Mapping[str, Sequence[str]], path: str | Path, title: str = ""
+    log_history: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[str]], path: str | Path, title: str = ""
 ) -> Path:
-    """Logged numbers over training, a panel for each group of them.
+    """Logged numbers over training, one panel per group.
 
     Args:
         log_history: as in ``trainer_state.json``: mappings with ``step`` and some of the names.
-        curves: what each panel is called, and the names in it; a name that was never logged is left out, and so is a
+        curves: the title of each panel and the names in it; a name that was never logged is left out, and so is a
             panel without names.
         path: the file to write.
-        title: stands above all panels.
+        title: of the picture, above all panels.
 
     Raises:
         ValueError: none of the names was logged.
@@ -221,9 +206,9 @@ def plot_losses(
     if not panels:
         raise ValueError(f"log_history: expected one of {list(series)} to be logged, got none")
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(0.4 + 4.0 * columns, 3.2 * rows + 0.2), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(0.4 + 4.0 * columns, 3.2 * lines + 0.2), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.remove()
     for ax, (panel, names) in zip(axes, panels.items(), strict=False):
@@ -241,12 +226,12 @@ def plot_losses(
 
 
 def shorten(text: str, width: int, lines: int = 1) -> str:
-    """A text on at most ``lines`` lines of ``width`` characters, with an ellipsis for what is left out."""
+    """A text on at most ``lines`` lines of ``width`` characters, with an ellipsis where words are left out."""
     wrapped = textwrap.wrap(" ".join(text.split()), width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
     return "\n".join(wrapped)
 
 
-def _check_maps(values: Mapping[str, np.ndarray], shape: tuple[int, int]) -> None:
+def _check_maps(values: Mapping[str, Array], shape: tuple[int, int]) -> None:
     if not values:
         raise ValueError("maps: expected at least one, got none")
     for name, value in values.items():
@@ -257,13 +242,13 @@ def _check_maps(values: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Non
 def _label_words(ax: Axes, words: Sequence[str]) -> None:
     labels = [word if len(word) <= WORD_CHARS else word[: WORD_CHARS - 1] + "…" for word in words]
     slanted = max(map(len, labels), default=0) > (4 if len(words) <= WIDE else 2)
-    ax.set_xticks(range(len(words)), labels, rotation=60 if slanted else 0, ha="right" if slanted else "center",
-                  rotation_mode="anchor" if slanted else "default", fontsize=9, parse_math=False)  # fmt: skip
+    rotation: dict[str, Any] = dict(rotation=60, ha="right", rotation_mode="anchor") if slanted else {}
+    ax.set_xticks(range(len(words)), labels, fontsize=9, parse_math=False, **rotation)
     ax.tick_params(length=0)
 
 
 def _label_steps(ax: Axes, steps: Sequence[str] | None, count: int) -> None:
-    """Label the rows with their texts, or with nothing where the panel to the left has them."""
+    """Label each row of the map with its step; no labels if ``steps`` is None: the panel to the left has them."""
     labels = [""] * count if steps is None else [shorten(step, STEP_CHARS, STEP_LINES) for step in steps]
     ax.set_yticks(range(count), labels, fontsize=8, linespacing=1.1, parse_math=False)
     ax.tick_params(axis="y", length=0)
@@ -277,7 +262,7 @@ def _separate_cells(ax: Axes, S: int, W: int) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _annotate(ax: Axes, value: np.ndarray, top: float) -> None:
+def _annotate(ax: Axes, value: Array, top: float) -> None:
     for (s, w), x in np.ndenumerate(value):
         if x >= 0.005 * top:  # the rest is white
             text = f"{x:.2f}" if top < 10 else f"{x:.0f}"
@@ -294,10 +279,6 @@ def _save(figure: Figure, path: str | Path, title: str) -> Path:
     if title:
         figure.suptitle(title, parse_math=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, format=path.suffix.removeprefix(".") or "png", dpi=150)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path, binary=True) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or "png", dpi=150)
     return path

@@ -1,95 +1,96 @@
-"""Runs the white-box teacher once over a data set and stores its maps: all that training needs of it.
+"""The command ``molsaki extract``: runs the white-box teacher once over a data set and stores its maps.
 
-No logits are computed. Texts share a forward pass, packed into one row where the model allows it, else padded to a like
-length; meanwhile a thread cuts and tokenizes the next ones. A finished shard is never computed again. Of several
-processes, started by torchrun, ``accelerate launch`` or by hand, each takes the next shard that nobody has; they do not
-talk to each other, and the others make what a lost one left.
+No logits are computed. Texts share a forward pass, packed without padding where the model allows it, else padded to a
+similar length; meanwhile a thread tokenizes the next ones. A finished shard is never computed again. Several
+processes, started by torchrun, ``accelerate launch`` or by hand, share the work: each claims the next free shard. They
+do not communicate, and the shards of a lost process are computed by the others.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
-import json
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.batch import TextBatch
 from molsaki.batches.collator import text_batch
 from molsaki.batches.tokenized import LeftOut, TokenizedText, TokenizerSpec, all_left_out, cut, spans_of
-from molsaki.config import ExtractConfig, MixtureOptions, TextOptions, require
+from molsaki.config import ExtractConfig, require
 from molsaki.modeling.attention_hook import NAME
-from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
 from molsaki.modeling.packing_probe import can_pack
 from molsaki.modeling.unwrap import input_device
-from molsaki.teacher.store import Entry, Store, StoreWriter, fingerprint_model, fingerprint_spans, fingerprint_tokenizer
+from molsaki.teacher.fingerprints import describe, fingerprint_examples, fingerprint_spans
+from molsaki.teacher.map_store import Entry, Store
+from molsaki.teacher.map_store_writer import StoreWriter
+from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
 from molsaki.training.mixture import MixtureOfLayers
-from molsaki_kernels import StepPlan
 
 Item = TypeVar("Item")
 
 
 def extract(
     config: ExtractConfig, teacher: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
-) -> dict:
-    """Store the teacher's maps of a data set; continues an unfinished store, and leaves a finished one alone.
+) -> dict[str, Any]:
+    """Store the teacher's maps of a data set; continues an unfinished store, and does not change a finished one.
 
     Args:
-        config: what to extract and how.
-        teacher, tokenizer: used in place of loading ``config.teacher``.
+        config: the options of the command.
+        teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
 
     Returns:
-        What was done: ``examples``, ``left_out`` by reason, ``bytes_per_example`` of the whole store;
+        A summary: ``examples``, ``left_out`` by reason, ``bytes_per_example`` of the whole store;
         ``shards_written``, ``tokens`` and ``tokens_per_second`` of this process.
 
     Raises:
         ValueError, TypeError, OSError: a flag, file or field is not as described, or the store is of something else.
     """
-    require(config, "data_files", "store")
-    examples = read_examples(config.data_files)[: config.limit]
+    data_files, folder = require(config, "data_files"), require(config, "store")
+    examples = read_examples(data_files)[: config.limit]
     rank = int(os.environ.get("RANK", 0))
-    if teacher is None:
-        require(config, "teacher")
+    if teacher is None or tokenizer is None:
+        name = require(config, "teacher")
         device_map = config.device_map
         if device_map is None and config.quantize != "none" and torch.cuda.is_available():
             device_map = {"": _local_device()}
-        teacher = load_model(config.teacher, "--teacher", config.dtype, device_map, config.quantize)
-        tokenizer = load_tokenizer(config.teacher, "--teacher")
+        teacher = load_model(name, "--teacher", config.dtype, device_map, config.quantize)
+        tokenizer = load_tokenizer(name, "--teacher")
     check_tokenizer(tokenizer, "--teacher")
     if config.device_map is None and config.quantize == "none" and torch.cuda.is_available():
-        teacher.to(_local_device())
-    teacher.eval().set_attn_implementation(NAME)
+        teacher.to(_local_device())  # type: ignore[arg-type]
+    teacher.eval()  # type: ignore[no-untyped-call]
+    teacher.set_attn_implementation(NAME)
 
     packing = config.packing is not False and can_pack(teacher)
     if config.packing and not packing:
-        raise ValueError(f"--packing: texts that share a row change one another in {type(teacher).__name__}")
+        raise ValueError(
+            f"--packing: {type(teacher).__name__} does not keep packed texts separate (it may have convolutions or a "
+            "recurrent state); use --packing false"
+        )
     layers, _ = probe(teacher.base_model)
-    side = TokenizerSpec(
-        tokenizer, config.teacher_template, config.teacher_max_length or context_length(teacher.config)
-    )
-    sides, student_layers = [side], None
+    limit = config.teacher_max_length or context_length(teacher.config)
+    spec = TokenizerSpec(tokenizer, config.teacher_template, limit)
+    specs, student_layers = [spec], None
     if config.student is not None:
         student = AutoConfig.from_pretrained(config.student)
         student_layers = student.get_text_config().num_hidden_layers
         if config.too_long == "cut":
             limit = config.max_length or context_length(student)
-            sides.append(TokenizerSpec(load_tokenizer(config.student, "--student"), config.student_template, limit))
-    description = describe(config, layers, config.all_layers, student_layers, teacher, side)
-    writer = StoreWriter(
-        config.store, description | {"num_layers": layers, "data": _fingerprint_data(examples)}, len(examples),
-        config.shard_size,
-    )  # fmt: skip
+            specs.append(TokenizerSpec(load_tokenizer(config.student, "--student"), config.student_template, limit))
+    description = describe(config, layers, config.all_layers, student_layers, teacher, spec)
+    description |= {"num_layers": layers, "data": fingerprint_examples(examples)}
+    writer = StoreWriter(folder, description, len(examples), config.shard_size)
     mixture = None if config.all_layers else mixture_of(config, layers, student_layers or 1, 1)
 
     missing = writer.missing()
@@ -97,10 +98,10 @@ def extract(
     total = sum(len(writer.examples_of(shard)) for shard in missing)
     with tqdm(total=total, unit="example", desc="extract", disable=rank != 0) as bar:
         for shard in writer.claim(missing):
-            bar.update(max(missing.index(shard) * config.shard_size - bar.n, 0))  # what other processes took
+            bar.update(max(missing.index(shard) * config.shard_size - bar.n, 0))  # shards of other processes
             numbers = writer.examples_of(shard)
             entries: dict[int, Entry] = {}
-            for found, count in entries_of(examples, numbers, config, sides, teacher, mixture, packing):
+            for found, count in entries_of(examples, numbers, config, specs, teacher, mixture, packing):
                 entries |= found
                 tokens += count
                 seconds = time.perf_counter() - start
@@ -110,10 +111,10 @@ def extract(
             written += 1
         bar.update(total - bar.n)
     writer.finish()
-    store = Store(config.store)
+    store = Store(folder)
     if sum(store.left_out.values()) == len(examples):
         raise ValueError(all_left_out(collections.Counter(store.left_out)))
-    result = {"store": config.store, "examples": len(examples), "left_out": store.left_out}
+    result: dict[str, Any] = {"store": folder, "examples": len(examples), "left_out": store.left_out}
     result |= {"bytes_per_example": store.num_bytes / len(examples), "shards_written": written, "tokens": tokens}
     return result | ({"tokens_per_second": tokens / seconds} if tokens else {})
 
@@ -122,8 +123,8 @@ def _local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-class _Text(NamedTuple):
-    """An example on its way: its entry, yet without a map, and what the teacher is to run, None if it is left out."""
+class _Pending(NamedTuple):
+    """An example before its forward: its entry, still without a map, and the teacher's text, None if left out."""
 
     number: int
     entry: Entry
@@ -138,72 +139,75 @@ def entries_of(
     examples: Sequence[Example],
     numbers: Iterable[int],
     config: ExtractConfig,
-    sides: Sequence[TokenizerSpec],
+    specs: Sequence[TokenizerSpec],
     teacher: PreTrainedModel,
     mixture: MixtureOfLayers | None,
     packing: bool,
 ) -> Iterator[tuple[dict[int, Entry], int]]:
-    """The entries of the examples of these numbers, batch by batch, and how many tokens each batch has.
+    """The entries of the examples with these numbers, batch by batch, and the number of tokens of each batch.
 
-    What is in a batch depends on the numbers and the config alone. While the teacher runs it, a thread makes the next.
+    The content of a batch depends on the numbers and the config alone. While the teacher runs one batch, a thread
+    prepares the next.
 
     Args:
-        sides: the teacher's, and those besides that a text has to fit.
+        specs: the teacher's tokenizer first, then others whose limit a text has to fit.
         mixture: None to keep the maps of all layers.
     """
-    for batch, task in _ahead(tasks_of(examples, numbers, config, sides, packing)):
-        found = {number: entry for number, entry, _ in batch}
-        if task is not None:
-            run = [number for number, _, text in batch if text is not None]
-            for number, maps, weights in zip(run, *_run(teacher, mixture, task), strict=True):
+    for pending, texts in _ahead(batches_of(examples, numbers, config, specs, packing)):
+        found = {number: entry for number, entry, _ in pending}
+        if texts is not None:
+            run = [number for number, _, text in pending if text is not None]
+            for number, maps, weights in zip(run, *_run(teacher, mixture, texts), strict=True):
                 found[number] = found[number]._replace(maps=maps, weights=weights)
-        yield found, sum(item.tokens for item in batch)
+        yield found, sum(item.tokens for item in pending)
 
 
-def tasks_of(
+def batches_of(
     examples: Sequence[Example],
     numbers: Iterable[int],
     config: ExtractConfig,
-    sides: Sequence[TokenizerSpec],
+    specs: Sequence[TokenizerSpec],
     packing: bool,
-) -> Iterator[tuple[list[_Text], TextBatch | None]]:
-    """What runs together, batch by batch: the examples, and a task of those that are not left out, if there are any."""
-    pad = sides[0].tokenizer.pad_token_id
-    for batch in _batches(_texts(examples, numbers, config, sides), config.batch_tokens, packing):
-        texts = [item.text for item in batch if item.text is not None]
-        yield batch, text_batch(texts, pad, packing) if texts else None
+) -> Iterator[tuple[list[_Pending], TextBatch | None]]:
+    """The examples of each forward, and the batch of those texts that are not left out, or None without any."""
+    pad = specs[0].tokenizer.pad_token_id
+    for pending in _grouped(_texts(examples, numbers, config, specs), config.batch_tokens, packing):
+        texts = [item.text for item in pending if item.text is not None]
+        yield pending, text_batch(texts, pad, packing) if texts else None
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each made by a thread while the one before it is in use; what making one raises is raised here."""
-    end = object()
+    """The items; a thread computes each while the previous one is in use. Its errors are raised here."""
     with ThreadPoolExecutor(1, "extract") as pool:
-        made = pool.submit(next, items, end)
-        while (item := made.result()) is not end:
-            made = pool.submit(next, items, end)
-            yield item
+        ahead = pool.submit(lambda: list(itertools.islice(items, 1)))
+        while found := ahead.result():
+            ahead = pool.submit(lambda: list(itertools.islice(items, 1)))
+            yield found[0]
 
 
 def _texts(
-    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, sides: Sequence[TokenizerSpec]
-) -> Iterator[_Text]:
+    examples: Sequence[Example], numbers: Iterable[int], config: ExtractConfig, specs: Sequence[TokenizerSpec]
+) -> Iterator[_Pending]:
     for number in numbers:
         example = examples[number]
         try:
-            spans, (encoded, *_), _ = cut(example, config, sides)
+            spans, (encoded, *_), _ = cut(example, config, specs)
         except LeftOut as reason:
             entry = Entry(example.id, fingerprint_spans(spans_of(example, config)), reason=str(reason))
-            yield _Text(number, entry, None)
+            yield _Pending(number, entry, None)
             continue
         ids = np.array(encoded.input_ids, np.int32)
         text = TokenizedText(ids, encoded.target_start, encoded.steps, encoded.words)
-        yield _Text(number, Entry(example.id, fingerprint_spans(spans)), text)
+        yield _Pending(number, Entry(example.id, fingerprint_spans(spans)), text)
 
 
-def _batches(texts: Iterable[_Text], batch_tokens: int, packing: bool) -> Iterator[list[_Text]]:
-    """Texts to run together, at most ``batch_tokens`` with padding (or one text): packed in their order, each batch as
-    soon as it is full; padded the longest first, once all are there."""
-    batch: list[_Text] = []
+def _grouped(texts: Iterable[_Pending], batch_tokens: int, packing: bool) -> Iterator[list[_Pending]]:
+    """Texts in batches of at most ``batch_tokens`` with padding, or of one longer text.
+
+    Packed texts keep their order, and a batch is complete as soon as it is full. Padded texts are sorted, the longest
+    first, after all of them are tokenized.
+    """
+    batch: list[_Pending] = []
     real = 0
     for item in texts if packing else sorted(texts, key=lambda item: -item.tokens):
         together = real + item.tokens if packing else (len(batch) + 1) * batch[0].tokens if batch else 0
@@ -217,84 +221,16 @@ def _batches(texts: Iterable[_Text], batch_tokens: int, packing: bool) -> Iterat
 
 
 def _run(
-    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, task: TextBatch
+    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, texts: TextBatch
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each text's maps, ``(K, S, W)`` or ``(Lt, S, W)`` without a mixture, and weights ``(K, Lt)`` or None."""
-    device = input_device(teacher)
-    plan = task.plan.to(device)
-    inputs = {name: value.to(device) for name, value in task.model_inputs().items() if isinstance(value, Tensor)}
-    maps = teacher_maps(teacher, plan=plan, **inputs)
+    moved, plan = texts.to(input_device(teacher)), texts.plan
+    assert plan is not None and moved.plan is not None
+    inputs: dict[str, Any] = moved.model_inputs()
+    maps = teacher_maps(teacher, **inputs, plan=moved.plan)
     weights: list[Tensor | None] = [None] * len(plan)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
         weights = list(mixed.cpu())
-    sizes = zip(task.plan.step_mask.sum(1).tolist(), task.plan.word_mask.sum(1).tolist(), strict=True)
+    sizes = zip(plan.step_mask.sum(1).tolist(), plan.word_mask.sum(1).tolist(), strict=True)
     return [m[:, :steps, :words] for m, (steps, words) in zip(maps.cpu(), sizes, strict=True)], weights
-
-
-def describe(
-    options: TextOptions | MixtureOptions,
-    teacher_layers: int,
-    all_layers: bool,
-    student_layers: int | None,
-    teacher: PreTrainedModel | None,
-    side: TokenizerSpec | None,
-) -> dict:
-    """What a store has to be of to be used with these options; the teacher's part only where it is given."""
-    found = {"all_layers": all_layers} | {name: getattr(options, name) for name in ("key", "splitter", "number_words")}
-    if teacher is not None:
-        found["teacher"] = fingerprint_model(teacher)
-        found["teacher_tokenizer"] = fingerprint_tokenizer(side.tokenizer)
-        found["teacher_template"] = side.template
-    if not all_layers:
-        found["mixture"] = options.mixture
-        if options.mixture == "mixture":
-            found |= {"tau_t": options.tau_t, "teacher_scale": options.teacher_scale}
-        elif options.mixture == "single":
-            found["teacher_layer"] = options.teacher_layer % teacher_layers
-        elif options.mixture != "last":
-            if student_layers is None:
-                raise ValueError(f"--student: required: mixture={options.mixture} depends on how deep the student is")
-            found |= {"student_layers": student_layers, "mixture_seed": options.mixture_seed}
-    return found
-
-
-def _fingerprint_data(examples: Sequence[Example]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        digest.update(json.dumps([example.id, example.question, example.rationale, example.keywords]).encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def teacher_maps(
-    teacher: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, plan: StepPlan, **packed
-) -> Tensor:
-    """The teacher's map of every layer, ``(N, L, S, W)`` float32, for a batch, right-padded or packed; no logits."""
-    decoder = teacher.base_model
-    with capture(decoder, plan) as record:
-        decoder(**{"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | packed)
-    return record.maps
-
-
-@torch.no_grad()
-def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
-    """How many attention layers a model has, and how wide Eq. 5's values are, from a forward of two tokens."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
-    was_training = model.training
-    model.eval()
-    with capture(model, StepPlan.from_spans([[(0, 2)]], [[[0]]]), values=True, value_heads=value_heads) as record:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    model.train(was_training)
-    _, layers, width = record.values.shape
-    return layers, width
-
-
-def mixture_of(options: MixtureOptions, teacher_layers: int, student_layers: int, value_width: int) -> MixtureOfLayers:
-    """The mixture that a config describes, for models of these depths."""
-    return MixtureOfLayers(
-        teacher_layers, student_layers, value_width, kind=options.mixture, router=options.router, tau_t=options.tau_t,
-        tau_s=options.tau_s, teacher_scale=options.teacher_scale, value_heads=options.value_heads,
-        pooling=options.pooling, teacher_layer=options.teacher_layer, student_layer=options.student_layer,
-        seed=options.mixture_seed,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reads answers out of texts and compares them: numbers by value, choices and other texts by their words."""
+"""Finds the answer in a text and compares answers: numbers by value, choices and other texts by their words."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
+from molsaki.text.numbers import find_numbers
 from molsaki.text.segment import segment
 
 
 def find_number(text: str, last: bool = False) -> str | None:
     """The first or last number of a text as it is written there, by the rules of :func:`molsaki.segment`."""
-    words = segment("", text).words
-    if not words:
+    found = find_numbers(text, number_words=False)
+    if not found:
         return None
-    start, stop = words[-1 if last else 0]
-    return text.strip()[start:stop]
+    start, stop = found[-1 if last else 0]
+    return text[start:stop]
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -50,17 +51,17 @@ def find_choice(text: str, choices: Sequence[str], last: bool = False) -> str | 
 
 
 def same_answer(a: str, b: str) -> bool:
-    """Whether two answers are the same number or, where they are no numbers, the same words."""
+    """Return whether two answers are the same number or, where one of them is no number, the same words."""
     x, y = parse_number(a), parse_number(b)
     return same_text(a, b) if x is None or y is None else x == y
 
 
 def same_text(a: str, b: str) -> bool:
-    """Whether two texts have the same words, in any case, whatever white space, quotes and periods surround them."""
-    return _plain(a) == _plain(b)
+    """Return whether two texts have the same words, whatever the case and the quotes and periods around them."""
+    return _normalized(a) == _normalized(b)
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().strip(" .\"'").split())
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from molsaki.batches.batch import Batch
-from molsaki.config import DistillConfig
 from molsaki.training import losses
+from molsaki.training.config import DistillConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from molsaki.config import DistillConfig
+from molsaki.training.config import DistillConfig
 
 
 def add_lora(model: PreTrainedModel, config: DistillConfig) -> PreTrainedModel:

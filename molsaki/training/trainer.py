@@ -34,15 +34,17 @@ from molsaki.batches.batch import Batch
 from molsaki.batches.collator import Collator
 from molsaki.batches.dataset import DistillDataset, prepare
 from molsaki.batches.tokenized import TokenizerSpec
-from molsaki.config import DistillConfig, require
+from molsaki.config import require
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.lm_head import label_logits
 from molsaki.modeling.loading import context_length, load_both
 from molsaki.modeling.packing_probe import can_pack, can_share_prefix
-from molsaki.teacher.extract import describe, mixture_of, probe, teacher_maps
-from molsaki.teacher.store import Store
+from molsaki.teacher.fingerprints import describe
+from molsaki.teacher.map_store import Store
+from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
 from molsaki.training import checkpoints
+from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import OBJECTIVES, Objective
 from molsaki.training.trainable import add_lora, freeze

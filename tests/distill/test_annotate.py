@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -9,21 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from molsaki.annotation.annotate import Form, Work, annotate, judge, split_keywords
+from molsaki.annotation.annotate import annotate
 from molsaki.cli import main
 from molsaki.config import AnnotateConfig, ExtractConfig
-from molsaki.evaluation.generate import Reply, decode
 from molsaki.teacher.extract import extract
-from molsaki.text.examples import Example, read_examples
+from molsaki.text.examples import read_examples
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 TESTS = Path(__file__).parents[1]
-PLAIN = Form.of("plain")
-HINT = AnnotateConfig.hint
+DATA = Path(__file__).with_name("data")
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -75,38 +73,38 @@ def scripted(script: dict) -> tuple[Scripted, object]:
 
 
 RIGHT = "There are 3 * 4 = 12 nuts in the bags.\nAnswer: 12"
-ROWS = [
+RECORDS = [
     {"id": "a", "task": "math", "question": "Ann has 3 bags of 4 nuts. How many nuts?", "gold": 12},
     {"id": "b", "question": "Bob has 5 nuts and eats 2. How many nuts are left?", "answer": "3"},
     {"id": "c", "question": "Cid has 2 coins and finds 2. How many coins?", "gold": "4"},
     {"id": "d", "question": "Where do bees sleep?", "gold": "hive", "choices": ["park", "hive", "bank"]},
 ]
 SCRIPT = {
-    ROWS[0]["question"]: {
+    RECORDS[0]["question"]: {
         "first": RIGHT + "\n\nQuestion: What is next?\nRationale: 5 - 5 = 0.\nAnswer: 0",
         "keywords": " bags, NUTS, squirrels, nuts\nQuestion: more",
     },
-    ROWS[1]["question"]: {
+    RECORDS[1]["question"]: {
         "first": "Bob has 5 nuts and 2 more, so 5 + 2 = 7.\nAnswer: 7",
         "hint": "Bob eats 2 of 5 nuts, so 5 - 2 = 3 are left.\nAnswer: 3",
         "keywords": "eats; left",
     },
-    ROWS[2]["question"]: {"first": "I do not know.", "hint": "The answer is 4.\nAnswer: 4"},
-    ROWS[3]["question"]: {
+    RECORDS[2]["question"]: {"first": "I do not know.", "hint": "The answer is 4.\nAnswer: 4"},
+    RECORDS[3]["question"]: {
         "first": "Bees live where they make honey. They do not go to the bank. So it is the hive.\nAnswer: (b)",
         "keywords": "bees, honey, hive",
     },
 }
 
 
-def files(folder: Path, rows=ROWS, **options) -> AnnotateConfig:
+def files(folder: Path, records=RECORDS, **options) -> AnnotateConfig:
     folder.mkdir(exist_ok=True)
-    data = tiny.write_jsonl(folder / "data.jsonl", rows)
+    data = tiny.write_jsonl(folder / "data.jsonl", records)
     base = dict(data_file=str(data), output_file=str(folder / "out.jsonl"), batch_size=2, keep_wrong=True)
     return AnnotateConfig(**base | options)
 
 
-def rows_of(path: Path) -> list[dict]:
+def records_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -115,35 +113,37 @@ def test_two_phases_keep_only_what_is_right(tmp_path, template):
     model, tok = scripted(SCRIPT)
     script = SCRIPT
     if template == "chat":  # ends by its end token, not before the next question
-        script = SCRIPT | {ROWS[0]["question"]: {"first": RIGHT, "keywords": "bags, NUTS, squirrels, nuts"}}
+        script = SCRIPT | {RECORDS[0]["question"]: {"first": RIGHT, "keywords": "bags, NUTS, squirrels, nuts"}}
     elif template != "plain":
-        script = SCRIPT | {ROWS[0]["question"]: {**SCRIPT[ROWS[0]["question"]], "first": RIGHT + "\n\nQ: And\nA: 0"}}
+        script = SCRIPT | {
+            RECORDS[0]["question"]: {**SCRIPT[RECORDS[0]["question"]], "first": RIGHT + "\n\nQ: And\nA: 0"}
+        }
     model.script = script
     config = files(tmp_path, template=template, keywords="teacher")
     summary = annotate(config, model, tok)
     assert (summary["phase_1"], summary["phase_2"], summary["examples"]) == (2, 1, 4)
     assert summary["dropped"] == {"rationale only states the answer": 1}
     assert summary["keywords"] == {"kept": 7, "not_in_the_text": 1, "rationales_without": 0}
-    rows = rows_of(tmp_path / "out.jsonl")
-    assert [row.pop("rationale_source") for row in rows] == ["Scripted"] * 3
-    assert rows == [
+    records = records_of(tmp_path / "out.jsonl")
+    assert [record.pop("rationale_source") for record in records] == ["Scripted"] * 3
+    assert records == [
         {
-            "id": "a", "task": "math", "question": ROWS[0]["question"],
+            "id": "a", "task": "math", "question": RECORDS[0]["question"],
             "rationale": "There are 3 * 4 = 12 nuts in the bags.", "answer": "12", "gold": "12",
             "keywords": ["bags", "NUTS"], "phase": 1,
         },
         {
-            "id": "b", "task": "math", "question": ROWS[1]["question"],
+            "id": "b", "task": "math", "question": RECORDS[1]["question"],
             "rationale": "Bob eats 2 of 5 nuts, so 5 - 2 = 3 are left.", "answer": "3", "gold": "3",
             "keywords": ["eats", "left"], "phase": 2,
         },
         {
-            "id": "d", "task": "commonsense", "question": ROWS[3]["question"], "choices": ["park", "hive", "bank"],
+            "id": "d", "task": "commonsense", "question": RECORDS[3]["question"], "choices": ["park", "hive", "bank"],
             "rationale": "Bees live where they make honey. They do not go to the bank. So it is the hive.",
             "answer": "hive", "gold": "hive", "keywords": ["bees", "honey", "hive"], "phase": 1,
         },
     ]  # fmt: skip
-    refused = [(row["id"], row["phase"], row["reason"]) for row in rows_of(tmp_path / "out.wrong.jsonl")]
+    refused = [(record["id"], record["phase"], record["reason"]) for record in records_of(tmp_path / "out.wrong.jsonl")]
     assert refused == [
         ("b", 1, "wrong answer"), ("c", 1, "no answer"), ("c", 2, "rationale only states the answer")
     ]  # fmt: skip
@@ -157,7 +157,7 @@ def test_what_the_teacher_sees(tmp_path):
     """Demonstrations of the question's own task, the hint in phase 2 alone, the choices where they are not named."""
     model, tok = scripted(SCRIPT)
     annotate(files(tmp_path, batch_size=1, shots=1, instruction="Think."), model, tok)
-    prompts = {next(r["id"] for r in ROWS if r["question"] in batch[0]): batch[0] for batch in model.seen[:4]}
+    prompts = {next(r["id"] for r in RECORDS if r["question"] in batch[0]): batch[0] for batch in model.seen[:4]}
     assert prompts["d"].endswith(
         "Question: Where do bees sleep?\nAnswer Choices:\n(a) park\n(b) hive\n(c) bank\nRationale:"
     )
@@ -178,64 +178,8 @@ def test_what_the_teacher_sees(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("reply", "gold", "phase", "reason"),
-    [
-        ("3 * 4 = 12 nuts.\nAnswer: 12.0", "12", 1, ""),
-        ("3 * 4 = 12 nuts.\n**Answer:** $12", "12", 1, ""),
-        ("3 * 4 = 12 nuts.\nFinal answer: 3 * 4 = 12", "12", 1, ""),
-        ("3 bags of 4 nuts, so the total is 12.", "12", 1, ""),
-        ("<think>Is it 7?</think>3 * 4 = 12 nuts.\nAnswer: 12", "12", 1, ""),
-        ("3 * 4 = 12 nuts.\nAnswer: 13", "12", 1, "wrong answer"),
-        ("3 * 4 = 7 nuts.\nAnswer: 12", "12", 1, "rationale ends in another answer"),
-        ("Answer: 12", "12", 1, "no rationale"),
-        ("3 * 4 = 12 nuts.\nAnswer: unknown", "12", 1, "no answer"),
-        ("So the answer is 12.\nAnswer: 12", "12", 1, "rationale only states the answer"),
-        ("The answer is 12 nuts.\nAnswer: 12", "12", 2, "rationale only states the answer"),
-        ("", "12", 2, "no rationale"),
-        ("By the hint, 3 bags of 4 nuts are 12.\nAnswer: 12", "12", 2, "rationale speaks of the hint"),
-        ("A person must say yes.\nAnswer: Yes.", "yes", 1, ""),
-        ("A person must say yes.\nAnswer: no", "yes", 1, "wrong answer"),
-    ],
-)
-def test_judge(reply, gold, phase, reason):
-    verdict = judge(Example("i", "How many?", "", gold), Reply(reply, True), PLAIN, HINT, phase)
-    assert verdict.reason == reason
-    if not reason:
-        assert verdict.rationale == reply.rpartition("</think>")[2].split("\n")[0]
-
-
-def test_judge_of_replies_that_were_cut_off():
-    example = Example("i", "How many?", "", "12")
-    for text, ended, reason in [
-        ("3 * 4 = 12", False, "cut off at max_new_tokens"),
-        ("3 * 4 = 12\nAnswer: 12", False, "cut off at max_new_tokens"),  # may have been 120
-        ("3 * 4 = 12 nuts\nAnswer: 12\nBy", False, ""),
-        ("3 * 4 = 12 nuts", True, ""),
-    ]:
-        assert judge(example, Reply(text, ended), PLAIN, HINT, 1).reason == reason
-
-
-def test_split_keywords():
-    assert split_keywords("Keywords: bags, Nuts , NUTS;\n- two  days\n1. left.\n...") == [
-        "bags", "Nuts", "two  days", "left"
-    ]  # fmt: skip
-
-
 def test_samples(tmp_path):
-    """Drawn replies of a random model: the same for a seed, whatever was drawn before, and others for another."""
-    model, tok = tiny.model(1), tiny.tokenizer()
-    prompts = [[5, 6, 7], [8, 9]]
-    first, _ = decode(model, tok, prompts, 8, temperature=1.0, seed=3)
-    state = torch.get_rng_state()
-    torch.rand(5)
-    assert decode(model, tok, prompts, 8, temperature=1.0, seed=3)[0] == first
-    assert decode(model, tok, prompts, 8, temperature=1.0, seed=4)[0] != first
-    torch.set_rng_state(state)
-    a = torch.rand(3)
-    torch.set_rng_state(state)
-    decode(model, tok, prompts, 8, temperature=1.0, seed=3)
-    assert torch.equal(torch.rand(3), a)  # the caller's generator is left alone
+    tok = tiny.tokenizer()
 
     class Varied(Scripted):
         def reply_to(self, text):
@@ -244,43 +188,28 @@ def test_samples(tmp_path):
 
     varied = Varied(tiny.model(1, max_position_embeddings=8192).config).eval()
     varied.tok = tok
-    config = files(tmp_path, ROWS[:1], samples=6, temperature=0.5, batch_size=4)
+    config = files(tmp_path, RECORDS[:1], samples=6, temperature=0.5, batch_size=4)
     summary = annotate(config, varied, tok)
     assert (summary["phase_1"], summary["rationales"]) == (1, 2)
-    rows = rows_of(tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == ["a", "a/2"] and rows[0]["rationale"] != rows[1]["rationale"]
-    assert [row["sample"] for row in rows_of(tmp_path / "out.wrong.jsonl")] == [3, 6]
+    records = records_of(tmp_path / "out.jsonl")
+    assert [record["id"] for record in records] == ["a", "a/2"] and records[0]["rationale"] != records[1]["rationale"]
+    assert [record["sample"] for record in records_of(tmp_path / "out.wrong.jsonl")] == [3, 6]
     with pytest.raises(ValueError, match=r"id a/2 would be that of a's next sample"):
-        annotate(files(tmp_path / "b", [ROWS[0], {**ROWS[1], "id": "a/2"}], samples=2, temperature=1.0), varied, tok)
-
-
-def test_true_model_and_stop_string():
-    """tiny's Llama through batched decoding: replies are those of one at a time, cut at the stop string."""
-    model, tok = tiny.model(2), tiny.tokenizer()
-    prompts = [tok(text).input_ids for text in ("Question: How many?\nRationale:", "Hm\nRationale:", "x")]
-    whole, _ = decode(model, tok, prompts, 24)
-    for prompt, reply in zip(prompts, whole, strict=True):
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 24 and ids[-1] != tok.eos_token_id:
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        assert reply == (tok.decode(ids[len(prompt) :], skip_special_tokens=True), ids[-1] == tok.eos_token_id)
-    stop = next(c for reply in whole for c in reply.text[4:] if "!" <= c <= "~")
-    stopped, tokens = decode(model, tok, prompts, 24, stop=stop)
-    for a, b in zip(stopped, whole, strict=True):
-        assert a.text == b.text.partition(stop)[0]
-        assert a.ended == (b.ended or stop in b.text)
+        annotate(
+            files(tmp_path / "b", [RECORDS[0], {**RECORDS[1], "id": "a/2"}], samples=2, temperature=1.0), varied, tok
+        )
 
 
 def test_true_generate_loop_of_a_saved_model(tmp_path, capsys):
-    """A random teacher by the command: nothing is right, all is counted, and a second run decodes nothing."""
+    """A random teacher: no reply is right, every reason is counted, and a second run decodes nothing."""
     folder = tiny.save(tmp_path / "teacher", 1, max_position_embeddings=4096)
     data = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.problems(3))
     argv = ["annotate", "--teacher", str(folder), "--data_file", str(data), "--output_file", str(tmp_path / "o.jsonl")]
     argv += ["--max_new_tokens", "5", "--batch_size", "2", "--shots", "1", "--keep_wrong"]
     assert main(argv) == 2
     assert "error: all 3 examples were left out: 3 cut off at max_new_tokens" in capsys.readouterr().err
-    refused = rows_of(tmp_path / "o.wrong.jsonl")
-    assert [(row["id"], row["phase"]) for row in refused] == [(f"p{i}", k) for i in range(3) for k in (1, 2)]
+    refused = records_of(tmp_path / "o.wrong.jsonl")
+    assert [(record["id"], record["phase"]) for record in refused] == [(f"p{i}", k) for i in range(3) for k in (1, 2)]
     assert json.loads((tmp_path / "o.summary.json").read_text())["teacher"] == "teacher"
     assert not (tmp_path / "o.jsonl").exists()
     work = (tmp_path / "o.work.jsonl").read_bytes()
@@ -292,14 +221,13 @@ def test_true_generate_loop_of_a_saved_model(tmp_path, capsys):
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-sys.path.insert(0, ".")
 from tests.distill import test_annotate as t
-from molsaki.annotation import annotate
+from molsaki.annotation import annotate, journal
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 left = 0
-whole = annotate.Work._append
+whole = journal.ReplyJournal._append
 
 def append(work, value):
     global left
@@ -310,7 +238,7 @@ def append(work, value):
     left -= 1
     whole(work, value)
 
-annotate.Work._append = append
+journal.ReplyJournal._append = append
 for left in (3, 2, 2):
     child = os.fork()
     if not child:
@@ -323,7 +251,7 @@ for left in (3, 2, 2):
 
 
 def test_killed_and_resumed_is_the_same(tmp_path):
-    """SIGKILL amid a line in phase 1, phase 2 and the keywords in turn, each run going on where the last one was."""
+    """SIGKILL amid a line in phase 1, phase 2 and the keywords in turn; each run continues where the last stopped."""
     whole = files(tmp_path / "whole", keywords="teacher", batch_size=1)
     annotate(whole, *scripted(SCRIPT))
     folder = tmp_path / "killed"
@@ -336,6 +264,20 @@ def test_killed_and_resumed_is_the_same(tmp_path):
     assert len(model.seen) == 3
     for name in ("out.jsonl", "out.work.jsonl", "out.wrong.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_journal_of_version_0_1_is_continued(tmp_path):
+    """Its 5 lines are used again, and the others are those that version 0.1 wrote."""
+    if transformers.__version__ != "5.17.0":
+        pytest.skip("the fingerprint of a model depends on the config that this version of transformers writes")
+    whole = (DATA / "annotate.work.jsonl").read_bytes()
+    config = files(tmp_path, keywords="teacher", batch_size=1)
+    half = b"".join(whole.splitlines(keepends=True)[:5]) + b'{"check": "half a li'
+    (tmp_path / "out.work.jsonl").write_bytes(half)
+    model, tok = scripted(SCRIPT)
+    annotate(config, model, tok)
+    assert len(model.seen) == len(whole.splitlines()) - 5
+    assert (tmp_path / "out.work.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -363,7 +305,7 @@ def test_changed_teacher_and_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"another teacher_weights: '\w+', now '\w+'"):
         annotate(files(tmp_path), model, tok)
     with pytest.raises(ValueError, match=r"another data: '\w+', now '\w+'"):
-        annotate(files(tmp_path, [*ROWS[:3], {**ROWS[3], "gold": "park"}]), *scripted(SCRIPT))
+        annotate(files(tmp_path, [*RECORDS[:3], {**RECORDS[3], "gold": "park"}]), *scripted(SCRIPT))
     lines = (tmp_path / "out.work.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "out.work.jsonl").write_bytes(b"".join([lines[0], lines[1][:30] + b"X" + lines[1][31:], *lines[2:]]))
     with pytest.raises(ValueError, match=r"out.work.jsonl:2: damaged"):
@@ -373,30 +315,15 @@ def test_changed_teacher_and_data_are_refused(tmp_path):
         annotate(files(tmp_path), *scripted(SCRIPT))
 
 
-def test_work_file(tmp_path):
-    path = tmp_path / "w.jsonl"
-    work = Work(path, {"seed": 1})
-    work.put(1, 0, [["é", 1]], [Reply("a\nb", True)])
-    path.write_bytes(path.read_bytes() + b'{"check"')
-    again = Work(path, {"seed": 1})
-    assert again.get(1, 0, [["é", 1]]) == [Reply("a\nb", True)]
-    assert again.get(1, 1, [["é", 1]]) is None
-    assert path.read_bytes().endswith(b"]}\n")
-    with pytest.raises(ValueError, match="batch 0 of phase 1 is of other examples"):
-        again.get(1, 0, [["f", 1]])
-    path.write_text('{"not": "ours"}\n')
-    with pytest.raises(ValueError, match="w.jsonl:1: damaged, or no work file"):
-        Work(path, {"seed": 1})
-    assert path.read_text() == '{"not": "ours"}\n'
-
-
 def test_too_long_is_counted(tmp_path):
     model, tok = scripted(SCRIPT)
     model.config.max_position_embeddings = 400
     summary = annotate(files(tmp_path, shots=0, instruction="", max_new_tokens=330), model, tok)
     assert summary["phase_1"] == 1
     assert summary["dropped"] == {"prompt and reply longer than the context": 3}
-    reasons = [(row["id"], row["phase"], row["reply"] is None) for row in rows_of(tmp_path / "out.wrong.jsonl")]
+    reasons = [
+        (record["id"], record["phase"], record["reply"] is None) for record in records_of(tmp_path / "out.wrong.jsonl")
+    ]
     assert reasons == [("b", 1, True), ("b", 2, True), ("c", 1, False), ("c", 2, True), ("d", 1, True), ("d", 2, True)]
 
 
@@ -433,11 +360,11 @@ def test_demonstrations_of_ones_own(tmp_path):
 def test_bad_input(tmp_path, monkeypatch):
     model, tok = scripted(SCRIPT)
     with pytest.raises(ValueError, match=r"data.jsonl:2: answer: missing"):
-        annotate(files(tmp_path, [ROWS[0], {"id": "b", "question": "Hm?"}]), model, tok)
+        annotate(files(tmp_path, [RECORDS[0], {"id": "b", "question": "Hm?"}]), model, tok)
     with pytest.raises(TypeError, match=r"data.jsonl:1: task: expected a text, got list"):
-        annotate(files(tmp_path, [{**ROWS[0], "task": ["math"]}]), model, tok)
+        annotate(files(tmp_path, [{**RECORDS[0], "task": ["math"]}]), model, tok)
     with pytest.raises(ValueError, match="example d: gold: expected one of its choices park, hive, bank, got 'nest'"):
-        annotate(files(tmp_path, [{**ROWS[3], "gold": "nest"}]), model, tok)
+        annotate(files(tmp_path, [{**RECORDS[3], "gold": "nest"}]), model, tok)
     with pytest.raises(ValueError, match="--teacher: no such folder: /no/model"):
         annotate(files(tmp_path, teacher="/no/model"))
     with pytest.raises(ValueError, match="--output_file: required"):
@@ -461,7 +388,3 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process"):
         annotate(files(tmp_path), model, tok)
-
-
-def test_every_field_has_a_help_text():
-    assert [f.name for f in dataclasses.fields(AnnotateConfig) if not f.metadata.get("help")] == []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,22 +12,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import molsaki
 from molsaki.cli import main
 from molsaki.evaluation import evaluate as evaluate_module
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 
+ROOT = Path(__file__).parents[2]
 TRAJECTORY = Path(__file__).with_name("trajectory.json")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with models and data, the teacher's store and a short run, all made by the commands."""
+    """A folder with models and data, the teacher's store and a short run, all written by the commands."""
     folder = tmp_path_factory.mktemp("cli")
     tiny.save(folder / "teacher", 3, tiny.tokenizer(60), seed=1)
     tiny.save(folder / "student", 2)
     tiny.write_jsonl(folder / "train.jsonl", tiny.problems(16))
-    tiny.write_jsonl(folder / "test.jsonl", [{**row, "id": "t/" + row["id"]} for row in tiny.problems(6)])
+    tiny.write_jsonl(folder / "test.jsonl", [{**record, "id": "t/" + record["id"]} for record in tiny.problems(6)])
     extract = ["extract", "--teacher", folder / "teacher", "--data_files", folder / "train.jsonl"]
     assert run(*extract, "--store", folder / "store", "--shard_size", 8) == 0
     assert run(*distill(folder), "--output_dir", folder / "run") == 0
@@ -52,7 +55,7 @@ def history(folder: Path) -> list[dict]:
 
 
 def test_trajectory(work):
-    """The losses of a run are those of the committed one; MOLSAKI_PIN=1 writes them anew."""
+    """The losses of a run are those of the committed one; MOLSAKI_PIN=1 writes them again."""
     names = (
         "loss",
         "loss_pre",
@@ -93,8 +96,7 @@ def test_evaluate_plot_and_store(work, capsys):
 
 
 def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
-    for path in (work / "store").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(work / "store", tmp_path, dirs_exist_ok=True)
     shard = tmp_path / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
@@ -121,6 +123,30 @@ def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"molsaki {argv[0]}: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import molsaki", ["torch", "transformers", "numpy"]),
+        ("import molsaki; molsaki.segment('Why 4?', 'So 5.')", ["torch", "transformers"]),
+        ("from molsaki.cli import main; main(['--help'])", ["torch", "transformers", "numpy", "yaml"]),
+        ("from molsaki.cli import main; main(['extract', '--help'])", ["torch", "accelerate", "matplotlib"]),
+    ],
+)
+def test_imports(code, absent):
+    """In a fresh process: nothing slow is imported before it is needed."""
+    check = f"import atexit, sys\natexit.register(lambda: print([m for m in {absent} if m in sys.modules]))\n{code}"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
+
+
+def test_public_names():
+    assert {name for name in dir(molsaki) if not name.startswith("_")} >= set(molsaki.__all__) - {"__version__"}
+    assert all(getattr(molsaki, name) is not None for name in molsaki.__all__)
+    assert molsaki.__version__[0].isdigit()
+    with pytest.raises(AttributeError, match="module 'molsaki' has no attribute 'teach'"):
+        molsaki.teach  # noqa: B018
 
 
 def test_interruption_says_how_to_continue(monkeypatch, capsys):
@@ -170,9 +196,7 @@ def test_killed_and_resumed_is_bitwise_the_same(work):
     """SIGKILL in the middle of a checkpoint."""
     folder = work / "killed"
     argv = [str(a) for a in [*distill(work), "--output_dir", folder, "--save_steps", 1]]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, *argv], cwd=Path(__file__).parents[2], capture_output=True, check=False
-    )
+    process = subprocess.run([sys.executable, "-c", KILLED, *argv], cwd=ROOT, capture_output=True, check=False)
     assert process.returncode == -signal.SIGKILL
     assert (folder / "checkpoint-3/trainer_state.json").exists()
     assert run(*argv, "--resume") == 0
@@ -188,7 +212,7 @@ def test_two_processes_are_one_with_twice_the_batch(work):
     argv = [str(a) for a in [*distill(work), "--output_dir", folder, "--per_device_train_batch_size", 2]]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "molsaki.cli", *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    process = subprocess.run(torchrun, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    process = subprocess.run(torchrun, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     names = ("loss", "loss_pre", "loss_exp", "loss_att", "entropy_teacher", "words_mean", "grad_norm")
     for a, b in zip(history(folder), history(work / "run"), strict=True):

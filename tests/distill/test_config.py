@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from molsaki.config import DistillConfig, EvaluateConfig, ExtractConfig, parse, require
+from molsaki.config import AnnotateConfig, DistillConfig, EvaluateConfig, ExtractConfig, PlotConfig, parse, require
 
-CONFIGS = [DistillConfig, ExtractConfig, EvaluateConfig]
+CONFIGS = [AnnotateConfig, DistillConfig, EvaluateConfig, ExtractConfig, PlotConfig]
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
@@ -63,6 +63,7 @@ def test_bad_yaml(tmp_path, lines, message):
         (["--alpha", "3"], "alpha: expected a number from 0 to 1, got 3.0"),
         (["--temperature", "0"], "temperature: expected a positive number"),
         (["--mixture", "all"], "invalid choice: 'all'"),
+        (["--key", "words"], "invalid choice: 'words'"),
         (["stray"], "stray: no such flag"),
     ],
 )
@@ -77,10 +78,13 @@ def test_python_callers_get_the_same_checks():
         DistillConfig(objective="sft", use_cpu=True)
     with pytest.raises(ValueError, match="mode: expected one of answer, rationale"):
         EvaluateConfig(mode="both")
+    with pytest.raises(ValueError, match="key: expected one of numbers, keywords, got 'words'"):
+        ExtractConfig(key="words")
 
 
 def test_missing_file_and_required_fields(tmp_path):
     with pytest.raises(FileNotFoundError):
         parse(EvaluateConfig, ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(ValueError, match="--data_file: required"):
-        require(EvaluateConfig(model="m"), "model", "data_file")
+        require(EvaluateConfig(model="m"), "data_file")
+    assert require(EvaluateConfig(model="m"), "model") == "m"

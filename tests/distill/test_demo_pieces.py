@@ -1,4 +1,4 @@
-"""The demo's scripts: shallower students, word problems, folders that are whole or not there."""
+"""The demo's scripts: shallower students, word problems, folders that are complete or absent."""
 
 import copy
 import json
@@ -64,8 +64,8 @@ def test_student_has_the_chosen_layers(name, tmp_path):
     torch.testing.assert_close(again(ids).logits, student(ids).logits)
     # with the cache, whose entries are counted by each layer's own index
     cached = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    plain = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
-    assert cached.tolist() == plain.tolist()
+    uncached = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False)
+    assert cached.tolist() == uncached.tolist()
 
 
 def make_data(monkeypatch, out, *options):
@@ -78,14 +78,14 @@ def make_data(monkeypatch, out, *options):
 def test_problems_are_right_short_and_each_there_once(monkeypatch, tmp_path):
     train, test = make_data(monkeypatch, tmp_path / "data", "--train", 40, "--test", 10, "--max-chars", 300)
     assert (len(train), len(test)) == (40, 10)
-    assert len({row["question"] for row in train + test}) == 50
-    assert len({row["id"] for row in train + test}) == 50
-    for row in train + test:
-        assert list(row) == ["id", "question", "rationale", "answer"]
-        assert len(row["question"]) + len(row["rationale"]) <= 300
-        assert float(re.findall(r"\d+(?:\.\d+)?", row["rationale"])[-1]) == float(row["answer"])
-        assert "####" not in row["rationale"]
-        assert "final answer" not in row["question"]
+    assert len({record["question"] for record in train + test}) == 50
+    assert len({record["id"] for record in train + test}) == 50
+    for record in train + test:
+        assert list(record) == ["id", "question", "rationale", "answer"]
+        assert len(record["question"]) + len(record["rationale"]) <= 300
+        assert float(re.findall(r"\d+(?:\.\d+)?", record["rationale"])[-1]) == float(record["answer"])
+        assert "####" not in record["rationale"]
+        assert "final answer" not in record["question"]
 
 
 def test_the_same_seed_gives_the_same_problems(monkeypatch, tmp_path):
@@ -100,14 +100,14 @@ def test_the_same_seed_gives_the_same_problems(monkeypatch, tmp_path):
 def test_data_that_is_there_is_left_alone(monkeypatch, tmp_path, capsys):
     first = make_data(monkeypatch, tmp_path / "data", "--train", 4, "--test", 2)
     assert make_data(monkeypatch, tmp_path / "data", "--train", 9, "--test", 9) == first
-    assert "there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
 def test_new_folder_is_whole_or_not_there(tmp_path):
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "made") as folder:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
         (folder / "half").touch()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-    with new_folder(tmp_path / "deep" / "made") as folder:
+    with new_folder(tmp_path / "deep" / "new") as folder:
         (folder / "file").touch()
-    assert [path.name for path in (tmp_path / "deep").rglob("*")] == ["made", "file"]
+    assert [path.name for path in (tmp_path / "deep").rglob("*")] == ["new", "file"]

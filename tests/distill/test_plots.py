@@ -1,11 +1,10 @@
-import json
 import re
 
 import matplotlib
 import numpy as np
 import pytest
 
-from molsaki.plotting.plots import plot_attention_by_step, plot_layer_weights, plot_losses, plot_map, plot_run, shorten
+from molsaki.plotting.plots import plot_attention_by_step, plot_layer_weights, plot_losses, plot_map, shorten
 
 STEPS = ["Each apple costs $5, a pear $7.", "How much do 3 apples and 2 pears cost together?", "It is $15 + $14."]
 WORDS = ["5", "7", "3", "2", "15", "14"]
@@ -24,7 +23,7 @@ def texts(path):
 
 
 def lines(step):
-    """What of a step is in its label."""
+    """The lines of a step's label."""
     return shorten(step, 30, 2).splitlines()
 
 
@@ -86,7 +85,7 @@ def test_a_failed_plot_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     before = path.read_bytes()
 
     def fail(self, file, **options):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
@@ -147,20 +146,6 @@ def test_losses_show_what_was_logged(tmp_path):
     assert not {"l_att_uniform", "entropy"} & set(found)
     with pytest.raises(ValueError, match="h_t"):
         plot_losses(history, {"entropy": ["h_t"]}, tmp_path / "none.png")
-
-
-def test_run_draws_what_is_there(tmp_path):
-    run, out = tmp_path / "run", tmp_path / "plots"
-    with pytest.raises(FileNotFoundError, match="trainer_state.json"):
-        plot_run(run, out)
-    run.mkdir()
-    history = [{"step": s, "loss": 3 / s, "loss_pre": 1 / s, "loss_exp": 2 / s, "loss_att": 0.1 / s} for s in (2, 4)]
-    (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    assert plot_run(run, out) == [out / "losses.png"]
-    records = [{"step": s, "teacher": [0.2, 0.3, 0.5], "student": [0.4, 0.6]} for s in (2, 4)]
-    (run / "layer_weights.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert plot_run(run, out) == [out / "losses.png", out / "layer_weights.png"]
-    assert all(path.stat().st_size for path in out.iterdir())
 
 
 def test_shorten_keeps_the_beginning():

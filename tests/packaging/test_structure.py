@@ -22,8 +22,8 @@ def modules(*folders: str) -> dict[str, ast.Module]:
     return found
 
 
-def imported(tree: ast.AST, known: set[str], lazily: bool = True) -> set[str]:
-    """The modules of ``known`` that a module imports; without ``lazily`` only those at import time."""
+def imported(tree: ast.AST, known: set[str]) -> set[str]:
+    """The modules of ``known`` that a module imports, also in functions."""
     names = set()
     todo: list[ast.AST] = [tree]
     while todo:
@@ -33,9 +33,6 @@ def imported(tree: ast.AST, known: set[str], lazily: bool = True) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-        if not lazily and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.If)):
-            if not isinstance(node, ast.If) or "TYPE_CHECKING" in ast.dump(node.test):
-                continue
         todo += ast.iter_child_nodes(node)
     return names & known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -17,46 +18,38 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molsaki.teacher import store as store_module
-from molsaki.teacher.store import (
-    Entry,
-    Store,
-    StoreWriter,
-    fingerprint_model,
-    fingerprint_spans,
-    fingerprint_tokenizer,
-    verify,
-)
-from molsaki.text.segment import segment
-from tests.helpers import tiny
+from molsaki.teacher import map_store
+from molsaki.teacher.map_store import Entry, Store, verify
+from molsaki.teacher.map_store_writer import StoreWriter
 
+DATA = Path(__file__).with_name("data")
 DESCRIPTION = {"num_layers": 6, "all_layers": False, "teacher": "aa", "options": {"tau_t": 0.1}}
 
 
 def entries(count: int, layers: int = 6, all_layers: bool = False, seed: int = 0) -> list[Entry]:
     g = torch.Generator().manual_seed(seed)
-    made = []
+    expected = []
     for n in range(count):
         S, W = (int(x) for x in torch.randint(0, 8, (2,), generator=g))
         if n % 7 == 3:
-            made.append(Entry(f"example é {n}", n - 5, reason="too long" if n % 2 else "no rationale"))
+            expected.append(Entry(f"example é {n}", n - 5, reason="too long" if n % 2 else "no rationale"))
         elif all_layers:
-            made.append(Entry(f"example é {n}", n - 5, torch.rand(layers, S, W, generator=g)))
+            expected.append(Entry(f"example é {n}", n - 5, torch.rand(layers, S, W, generator=g)))
         else:
             weights = torch.rand(1, layers, generator=g)
-            made.append(Entry(f"example é {n}", n - 5, torch.rand(1, S, W, generator=g), weights))
-    return made
+            expected.append(Entry(f"example é {n}", n - 5, torch.rand(1, S, W, generator=g), weights))
+    return expected
 
 
-def fill(folder: Path, made: list[Entry], shard_size: int = 4, description: dict = DESCRIPTION) -> StoreWriter:
-    writer = StoreWriter(folder, description, len(made), shard_size)
+def fill(folder: Path, expected: list[Entry], shard_size: int = 4, description: dict = DESCRIPTION) -> StoreWriter:
+    writer = StoreWriter(folder, description, len(expected), shard_size)
     for shard in writer.missing():
-        writer.write(shard, [made[n] for n in writer.examples_of(shard)])
+        writer.write(shard, [expected[n] for n in writer.examples_of(shard)])
     assert writer.finish()
     return writer
 
 
-WHOLE = {".lock", "store.json", "index.safetensors", *(f"shard-0000{n}.safetensors" for n in range(3))}
+WHOLE = {".locks", "store.json", "index.safetensors", *(f"shard-0000{n}.safetensors" for n in range(3))}
 
 
 def names(folder: Path) -> set[str]:
@@ -72,28 +65,46 @@ def same(a: Entry, b: Entry) -> bool:
 
 
 def test_round_trip_is_exact(tmp_path):
-    made = entries(23)
-    fill(tmp_path, made)
+    expected = entries(23)
+    fill(tmp_path, expected)
     store = Store(tmp_path)
     assert len(store) == 23 and store.num_layers == 6 and store.left_out == {"too long": 2, "no rationale": 1}
-    assert all(same(store[entry.id], entry) for entry in reversed(made))
-    assert all(same(a, b) for a, b in zip(store, made, strict=True))
+    assert all(same(store[entry.id], entry) for entry in reversed(expected))
+    assert all(same(a, b) for a, b in zip(store, expected, strict=True))
     assert "example é 0" in store and "another" not in store and verify(tmp_path) == []
     with pytest.raises(KeyError, match="no example 'another'"):
         store["another"]
     again = pickle.loads(pickle.dumps(store))
-    assert same(again[made[5].id], made[5])
+    assert same(again[expected[5].id], expected[5])
     store.check({"teacher": "aa", "options": {"tau_t": 0.1}})
 
 
 def test_all_layers_are_half_precision(tmp_path):
-    made = entries(9, all_layers=True)
-    fill(tmp_path, made, description=DESCRIPTION | {"all_layers": True})
+    expected = entries(9, all_layers=True)
+    fill(tmp_path, expected, description=DESCRIPTION | {"all_layers": True})
     store = Store(tmp_path)
     assert store.all_layers
-    for entry in made:
+    for entry in expected:
         if entry.maps is not None:
             assert torch.equal(store[entry.id].maps, entry.maps.half()) and store[entry.id].weights is None
+
+
+@pytest.mark.parametrize("name", ["store", "store_all_layers"])
+def test_a_store_of_version_0_1(name):
+    """Stores that were written before the layout of the package changed: every value, id, reason and checksum."""
+    store, layers = Store(DATA / name), name == "store_all_layers"
+    expected = json.loads((DATA / "store_values.json").read_text())
+    assert verify(DATA / name) == [] and store.num_shards == 3 and store.left_out == {"no rationale": 1}
+    assert [entry.id for entry in store] == list(expected) and store.all_layers == layers
+    for entry in store:
+        wanted = expected[entry.id]
+        assert (entry.text, entry.reason) == (wanted["text"], wanted["reason"])
+        assert (entry.maps is None) == (wanted["maps"] is None)
+        if entry.maps is not None and not layers:
+            assert entry.maps.tolist() == wanted["maps"] and entry.weights.tolist() == wanted["weights"]
+        elif entry.maps is not None:
+            steps, words = torch.tensor(wanted["maps"]).shape[1:]
+            assert entry.maps.dtype == torch.float16 and entry.maps.shape == (3, steps, words)
 
 
 def test_empty_store(tmp_path):
@@ -102,38 +113,38 @@ def test_empty_store(tmp_path):
 
 
 def test_few_shards_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "OPEN_SHARDS", 2)
-    made = entries(23)
-    fill(tmp_path, made)
+    monkeypatch.setattr(map_store, "OPEN_SHARDS", 2)
+    expected = entries(23)
+    fill(tmp_path, expected)
     store = Store(tmp_path)
-    assert all(same(store[entry.id], entry) for entry in made * 2)
+    assert all(same(store[entry.id], entry) for entry in expected * 2)
     assert len(store._open) == 2
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
-    """What reading all of it leaves in memory: a few bytes a shard. A list of the names would be 60 an example."""
-    monkeypatch.setattr(store_module, "OPEN_SHARDS", 16)
+    """Reading all of it leaves a few bytes per shard in memory. A list of the names would take 60 per example."""
+    monkeypatch.setattr(map_store, "OPEN_SHARDS", 16)
     kept = []
     for count in (2048, 8192):
         folder = tmp_path / str(count)
-        made = [Entry(f"example {n}", n, torch.rand(1, 2, 2), torch.rand(1, 6)) for n in range(count)]
-        fill(folder, made, shard_size=128)
+        expected = [Entry(f"example {n}", n, torch.rand(1, 2, 2), torch.rand(1, 6)) for n in range(count)]
+        fill(folder, expected, shard_size=128)
         tracemalloc.start()
         store = Store(folder)
         for n, entry in enumerate(store):
-            assert entry.id == made[n].id
+            assert entry.id == expected[n].id
         for n in range(0, count, 97):
-            assert same(store[made[-n].id], made[-n])
+            assert same(store[expected[-n].id], expected[-n])
         kept.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-        assert len(store._open) <= store_module.OPEN_SHARDS
+        assert len(store._open) <= map_store.OPEN_SHARDS
     assert kept[1] - kept[0] < 8 * (8192 - 2048)
 
 
 def test_continues_where_it_was(tmp_path):
-    made = entries(10)
+    expected = entries(10)
     writer = StoreWriter(tmp_path, DESCRIPTION, 10, 4)
-    writer.write(1, made[4:8])
+    writer.write(1, expected[4:8])
     (tmp_path / ".shard-00000.safetensors.part").write_bytes(b"half")  # a killed process's
     assert not writer.finish()
     with pytest.raises(FileNotFoundError, match="not finished; run molsaki extract again"):
@@ -141,39 +152,39 @@ def test_continues_where_it_was(tmp_path):
     before = (tmp_path / "shard-00001.safetensors").stat().st_mtime_ns
     writer = StoreWriter(tmp_path, DESCRIPTION, 10, 4)
     assert writer.missing() == [0, 2]
-    fill(tmp_path, made)
+    fill(tmp_path, expected)
     assert (tmp_path / "shard-00001.safetensors").stat().st_mtime_ns == before
-    assert all(same(a, b) for a, b in zip(Store(tmp_path), made, strict=True))
+    assert all(same(a, b) for a, b in zip(Store(tmp_path), expected, strict=True))
     assert StoreWriter(tmp_path, DESCRIPTION, 10, 4).missing() == [] and names(tmp_path) == WHOLE
 
 
-def _write_some(folder, made, start, lose):
+def _write_some(folder, written, start, lose):
     all_of_them = entries(40)
     writer = StoreWriter(folder, DESCRIPTION, 40, 4)
     start.wait(60)
     for shard in writer.claim(writer.missing()):
         if lose is not None:
             lose.set()
-            while made.value < 9:
+            while written.value < 9:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         writer.write(shard, [all_of_them[n] for n in writer.examples_of(shard)])
-        with made.get_lock():
-            made.value += 1
+        with written.get_lock():
+            written.value += 1
     assert writer.finish()
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_processes_share_the_shards(tmp_path, is_lost):
-    """Each shard is made once; the one that a lost process had begun is made by another, which waited for it."""
+    """Each shard is written once. The shard of a lost process is written by another process, which waited for it."""
     context = multiprocessing.get_context("fork")
-    made, start = context.Value("i", 0), context.Event()
-    more = (tmp_path, made, start, None)
+    written, start = context.Value("i", 0), context.Event()
+    more = (tmp_path, written, start, None)
     processes = [context.Process(target=_write_some, args=more) for _ in range(2)]
     if is_lost:
         now = context.Event()
         now.set()
-        processes.append(context.Process(target=_write_some, args=(tmp_path, made, now, start)))
+        processes.append(context.Process(target=_write_some, args=(tmp_path, written, now, start)))
     else:
         start.set()
     for process in processes:
@@ -181,7 +192,7 @@ def test_processes_share_the_shards(tmp_path, is_lost):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, *[-signal.SIGKILL] * is_lost]
-    assert made.value == 10 and verify(tmp_path) == []
+    assert written.value == 10 and verify(tmp_path) == []
     assert all(same(a, b) for a, b in zip(Store(tmp_path), entries(40), strict=True))
 
 
@@ -192,8 +203,8 @@ def _wait_for(folder, is_waiting):
         writer.write(shard, entries(10)[4:8])
 
 
-def test_waits_for_a_shard_that_another_process_makes(tmp_path):
-    """It is made by the one that has it; by the one that waits if that fails."""
+def test_waits_for_a_shard_that_another_process_writes(tmp_path):
+    """The process that holds it writes it; if that fails, the one that waits does."""
     for is_written in (True, False):
         folder, context = tmp_path / str(is_written), multiprocessing.get_context("fork")
         is_waiting = context.Event()
@@ -216,10 +227,10 @@ def test_waits_for_a_shard_that_another_process_makes(tmp_path):
 
 
 def _write_until_killed(folder):
-    made = entries(400)
+    expected = entries(400)
     writer = StoreWriter(folder, DESCRIPTION, 400, 4)
     for shard in writer.missing():
-        writer.write(shard, [made[n] for n in writer.examples_of(shard)])
+        writer.write(shard, [expected[n] for n in writer.examples_of(shard)])
         if shard == 20:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -231,10 +242,10 @@ def test_killed_and_continued(tmp_path):
     assert process.exitcode == -signal.SIGKILL
     writer = StoreWriter(tmp_path, DESCRIPTION, 400, 4)
     assert writer.missing() == list(range(21, 100))
-    made = entries(400)
+    expected = entries(400)
     for shard in range(21):
         assert len(load_file(tmp_path / f"shard-{shard:05d}.safetensors")["texts"]) == 4
-    fill(tmp_path, made)
+    fill(tmp_path, expected)
     assert verify(tmp_path) == []
 
 
@@ -253,8 +264,8 @@ def test_another_description_is_refused_with_both_values(tmp_path, name, value):
 
 
 def test_missing_and_truncated(tmp_path):
-    made = entries(10)
-    fill(tmp_path, made)
+    expected = entries(10)
+    fill(tmp_path, expected)
     for name in ("shard-00001.safetensors", "index.safetensors"):
         path = tmp_path / name
         whole = path.read_bytes()
@@ -263,37 +274,37 @@ def test_missing_and_truncated(tmp_path):
             with pytest.raises(ValueError, match=f"{name}: .*; run molsaki extract again with the same options"):
                 Store(tmp_path)
             assert [fault.split(":")[0] for fault in verify(tmp_path)] == [name]
-        fill(tmp_path, made)  # what the message says mends it
+        fill(tmp_path, expected)  # as the message says
         assert path.read_bytes() == whole
     (tmp_path / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00001.safetensors: missing; run molsaki extract again"):
         Store(tmp_path)
     assert verify(tmp_path) == ["shard-00001.safetensors: missing"]
-    fill(tmp_path, made)
+    fill(tmp_path, expected)
     assert verify(tmp_path) == [] and names(tmp_path) == WHOLE
 
 
 def test_a_shard_lost_or_damaged_while_it_is_read(tmp_path):
-    made = entries(10)
-    fill(tmp_path, made)
+    expected = entries(10)
+    fill(tmp_path, expected)
     store = Store(tmp_path)
-    assert same(store[made[0].id], made[0])
+    assert same(store[expected[0].id], expected[0])
     shard = tmp_path / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 8
     shard.write_bytes(data)
     with pytest.raises(ValueError, match="shard-00001.safetensors: damaged: its checksum is [0-9a-f]{16}, expected "):
-        store[made[4].id]
+        store[expected[4].id]
     shard.unlink()
     with pytest.raises(ValueError, match="shard-00001.safetensors: missing"):
-        store[made[4].id]
+        store[expected[4].id]
 
 
 def test_a_flipped_bit_anywhere_is_found(tmp_path):
-    """In any file, at 50 places each: by verify, by reading it all, and by whoever would continue the store."""
-    made = entries(10)
-    writer = fill(tmp_path, made)
-    for name in sorted(WHOLE - {".lock"}):
+    """In any file, at 50 places each: by verify, by reading all entries, and by a writer that continues the store."""
+    expected = entries(10)
+    writer = fill(tmp_path, expected)
+    for name in sorted(WHOLE - {".locks"}):
         path = tmp_path / name
         whole = path.read_bytes()
         for at in range(0, len(whole), max(len(whole) // 50, 1)):
@@ -312,8 +323,8 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path):
 
 
 def test_a_lost_description_is_written_again(tmp_path):
-    made = entries(10)
-    fill(tmp_path, made)
+    expected = entries(10)
+    fill(tmp_path, expected)
     path = tmp_path / "store.json"
     whole = path.read_bytes()
     for left in (None, whole[:40], b""):
@@ -330,26 +341,26 @@ def test_a_lost_description_is_written_again(tmp_path):
 
 
 def test_a_shard_of_another_store_is_refused(tmp_path):
-    made = entries(10)
+    expected = entries(10)
     for folder, teacher in (("a", "aa"), ("b", "bb")):
-        fill(tmp_path / folder, made, description=DESCRIPTION | {"teacher": teacher})
+        fill(tmp_path / folder, expected, description=DESCRIPTION | {"teacher": teacher})
     name = "shard-00001.safetensors"
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
     message = f"{name}: of another store: it was written with a store.json of fingerprint [0-9a-f]+, expected [0-9a-f]+"
     with pytest.raises(ValueError, match=message):
         list(Store(tmp_path / "a"))
-    fill(tmp_path / "a", made, description=DESCRIPTION | {"teacher": "aa"})
+    fill(tmp_path / "a", expected, description=DESCRIPTION | {"teacher": "aa"})
     assert verify(tmp_path / "a") == []
 
 
-def test_a_shard_cut_short_before_the_index_is_made_again(tmp_path):
-    made = entries(10)
+def test_a_shard_cut_short_before_the_index_is_written_again(tmp_path):
+    expected = entries(10)
     writer = StoreWriter(tmp_path, DESCRIPTION, 10, 4)
-    writer.write(0, made[:4])
+    writer.write(0, expected[:4])
     shard = tmp_path / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
     assert writer.missing() == [0, 1, 2]
-    fill(tmp_path, made)
+    fill(tmp_path, expected)
     assert verify(tmp_path) == []
 
 
@@ -390,7 +401,7 @@ def test_a_file_that_cannot_grow_leaves_nothing_behind(tmp_path):
             writer.write(0, entries(4))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert writer.missing() == [0] and names(tmp_path) == {".lock", "store.json"}
+    assert writer.missing() == [0] and names(tmp_path) == {".locks", "store.json"}
     fill(tmp_path, entries(4))
     assert verify(tmp_path) == []
 
@@ -406,7 +417,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
                 other.write(bytes(4096))
         with pytest.raises(OSError, match="No space left on device"):
             writer.write(0, entries(40))
-        assert writer.missing() == [0] and names(tmp_path) == {".lock", "store.json", "other"}
+        assert writer.missing() == [0] and names(tmp_path) == {".locks", "store.json", "other"}
         (tmp_path / "other").unlink()
         fill(tmp_path, entries(40), 40)
         assert verify(tmp_path) == []
@@ -419,35 +430,8 @@ def test_without_file_locks(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(store_module.fcntl, "lockf", none)
+    monkeypatch.setattr("fcntl.flock", none)
     with pytest.raises(
-        OSError, match=r"its file system has no file locks \(Function not implemented\).*another folder"
+        OSError, match=r"its file system has no file locks \(.*\), which keep two processes .*another folder"
     ):
         StoreWriter(tmp_path, DESCRIPTION, 4, 4)
-
-
-def test_fingerprints():
-    model = tiny.model()
-    first = fingerprint_model(model)
-    assert fingerprint_model(tiny.model()) == first
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-6  # one weight of them all
-    assert fingerprint_model(model) != first
-    assert fingerprint_model(tiny.model().double()) == first
-    headless = tiny.model(tie_word_embeddings=False)
-    name = fingerprint_model(headless)
-    headless.lm_head.weight.data.zero_()
-    assert fingerprint_model(headless) == name  # maps do not depend on it
-    again = tiny.model()
-    again.config.rms_norm_eps *= 2  # the same weights, another model
-    assert fingerprint_model(again) != first
-    tokenizer = tiny.tokenizer()
-    name = fingerprint_tokenizer(tokenizer)
-    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=1)
-    assert fingerprint_tokenizer(tokenizer) == name
-    tokenizer.chat_template = "{{ messages }}"
-    assert fingerprint_tokenizer(tokenizer) != name
-    spans = segment("Ann has 3 apples.", "3 + 4 = 7.")
-    assert fingerprint_spans(spans) == fingerprint_spans(segment("Ann has 3 apples.", "3 + 4 = 7."))
-    assert fingerprint_spans(spans) != fingerprint_spans(segment("Ann has 3 apples.", "3 + 4 = 8."))
-    assert fingerprint_spans(spans) != fingerprint_spans(segment("Ann has 3 apples.", "3 + 4 = 7.", key=["apples"]))

@@ -9,133 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from molsaki.text.segment import Spans, segment
-from molsaki.text.tokens import TooLong, encode, fit, plan, prompt
+from molsaki.text.alignment import encode, plan, prompt
+from molsaki.text.segment import segment
+from molsaki.text.spans import Spans
+from tests.helpers.tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers, by_pattern, byte_level, wrap  # noqa: F401
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-FORMAT = "Q: {question}\nA: {rationale}"
-
-PAIRS = [
-    (
-        "A mailman is tasked with delivering 4 pieces of junk mail to each house in 16 blocks. How many in total?",
-        "The mailman delivers 4 pieces to 16 blocks. Therefore, the total is 16 × 4 = 64.",
-    ),
-    ("Why 4?", "Why 4? 4."),  # the question again in the rationale
-    ("7 is what?", "7"),
-    ("Tom had $1,200.50 and 3/4 of ½ a pie.\nHow much?", "-5 + 10 = 5\n\n5% of 100 is “5”. Füße 你好 😀 12.\nSo 3.14"),
-    ("How many", "4"),
-    ("", "4 and 5. Then 9."),
-    ("Is it 4?", ""),
-]
-CORPUS = [" ".join(pair) for pair in PAIRS] + [
-    "How many apples are there? There are 12 apples. So the total is 16."
-] * 3
-
-
-def byte_level(split: str | None = None, bos: bool = False, vocabulary: int = 400) -> Tokenizer:
-    core = Tokenizer(models.BPE())
-    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    parts = [pre_tokenizers.Split(Regex(split), "isolated"), byte] if split else [pre_tokenizers.Digits(True), byte]
-    core.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>", "<|bos|>"]
-    core.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=special, initial_alphabet=sorted(byte.alphabet()), show_progress=False
-        ),
-    )
-    if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 2)]
-        )
-    return core
-
-
-def word_piece() -> Tokenizer:
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[UNK]", "[CLS]", "[SEP]"]
-    core.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
-    )
-    ends = [("[CLS]", 1), ("[SEP]", 2)]
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
-    )
-    return core
-
-
-def unigram() -> Tokenizer:
-    """SentencePiece's Unigram: NFKC, a dummy prefix, byte fallback, an end token."""
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0)] + [(f"<0x{b:02X}>", -20.0) for b in range(256)]
-    pieces += [(c, -6.0) for c in "abcdefghijklmnopqrstuvwxyzHTAQW0123456789.,?=:\n"]
-    pieces += [(p, -4.0) for p in ["▁How", "▁many", "▁mail", "man", "▁the", "▁to", "tal", "▁4", "▁1", "6.", "▁is"]]
-    core = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    core.normalizer = normalizers.NFKC()
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    core.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return core
-
-
-def sentence_piece_bpe() -> Tokenizer:
-    """Llama 2's BPE: a prepended space by normalizer, no pre-tokenizer, byte fallback."""
-    words = ["▁t", "▁th", "▁the", "▁m", "▁ma", "▁mai", "▁mail", "▁H", "▁Ho", "▁How"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *map(chr, range(33, 127)), *words]
-    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "m"), ("▁m", "a"), ("▁ma", "i"), ("▁mai", "l"),
-              ("▁", "H"), ("▁H", "o"), ("▁Ho", "w")]  # fmt: skip
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    return core
-
-
-def wrap(core: Tokenizer, **options) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=core, **options)
-
-
-LLAMA3_SPLIT = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*| ?\p{L}+|\s*[\r\n]+|\s+(?!\S)|\s+"
-TOKENIZERS = {
-    "gpt2": lambda: wrap(byte_level(), chat_template=CHATML),
-    "bytes": lambda: wrap(byte_level(vocabulary=259), chat_template=CHATML),
-    "llama3": lambda: wrap(
-        byte_level(LLAMA3_SPLIT, bos=True), bos_token="<|bos|>", chat_template="{{ bos_token }}" + CHATML
-    ),
-    "bert": lambda: wrap(word_piece(), chat_template="User: {{ messages[0].content }} Bot: {{ messages[1].content }}"),
-    "t5": lambda: wrap(unigram(), eos_token="</s>", chat_template=CHATML),
-    "llama2": lambda: wrap(sentence_piece_bpe(), bos_token="<s>", eos_token="</s>", chat_template=LLAMA2),
-}
-
-
-@pytest.fixture(scope="module")
-def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
-    return {name: make() for name, make in TOKENIZERS.items()}
-
-
-def by_pattern(pattern: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the matches of a pattern and what lies between them."""
-    core = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return wrap(core)
 
 
 def rendered(spans: Spans, tokenizer, template: str) -> tuple[str, int, int]:
@@ -192,29 +74,6 @@ def test_against_brute_force(tokenizers, name, template):
         assert encoded.words == words
         assert all(steps) and all(words)
         assert encoded.input_ids[: encoded.target_start] == prompt(pair[0], tokenizer, template=template)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_plain_is_the_tokenizer_alone(tokenizers, name):
-    for pair in PAIRS:
-        spans = segment(*pair)
-        encoded = encode(spans, tokenizers[name])
-        assert encoded.input_ids == tokenizers[name](spans.text).input_ids
-        assert len(encoded.steps) == len(spans.steps) and len(encoded.words) == len(spans.words)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "llama2"])
-def test_chat_is_the_chat_template(tokenizers, name):
-    tokenizer, (question, rationale) = tokenizers[name], PAIRS[0]
-    encoded = encode(segment(question, rationale), tokenizer, template="chat")
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": rationale}]
-    assert encoded.input_ids == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    assert encoded.input_ids.count(tokenizer.bos_token_id) == (0 if name == "gpt2" else 1)
-    reply = tokenizer.decode(encoded.input_ids[encoded.target_start :], skip_special_tokens=True)
-    assert reply.strip() == rationale
-    if name != "llama2":
-        asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
-        assert prompt(question, tokenizer, template="chat") == asked
 
 
 # One token a byte: "Why 4? 4." has its steps at tokens 0 to 7 and 7 to 9.
@@ -279,18 +138,6 @@ def test_normalizers_refer_to_the_text_as_it_was(tokenizers):
     assert t5.decode([encoded.input_ids[t] for t in encoded.words[1]]).strip(" ▁") == "5"
 
 
-def test_question_found_where_the_template_puts_it(tokenizers):
-    """The texts also occur in the template, in each other, and look like its placeholders."""
-    template = "Why 4? {question} Why 4? So. {rationale} So."
-    encoded = encode(segment("Why 4?", "So."), tokenizers["bytes"], template=template)
-    assert encoded.steps == [(7, 13), (25, 28)]
-    assert encoded.words == [[11]]
-    spans = segment("{rationale} is 4 %s?", "{question} {0} 5")
-    encoded = encode(spans, tokenizers["bytes"], template="{question}|{rationale}")
-    assert tokenizers["bytes"].decode(encoded.input_ids) == "{rationale} is 4 %s?|{question} {0} 5"
-    assert [encoded.input_ids[t] for word in encoded.words for t in word] == tokenizers["bytes"]("405").input_ids
-
-
 @pytest.mark.parametrize("template", ["plain", "chat", FORMAT])
 def test_two_tokenizers_one_shape(tokenizers, template):
     for pair in PAIRS:
@@ -324,55 +171,6 @@ def test_truncation_needs_room_for_special_tokens(tokenizers):
     assert encode(segment("", "4"), tokenizers["bert"], max_length=2).input_ids == [1, 2]
     with pytest.raises(ValueError, match="max_length: expected at least 2, the special tokens"):
         encode(segment("", "4"), tokenizers["bert"], max_length=1)
-
-
-@pytest.mark.parametrize("template", ["plain", "chat", FORMAT])
-def test_fit_is_the_longest_text_all_sides_hold(tokenizers, template):
-    for pair in (PAIRS[0], PAIRS[3]):
-        spans = segment(*pair)
-        for tight in TOKENIZERS:
-            needed = len(encode(spans, tokenizers[tight], template=template).input_ids)
-            lengths = []
-            for max_length in range(needed, 0, -3):
-                sides = [(tokenizers[tight], template, max_length), (tokenizers["gpt2"], "chat", None)]
-                try:
-                    fitted = fit(spans, *sides)
-                except TooLong:
-                    break
-                assert fitted is spans or max_length < needed
-                assert len(encode(fitted, tokenizers[tight], template=template).input_ids) <= max_length
-                assert spans.text.startswith(fitted.text) and fitted.question == spans.question
-                assert fitted.text[-1:].strip() and fitted.rationale
-                assert fitted.words == tuple(w for w in spans.words if w[1] <= len(fitted.text))
-                assert not any(a < len(fitted.text) < b for a, b in spans.words)
-                assert [a for a, _ in fitted.steps] == [a for a, _ in spans.steps if a < len(fitted.text)]
-                lengths.append(len(fitted.text))
-                for tokenizer, form, length in sides:
-                    one = encode(fitted, tokenizer, template=form, max_length=length)
-                    assert len(one.steps) == len(fitted.steps) and len(one.words) == len(fitted.words)
-                    assert all(one.words)
-            assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 2
-
-
-def test_fit_exactly(tokenizers):
-    tokenizer, spans = tokenizers["bytes"], segment("Why 4?", "Add 12.5 now. Then 16. Go on")
-    texts = {
-        35: "Add 12.5 now. Then 16. Go on", 34: "Add 12.5 now. Then 16. Go", 32: "Add 12.5 now. Then 16. Go",
-        31: "Add 12.5 now. Then 16.", 28: "Add 12.5 now. Then", 27: "Add 12.5 now. Then", 24: "Add 12.5 now.",
-        17: "Add 12.5", 15: "Add 12.5", 14: "Add", 10: "Add",
-    }  # fmt: skip
-    for max_length, rationale in texts.items():
-        fitted = fit(spans, (tokenizer, "plain", max_length), (tokenizers["bert"], "plain", 100))
-        assert fitted.rationale == rationale
-    with pytest.raises(TooLong, match="rationale"):
-        fit(spans, (tokenizer, "plain", 7))
-    assert fit(spans) is spans
-    assert fit(segment("", "abcdefgh"), (tokenizer, "plain", 3)).text == "abc"  # no white space to cut at
-    with pytest.raises(TooLong, match="first word"):
-        fit(segment("", "12345678"), (tokenizer, "plain", 3))  # a number is never halved
-    with pytest.raises(TooLong, match="max_length is 5"):
-        fit(segment("Why 4?", ""), (tokenizer, "plain", 5))  # the question is never cut
-    assert fit(segment("Why 4?", ""), (tokenizer, "plain", 6)).text == "Why 4?"
 
 
 def test_target_start(tokenizers):
@@ -459,32 +257,7 @@ def test_bad_arguments(tokenizers, arguments, error, message):
         encode(arguments.pop("spans"), arguments.pop("tokenizer"), **arguments)
 
 
-@pytest.mark.parametrize(
-    "chat_template, message",
-    [
-        (None, "has no chat template"),
-        ("{{ messages[0].content }}", "does not show"),
-        ("{{ messages[0].content }}{{ messages[0].content }}{{ messages[1].content }}", "does not show"),
-        ("{{ messages[1].content }}{{ messages[0].content }}", "does not show"),
-        ("{{ messages[0].content | upper }} {{ messages[1].content }}", "does not show"),
-        ("{{ raise_exception('only system') }}", "failed: only system"),
-        ("{{ messages[0].content }} {{ messages[1].content.split('4')[-1] }}", "changes the texts"),
-        ("{{ messages[0].content | replace('Why', 'How') }} {{ messages[1].content }}", "changes the texts"),
-    ],
-)
-def test_bad_chat_templates(chat_template, message):
-    tokenizer = wrap(byte_level(), chat_template=chat_template)
-    with pytest.raises(ValueError, match=f"template: .*{message}"):
-        encode(segment("Why 4?", "So 4 it is."), tokenizer, template="chat")
-
-
-def test_bad_sides_and_questions(tokenizers):
-    with pytest.raises(TypeError, match=r"sides\[1\]: expected \(tokenizer, template, max_length\)"):
-        fit(segment("Why?", "So."), (tokenizers["gpt2"], "plain", 5), tokenizers["gpt2"])
-    with pytest.raises(TypeError, match="spans: expected Spans"):
-        fit("Why?", (tokenizers["gpt2"], "plain", 5))
-    with pytest.raises(ValueError, match="max_length"):
-        fit(segment("Why?", "So."), (tokenizers["gpt2"], "plain", -1))
+def test_bad_batches_and_questions(tokenizers):
     with pytest.raises(TypeError, match="spans: expected Spans"):
         plan(["Why?"], tokenizers["gpt2"])
     with pytest.raises(TypeError, match="spans: expected Spans"):
@@ -517,9 +290,9 @@ def test_the_real_tokenizer_on_real_texts(tokenizers):
         pytest.skip("no tokenizer or texts here")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(300), strict=False)]
-    for row in rows:
-        spans = segment(row["question"], row["rationale"])
+        records = [json.loads(line) for line, _ in zip(file, range(300), strict=False)]
+    for record in records:
+        spans = segment(record["question"], record["rationale"])
         for template in ("plain", "chat", FORMAT):
             encoded = encode(spans, tokenizer, template=template)
             parts = [tokenizer.decode(encoded.input_ids[a:b]).strip() for a, b in encoded.steps]
@@ -529,6 +302,6 @@ def test_the_real_tokenizer_on_real_texts(tokenizers):
             assert sum(map(len, parts)) <= 1.1 * sum(b - a for a, b in spans.words)
             reply = tokenizer.decode(encoded.input_ids[encoded.target_start :], skip_special_tokens=True)
             assert reply.strip() == spans.rationale
-            assert prompt(row["question"], tokenizer, template=template) == encoded.input_ids[: encoded.target_start]
+            assert prompt(record["question"], tokenizer, template=template) == encoded.input_ids[: encoded.target_start]
         other = plan(spans, tokenizers["bert"], 512)
         assert (other.num_steps, other.num_words) == (len(spans.steps), len(spans.words))

@@ -1,0 +1,96 @@
+"""`ReplyJournal`: the replies of a run, appended batch by batch to a file, so that an interrupted run can continue."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from molsaki.evaluation.generate import Reply
+from molsaki.io import digest
+
+
+class Asked(NamedTuple):
+    """A prompt of a batch: the example's id and the number of the sample, from 1."""
+
+    id: str
+    sample: int
+
+
+class ReplyJournal:
+    """The replies of a run, batch by batch, in a file that only grows.
+
+    Args:
+        path: JSON lines, each with a checksum: first the description, then one line per batch. Created if it does not
+            exist. An incomplete last line is removed.
+        description: everything that the replies depend on; JSON.
+
+    Raises:
+        ValueError: the file has another description (the message has both values), or one of its lines is damaged.
+    """
+
+    def __init__(self, path: Path, description: dict[str, Any]):
+        self.path = path
+        self._batches: dict[tuple[int, int], list[tuple[list[Any], str, bool]]] = {}
+        description = json.loads(json.dumps(description))
+        data = path.read_bytes() if path.exists() else b""
+        lines, complete = data.splitlines(keepends=True), 0
+        for number, line in enumerate(lines, 1):
+            value = _checked(line)
+            if value is None and line.endswith(b"\n"):
+                raise ValueError(f"{path}:{number}: damaged, or no journal of replies; delete it to start over")
+            if value is None:
+                break
+            complete += len(line)
+            if number > 1:
+                self._batches[value["phase"], value["batch"]] = value["replies"]
+                continue
+            for name in description:
+                if value.get(name) != description[name]:
+                    raise ValueError(
+                        f"{path}: was begun with another {name}: {value.get(name)!r}, now {description[name]!r}; run "
+                        "the old command to continue it, choose another output_file, or delete it to start over"
+                    )
+        if complete < len(data):
+            os.truncate(path, complete)
+        if not complete:
+            self._append(description)
+
+    def get(self, phase: int, batch: int, asked: Sequence[Asked]) -> list[Reply] | None:
+        """The replies to a batch, or None if it has none yet.
+
+        Raises:
+            ValueError: the batch of this number has other prompts.
+        """
+        found = self._batches.get((phase, batch))
+        if found is None:
+            return None
+        if [tuple(name) for name, *_ in found] != list(asked):
+            raise ValueError(
+                f"{self.path}: batch {batch} of phase {phase} is of other examples: delete it to start over"
+            )
+        return [Reply(text, ended) for _, text, ended in found]
+
+    def put(self, phase: int, batch: int, asked: Sequence[Asked], replies: Sequence[Reply]) -> None:
+        """Append the replies to a batch, and flush them to the disk."""
+        entries = [[name, *reply] for name, reply in zip(asked, replies, strict=True)]
+        self._append({"phase": phase, "batch": batch, "replies": entries})
+
+    def _append(self, value: dict[str, Any]) -> None:
+        line = json.dumps({"check": digest(value, sort_keys=False)} | value, ensure_ascii=False) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _checked(line: bytes) -> dict[str, Any] | None:
+    """The value of a line of the journal, or None if the line is incomplete or damaged."""
+    try:
+        value: dict[str, Any] = json.loads(line)
+        check = value.pop("check")
+    except (ValueError, AttributeError, KeyError):
+        return None
+    return value if line.endswith(b"\n") and check == digest(value, sort_keys=False) else None

@@ -1,0 +1,86 @@
+"""Judges a teacher's reply: takes it apart into rationale and answer, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from molsaki.annotation.prompts import SECOND, PromptFormat
+from molsaki.evaluation.generate import Reply
+from molsaki.evaluation.scoring import score
+from molsaki.text.answers import parse_number
+from molsaki.text.examples import Example
+
+
+def _word_list(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _words(text: str) -> set[str]:
+    return set(_word_list(text))
+
+
+# A rationale with fewer than two words besides these, the hint's and the answer's only states the answer.
+FILLER = _words("a an and are be choice correct final hence is it must of only right so that the therefore this thus")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The parts of a reply. It is right if ``reason`` is empty.
+
+    Attributes:
+        phase: 1, or 2 for a reply to a question with a hint.
+        rationale, answer: as they are in the reply; ``answer`` is None if it has none.
+        reason: what is wrong with it.
+    """
+
+    phase: int
+    rationale: str
+    answer: str | None
+    reason: str
+
+
+def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: int) -> Verdict:
+    """Take a reply apart and say what is wrong with it, if anything.
+
+    The answer is the first number (or choice) after the label, or after an equals sign there. A reply without a label
+    is a rationale whose last number (or choice) is the answer. A reply is right if its rationale has some words and
+    ends in the right answer: in its last number (or choice), as ``evaluate --mode rationale`` reads a student's.
+
+    Args:
+        example: the question with its gold answer.
+        form: the format of the prompt, with the answer's label.
+        hint: the template of the second phase's question; a rationale that only repeats it is refused.
+        phase: 1 or 2.
+    """
+    text = reply.text.rpartition("</think>")[2].strip()
+    head, label, tail = _at_label(text, form.label.strip())
+    rationale = re.sub(r"[\s*#_]+$", "", head)
+    line, newline, _ = tail.strip().partition("\n")
+    written = line.rpartition("=")[2]
+    answer = score(example, written, "answer") if label else score(example, rationale, "rationale")
+    reason = ""
+    if not reply.ended and not newline:
+        reason = "cut off at max_new_tokens"
+    elif not rationale:
+        reason = "no rationale"
+    elif answer["prediction"] is None:
+        reason = "no answer"
+    elif not answer["right"]:
+        reason = "wrong answer"
+    elif _has_ending(example) and not score(example, rationale, "rationale")["right"]:
+        reason = "rationale ends in another answer"
+    elif sum(word not in _words(f"{hint} {example.answer}") | FILLER for word in _word_list(rationale)) < 2:
+        reason = "rationale only states the answer"
+    elif phase == SECOND and "hint" in _words(rationale) - _words(example.question):
+        reason = "rationale speaks of the hint"
+    return Verdict(phase, rationale, answer["prediction"], reason)
+
+
+def _at_label(text: str, label: str) -> tuple[str, str, str]:
+    match = re.search(rf"(?<!\w)(?:the\s+)?(?:final\s+)?{re.escape(label)}", text, re.I)
+    return (text[: match.start()], match[0], text[match.end() :].lstrip(" *")) if match else (text, "", "")
+
+
+def _has_ending(example: Example) -> bool:
+    return bool(example.choices) or parse_number(example.answer) is not None

@@ -1,0 +1,42 @@
+"""Asks the teacher for the key words of a text, and reads its list of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from molsaki.annotation.prompts import fill, with_choices
+from molsaki.text.examples import Example
+from molsaki.text.segment import segment
+
+PROMPT = "Question: {question}\nRationale: {rationale}\nKeywords:"
+INSTRUCTION = (
+    "List the key words of each question and its rationale: the few words that decide the answer, as they are written "
+    "there, separated by commas."
+)
+NEW_TOKENS = 64
+
+
+def keyword_turns(demonstrations: Sequence[Example], example: Example) -> list[str]:
+    """Texts and their key words in turn, of the demonstrations that have some, up to the example's text."""
+    turns = []
+    for one in [*(one for one in demonstrations if one.keywords), example]:
+        text = fill(PROMPT, question=with_choices(one), rationale=one.rationale.strip())
+        turns += [text + " ", ", ".join(one.keywords or ())]
+    return turns[:-1]
+
+
+def split_keywords(reply: str) -> list[str]:
+    """The key words that a reply lists, separated by commas, semicolons or lines, each once in any case."""
+    text = re.sub(r"^\s*key\s?words:", "", reply.rpartition("</think>")[2], flags=re.I)
+    found: dict[str, str] = {}
+    for piece in re.split(r"[,;\n]", text):
+        word = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", piece).strip(" \t\r.\"'*`")
+        if re.search(r"\w", word):
+            found.setdefault(" ".join(word.casefold().split()), word)
+    return list(found.values())
+
+
+def occurs(word: str, example: Example) -> bool:
+    """Return whether the word is in the question or the rationale."""
+    return bool(segment(example.question, example.rationale, key=[word]).words)

@@ -1,0 +1,115 @@
+"""Builds the teacher's prompts: instruction, demonstrations, question, and the hint of the second phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from molsaki.text.alignment import prompt
+from molsaki.text.examples import Example
+
+PLAIN = "Question: {question}\nRationale: {rationale}\nAnswer: {answer}"
+FIRST, SECOND, KEYWORDS = 1, 2, 3  # the phases, as the journal names them
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How a question, its rationale and its answer become one text, or the turns of a chat.
+
+    Attributes:
+        before, between, label, after: the texts before the question, the rationale and the answer, and at the end.
+        chat: whether question and reply are turns of the tokenizer's chat template.
+    """
+
+    before: str
+    between: str
+    label: str
+    after: str
+    chat: bool = False
+
+    @classmethod
+    def of(cls, template: str) -> PromptFormat:
+        """The format of ``config.template``.
+
+        Raises:
+            ValueError: it is neither plain nor chat nor a format with the three fields in order, once each.
+        """
+        if template == "chat":
+            return cls("", "", "\nAnswer: ", "", chat=True)
+        parts = re.split(r"\{(question|rationale|answer)\}", PLAIN if template == "plain" else template)
+        if parts[1::2] != ["question", "rationale", "answer"] or not all(part.strip() for part in parts[:-1:2]):
+            raise ValueError(
+                "template: expected plain, chat, or a format with {question}, {rationale} and {answer} in this order, "
+                f"once each and each after a text of its own, got {template!r}"
+            )
+        before, between, label, after = parts[::2]
+        return cls(before, between, label, after)
+
+    @property
+    def stop(self) -> str | None:
+        """The text that ends a reply: the start of another question. None for a chat, which ends by its end token."""
+        return None if self.chat else "\n" + self.before.strip()
+
+    def ask(self, question: str) -> str:
+        return self.before + question + self.between
+
+    def reply(self, example: Example) -> str:
+        return example.rationale.strip() + self.label + example.answer + self.after
+
+
+def question_turns(
+    form: PromptFormat, demonstrations: Sequence[Example], example: Example, hint: str | None
+) -> list[str]:
+    """Questions and replies in turn, of the demonstrations and up to the example's question.
+
+    Args:
+        hint: the template of a question that shows the gold answer, or None for the first phase.
+    """
+    turns = []
+    for one in [*demonstrations, example]:
+        question = with_choices(one)
+        if hint is not None:
+            question = fill(hint, question=question, answer=one.answer)
+        turns += [form.ask(question), form.reply(one)]
+    return turns[:-1]
+
+
+def prompt_ids(turns: list[str], instruction: str, form: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a prompt: the instruction, then the turns.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it fails.
+    """
+    if not form.chat:
+        blocks = ["".join(turns[i : i + 2]) for i in range(0, len(turns), 2)]
+        return prompt("\n\n".join([instruction] * bool(instruction) + blocks), tokenizer)
+    if instruction:
+        turns = [f"{instruction}\n\n{turns[0]}", *turns[1:]]  # not every chat template has a system turn
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
+    if not tokenizer.chat_template:
+        raise ValueError("template: the teacher's tokenizer has no chat template; use plain or a format")
+    try:
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"template: the teacher's chat template failed: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def with_choices(example: Example) -> str:
+    """The question, followed by its choices unless it names all of them itself."""
+    if not example.choices or all(choice in example.question for choice in example.choices):
+        return example.question
+    return "\n".join(
+        [example.question, "Answer Choices:", *(f"({chr(97 + i)}) {c}" for i, c in enumerate(example.choices))]
+    )
+
+
+def fill(template: str, **texts: str) -> str:
+    """Replace ``{name}`` by each text; braces in the texts are kept."""
+    return re.sub(r"\{(" + "|".join(texts) + r")\}", lambda match: texts[match[1]], template)

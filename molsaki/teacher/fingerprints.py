@@ -1,0 +1,102 @@
+"""Fingerprints of models, tokenizers, texts and options: the identity of a store of maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import align_module_device
+
+from molsaki.io import digest, hash64
+from molsaki.text.spans import Spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from molsaki.batches.tokenized import TokenizerSpec
+    from molsaki.config import DistillConfig, ExtractConfig
+    from molsaki.text.examples import Example
+
+# Entries of a model's config on which its maps do not depend.
+NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+
+
+def fingerprint_model(model: PreTrainedModel) -> str:
+    """A digest of everything that a model's maps depend on: its config and every weight of its decoder, without the
+    head.
+
+    Weights that a ``device_map`` left elsewhere are read from there. That of a quantised model begins with
+    ``quantised-``.
+    """
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in NOT_THE_MODEL}
+    weights = {}
+    for prefix, module in model.base_model.named_modules():
+        with align_module_device(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                values = parameter.detach().reshape(-1)
+                sample = values[:: max(values.numel() // 4096, 1)][:4096].to("cpu", torch.float32)
+                chunks = (chunk.float().view(torch.int32) for chunk in values.split(1 << 24))
+                total = sum(int(bits.sum(dtype=torch.int64)) for bits in chunks)  # exact in any order
+                weights[f"{prefix}.{name}"] = [list(parameter.shape), total, sample.numpy().tobytes().hex()]
+    return ("quantised-" if "quantization_config" in config else "") + digest([config, weights])
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of everything that a fast tokenizer does to a text, its chat template included."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["padding"] = state["truncation"] = None  # options of the last call, not of the tokenizer
+    return digest([state, tokenizer.chat_template])
+
+
+def fingerprint_spans(spans: Spans) -> int:
+    """A 64-bit integer for a text, its steps and its key words."""
+    return hash64(json.dumps([spans.text, spans.steps, spans.words]))
+
+
+def fingerprint_examples(examples: Iterable[Example]) -> str:
+    """A digest of the fields of a data set on which its maps depend, read one example at a time."""
+    found = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        found.update(json.dumps([example.id, example.question, example.rationale, example.keywords]).encode())
+    return found.hexdigest()
+
+
+def describe(
+    options: ExtractConfig | DistillConfig,
+    teacher_layers: int,
+    all_layers: bool,
+    student_layers: int | None,
+    teacher: PreTrainedModel | None,
+    spec: TokenizerSpec | None,
+) -> dict[str, Any]:
+    """The description that a store must have to be used with these options.
+
+    Args:
+        options: the options of texts and mixtures.
+        teacher_layers, student_layers: depths of the models; the student's may be None where the mixture needs none.
+        all_layers: whether the store holds the maps of all layers, to be mixed when they are read.
+        teacher, spec: the teacher and its tokenizer; if None, the description leaves them out.
+
+    Raises:
+        ValueError: the mixture depends on the student's depth, which is None.
+    """
+    found: dict[str, Any] = {"all_layers": all_layers}
+    found |= {name: getattr(options, name) for name in ("key", "splitter", "number_words")}
+    if teacher is not None and spec is not None:
+        found["teacher"] = fingerprint_model(teacher)
+        found["teacher_tokenizer"] = fingerprint_tokenizer(spec.tokenizer)
+        found["teacher_template"] = spec.template
+    if not all_layers:
+        found["mixture"] = options.mixture
+        if options.mixture == "mixture":
+            found |= {"tau_t": options.tau_t, "teacher_scale": options.teacher_scale}
+        elif options.mixture == "single":
+            found["teacher_layer"] = options.teacher_layer % teacher_layers
+        elif options.mixture != "last":
+            if student_layers is None:
+                raise ValueError(f"--student: required: mixture={options.mixture} depends on the student's depth")
+            found |= {"student_layers": student_layers, "mixture_seed": options.mixture_seed}
+    return found

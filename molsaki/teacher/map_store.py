@@ -1,0 +1,242 @@
+"""Reads a store: the teacher's maps on disk, one small matrix per example, with fingerprints of their sources.
+
+    store/
+      store.json              the description: fingerprints, mixture, how many examples and shards; written first
+      shard-00000.safetensors the maps of examples 0 to shard_size - 1, and so on
+      index.safetensors       the shard and position of each example; written last, when all shards are there
+
+`molsaki.teacher.map_store_writer` writes it; `molsaki.teacher.checked_file` is the format of the .safetensors files.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molsaki.io import digest, hash64
+from molsaki.teacher import checked_file
+
+VERSION = 2
+DESCRIPTION, INDEX = "store.json", "index.safetensors"
+NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # in every description
+OPEN_SHARDS = 128  # kept open for random access; each holds a file descriptor
+REMEDY = "run molsaki extract again with the same options to repair it"
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class Entry(NamedTuple):
+    """One example of a store.
+
+    Attributes:
+        id: the example's name, unique in the store.
+        text: `fingerprint_spans` of the text of its map.
+        maps: ``(K, S, W)``, float32, or with all layers ``(Lt, S, W)``, float16; None if it was left out.
+        weights: ``(K, Lt)`` float32; None with all layers.
+        reason: why it was left out.
+    """
+
+    id: str
+    text: int
+    maps: Tensor | None = None
+    weights: Tensor | None = None
+    reason: str = ""
+
+
+class Store:
+    """A finished store, read at random from the disk; memory does not grow with it. Picklable.
+
+    Attributes:
+        description: the content of ``store.json``.
+        left_out: how many examples have no map, by reason.
+
+    Raises:
+        FileNotFoundError: there is no store in the folder, or its extraction is not finished.
+        ValueError: a file is missing, cut short or (shards: when they are read) otherwise damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.description = read_description(self.folder)
+        self._digest = digest(self.description)
+        index = self.folder / INDEX
+        if not index.is_file():
+            raise FileNotFoundError(f"{self.folder}: the store is not finished; run molsaki extract again to continue")
+        _refuse(index, self._digest)
+        where, head = checked_file.read(index)
+        self._keys, self._where = where["keys"], where["where"]
+        self.left_out: dict[str, int] = head["left_out"]
+        self._bytes: list[int] = head["bytes"]
+        for shard, expected in enumerate(self._bytes):
+            path = self.folder / shard_name(shard)
+            size = path.stat().st_size if path.is_file() else None
+            if size != expected:
+                state = "missing" if size is None else f"it has {size} bytes, expected {expected}"
+                raise ValueError(f"{path}: {state}; {REMEDY}")
+        self._open: collections.OrderedDict[int, tuple[Arrays, dict[str, str]]] = collections.OrderedDict()
+        self._seen: dict[int, tuple[int, int]] = {}  # size and time of the shards whose checksums were right
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+        return Store, (self.folder,)
+
+    def __len__(self) -> int:
+        """Examples, those left out included."""
+        return int(self.description["examples"])
+
+    @property
+    def num_layers(self) -> int:
+        """Lt, the teacher's layers."""
+        return int(self.description["num_layers"])
+
+    @property
+    def all_layers(self) -> bool:
+        """Whether entries hold the map of every layer, which the reader has to mix."""
+        return bool(self.description["all_layers"])
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        return sum(self._bytes) + sum((self.folder / name).stat().st_size for name in (DESCRIPTION, INDEX))
+
+    def __contains__(self, id: str) -> bool:
+        return self._find(id) is not None
+
+    def __getitem__(self, id: str) -> Entry:
+        """The entry of an example; its ``maps`` are None if it was left out.
+
+        Raises:
+            KeyError: there is no such example.
+        """
+        found = self._find(id)
+        if found is None:
+            raise KeyError(f"{self.folder}: holds no example {id!r}")
+        return self._entry(*found)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All entries, in the order of the data."""
+        for shard in range(self.num_shards):
+            for position in range(len(self._shard(shard)[0]["texts"])):
+                yield self._entry(shard, position)
+
+    def check(self, expected: dict[str, Any]) -> None:
+        """Refuse the store if its description differs from ``expected`` in any of these keys.
+
+        Raises:
+            ValueError: with the key and both values.
+        """
+        compare(self.folder, {name: self.description.get(name) for name in expected}, expected)
+
+    def _find(self, id: str) -> tuple[int, int] | None:
+        key = hash64(id)
+        at = int(np.searchsorted(self._keys, key))
+        if at == len(self._keys) or self._keys[at] != key:
+            return None
+        shard, position = self._where[at].tolist()
+        return shard, position
+
+    def _entry(self, shard: int, position: int) -> Entry:
+        arrays, left_out = self._shard(shard)
+        name, text = id_at(arrays, position), int(arrays["texts"][position])
+        shape = arrays["shapes"][position].tolist()
+        if shape[1] < 0:
+            return Entry(name, text, reason=left_out[str(position)])
+        start, stop = arrays["offsets"][position : position + 2].tolist()
+        maps = torch.from_numpy(arrays["values"][start:stop].reshape(shape).copy())
+        if self.all_layers:
+            return Entry(name, text, maps)
+        weights = arrays["weights"][np.count_nonzero(arrays["shapes"][:position, 1] >= 0)]
+        return Entry(name, text, maps, torch.from_numpy(weights.copy()))
+
+    def _shard(self, number: int) -> tuple[Arrays, dict[str, str]]:
+        """A shard's arrays, whose pages are read when they are used, and the reasons of examples left out."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        path = self.folder / shard_name(number)
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; {REMEDY}")
+        state = path.stat().st_size, path.stat().st_mtime_ns
+        if self._seen.get(number) != state:
+            _refuse(path, self._digest)
+            self._seen[number] = state
+        arrays, head = checked_file.read(path)
+        self._open[number] = arrays, head["left_out"]
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[number]
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """The description of a store, finished or not.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or of another version.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no store there (no {DESCRIPTION})")
+    try:
+        description: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError:
+        description = {}
+    if not description.keys() >= NEEDED or description["shard_size"] < 1:
+        raise ValueError(f"{path}: damaged; {REMEDY}")
+    if description["version"] != VERSION:
+        raise ValueError(f"{folder}: version {description['version']}, this program reads {VERSION}")
+    return description
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Every fault of a store's files, each of which is read completely; empty if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_description`.
+    """
+    folder, description = Path(folder), read_description(folder)
+    names = [shard_name(shard) for shard in range(-(-description["examples"] // description["shard_size"]))]
+    found = {name: checked_file.fault(folder / name, digest(description)) for name in [*names, INDEX]}
+    faults = [f"{name}: {fault}" for name, fault in found.items() if fault is not None]
+    if len(faults) == len(found) and all("of another store" in fault for fault in faults):
+        return [f"{DESCRIPTION}: damaged: it is not the one that the other files were written with"]
+    if not faults:
+        store = Store(folder)
+        if sum(1 for entry in store if entry.id in store) != len(store):
+            faults.append(f"{INDEX}: it does not list every example")
+    return faults
+
+
+def compare(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise a ValueError with both values for the first key of ``expected`` whose value differs in ``found``."""
+    for name, value in json.loads(json.dumps(expected)).items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder}: this store is of another {name.replace('_', ' ')}: it has {found.get(name)!r}, "
+                f"expected {value!r}"
+            )
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+def id_at(arrays: Arrays, position: int) -> str:
+    """The name of the example at this position of a shard."""
+    start, stop = arrays["name_offsets"][position : position + 2].tolist()
+    return arrays["names"][start:stop].tobytes().decode()
+
+
+def _refuse(path: Path, store: str) -> None:
+    if (fault := checked_file.fault(path, store)) is not None:
+        raise ValueError(f"{path}: {fault}; {REMEDY}")

@@ -1,0 +1,182 @@
+"""Writes a store of the teacher's maps, in one process or in several that share the work.
+
+A shard covers a fixed range of examples and is locked by the process that computes it. Several processes can work at
+once; a shard whose process was lost is computed by another one, and a killed run continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from molsaki.io import digest, hash64, write_json
+from molsaki.teacher import checked_file
+from molsaki.teacher.map_store import DESCRIPTION, INDEX, VERSION, Entry, compare, id_at, shard_name
+
+LOCKS = ".locks"  # folder of empty files, one per file that was locked
+
+
+class StoreWriter:
+    """Writes a store shard by shard; continues one of the same description that is unfinished or damaged.
+
+    Args:
+        folder: created if it does not exist.
+        description: the store's identity: ``num_layers``, ``all_layers``, fingerprints, options; JSON.
+        examples: how many there will be, those left out included.
+        shard_size: examples per shard.
+
+    Raises:
+        ValueError: the folder holds a store with another description; the message has both values.
+        OSError: the folder's file system has no file locks.
+    """
+
+    def __init__(self, folder: str | Path, description: dict[str, Any], examples: int, shard_size: int = 1024):
+        if shard_size < 1:
+            raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
+        self.folder = Path(folder)
+        (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        size = {"version": VERSION, "examples": examples, "shard_size": shard_size}
+        self.description = json.loads(json.dumps(size | description))
+        self.shards = -(-examples // shard_size)
+        self._digest = digest(self.description)
+        with self._locked(DESCRIPTION):
+            try:
+                found = json.loads((self.folder / DESCRIPTION).read_bytes())
+            except (FileNotFoundError, ValueError):
+                found = None
+            if found is not None:
+                compare(self.folder, found, self.description)
+            else:
+                for path in self.folder.glob("*.safetensors"):
+                    if (fault := checked_file.fault(path, self._digest)) is not None:
+                        raise ValueError(
+                            f"{self.folder}: holds no readable {DESCRIPTION}, and a file that is not of this store "
+                            f"({path.name}: {fault}); choose an empty folder for the store"
+                        )
+                write_json(self.folder / DESCRIPTION, self.description, indent=1)
+
+    def examples_of(self, shard: int) -> range:
+        """The numbers of the examples in a shard."""
+        start = shard * self.description["shard_size"]
+        return range(start, min(start + self.description["shard_size"], self.description["examples"]))
+
+    def missing(self) -> list[int]:
+        """The shards that are absent or damaged."""
+        return [shard for shard in range(self.shards) if self._is_missing(shard)]
+
+    def claim(self, shards: Sequence[int]) -> Iterator[int]:
+        """Those of the ``shards`` that this process has to compute; each is locked until the next one is asked for.
+
+        When none is free, waits for those that other processes compute; if one of these is lost, its shard is yielded
+        here.
+        """
+        computed = set()
+        for wait in (False, True):
+            for shard in shards:
+                if shard in computed:
+                    continue
+                with self._locked(shard_name(shard), wait) as is_mine:
+                    if is_mine and self._is_missing(shard):
+                        yield shard
+                        computed.add(shard)
+
+    def write(self, shard: int, entries: Sequence[Entry]) -> None:
+        """Write one shard: one entry per number of `examples_of`, in order.
+
+        Raises:
+            ValueError: the number of entries is another, or an entry has neither a map nor a reason.
+            OSError: for example, the disk is full; nothing is left behind.
+        """
+        if len(entries) != len(self.examples_of(shard)):
+            raise ValueError(f"entries: expected {len(self.examples_of(shard))} in shard {shard}, got {len(entries)}")
+        dtype = torch.float16 if self.description["all_layers"] else torch.float32
+        shapes, values, weights = [], [], []
+        for entry in entries:
+            if entry.maps is None:
+                if not entry.reason:
+                    raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
+                shapes.append((0, -1, -1))
+                continue
+            if (entry.weights is None) != self.description["all_layers"]:
+                raise ValueError(f"entries: {entry.id!r}: expected weights unless all layers are stored")
+            pairs, steps, words = entry.maps.shape
+            shapes.append((pairs, steps, words))
+            values.append(entry.maps.detach().cpu().to(dtype).flatten())
+            if not values[-1].isfinite().all():
+                raise ValueError(f"entries: the map of {entry.id!r} is not finite in {dtype}")
+            if entry.weights is not None:
+                weights.append(entry.weights.detach().cpu().float())
+        sizes = [pairs * steps * words for pairs, steps, words in shapes]
+        names = [entry.id.encode() for entry in entries]
+        tensors = {
+            "shapes": torch.tensor(shapes, dtype=torch.int32).reshape(-1, 3),
+            "offsets": torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0),
+            "values": torch.cat(values) if values else torch.zeros(0, dtype=dtype),
+            "weights": torch.stack(weights) if weights else torch.zeros(0),
+            "texts": torch.tensor([entry.text for entry in entries], dtype=torch.int64),
+            "names": torch.frombuffer(bytearray(b"".join(names) or b"\0"), dtype=torch.uint8),
+            "name_offsets": torch.tensor([0, *map(len, names)], dtype=torch.int64).cumsum(0),
+        }
+        reasons = {position: entry.reason for position, entry in enumerate(entries) if entry.maps is None}
+        checked_file.write(self.folder / shard_name(shard), tensors, {"store": self._digest, "left_out": reasons})
+
+    def finish(self) -> bool:
+        """Write the index if every shard is there; False if not. Any number of processes may call it."""
+        with self._locked(DESCRIPTION):
+            paths = [self.folder / shard_name(shard) for shard in range(self.shards)]
+            if any(not path.is_file() for path in paths):
+                return False
+            if checked_file.fault(self.folder / INDEX, self._digest) is None:
+                return True
+            keys, where = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)]
+            left_out: collections.Counter[str] = collections.Counter()
+            for shard, path in enumerate(paths):
+                arrays, head = checked_file.read(path)
+                positions = range(len(arrays["texts"]))
+                keys.append(np.array([hash64(id_at(arrays, position)) for position in positions]))
+                where.append(np.array([(shard, position) for position in positions], np.int32))
+                left_out.update(head["left_out"].values())
+            order = np.concatenate(keys).argsort(kind="stable")
+            sorted_keys, places = np.concatenate(keys)[order], np.concatenate(where)[order]
+            for shard, position in places[:-1][np.diff(sorted_keys) == 0][:1]:
+                name = id_at(checked_file.read(paths[shard])[0], position)
+                raise ValueError(f"{self.folder}: example id {name!r} is there twice")
+            sizes = [path.stat().st_size for path in paths]
+            head = {"store": self._digest, "left_out": dict(left_out), "bytes": sizes}
+            tensors = {"keys": torch.from_numpy(sorted_keys), "where": torch.from_numpy(places)}
+            checked_file.write(self.folder / INDEX, tensors, head)
+            return True
+
+    def _is_missing(self, shard: int) -> bool:
+        return checked_file.fault(self.folder / shard_name(shard), self._digest) is not None
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of a file; False if another process holds it and ``wait`` is False.
+
+        The operating system releases the lock when the process ends, for whatever reason. filelock's fallback for file
+        systems without locks does not, so a lost process would block the others: it is turned off.
+        """
+        lock = FileLock(self.folder / LOCKS / f"{name}.lock", timeout=-1 if wait else 0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        except (NotImplementedError, OSError) as error:
+            raise OSError(
+                f"{self.folder}: its file system has no file locks ({error}), which keep two processes from writing "
+                "one file; choose another folder"
+            ) from None
+        try:
+            yield True
+        finally:
+            lock.release()

@@ -1,0 +1,122 @@
+"""Finds where the steps of a text end: by rules for English sentences, or at every period as in the paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+
+def _word_set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
+_STOP = r"[.?!…。！？]+"
+_CLOSE = r"[\"'”’»)\]}」』*_]*(?: [)\]}”»]+)?"
+_BREAK = re.compile(rf"(?P<stop>{_STOP}){_CLOSE}|[{LINE_ENDS}]\s*")
+_SPACE = re.compile(r"\s*")
+_OPEN = re.compile(r"(?:[“«(\[{] ?|[\"'‘「『*_#¿¡])*")
+_WORD = re.compile(r"[^\W\d_]*")
+_NO_START = frozenset("=+-−–—*/×÷·<>≈≤≥^%,;:.?!…)]}”’»")  # may follow a space, but never starts a sentence
+_MARKER = re.compile(
+    r"[\s>#*•\"'(\[-]*(?:(?:step|part|case|phase|problem|question|example|option)\s+)?(?:\d{1,3}|[a-z]|[ivx]{1,4})",
+    re.IGNORECASE,
+)
+_INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")  # U.S, p.m: the last period is the stop itself
+
+# Abbreviations: a sentence never ends after one of _NEVER_LAST, after one of _SELDOM_LAST only before a word of
+# _STARTERS, and after one of _BEFORE_NUMBER only where no number follows.
+_NEVER_LAST = _word_set("mr mrs ms mx dr prof messrs capt sgt lt cmdr cpl pvt mt e.g i.e eg ie vs viz cf approx ca sq")
+_SELDOM_LAST = _word_set(
+    "jr sr st ave blvd rd inc ltd co corp bros dept univ al est ph.d gen gov sen rep rev hon col maj adm pres"
+)
+_BEFORE_NUMBER = _word_set(
+    """no nos fig figs eq eqs ch vol p pp ft lb lbs oz yd hr hrs min mins sec secs
+    jan feb mar apr jun jul aug sep sept oct nov dec"""
+)
+_STARTERS = _word_set(
+    """a after all also although an and another as at because before besides both but by calculate determine
+    during each eventually every finally find first for from given he hence her here his how however i if in initially
+    instead it its last later let many my next now of on once one only or our over second she similarly since so
+    some solve still that the their then there therefore these they this those three thus to together two
+    under until up we what when where whereas which while who whose why with without yes you your"""
+)
+
+
+def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
+    match = pattern.match(text, at)
+    return match.end() if match else at
+
+
+def rule_ends(text: str) -> Iterator[int]:
+    """The ends of the steps of a text that neither starts nor ends with white space."""
+    start = 0
+    for match in _BREAK.finditer(text):
+        stop = match["stop"]
+        end = match.end() if stop is None else _skip(_SPACE, text, match.end())
+        if start < end < len(text) and (stop is None or _ends_step(text, start, match, end)):
+            yield end
+            start = end
+    if text:
+        yield len(text)
+
+
+def _ends_step(text: str, start: int, match: re.Match[str], following: int) -> bool:
+    """Return whether the stop in ``match`` ends the step from ``start``; the next text is at ``following``."""
+    stop, gap = match["stop"], text[match.end() : following]
+    if any(c in LINE_ENDS for c in gap) or stop[-1] in "。！？":
+        return True
+    initial = _skip(_OPEN, text, following)
+    head = text[initial : initial + 1]
+    if not head or head.isspace() or head.islower() or head in _NO_START:
+        return False
+    if not gap and not _lacks_space(text, match, initial):
+        return False
+    return stop != "." or not _is_inner_period(text, start, match.start(), initial)
+
+
+def _lacks_space(text: str, match: re.Match[str], initial: int) -> bool:
+    """Return whether the next sentence follows without the usual space, as in ``30 apples.Then she``."""
+    before, head = text[match.start() - 1 : match.start()], text[initial : initial + 2]
+    if match["stop"][-1] in "?!":
+        return head[:1].isupper()
+    return (before.islower() or before.isdigit() or before in ")]%") and head[:1].isupper() and head[1:].islower()
+
+
+def _is_inner_period(text: str, start: int, period: int, following: int) -> bool:
+    """Return whether the single period at ``period`` belongs to an abbreviation, an initial or a list marker."""
+    if period - start < 30 and _MARKER.fullmatch(text, start, period):
+        return True
+    first = period
+    while first > max(start, period - 20) and (text[first - 1].isalnum() or text[first - 1] in ".'’"):
+        first -= 1
+    word = text[first:period].lstrip(".'’")
+    name = word.lower()
+    if name in _NEVER_LAST:
+        return True
+    if name in _BEFORE_NUMBER:
+        return text[following].isdigit()
+    following_word = text[following : _skip(_WORD, text, following)]
+    if following_word.lower() in _STARTERS:
+        return False
+    if name in ("a.m", "p.m"):
+        return not following_word[1:2].islower() or following_word.endswith("day")
+    if len(word) == 1:
+        if text[following].isdigit():
+            return False
+        before = text[max(start, first - 10) : first].rstrip()[-1:]
+        return word.isupper() and (not before or before.isalpha() or before in ".,;:'’\"“(-&")
+    return name in _SELDOM_LAST or _INITIALS.fullmatch(word) is not None
+
+
+def period_ends(text: str) -> Iterator[int]:
+    """The ends of the steps, one after every run of periods, as in the paper."""
+    for match in re.finditer(r"\.+\s*", text):
+        if match.end() < len(text):
+            yield match.end()
+    if text:
+        yield len(text)
+
+
+# How a text is cut into steps: name -> the ends of the steps of a text that neither starts nor ends with white space.
+SPLITTERS: dict[str, Callable[[str], Iterator[int]]] = {"rules": rule_ends, "periods": period_ends}

@@ -1,0 +1,70 @@
+"""`Spans`: a question and its rationale as one text, with its steps and key words as ranges of characters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+Span = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """A text cut into steps and key words. All offsets are characters of ``text``, half-open.
+
+    Attributes:
+        text: the question, a space and the rationale (no space where one of the two is empty).
+        steps: S pairs that tile the text; the white space after a step belongs to it. No step has characters of both
+            the question and the rationale.
+        words: W pairs, every occurrence of a key word, ascending and disjoint, none empty.
+        question_end: ``text[:question_end]`` is the question, without the separator.
+
+    Raises:
+        TypeError: ``text`` is not a str.
+        ValueError: the spans are not as described above; the message names the field and the entry.
+    """
+
+    text: str
+    steps: tuple[Span, ...]
+    words: tuple[Span, ...]
+    question_end: int
+
+    def __post_init__(self) -> None:
+        check_str("text", self.text)
+        length = len(self.text)
+        if not 0 <= self.question_end <= length:
+            raise ValueError(f"question_end: expected 0 to {length} (the text's length), got {self.question_end}")
+        end, rationale_start = 0, self.rationale_start
+        for s, (start, stop) in enumerate(self.steps):
+            if start != end or stop <= start:
+                raise ValueError(f"steps[{s}]: expected a non-empty span that starts at {end}, got {start, stop}")
+            if start < self.question_end and stop > rationale_start:
+                raise ValueError(f"steps[{s}]: {start, stop} has characters of both the question and the rationale")
+            end = stop
+        if end != length:
+            raise ValueError(f"steps: expected them to tile the text, 0 to {length}, but they end at {end}")
+        end = 0
+        for w, (start, stop) in enumerate(self.words):
+            if start < end or not start < stop <= length:
+                raise ValueError(f"words[{w}]: expected a non-empty span within {end, length}, got {start, stop}")
+            if start < self.question_end < stop:
+                raise ValueError(f"words[{w}]: {start, stop} crosses the question's end at {self.question_end}")
+            end = stop
+
+    @property
+    def rationale_start(self) -> int:
+        """Where the rationale starts: the first character after the question that is no white space."""
+        return len(self.text) - len(self.text[self.question_end :].lstrip())
+
+    @property
+    def question(self) -> str:
+        return self.text[: self.question_end]
+
+    @property
+    def rationale(self) -> str:
+        return self.text[self.rationale_start :]
+
+
+def check_str(name: str, value: object) -> None:
+    """Raise a TypeError that names the argument, unless ``value`` is a str."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")

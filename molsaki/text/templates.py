@@ -1,0 +1,161 @@
+"""Templates: the text that a tokenizer sees of a question and its rationale, with the steps and key words in it.
+
+A template wraps the two texts, for each tokenizer its own. Steps and key words stay those of the texts themselves:
+
+* ``"plain"``: the text itself, with the special tokens the tokenizer adds by default;
+* ``"chat"``: the tokenizer's chat template, the question as the user's turn and the rationale as the assistant's;
+* a format string with ``{question}`` and then ``{rationale}``, once each, as ``"Q: {question} A: {rationale}"``; the
+  tokenizer adds its default special tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from typing import TYPE_CHECKING, cast
+
+from jinja2 import TemplateError
+
+from molsaki.text.spans import Span, Spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Stand for the two texts in a chat template.
+QUESTION_MARK, RATIONALE_MARK = "molsakiquestion7d1c", "molsakirationale7d1c"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The text that a template puts before, between and after the question and the rationale."""
+
+    before: str
+    between: str
+    after: str
+    special_tokens: bool  # whether the tokenizer adds its own special tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderedText:
+    """A question and rationale under a template: the text to tokenize. All offsets are its characters."""
+
+    text: str
+    steps: list[Span]
+    words: list[Span]
+    rationale: int
+    target: int  # the start of the rationale, or of the spaces before it
+    special_tokens: bool
+
+
+def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> RenderedText:
+    """Put a text into a template; its steps and key words move with it.
+
+    Raises:
+        TypeError, ValueError: an argument is not as the module describes, or the template changes the texts.
+    """
+    check_spans(spans)
+    check_tokenizer(tokenizer)
+    frame = frame_of(tokenizer, template)
+    question_end, rationale_start = spans.question_end, spans.rationale_start
+    if template == "plain":
+        head, text = spans.text[:rationale_start], spans.text
+        steps, words = list(spans.steps), list(spans.words)
+    else:
+        question, rationale = spans.question, spans.rationale
+        head = frame.before + question + frame.between
+        text = head + rationale + frame.after
+        if template == "chat":
+            check_chat(tokenizer, frame, question, rationale)
+
+        def place(span: Span) -> Span:
+            start, stop = span
+            if start < question_end:
+                return start + len(frame.before), min(stop, question_end) + len(frame.before)
+            return max(start, rationale_start) - rationale_start + len(head), stop - rationale_start + len(head)
+
+        steps, words = [place(s) for s in spans.steps], [place(w) for w in spans.words]
+    return RenderedText(text, steps, words, len(head), len(head.rstrip(" ")), frame.special_tokens)
+
+
+def check_spans(spans: Spans) -> None:
+    """Raise a TypeError unless ``spans`` are `Spans`."""
+    if not isinstance(spans, Spans):
+        raise TypeError(f"spans: expected Spans (see molsaki.segment), got {type(spans).__name__}")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise an error unless ``tokenizer`` is a transformers tokenizer with character offsets."""
+    is_fast = getattr(tokenizer, "is_fast", None)
+    if is_fast is None:
+        raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+    if not is_fast:
+        raise ValueError(
+            f"tokenizer: {name_of(tokenizer)} gives no character offsets (its is_fast is False); expected one that "
+            "the tokenizers library runs, as AutoTokenizer loads"
+        )
+
+
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer's class and path, for error messages."""
+    return f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
+    """The frame of a template; a chat template is run once on stand-ins for the two texts."""
+    if not isinstance(template, str):
+        raise TypeError(f"template: expected a str, got {type(template).__name__}")
+    if template == "plain":
+        return Frame("", " ", "", special_tokens=True)
+    return _chat_frame(tokenizer) if template == "chat" else _format_frame(template)
+
+
+def _format_frame(template: str) -> Frame:
+    expected = 'template: expected "plain", "chat" or a format string with {question} and then {rationale}, once each'
+    literals, fields = [""], []
+    try:
+        for literal, field, spec, conversion in string.Formatter().parse(template):
+            literals[-1] += literal
+            if field is not None:
+                fields.append((field, spec, conversion))
+                literals.append("")
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {template!r} ({error})") from None
+    if fields != [("question", "", None), ("rationale", "", None)]:
+        raise ValueError(f"{expected}, got {template!r}")
+    before, between, after = literals
+    return Frame(before, between, after, special_tokens=True)
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    text = _chat(tokenizer, QUESTION_MARK, RATIONALE_MARK)
+    if (
+        text.count(QUESTION_MARK) != 1
+        or text.count(RATIONALE_MARK) != 1
+        or text.find(QUESTION_MARK) > text.find(RATIONALE_MARK)
+    ):
+        raise ValueError(
+            f"template: the chat template of {name_of(tokenizer)} does not show the question and then the rationale, "
+            f"once each, unchanged: {text!r}"
+        )
+    before, rest = text.split(QUESTION_MARK)
+    between, after = rest.split(RATIONALE_MARK)
+    return Frame(before, between, after, special_tokens=False)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, question: str, rationale: str) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(f'template: {name_of(tokenizer)} has no chat template; use "plain" or a format string')
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": rationale}]
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        raise ValueError(f"template: the chat template of {name_of(tokenizer)} failed: {error}") from error
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase, frame: Frame, question: str, rationale: str) -> None:
+    """Refuse a chat template that changes these texts or depends on them."""
+    if _chat(tokenizer, question, rationale) != frame.before + question + frame.between + rationale + frame.after:
+        raise ValueError(
+            f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for the "
+            f"question {question!r} and the rationale {rationale!r}"
+        )

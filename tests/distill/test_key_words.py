@@ -1,0 +1,73 @@
+"""The key-word selectors."""
+
+from __future__ import annotations
+
+import pytest
+
+from molsaki.config import ExtractConfig, parse
+from molsaki.text import key_words
+from molsaki.text.segment import segment
+from molsaki.text.spans import Spans
+
+
+def steps(spans: Spans) -> list[str]:
+    return [spans.text[a:b] for a, b in spans.steps]
+
+
+def words(spans: Spans) -> list[str]:
+    return [spans.text[a:b] for a, b in spans.words]
+
+
+@pytest.mark.parametrize(
+    "keywords, text, expected",
+    [
+        (["light"], "Light, lights, LIGHT; daylight (light)-light_", ["Light", "LIGHT", "light"]),
+        (["rubber stamp", "stamp"], "a rubber  stamp, a Stamp", ["rubber  stamp", "Stamp"]),
+        (["new york", "york city hall"], "new york city hall, New York", ["york city hall", "New York"]),
+        (["b a", "a b"], "a b a", ["a b"]),  # as long: the first wins
+        (["C++", "$5", "é"], "C++ or c++11, $5 and $55, É", ["C++", "c++", "$5", "É"]),
+        (["getting drunk"], "Getting\ndrunk", ["Getting\ndrunk"]),
+        (["a", "a", "A"], "a A", ["a", "A"]),
+        ([], "nothing 5", []),
+        (("x.y",), "xzy x.y", ["x.y"]),
+    ],
+)
+def test_keywords(keywords, text, expected):
+    assert words(segment("", text, key=keywords)) == expected
+
+
+def test_keywords_of_a_real_example():
+    question = (
+        "The receptionist loved to use a rubber stamp, she was pleasant in the whole what?\n(a) class\n(c) office"
+    )
+    spans = segment(question, "Of the above choices, only office makes sense.", key=["rubber stamp", "office"])
+    assert words(spans) == ["rubber stamp", "office", "office"]
+    assert steps(spans)[1:] == ["(a) class\n", "(c) office ", "Of the above choices, only office makes sense."]
+
+
+def test_keywords_by_name():
+    """``key="keywords"`` with the example's own words is a list of keywords; without any there are no key words."""
+    text = ("Ann has 3 red apples.", "3 apples are red.")
+    assert segment(*text, key="keywords", keywords=("apples", "red")) == segment(*text, key=["apples", "red"])
+    assert segment(*text, key="keywords").words == ()
+    assert segment(*text, keywords=("apples",)) == segment(*text)  # numbers do not use them
+
+
+def test_a_new_selector_is_one_entry(monkeypatch):
+    """An entry of the table is a value of ``key``, in Python and on the command line, with its docstring as help."""
+
+    def capitals(keywords, number_words):
+        """every capital letter"""
+        return lambda text: [(i, i + 1) for i, c in enumerate(text) if c.isupper()]
+
+    monkeypatch.setitem(key_words.KEY_WORDS, "capitals", capitals)
+    assert words(segment("Ann and Bob?", "Cid.", key="capitals")) == ["A", "B", "C"]
+    with pytest.raises(ValueError, match="key: expected one of numbers, keywords, capitals or a list of keywords, got"):
+        segment("Why?", "So.", key="digits")
+
+
+def test_the_option_lists_the_table(capsys):
+    with pytest.raises(SystemExit):
+        parse(ExtractConfig, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--key {numbers,keywords} The key words: numbers = every number; keywords = each example's own" in shown
