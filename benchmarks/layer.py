@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -277,7 +278,9 @@ def timing_seconds(shape: Shape, device: torch.device, asked: float | None) -> f
 
 def expectation(todo: list[tuple[Shape, bool]], seconds: float | None, limit: float) -> list[str]:
     """List the order with expected seconds, and the number of calls of ``limit`` seconds; every call compiles anew."""
-    lines, total, calls, spent, built = [], 0.0, 1, 0.0, set()
+    lines: list[str] = []
+    total, calls, spent = 0.0, 1, 0.0
+    built: set[tuple] = set()
     for shape, backward in todo:
         expected = expected_seconds(shape, backward, seconds, built)
         if spent and spent + expected > limit:
@@ -365,7 +368,7 @@ def _value(key: str, text: str) -> str | float | int | None:
 def write_csv(path: Path, records: list[dict]) -> None:
     columns = dict.fromkeys(key for record in records for key in record)
 
-    def write(file) -> None:
+    def write(file: TextIO) -> None:
         writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(records)
@@ -377,7 +380,7 @@ def write_json(path: Path, records: list[dict]) -> None:
     _replace(path, lambda file: file.write(json.dumps(records, indent=1) + "\n"))
 
 
-def _replace(path: Path, write: Callable) -> None:
+def _replace(path: Path, write: Callable[[TextIO], object]) -> None:
     """Write beside the file and rename, so that a run that is stopped leaves the old file or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")

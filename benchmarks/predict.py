@@ -49,10 +49,54 @@ GPUS = {
     # 5,120 bytes per clock at two thirds. Plain shares: causal head_dim 128 curves of the papers of FlashAttention-3
     # (arXiv 2407.08608, figures 5 and 6: about 0.65 and 0.55 on an H100) and FlashAttention-2 (arXiv 2307.08691); for
     # the MI300X a guess. Triton's shares: a guess from its tutorial's kernel, which has no warp specialisation.
-    "H200": GPU("H200", "sm90", 989e12, 4.8e12, 5.5e12, 60e6, 3e-6, 0.65, 0.565, 0.465),
-    "H100": GPU("H100", "sm90", 989e12, 3.35e12, 5.5e12, 50e6, 3e-6, 0.65, 0.565, 0.465),
-    "A100": GPU("A100", "sm80", 312e12, 2.04e12, 4.8e12, 40e6, 3e-6, 0.62, 0.55, 0.5),
-    "MI300X": GPU("MI300X", "gfx942", 1307e12, 5.3e12, 11.9e12, 256e6, 6e-6, 0.4, 0.3, 0.3),
+    "H200": GPU(
+        "H200",
+        "sm90",
+        flops=989e12,
+        memory=4.8e12,
+        l2=5.5e12,
+        cache=60e6,
+        launch=3e-6,
+        plain_forward=0.65,
+        plain_backward=0.565,
+        triton=0.465,
+    ),
+    "H100": GPU(
+        "H100",
+        "sm90",
+        flops=989e12,
+        memory=3.35e12,
+        l2=5.5e12,
+        cache=50e6,
+        launch=3e-6,
+        plain_forward=0.65,
+        plain_backward=0.565,
+        triton=0.465,
+    ),
+    "A100": GPU(
+        "A100",
+        "sm80",
+        flops=312e12,
+        memory=2.04e12,
+        l2=4.8e12,
+        cache=40e6,
+        launch=3e-6,
+        plain_forward=0.62,
+        plain_backward=0.55,
+        triton=0.5,
+    ),
+    "MI300X": GPU(
+        "MI300X",
+        "gfx942",
+        flops=1307e12,
+        memory=5.3e12,
+        l2=11.9e12,
+        cache=256e6,
+        launch=6e-6,
+        plain_forward=0.4,
+        plain_backward=0.3,
+        triton=0.3,
+    ),
 }
 MEMORY_SHARE = 0.875  # of the peak that a large copy reaches
 NARROW = {64: (0.75, 0.85)}  # head_dim -> plain and Triton against 128: as many exponentials for half of the products

@@ -137,5 +137,9 @@ def cuda_grid() -> list[Shape]:
                 tier = 0 if informative else 1 if words == usual or tokens == 4096 else 2
                 target = {256: 1.20, 2048: 1.10}.get(tokens, 1.05 if tokens >= 4096 else None)
                 steps = max(5, tokens // 128)
-                shapes.append(Shape(batch, tokens, words, steps, q_heads, kv_heads, head_dim, "bfloat16", target, tier))
+                shapes.append(
+                    Shape(
+                        batch, tokens, words, steps, q_heads, kv_heads, head_dim, "bfloat16", target=target, tier=tier
+                    )
+                )
     return sorted(shapes, key=lambda s: (s.tier, s.tokens > 32768))

@@ -60,20 +60,50 @@ from .layer import describe, read_records, write_csv
 from .measure import memory_status, ratio
 
 RANDOM = {
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128256),
-    "small": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
-                  num_key_value_heads=3, vocab_size=8192),
-    "tiny-teacher": dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=4, vocab_size=256, initializer_range=0.3),
-    "tiny": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=256, initializer_range=0.3),
-}  # fmt: skip
+    "1b": dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "small": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8192,
+    ),
+    "tiny-teacher": dict(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=256,
+        initializer_range=0.3,
+    ),
+    "tiny": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        initializer_range=0.3,
+    ),
+}
 LAYOUTS = ("packed", "padded")  # besides the default, packed with a shared question
 CONTENDERS = (
-    "dss", "molsaki, stored maps", "molsaki, live teacher", *(f"dss, {layout}" for layout in LAYOUTS),
-    *(f"molsaki, {layout}" for layout in LAYOUTS), "eager",
-)  # fmt: skip
+    "dss",
+    "molsaki, stored maps",
+    "molsaki, live teacher",
+    *(f"dss, {layout}" for layout in LAYOUTS),
+    *(f"molsaki, {layout}" for layout in LAYOUTS),
+    "eager",
+)
 OURS = "molsaki, stored maps"
 DTYPES = {"float32": "float32", "bfloat16": "bf16 autocast"}  # the option and its name in a record
 TARGETS = {
