@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from molsaki_kernels.spec import PlanTensors
@@ -24,7 +23,11 @@ def cached(plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T
     The result must not hold a view of the plan's tokens, which would keep the plan alive.
     """
     tokens, steps, words = plan.tokens, plan.steps, plan.word_of_token
-    key = (id(steps), id(words), _version(tokens), _version(steps), _version(words), plan.num_words, *key)
+    if tokens.is_inference() or steps.is_inference() or words.is_inference():
+        versions: tuple[int, ...] = ()  # such tensors have none
+    else:
+        versions = (tokens._version, steps._version, words._version)
+    key = (id(steps), id(words), versions, plan.num_words, *key)
     results: dict[tuple[Hashable, ...], Any] | None = _cache.get(tokens)
     if results is None:
         results = _cache[tokens] = {}
@@ -33,7 +36,3 @@ def cached(plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T
         result = results[key] = (compute(), steps, words)  # holding steps and words reserves their ids
     value: T = result[0]
     return value
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version

@@ -134,7 +134,8 @@ def stepwise_attention(
         TypeError, ValueError: the message names the argument, its shape and what was expected; also if ``engine`` does
             not support the call, with the reason.
     """
-    head_reduction = renamed("heads", heads, "head_reduction", head_reduction, "mean")
+    if heads is not None:
+        head_reduction = renamed("heads", heads, "head_reduction", head_reduction, "mean")
     flat = cu_seqlens is not None and isinstance(q, Tensor) and q.dim() == 3
     if flat:
         q, k, v = _heads_first(q, "q"), _heads_first(k, "k"), _heads_first(v, "v")
@@ -190,8 +191,10 @@ def stepwise_map(
     Raises:
         TypeError, ValueError: the message names the argument, its shape and what was expected.
     """
-    head_reduction = renamed("heads", heads, "head_reduction", head_reduction, "mean")
-    engine = renamed("backend", backend, "engine", engine, "auto")
+    if heads is not None:
+        head_reduction = renamed("heads", heads, "head_reduction", head_reduction, "mean")
+    if backend is not None:
+        engine = renamed("backend", backend, "engine", engine, "auto")
     if cu_seqlens is not None and isinstance(q, Tensor) and q.dim() == 3:
         q, k = _heads_first(q, "q"), _heads_first(k, "k")
         lse = lse[None] if isinstance(lse, Tensor) else lse
@@ -237,7 +240,8 @@ def pool_values(
     Raises:
         TypeError, ValueError: the message names the argument and what was expected.
     """
-    engine = renamed("backend", backend, "engine", engine, "auto")
+    if backend is not None:
+        engine = renamed("backend", backend, "engine", engine, "auto")
     if not isinstance(v, Tensor):
         raise TypeError(f"v: expected a floating (B, Hkv, M, D) tensor, got {type(v).__name__}")
     if cu_seqlens is not None and v.dim() == 3:

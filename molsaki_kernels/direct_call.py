@@ -21,7 +21,7 @@ def runs_untraced(*tensors: Tensor | None) -> bool:
     """Return whether nothing observes the operators called with these tensors."""
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
@@ -37,7 +37,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
     Autocast has cast the inputs already; the precision of the products inside is chosen here.
     """
-    if autocast_is_on(x):
+    if x.device.type in _DEVICE_TYPES and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -9,6 +9,7 @@ operator gets the names of the engines, so that its backward uses the same ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def run_attention(
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
     if runs_untraced(q, k, v, sinks):
         call = (inputs, options, plan, engine, map_engine)
-        return AttentionOutputs(*_Attention.apply(q, k, v, sinks, call))
+        return AttentionOutputs(*_apply_attention(q, k, v, sinks, call))
     flat = (*_flat_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine, map_engine)
     return AttentionOutputs(*torch.ops.molsaki.stepwise_attention(*flat))
 
@@ -64,7 +65,7 @@ def run_map(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, eng
     """Compute the map, differentiably in q, k and lse. ``engine`` is one of :data:`MAP_ENGINES`."""
     maps: Tensor
     if runs_untraced(inputs.q, inputs.k, inputs.lse):
-        maps = _Map.apply(inputs.q, inputs.k, inputs.lse, (inputs, options, plan, engine))
+        maps = _apply_map(inputs.q, inputs.k, inputs.lse, (inputs, options, plan, engine))
     else:
         flat = (*_flat_map_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine)
         maps = torch.ops.molsaki.stepwise_map(*flat)
@@ -77,7 +78,7 @@ def run_pooling(
     """Pool value vectors, differentiably. ``engine`` is one of :data:`POOLING_ENGINES`."""
     pooled: Tensor
     if runs_untraced(v):
-        pooled = _Pooling.apply(v, (lengths, cu_seqlens, options, engine))
+        pooled = _apply_pooling(v, (lengths, cu_seqlens, options, engine))
     else:
         flat = (lengths, cu_seqlens, options.eps, options.mean, options.mean_heads, engine)
         pooled = torch.ops.molsaki.pool_values(v, *flat)
@@ -96,7 +97,8 @@ def _attention(
         if maps is None:
             lse = lse.contiguous()
             maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
-        return AttentionOutputs(match_strides(out, dense_strides(inputs.q)), lse, maps)
+        promised = match_strides(out, dense_strides(inputs.q))
+        return outputs if promised is out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
 
 
 def _attention_gradients(
@@ -113,12 +115,14 @@ def _attention_gradients(
             result = ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
         else:
             result = _gradients_with_map(gradients, inputs, outputs, options, plan, engine, map_engine)
-        return InputGradients(
-            match_strides(result.dq, _gradient_strides(inputs.q, engine)),
-            match_strides(result.dk, _gradient_strides(inputs.k, engine)),
-            match_strides(result.dv, _gradient_strides(inputs.v, engine)),
-            result.dsinks,
-        )
+        dq, dk, dv = result.dq, result.dk, result.dv
+        if dq.stride() != (strides := _gradient_strides(inputs.q, engine)):
+            dq = match_strides(dq, strides)
+        if dk.stride() != (strides := _gradient_strides(inputs.k, engine)):
+            dk = match_strides(dk, strides)
+        if dv.stride() != (strides := _gradient_strides(inputs.v, engine)):
+            dv = match_strides(dv, strides)
+        return InputGradients(dq, dk, dv, result.dsinks)
 
 
 def _gradients_with_map(
@@ -166,8 +170,9 @@ def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _attention_backward_operator(
     dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, *rest = _call_of(flat)
-    result = _attention_gradients(OutputGradients(dout, dlse, dmaps), inputs, AttentionOutputs(out, lse), *rest)
+    inputs, options, plan, engine, map_engine = _call_of(flat)
+    gradients, outputs = OutputGradients(dout, dlse, dmaps), AttentionOutputs(out, lse)
+    result = _attention_gradients(gradients, inputs, outputs, options, plan, engine, map_engine)
     dsinks = inputs.q.new_empty(0) if result.dsinks is None else result.dsinks
     return result.dq, result.dk, result.dv, dsinks
 
@@ -240,6 +245,9 @@ class _Attention(Function):
         return *_differentiate_attention(ctx, dout, dlse, dmaps, directly), None
 
 
+_apply_attention: Callable[..., Any] = _Attention.apply
+
+
 # The map alone
 
 
@@ -282,9 +290,9 @@ def _save_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_map(ctx: Any, dmaps: Tensor, directly: bool) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, lse, cu_seqlens, *tensors = ctx.saved_tensors
+    q, k, lse, cu_seqlens, steps, tokens, word_of_token = ctx.saved_tensors
     options, num_words, engine = ctx.call
-    inputs, plan = MapInputs(q, k, lse, cu_seqlens), PlanTensors(*tensors, num_words)
+    inputs, plan = MapInputs(q, k, lse, cu_seqlens), PlanTensors(steps, tokens, word_of_token, num_words)
     if directly:
         return _map_gradients(dmaps, inputs, options, plan, engine)
     flat = (*_flat_map_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine)
@@ -310,6 +318,9 @@ class _Map(Function):
     def backward(ctx: Any, dmaps: Tensor) -> Any:
         directly = not torch.is_grad_enabled() and runs_untraced(dmaps)
         return *_differentiate_map(ctx, dmaps, directly), None
+
+
+_apply_map: Callable[..., Any] = _Map.apply
 
 
 # Value pooling
@@ -382,6 +393,9 @@ class _Pooling(Function):
         return _pool_backward_operator(dpooled, *ctx.saved_tensors, *ctx.rest), None
 
 
+_apply_pooling: Callable[..., Any] = _Pooling.apply
+
+
 # Flattening and rebuilding
 
 
@@ -415,7 +429,7 @@ def _gradient_strides(x: Tensor, engine: str) -> tuple[int, ...]:
     if engine == sdpa.NAME and x.device.type == "cpu":
         B, H, M, D = x.shape
         return M * H * D, D, H * D, 1
-    return dense_strides(x)
+    return x.stride() if x.is_contiguous() else dense_strides(x)
 
 
 def _empty_map(q: Tensor, options: AttentionOptions, plan: PlanTensors) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,19 +203,25 @@ def _index(value: int, where: str) -> int:
         raise TypeError(f"{where}: expected an int, got {value!r}") from None
 
 
-def _padded(rows: list[list], length: int, fill, device, width: int | None = None) -> Tensor:
+def _padded(
+    rows: Sequence[Sequence[Any]],
+    length: int,
+    fill: Any,
+    device: torch.device | str | None,
+    width: int | None = None,
+) -> Tensor:
     shape = (len(rows), length) if width is None else (len(rows), length, width)
     data = [list(row) + [fill] * (length - len(row)) for row in rows]
     return torch.tensor(data, dtype=torch.int64, device=device).reshape(shape)
 
 
-def _prefix_mask(lengths: list[int], device) -> Tensor:
+def _prefix_mask(lengths: list[int], device: torch.device | str | None) -> Tensor:
     longest = max(lengths, default=0)
     columns = torch.arange(longest, device=device)
     return columns < torch.tensor(lengths, dtype=torch.int64, device=device).reshape(-1, 1)
 
 
-def _cat(tensors: list[Tensor], fill) -> Tensor:
+def _cat(tensors: list[Tensor], fill: int | bool) -> Tensor:
     width = max(t.shape[1] for t in tensors)
     return torch.cat(
         [torch.cat([t, t.new_full((t.shape[0], width - t.shape[1], *t.shape[2:]), fill)], dim=1) for t in tensors]

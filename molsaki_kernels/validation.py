@@ -23,12 +23,15 @@ def check_inputs(inputs: AttentionInputs | MapInputs, plan: StepPlan) -> None:
     """
     q, k = inputs.q, inputs.k
     others = (("k", k), ("v", inputs.v)) if isinstance(inputs, AttentionInputs) else (("k", k),)
-    _check_rank(q, "q", "(B, Hq, M, D)", 4)
-    _check_rank(k, "k", "(B, Hkv, M, D)", 4)
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        raise _wrong_rank(q, "q", "(B, Hq, M, D)")
+    if not isinstance(k, Tensor) or k.dim() != 4:
+        raise _wrong_rank(k, "k", "(B, Hkv, M, D)")
     B, Hq, M, D = q.shape
     Hkv = k.shape[1]
     for name, x in others:
-        _check_rank(x, name, "(B, Hkv, M, D)", 4)
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise _wrong_rank(x, name, "(B, Hkv, M, D)")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
@@ -53,7 +56,8 @@ def check_inputs(inputs: AttentionInputs | MapInputs, plan: StepPlan) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, name: str) -> None:
     """Check the type, shape and device of ``cu_seqlens`` for ``x (1, H, total, D)``."""
-    _check_rank(cu_seqlens, "cu_seqlens", "(N + 1,) int32", 1)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
+        raise _wrong_rank(cu_seqlens, "cu_seqlens", "(N + 1,) int32")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
     if cu_seqlens.shape[0] < 1:
@@ -78,7 +82,8 @@ def on_host(cu_seqlens: Tensor) -> bool:
 def check_sinks(sinks: Tensor, q: Tensor) -> None:
     """Check that there is one logit per query head."""
     expected = f"({q.shape[1]},), one logit per query head"
-    _check_rank(sinks, "sinks", expected, 1)
+    if not isinstance(sinks, Tensor) or sinks.dim() != 1:
+        raise _wrong_rank(sinks, "sinks", expected)
     if sinks.shape[0] != q.shape[1]:
         raise ValueError(f"sinks: expected {expected}, got {tuple(sinks.shape)}")
     if not sinks.is_floating_point():
@@ -117,29 +122,27 @@ def make_options(
     return AttentionOptions(bool(causal), float(scale), window, softcap, head_reduction == "none")
 
 
-def renamed(old: str, old_value: T | None, new: str, new_value: T, default: T) -> T:
-    """Return the value of a keyword that may have been given by its old name, which warns.
+def renamed(old: str, old_value: T, new: str, new_value: T, default: T) -> T:
+    """Return the value of a keyword that was given by its old name, and warn.
 
     Raises:
         TypeError: both names were given.
     """
-    if old_value is None:
-        return new_value
     if new_value != default:
         raise TypeError(f"{old}: expected {new}= alone, got {new}={new_value!r} and its old name {old}={old_value!r}")
     warnings.warn(f"{old}= was renamed to {new}= and will be removed", FutureWarning, stacklevel=3)
     return old_value
 
 
-def _check_rank(x: Tensor, name: str, shape: str, dims: int) -> None:
+def _wrong_rank(x: object, name: str, shape: str) -> Exception:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}")
-    if x.dim() != dims:
-        raise ValueError(f"{name}: expected a tensor {shape}, got shape {tuple(x.shape)}")
+        return TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}")
+    return ValueError(f"{name}: expected a tensor {shape}, got shape {tuple(x.shape)}")
 
 
 def _check_lse(lse: Tensor, q: Tensor) -> None:
-    _check_rank(lse, "lse", "(B, Hq, M)", 3)
+    if not isinstance(lse, Tensor) or lse.dim() != 3:
+        raise _wrong_rank(lse, "lse", "(B, Hq, M)")
     expected = torch.promote_types(q.dtype, torch.float32)
     if lse.shape != q.shape[:3] or lse.dtype != expected or lse.device != q.device:
         raise ValueError(

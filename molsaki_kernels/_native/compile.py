@@ -1,4 +1,4 @@
-"""Compile the C sources of ``csrc/``. Standard library only, because setup.py runs this file before torch is there."""
+"""Compile the C sources of ``csrc/``, with the standard library only: setup.py runs this file without torch."""
 
 from __future__ import annotations
 

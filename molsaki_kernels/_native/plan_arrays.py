@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molsaki_kernels._native.structs import TASK_ROWS, Plan
 from molsaki_kernels._plan_cache import cached
-from molsaki_kernels.spec import PlanTensors
+from molsaki_kernels.spec import AttentionInputs, MapInputs, PlanTensors
 
 NEVER = 2**31 - 1  # the position of a padding token, as in plan.h
 _CPU = torch.device("cpu")  # also where another default device is set
@@ -40,16 +40,14 @@ class PlanArrays(NamedTuple):
         return Plan(len(self.begin), self.columns, self.longest, self.tasks.shape[1], **pointers)
 
 
-def plan_arrays(plan: PlanTensors, batch: int, length: int, bounds: tuple[int, ...] | None) -> tuple[PlanArrays, Plan]:
-    """Return the arrays and the struct of ``batch`` sequences of ``length`` tokens, or of packed ones; kept with the
-    plan.
-
-    Args:
-        bounds: where packed sequences begin and the last one ends; None if they are not packed.
+def plan_arrays(inputs: AttentionInputs | MapInputs, plan: PlanTensors) -> tuple[PlanArrays, Plan]:
+    """Return the arrays and the struct of a call's sequences; they are kept with the plan.
 
     Raises:
         ValueError: an index is out of range, or steps or tokens do not ascend; the C library relies on both.
     """
+    batch, _, length, _ = inputs.q.shape
+    bounds = None if inputs.cu_seqlens is None else inputs.bounds
     if bounds is None and plan.tokens.shape[0] != batch:
         raise ValueError(f"plan: expected one entry for each of {batch} sequences, got {plan.tokens.shape[0]}")
 

@@ -44,7 +44,7 @@ from molsaki_kernels._triton.tiles import (
     store_rows,
     weights,
 )
-from molsaki_kernels._triton.variants import Variant, cases, variant
+from molsaki_kernels._triton.variants import Variant, cases
 from molsaki_kernels.spec import (
     AttentionInputs,
     AttentionOptions,
@@ -384,45 +384,12 @@ def variants(arch: str) -> list[Variant]:
     """The variants that :mod:`molsaki_kernels.aot` compiles."""
     found = []
     for case in cases():
-        flags = {**case.score_flags, "HAS_MAP": case.has_map}
-        wgmma = case.dtype != torch.float32
         tile = configs.flash_dq(arch, case.dtype, case.head_dim)
-        map_arguments = ("dmaps", "steps", "tokens", "words", "step_of_row")
-        found.append(
-            variant(
-                f"flash_dq-{case.name}",
-                flash_dq_kernel,
-                case.dtype,
-                warps=tile.warps,
-                stages=tile.stages,
-                absent=case.absent("dlse", sinks=("sinks", "dsinks"), map=map_arguments),
-                wants_wgmma=wgmma,
-                BM=tile.rows,
-                BN=tile.columns,
-                BC=tile.key_columns,
-                BS=configs.STEP_BLOCK,
-                HAS_SINKS=case.sinks,
-                PER_HEAD=case.per_head,
-                HAS_DLSE=False,
-                **flags,
-            )
-        )
-        if case.sinks or case.per_head:
-            continue
-        tile = configs.flash_dkv(arch, case.dtype, case.head_dim)
-        found.append(
-            variant(
-                f"flash_dkv-{case.name}",
-                flash_dkv_kernel,
-                case.dtype,
-                warps=tile.warps,
-                stages=tile.stages,
-                absent=case.absent(map=("tokens", "words", "partial")),
-                wants_wgmma=wgmma,
-                BM=tile.columns,
-                BN=tile.rows,
-                BC=tile.key_columns,
-                **flags,
-            )
-        )
+        flags = dict(BM=tile.rows, BN=tile.columns, BC=tile.key_columns, BS=configs.STEP_BLOCK)
+        flags |= dict(HAS_SINKS=case.sinks, HAS_MAP=case.has_map, PER_HEAD=case.per_head, HAS_DLSE=False)
+        found.append(case.variant(f"flash_dq-{case.name}", flash_dq_kernel, tile, flags, absent=("dlse",)))
+        if not (case.sinks or case.per_head):
+            tile = configs.flash_dkv(arch, case.dtype, case.head_dim)
+            flags = dict(BM=tile.columns, BN=tile.rows, BC=tile.key_columns, HAS_MAP=case.has_map)
+            found.append(case.variant(f"flash_dkv-{case.name}", flash_dkv_kernel, tile, flags))
     return found

@@ -36,7 +36,7 @@ from molsaki_kernels._triton.tiles import (
     steps_in,
     store_rows,
 )
-from molsaki_kernels._triton.variants import Variant, cases, variant
+from molsaki_kernels._triton.variants import Variant, cases
 from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionOutputs, MapInputs, PlanTensors
 
 
@@ -214,25 +214,9 @@ def variants(arch: str) -> list[Variant]:
     """The variants that :mod:`molsaki_kernels.aot` compiles."""
     found = []
     for case in cases():
-        if case.per_head:
-            continue
-        tile = configs.flash_forward(arch, case.dtype, case.head_dim, case.softcap)
-        found.append(
-            variant(
-                f"flash_forward-{case.name}",
-                flash_forward_kernel,
-                case.dtype,
-                warps=tile.warps,
-                stages=tile.stages,
-                absent=case.absent(sinks=("sinks",), map=("steps", "tokens", "words", "partial")),
-                wants_wgmma=case.dtype != torch.float32,
-                BM=tile.rows,
-                BN=tile.columns,
-                BC=tile.key_columns,
-                BS=configs.STEP_BLOCK,
-                HAS_SINKS=case.sinks,
-                HAS_MAP=case.has_map,
-                **case.score_flags,
-            )
-        )
+        if not case.per_head:
+            tile = configs.flash_forward(arch, case.dtype, case.head_dim, case.softcap)
+            flags = dict(BM=tile.rows, BN=tile.columns, BC=tile.key_columns, BS=configs.STEP_BLOCK)
+            flags |= dict(HAS_SINKS=case.sinks, HAS_MAP=case.has_map)
+            found.append(case.variant(f"flash_forward-{case.name}", flash_forward_kernel, tile, flags))
     return found

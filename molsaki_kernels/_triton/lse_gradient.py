@@ -100,5 +100,5 @@ def variants(arch: str) -> list[Variant]:
     ):
         rows, columns = tile(D)
         name = f"fold-{TYPES[dtype]}-d{D}"
-        found.append(variant(name, fold_kernel, dtype, warps=4, D=D, BD=columns, BM=rows, stride_lm=1))
+        found.append(variant(name, fold_kernel, dtype, dict(D=D, BD=columns, BM=rows, stride_lm=1)))
     return found

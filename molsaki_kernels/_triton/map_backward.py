@@ -365,61 +365,28 @@ def variants(arch: str) -> list[Variant]:
     for case in cases():
         if not case.has_map or case.sinks:
             continue
-        D = case.head_dim
-        flags = {**case.score_flags, "PER_HEAD": case.per_head}
-        wgmma = case.dtype != torch.float32
+        name, D = case.name, case.head_dim
         tile = configs.map_dq(arch, case.dtype, D)
+        flags = dict(BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK, PER_HEAD=case.per_head)
         for kind, has_dq, accumulate in (("dq", True, False), ("dq_add", True, True), ("dlse", False, False)):
             if kind == "dq" or not case.feature:
+                kind_flags = flags | dict(HAS_DQ=has_dq, ACCUMULATE=accumulate)
+                absent = () if has_dq else ("dq",)
+                wgmma = tile.rows >= 64
                 found.append(
-                    variant(
-                        f"map_{kind}-{case.name}",
-                        map_dq_kernel,
-                        case.dtype,
-                        warps=tile.warps,
-                        stages=tile.stages,
-                        absent=case.absent() if has_dq else case.absent("dq"),
-                        wants_wgmma=wgmma and tile.rows >= 64,
-                        HAS_DQ=has_dq,
-                        ACCUMULATE=accumulate,
-                        BM=tile.rows,
-                        BC=tile.columns,
-                        BS=configs.STEP_BLOCK,
-                        **flags,
+                    case.variant(
+                        f"map_{kind}-{name}", map_dq_kernel, tile, kind_flags, absent=absent, wants_wgmma=wgmma
                     )
                 )
         tile = configs.map_dk(arch, case.dtype, D, 256)
-        for kind, direct, absent in (("dk", False, "dk"), ("dk_direct", True, "partial")):
-            if kind == "dk" or not case.feature:
-                found.append(
-                    variant(
-                        f"map_{kind}-{case.name}",
-                        map_dk_kernel,
-                        case.dtype,
-                        warps=tile.warps,
-                        stages=tile.stages,
-                        absent=case.absent(absent),
-                        wants_wgmma=wgmma,
-                        DIRECT=direct,
-                        BM=tile.rows,
-                        BC=tile.columns,
-                        **flags,
-                    )
-                )
-        if not case.feature or case.name == "bf16-d128-packed":
+        flags = dict(BM=tile.rows, BC=tile.columns, PER_HEAD=case.per_head, DIRECT=False)
+        found.append(case.variant(f"map_dk-{name}", map_dk_kernel, tile, flags, absent=("dk",)))
+        if not case.feature:
+            flags |= dict(DIRECT=True)
+            found.append(case.variant(f"map_dk_direct-{name}", map_dk_kernel, tile, flags, absent=("partial",)))
+        if not case.feature or name == "bf16-d128-packed":
             tile = configs.map_dk_add(D)
-            found.append(
-                variant(
-                    f"map_dk_add-{case.name}",
-                    map_dk_add_kernel,
-                    case.dtype,
-                    warps=tile.warps,
-                    stages=tile.stages,
-                    absent=case.absent(),
-                    BC=tile.columns,
-                    D=D,
-                    BD=triton.next_power_of_2(D),
-                    PACKED=case.packed,
-                )
-            )
+            flags = dict(BC=tile.columns, D=D, BD=triton.next_power_of_2(D), PACKED=case.packed)
+            none = () if case.packed else ("cu_seqlens",)
+            found.append(variant(f"map_dk_add-{name}", map_dk_add_kernel, case.dtype, flags, absent=none))
     return found

@@ -251,38 +251,13 @@ def variants(arch: str) -> list[Variant]:
             continue
         for key_tokens in (64, 256) if case.name in ("bf16-d64", "bf16-d128") else (256,):
             tile = configs.map_forward(arch, case.dtype, case.head_dim, key_tokens)
-            found.append(
-                variant(
-                    f"map_partials-{case.name}-c{key_tokens}",
-                    map_partials_kernel,
-                    case.dtype,
-                    warps=tile.warps,
-                    stages=tile.stages,
-                    absent=case.absent(),
-                    wants_wgmma=case.dtype != torch.float32,
-                    BM=tile.rows,
-                    BC=tile.columns,
-                    BS=configs.STEP_BLOCK,
-                    **case.score_flags,
-                )
-            )
-    for name, packed, window in (("", False, False), ("-packed", True, False), ("-window", False, True)):
+            sizes = dict(BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK)
+            found.append(case.variant(f"map_partials-{case.name}-c{key_tokens}", map_partials_kernel, tile, sizes))
+    for kind, packed, window in (("", False, False), ("-packed", True, False), ("-window", False, True)):
         for groups, key_tokens in ((1, 32), (32, 256)):
-            stage = configs.map_reduce(groups, key_tokens)
-            found.append(
-                variant(
-                    f"map_reduce{name}-g{groups}-c{key_tokens}",
-                    map_reduce_kernel,
-                    torch.float32,
-                    warps=stage.warps,
-                    absent=() if packed else ("cu_seqlens",),
-                    ROWS=64,
-                    BG=stage.groups,
-                    BC=stage.columns,
-                    BW=stage.words,
-                    CAUSAL=True,
-                    HAS_WINDOW=window,
-                    PACKED=packed,
-                )
-            )
+            reduce = configs.map_reduce(groups, key_tokens)
+            flags = dict(ROWS=64, BG=reduce.groups, BC=reduce.columns, BW=reduce.words)
+            flags |= dict(CAUSAL=True, HAS_WINDOW=window, PACKED=packed)
+            name, absent = f"map_reduce{kind}-g{groups}-c{key_tokens}", () if packed else ("cu_seqlens",)
+            found.append(variant(name, map_reduce_kernel, torch.float32, flags, absent=absent, warps=reduce.warps))
     return found

@@ -1,4 +1,4 @@
-"""Whether this machine can run the project's Triton kernels."""
+"""The availability of Triton on this machine, and the reasons against it."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def weights(t, lse, factor, visible, EXACT: tl.constexpr):
 
 @jit
 def is_visible(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Whether keys ``columns`` are visible to queries ``rows`` of the same sequence; the arguments broadcast."""
+    """Return whether keys ``columns`` are visible to queries ``rows`` of the same sequence; the arguments broadcast."""
     visible = (rows == rows) & (columns == columns)
     if CAUSAL:
         visible = columns <= rows

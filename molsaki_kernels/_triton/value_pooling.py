@@ -23,7 +23,6 @@ get zeros as well.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 import triton
@@ -262,14 +261,13 @@ def variants(arch: str) -> list[Variant]:
         config = pooling_config(arch, 16 * 512, width)
         name = f"{TYPES[dtype]}-h{Hkv}-d{D}" + "-heads" * mean_heads + "-packed" * packed + "-ragged" * ragged
         absent = (() if packed else ("cu_seqlens",)) + (() if ragged else ("lengths",))
-        tiles: dict[str, Any] = dict(absent=absent, ROWS=config.rows, PACKED=packed, WIDTH=width)
-        block: dict[str, Any] = dict(
-            warps=config.warps, D=D, HEADS=Hkv if mean_heads else 1, BM=config.block, BW=config.columns
-        )
-        add: dict[str, Any] = dict(warps=4, BT=ADD_TILES, BW=config.add_columns)
-        found += [
-            variant(f"pool_tiles-{name}", pool_tiles_kernel, dtype, **tiles, **block),
-            variant(f"add_tiles-{name}", add_tiles_kernel, dtype, **tiles, **add, MEAN=True),
-            variant(f"pool_backward-{name}", pool_backward_kernel, dtype, **tiles, **block, MEAN=True),
-        ]
+        tiles = dict(ROWS=config.rows, PACKED=packed, WIDTH=width)
+        block = tiles | dict(D=D, HEADS=Hkv if mean_heads else 1, BM=config.block, BW=config.columns)
+        add = tiles | dict(MEAN=True, BT=ADD_TILES, BW=config.add_columns)
+        for kind, function, flags, warps in (
+            ("pool_tiles", pool_tiles_kernel, block, config.warps),
+            ("add_tiles", add_tiles_kernel, add, 4),
+            ("pool_backward", pool_backward_kernel, block | dict(MEAN=True), config.warps),
+        ):
+            found.append(variant(f"{kind}-{name}", function, dtype, flags, absent=absent, warps=warps))
     return found

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import triton
 
+from molsaki_kernels._triton.configs import FlashTile, MapTile
+
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # The types of the kernels' arguments by name; all other arguments are int32.
@@ -65,12 +67,12 @@ def variant(
     name: str,
     kernel: Any,
     dtype: torch.dtype,
+    constexprs: dict[str, Any],
     *,
-    warps: int,
-    stages: int = 1,
     absent: tuple[str, ...] = (),
+    warps: int = 4,
+    stages: int = 1,
     wants_wgmma: bool = False,
-    **constexprs: Any,
 ) -> Variant:
     """A variant whose arguments have the types that their names say; ``absent`` pointers are None."""
     constexprs = {**constexprs, **dict.fromkeys(absent)}
@@ -110,10 +112,21 @@ class Case:
     def name(self) -> str:
         return "-".join(filter(None, (TYPES[self.dtype], f"d{self.head_dim}", self.feature)))
 
-    @property
-    def score_flags(self) -> dict[str, Any]:
-        """As :func:`tiles.score_flags`."""
-        return dict(
+    def variant(
+        self,
+        name: str,
+        kernel: Any,
+        tile: MapTile | FlashTile,
+        constexprs: dict[str, Any],
+        *,
+        absent: tuple[str, ...] = (),
+        wants_wgmma: bool = True,
+    ) -> Variant:
+        """A variant of a kernel that computes scores; pointers of features that the case does not have are None."""
+        absent += () if self.packed else ("cu_seqlens",)
+        absent += () if self.sinks else ("sinks", "dsinks")
+        absent += () if self.has_map else ("steps", "tokens", "words", "partial", "dmaps", "step_of_row")
+        score_flags = dict(
             D=self.head_dim,
             BD=triton.next_power_of_2(self.head_dim),
             CAUSAL=self.causal,
@@ -122,11 +135,16 @@ class Case:
             PACKED=self.packed,
             PRECISION="ieee",
         )
-
-    def absent(self, *names: str, sinks: tuple[str, ...] = (), map: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """``names``, those of ``cu_seqlens``, ``sinks`` and ``map`` that the case does not have."""
-        packed = () if self.packed else ("cu_seqlens",)
-        return (*names, *packed, *(() if self.sinks else sinks), *(() if self.has_map else map))
+        return variant(
+            name,
+            kernel,
+            self.dtype,
+            score_flags | constexprs,
+            absent=tuple(arg for arg in kernel.arg_names if arg in absent),
+            warps=tile.warps,
+            stages=tile.stages,
+            wants_wgmma=wants_wgmma and self.dtype != torch.float32,
+        )
 
 
 FEATURES: dict[str, dict[str, bool]] = {
@@ -145,7 +163,7 @@ FEATURES: dict[str, dict[str, bool]] = {
 
 
 def cases() -> list[Case]:
-    """The default features on every row of the configs, and every feature at least once."""
+    """The default features for every dtype and head dimension in configs, and every feature at least once."""
     chosen = [(torch.bfloat16, D, "") for D in (16, 32, 64, 80, 96, 112, 128, 256)]
     chosen += [(dtype, D, "") for dtype in (torch.float16, torch.float32) for D in (64, 128, 256)]
     chosen += [(torch.bfloat16, D, feature) for D in (64, 128) for feature in FEATURES if feature]

@@ -73,7 +73,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     # Uncompiled in a caller that is being compiled as a whole.
-    attend = flex_attention if torch.compiler.is_compiling() else compiled()
+    attend: Any = flex_attention if torch.compiler.is_compiling() else compiled()
     out, auxiliary = attend(
         q,
         k,
@@ -107,11 +107,12 @@ def compiled() -> Callable[..., Any]:
 
     # A softcap that changes must not become a symbol: no score_mod can hold one.
     settings = torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, specialize_float=True)
-    return settings(torch.compile(flex_attention, fullgraph=True))
+    function: Callable[..., Any] = settings(torch.compile(flex_attention, fullgraph=True))
+    return function
 
 
 def _capped(softcap: float | Tensor, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    if torch.compiler.is_compiling():  # the softcap may be a symbol there
+    if not isinstance(softcap, Tensor) and torch.compiler.is_compiling():  # the softcap may be a symbol there
         softcap = torch.full((), softcap, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -142,7 +143,8 @@ def _mask(inputs: AttentionInputs, options: AttentionOptions) -> BlockMask | Non
     if key not in masks:
         with torch.inference_mode(False):  # flex's backward saves the mask's tensors
             masks[key] = _make_mask(M, causal, window, q.device, cu_seqlens)
-    return masks[key]
+    mask: BlockMask | None = masks[key]
+    return mask
 
 
 @functools.lru_cache(maxsize=16)

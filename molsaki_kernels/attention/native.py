@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molsaki_kernels._native.build import library, why_not_for
 from molsaki_kernels._native.build import why_not as available
-from molsaki_kernels._native.plan_arrays import PlanArrays, plan_arrays
+from molsaki_kernels._native.plan_arrays import plan_arrays
 from molsaki_kernels._native.structs import AttentionCall, Plan
 from molsaki_kernels._workspace import workspace
 from molsaki_kernels.attention.sinks import sinks_gradient
@@ -25,7 +25,6 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
-from molsaki_kernels.strides import with_contiguous_head_dim
 
 __all__ = ["COMPUTES_MAP", "DIFFERENTIABLE", "NAME", "available", "backward", "forward", "why_not"]
 
@@ -50,19 +49,20 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
     if q.numel() == 0:
         maps = torch.zeros(maps_shape, dtype=torch.float32, device=_CPU)
         return AttentionOutputs(torch.empty_like(q), torch.empty((B, Hq, M), dtype=torch.float32, device=_CPU), maps)
-    arrays, struct = _arrays(inputs, plan)
+    arrays, struct = plan_arrays(inputs, plan)
     maps = torch.empty(maps_shape, dtype=torch.float32, device=_CPU)
     covered = arrays.total == B * M  # otherwise there are queries in no sequence, whose results are 0
     lse = (torch.empty if covered else torch.zeros)((B, Hq, M), dtype=torch.float32, device=_CPU)
     out = _result(q, covered, q.dtype)
-    call, memory = _call(struct, inputs, AttentionOutputs(out, lse), options, plan)
+    outputs = AttentionOutputs(out, lse, maps)
+    call, memory = _call(struct, inputs, outputs, options, plan)
     call.maps = maps.data_ptr()
     groups = Hq if options.per_head else min(Hq, -(-TASKS_PER_THREAD * call.threads // max(struct.tasks, 1)))
     sums = workspace("map sums", (groups, arrays.task_steps, arrays.columns), torch.float64, _CPU)
     call.groups, call.sums = groups, sums.data_ptr()
     library().molsaki_attention_forward(ctypes.byref(call))
     del memory  # the call used it until here
-    return AttentionOutputs(out, lse, maps)
+    return outputs
 
 
 def backward(
@@ -78,7 +78,7 @@ def backward(
     if q.numel() == 0:
         dq, dk, dv = (torch.empty_like(x) for x in tensors.values())
         return InputGradients(dq, dk, dv, None if sinks is None else torch.zeros_like(sinks))
-    arrays, struct = _arrays(inputs, plan)
+    arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]
     call, memory = _call(struct, inputs, outputs, options, plan)
     parts = workspace("attention parts", (call.threads, 2, arrays.longest, q.shape[3]), torch.float32, _CPU)
@@ -86,7 +86,7 @@ def backward(
     call.parts, call.part_of = parts.data_ptr(), part_of.data_ptr()
     dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
     if dout is not None:
-        dout = with_contiguous_head_dim(dout)
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         call.dout, call.dout_strides[:] = dout.data_ptr(), dout.stride()[:3]
     if dlse is not None:
         dlse = dlse.float().contiguous()
@@ -94,7 +94,6 @@ def backward(
     if dmaps is not None and dmaps.numel() and arrays.columns:
         dmaps = dmaps.float().contiguous()
         call.dmaps = dmaps.data_ptr()
-    delta = None
     if sinks is not None:
         delta = torch.zeros(lse.shape, dtype=torch.float64, device=_CPU)
         call.delta = delta.data_ptr()
@@ -106,13 +105,10 @@ def backward(
         results.append(result)
     library().molsaki_attention_backward(ctypes.byref(call))
     del memory, parts  # the call used them until here
-    dq, dk, dv = (x if x.dtype == q.dtype else x.to(q.dtype) for x in results)
-    return InputGradients(dq, dk, dv, None if delta is None else sinks_gradient(sinks, lse, delta))
-
-
-def _arrays(inputs: AttentionInputs, plan: PlanTensors) -> tuple[PlanArrays, Plan]:
-    bounds = None if inputs.cu_seqlens is None else inputs.bounds
-    return plan_arrays(plan, inputs.q.shape[0], inputs.q.shape[2], bounds)
+    dq, dk, dv = results
+    if q.dtype != torch.float32:
+        dq, dk, dv = dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+    return InputGradients(dq, dk, dv, None if sinks is None else sinks_gradient(sinks, lse, delta))
 
 
 def _call(
@@ -151,7 +147,7 @@ def _call(
     )
     kept = [lse, sinks, work]
     for name, x in (("q", q), ("k", k), ("v", inputs.v), ("out", outputs.out)):
-        x = with_contiguous_head_dim(x)
+        x = x if x.stride(-1) == 1 else x.contiguous()
         setattr(call, name, x.data_ptr())
         getattr(call, f"{name}_strides")[:] = x.stride()[:3]
         kept.append(x)
@@ -163,7 +159,7 @@ def _result(x: Tensor, covered: bool, dtype: torch.dtype) -> Tensor:
     covered.
     """
     allocate = torch.empty if covered else torch.zeros
-    transposed = x.transpose(1, 2)
-    if transposed.is_contiguous():
-        return allocate(transposed.shape, dtype=dtype, device=_CPU).transpose(1, 2)
+    if not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        B, H, M, D = x.shape
+        return allocate((B, M, H, D), dtype=dtype, device=_CPU).transpose(1, 2)
     return allocate(x.shape, dtype=dtype, device=_CPU)

@@ -101,10 +101,13 @@ def backward(
     return InputGradients(*_cuda_backward(dout, inputs, AttentionOutputs(out, lse), options))
 
 
-def _cpu_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _cpu_operands(*tensors: Tensor) -> list[Tensor]:
     """Return tensors as the CPU operator takes them: not float16, last dimension contiguous."""
-    tensors = tuple(t.float() if t.dtype == torch.float16 else t for t in tensors)
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    operands = []
+    for x in tensors:
+        x = x.float() if x.dtype == torch.float16 else x
+        operands.append(x if x.stride(-1) == 1 else x.contiguous())
+    return operands
 
 
 def _cpu_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -221,10 +224,11 @@ def _cuda_backward(
     if _use_cudnn(inputs, options):
         state = torch.empty((), dtype=torch.int64, device=q.device)  # of the unused dropout: never read
         M = q.shape[2]
-        return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-            dout, q, k, v, out, lse[..., None], state, state, None, None, None, M, M, 0.0, options.causal,
-            scale=options.scale,
-        )  # fmt: skip
+        results = (out, lse[..., None])
+        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, *results, state, state, None, None, None, M, M, 0.0, options.causal, scale=options.scale
+        )
+        return dq, dk, dv
     rest = _flash_options(options)
     packed, bounds, M = inputs.cu_seqlens is not None, inputs.cu_seqlens, q.shape[2]
     dout, q, k, v, out = (_flash_layout(t, packed) for t in (dout, q, k, v, out))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 
 import torch
 from torch import Tensor
 
 from molsaki_kernels._native.build import library, why_not_for
 from molsaki_kernels._native.build import why_not as unavailable
-from molsaki_kernels._native.plan_arrays import PlanArrays, plan_arrays
+from molsaki_kernels._native.plan_arrays import plan_arrays
 from molsaki_kernels._native.structs import MapCall, Plan
 from molsaki_kernels._workspace import workspace
 from molsaki_kernels.attention_map.protocol import both_phases
@@ -40,7 +39,7 @@ def forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> 
     if plan.is_empty(inputs.q):
         return torch.zeros(shape, dtype=torch.float32, device=_CPU)
     maps = torch.empty(shape, dtype=torch.float32, device=_CPU)
-    arrays, struct = _arrays(inputs, plan)
+    arrays, struct = plan_arrays(inputs, plan)
     inputs = _prepared(inputs)
     call = _call(struct, inputs, options, plan)
     call.maps = maps.data_ptr()
@@ -70,7 +69,7 @@ class Gradient:
         if plan.is_empty(inputs.q):
             return
         dmaps = dmaps.float().contiguous()
-        arrays, struct = _arrays(inputs, plan)
+        arrays, struct = plan_arrays(inputs, plan)
         inputs = _prepared(inputs)
         call = _call(struct, inputs, options, plan)
         N, C = arrays.tokens.shape
@@ -99,13 +98,15 @@ class Gradient:
         call = self._call
         if call is None:
             return
-        targets = [x if x.stride(-1) == 1 else x.new_zeros(x.shape) for x in (dq, dk)]
-        call.dq, call.dk = (x.data_ptr() for x in targets)
-        call.dq_strides[:], call.dk_strides[:] = (x.stride()[:3] for x in targets)
+        to_dq = dq if dq.stride(-1) == 1 else dq.new_zeros(dq.shape)
+        to_dk = dk if dk.stride(-1) == 1 else dk.new_zeros(dk.shape)
+        call.dq, call.dk = to_dq.data_ptr(), to_dk.data_ptr()
+        call.dq_strides[:], call.dk_strides[:] = to_dq.stride()[:3], to_dk.stride()[:3]
         library().molsaki_map_add(ctypes.byref(call))
-        for x, target in zip((dq, dk), targets, strict=True):
-            if target is not x:
-                x += target
+        if to_dq is not dq:
+            dq += to_dq
+        if to_dk is not dk:
+            dk += to_dk
 
 
 def backward(
@@ -113,11 +114,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dq, dk and dlse."""
     return both_phases(Gradient(dmaps, inputs, options, plan), inputs)
-
-
-def _arrays(inputs: MapInputs, plan: PlanTensors) -> tuple[PlanArrays, Plan]:
-    bounds = None if inputs.cu_seqlens is None else inputs.bounds
-    return plan_arrays(plan, inputs.q.shape[0], inputs.q.shape[2], bounds)
 
 
 def _prepared(inputs: MapInputs) -> MapInputs:
@@ -151,9 +147,13 @@ def _call(struct: Plan, inputs: MapInputs, options: AttentionOptions, plan: Plan
 
 def _attach_workspace(call: MapCall, **sizes: int) -> Tensor:
     """Point the named fields of the call to memory for so many float32; the result has to be kept while it is used."""
-    offsets = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes.values())]
-    memory = workspace("map workspace", (offsets[-1],), torch.float32, _CPU)
+    total = 0
+    offsets = {}
+    for name, size in sizes.items():
+        offsets[name] = total
+        total += -(-size // 16) * 16
+    memory = workspace("map workspace", (total,), torch.float32, _CPU)
     start = memory.data_ptr()
-    for name, offset in zip(sizes, offsets, strict=False):
+    for name, offset in offsets.items():
         setattr(call, name, start + 4 * offset)
     return memory

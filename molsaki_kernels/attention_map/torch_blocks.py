@@ -145,14 +145,15 @@ class BlockedSequences:
         if masked < columns.stop - columns.start:
             column, row = self.tokens[:, None, columns][..., masked:, None], self._row[rows]
             visible = column <= row if self._options.causal else torch.ones_like(column <= row)
-            if windowed:
+            if windowed and self._options.window is not None:
                 visible &= column > row - self._options.window
             visible = visible.to(dtype)
         in_step = self._in_step(rows, steps).to(dtype)
         return Block(rows, columns, steps, in_step, masked, visible, self._elements(rows, columns))
 
     def _elements(self, rows: slice, columns: slice) -> int:
-        return len(self) * (rows.stop - rows.start) * (columns.stop - columns.start)
+        elements: int = len(self) * (rows.stop - rows.start) * (columns.stop - columns.start)
+        return elements
 
     def _in_step(self, rows: slice, steps: slice) -> Tensor:
         """Return a bool ``(n, s, m)`` tensor: whether query i is in step s."""

@@ -16,7 +16,8 @@ enum {
     ROWS = 24,           /* rows of q per tile */
     STRIDE = MAX_D + 16, /* of the copied rows; an odd number of cache lines */
     COLUMNS = 256,       /* columns of a tile of dS */
-    TILE = COLUMNS + 16
+    TILE = COLUMNS + 16,
+    TERMS = 32 /* products per partial sum of a score: partial sums halve the rounding error of wide heads */
 };
 
 typedef struct {
@@ -137,16 +138,20 @@ INLINE void weights(
     const int64_t D = c->head_dim;
     const float *q = rows->q[r], *panel = packed + column * D;
     vf score[STRIP][2];
-    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) score[i][v] = (vf){0};
-    for (int64_t d = 0; d < D; d++) {
-        vf key[2];
-        UNROLL for (int v = 0; v < vectors; v++) key[v] = load(panel + (d * wide + v) * LANES);
-        UNROLL for (int i = 0; i < STRIP; i++)
-            UNROLL for (int v = 0; v < vectors; v++) score[i][v] += q[i * STRIDE + d] * key[v];
+    UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) p[i][v] = (vf){0};
+    for (int64_t begin = 0; begin < D; begin += TERMS) {
+        UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) score[i][v] = (vf){0};
+        for (int64_t d = begin; d < int_min(begin + TERMS, D); d++) {
+            vf key[2];
+            UNROLL for (int v = 0; v < vectors; v++) key[v] = load(panel + (d * wide + v) * LANES);
+            UNROLL for (int i = 0; i < STRIP; i++)
+                UNROLL for (int v = 0; v < vectors; v++) score[i][v] += q[i * STRIDE + d] * key[v];
+        }
+        UNROLL for (int i = 0; i < STRIP; i++) UNROLL for (int v = 0; v < vectors; v++) p[i][v] += score[i][v];
     }
     UNROLL for (int i = 0; i < STRIP; i++)
         UNROLL for (int v = 0; v < vectors; v++)
-            p[i][v] = exponential(clamp(score[i][v] - rows->lse[r + i], -80.0f, 80.0f));
+            p[i][v] = exponential(clamp(p[i][v] - rows->lse[r + i], -80.0f, 80.0f));
     const int64_t first = rows->first + r, last = first + STRIP - 1, end = column + vectors * LANES;
     const int64_t bound = c->causal ? first : NEVER - 1;
     if (tokens[end - 1] <= bound && (c->window <= 0 || tokens[column] > last - c->window)) return;

@@ -28,7 +28,7 @@ def forward(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
     for block in _blocks(v, lengths, cu_seqlens, options):
         weight = torch.rsqrt(block.x.square().mean(-1) + options.eps) * block.keep  # (n, m)
         if options.mean:
-            weight = weight / block.count
+            weight = weight / block.total
         pooled[block.sequences] += (weight[:, None] @ block.x)[:, 0]
     return pooled
 
@@ -44,7 +44,7 @@ def backward(
         upstream = dpooled[block.sequences][:, None]  # (n, 1, width)
         dx = (upstream - x * (norm.square() * (upstream * x).mean(-1, keepdim=True))) * (norm * block.keep[..., None])
         if options.mean:
-            dx = dx / block.count[..., None]
+            dx = dx / block.total[..., None]
         if options.mean_heads:
             dx = (dx / v.shape[1])[:, None]
         else:
@@ -61,7 +61,7 @@ class _Block(NamedTuple):
     tokens: slice
     x: Tensor  # (n, m, width)
     keep: Tensor  # (1 or n, m): 1 for tokens before the sequence's length
-    count: Tensor  # (1 or n, 1): tokens of the sequence, at least 1
+    total: Tensor  # (1 or n, 1): tokens of the sequence, at least 1
 
 
 def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, options: PoolingOptions) -> Iterator[_Block]:
@@ -76,8 +76,8 @@ def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
             position = torch.arange(tokens.start - begin, tokens.stop - begin, device=v.device)
             if lengths is None:
                 keep = torch.ones_like(position, dtype=dtype)[None]
-                count = torch.full((1, 1), end - begin, dtype=dtype, device=v.device)
+                total = torch.full((1, 1), end - begin, dtype=dtype, device=v.device)
             else:
                 keep = (position < lengths[sequences, None]).to(dtype)
-                count = lengths[sequences, None].clamp(1, end - begin).to(dtype)
-            yield _Block(sequences, tokens, x, keep, count)
+                total = lengths[sequences, None].clamp(1, end - begin).to(dtype)
+            yield _Block(sequences, tokens, x, keep, total)

@@ -16,7 +16,6 @@ from molsaki_kernels.spec import AttentionInputs, AttentionOptions, MapInputs, O
 from tests.helpers.budget import assert_within_budget, error
 
 SEED = 7
-HEAD_REDUCTION = "heads"  # the keyword of stepwise_attention, stepwise_map and the oracle for "mean" or "none"
 WORST: dict[str, dict[str, float]] = {}  # case name -> result -> error as a share of its budget
 
 
@@ -50,7 +49,7 @@ class Case:
 
     def keywords(self) -> dict:
         """The options of ``stepwise_attention`` and ``stepwise_map``."""
-        return {**self.score_keywords(), HEAD_REDUCTION: "none" if self.per_head else "mean"}
+        return {**self.score_keywords(), "head_reduction": "none" if self.per_head else "mean"}
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import torch
 from triton.runtime import interpreter
 
 import molsaki_kernels as mk
-from molsaki_kernels import validation
+from molsaki_kernels import engine_selection
 from molsaki_kernels._triton.map_backward import map_backward, map_dlse
 from molsaki_kernels._triton.map_forward import map_forward
 from tests.helpers.kernel_cases import FAR_STRIDES, Case, check_map, far_copy, make, map_kernels, map_oracle, oracle
@@ -107,7 +107,7 @@ def test_adds_to_gradients_in_place(case, launched, monkeypatch):
 )
 def test_launches_of_a_layer(engine, forward, backward, monkeypatch):
     """At the sizes of the paper, the number of launches decides the time: an additional kernel must be intended."""
-    monkeypatch.setattr(validation, "choose_map_backend", lambda backend, q, softcap: "triton")
+    monkeypatch.setattr(engine_selection, "choose_map_engine", lambda engine, q, options: "triton")
     x = make(Case("launches", M=20, B=4))
     q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
     lse = torch.full(q.shape[:3], 3.0).requires_grad_()

@@ -1,0 +1,112 @@
+"""What may import what, and how many positional parameters a function has."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAX_POSITIONAL = 8
+
+
+def modules(*folders: str) -> dict[str, ast.Module]:
+    """Dotted name -> syntax tree."""
+    found = {}
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = ast.parse(path.read_text(), str(path))
+    return found
+
+
+def imported(tree: ast.AST, known: set[str], lazily: bool = True) -> set[str]:
+    """The modules of ``known`` that a module imports; without ``lazily`` only those at import time."""
+    names = set()
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        if not lazily and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.If)):
+            if not isinstance(node, ast.If) or "TYPE_CHECKING" in ast.dump(node.test):
+                continue
+        todo += ast.iter_child_nodes(node)
+    return names & known
+
+
+KERNELS = modules("molsaki_kernels")
+EVERYTHING = KERNELS | modules("molsaki")
+
+
+def test_kernels_never_import_the_training_layer():
+    for name, tree in KERNELS.items():
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            assert not any(str(n).split(".")[0] == "molsaki" for n in names), name
+
+
+def test_the_oracle_imports_the_plan_alone():
+    assert imported(KERNELS["molsaki_kernels.reference"], set(EVERYTHING)) == {"molsaki_kernels.plan"}
+
+
+def test_only_tests_and_benchmarks_import_the_oracle():
+    users = {
+        name for name, tree in EVERYTHING.items() if "molsaki_kernels.reference" in imported(tree, set(EVERYTHING))
+    }
+    assert users <= {"molsaki_kernels"}  # for type checkers; __getattr__ imports it when asked for
+
+
+@pytest.mark.parametrize("package", ["attention", "attention_map", "value_pooling"])
+def test_engines_never_import_each_other(package):
+    """Engines are the modules with a NAME."""
+    engines = {
+        name
+        for name, tree in KERNELS.items()
+        if name.startswith(f"molsaki_kernels.{package}.")
+        and any(isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "NAME" for n in tree.body)
+    }
+    assert len(engines) >= 2
+    for name in engines:
+        assert not imported(KERNELS[name], engines), name
+
+
+def test_no_import_cycle():
+    """Also none that is hidden in functions, but for the Triton kernels, which engines import when they are used."""
+    known = set(EVERYTHING)
+    graph = {name: imported(tree, known) - {name} for name, tree in EVERYTHING.items()}
+    for name in graph:  # a package's __init__ is imported with its modules: only what it imports itself counts
+        graph[name] = {other for other in graph[name] if not name.startswith(f"{other}.")}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def is_jit(node: ast.FunctionDef) -> bool:
+    return any("jit" in ast.dump(d) or "kernel" in ast.dump(d) for d in node.decorator_list)
+
+
+# transformers calls its attention functions with these.
+DICTATED = {"molsaki.modeling.attention_hook.attention"}
+
+
+def test_positional_parameters():
+    """At most eight, but for jit kernels and what transformers' protocol dictates."""
+    for name, tree in EVERYTHING.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not is_jit(node) and f"{name}.{node.name}" not in DICTATED:
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+                assert len(names) <= MAX_POSITIONAL, f"{name}.{node.name}: {len(names)} positional parameters"
