@@ -30,7 +30,8 @@ from molsaki.config import ExtractConfig
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.loading import context_length, load_model, load_tokenizer
 from molsaki.modeling.packing_probe import can_pack
-from molsaki.teacher.extract import entries_of, mixture_of, probe, tasks_of
+from molsaki.teacher.extract import batches_of, entries_of
+from molsaki.teacher.teacher_maps import mixture_of, probe
 from molsaki.text.examples import read_examples
 
 from .layer import describe, read_records, write_csv
@@ -65,19 +66,19 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
     config = ExtractConfig(batch_tokens=arguments.batch_tokens)
     teacher = load_model(arguments.model, "--model", arguments.dtype).to(device).eval()
     teacher.set_attn_implementation(NAME)
-    sides = [TokenizerSpec(load_tokenizer(arguments.model, "--model"), "plain", context_length(teacher.config))]
+    specs = [TokenizerSpec(load_tokenizer(arguments.model, "--model"), "plain", context_length(teacher.config))]
     examples = read_examples(arguments.data, rationale=False)[: arguments.examples]
     depth, _ = probe(teacher.base_model)
     mixture = mixture_of(config, depth, 1, 1)
 
     def extraction(packing: bool) -> Callable[[], object]:
         return lambda: collections.deque(
-            entries_of(examples, range(len(examples)), config, sides, teacher, mixture, packing), maxlen=0
+            entries_of(examples, range(len(examples)), config, specs, teacher, mixture, packing), maxlen=0
         )
 
     def plain(packing: bool, attention: str) -> Callable[[], object]:
-        batches = tasks_of(examples, range(len(examples)), config, sides, packing)
-        inputs = [task.to(device).model_inputs() for _, task in batches if task is not None]
+        batches = batches_of(examples, range(len(examples)), config, specs, packing)
+        inputs = [texts.to(device).model_inputs() for _, texts in batches if texts is not None]
 
         @torch.no_grad()
         def run() -> list[Tensor]:
@@ -91,10 +92,9 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
     found = {BASE: plain(False, "sdpa"), "extract, padded": extraction(False)}
     if can_pack(teacher):
         found |= {"plain, packed": plain(True, NAME), "extract": extraction(True)}
-    texts = [
-        item.tokens for batch, _ in tasks_of(examples, range(len(examples)), config, sides, False) for item in batch
-    ]
-    return found, sum(count > 0 for count in texts), sum(texts)
+    batches = batches_of(examples, range(len(examples)), config, specs, False)
+    lengths = [item.tokens for pending, _ in batches for item in pending]
+    return found, sum(length > 0 for length in lengths), sum(lengths)
 
 
 def measured(arguments: argparse.Namespace, machine: dict) -> list[dict]:

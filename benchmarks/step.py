@@ -35,9 +35,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from molsaki.batches.data import IGNORE, Collator, Row, Text
-from molsaki.modeling.forward import model_inputs
-from molsaki.modeling.hooks import NAME
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -48,11 +45,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from molsaki.batches.shared_prefix import Branches
-from molsaki.config import DistillConfig
-from molsaki.teacher.extract import mixture_of, probe, teacher_maps
+from molsaki.batches.batch import IGNORE, TextBatch
+from molsaki.batches.collator import Collator
+from molsaki.batches.tokenized import TokenizedExample, TokenizedText
+from molsaki.modeling.attention_hook import NAME
+from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
+from molsaki.text.spans import Spans
 from molsaki.training import losses
-from molsaki.training.trainer import Distiller
+from molsaki.training.config import DistillConfig
+from molsaki.training.distiller import Distiller
 from molsaki_kernels import StepPlan, pool_values
 
 from .layer import describe, read_records, write_csv
@@ -126,20 +127,20 @@ class Batch:
     def name(self) -> str:
         return f"{self.size}x{self.tokens}" + (" ragged" if self.ragged else "")
 
-    def examples(self, vocabulary: int, seed: int = 0) -> list[Row]:
+    def examples(self, vocabulary: int, seed: int = 0) -> list[TokenizedExample]:
         g = np.random.default_rng(seed)
         return [self._example(n, g, vocabulary) for n in range(self.size)]
 
-    def _example(self, n: int, g: np.random.Generator, vocabulary: int) -> Row:
+    def _example(self, n: int, g: np.random.Generator, vocabulary: int) -> TokenizedExample:
         length = int(g.integers(self.tokens // 2, self.tokens + 1)) if self.ragged else self.tokens
         question = int(0.4 * length)
         ids = g.integers(2, vocabulary, length + 4).astype(np.int32)
         cuts = [0, *sorted(g.choice(np.arange(1, length), self.steps - 1, replace=False).tolist()), length]
         words = [[token] for token in sorted(g.choice(length, self.words, replace=False).tolist())]
         steps = list(zip(cuts[:-1], cuts[1:], strict=True))
-        explain = Text(ids[:length], question, steps, words)
-        predict = Text(np.concatenate([ids[:question], ids[length:]]), question, [], [])
-        return Row(str(n), None, explain, predict, explain)
+        explain = TokenizedText(ids[:length], question, steps, words)
+        predict = TokenizedText(np.concatenate([ids[:question], ids[length:]]), question, [], [])
+        return TokenizedExample(str(n), Spans("", (), (), 0), explain, predict, explain)
 
 
 BATCHES = [Batch(4, 256, 20, 5), Batch(4, 256, 20, 5, ragged=True), Batch(1, 1024, 50, 10)]
@@ -233,7 +234,7 @@ def own_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     config: DistillConfig,
-    examples: list[Row],
+    examples: list[TokenizedExample],
     setup: Setup,
     layout: str,
 ) -> tuple[Callable[[], Tensor], Iterable[torch.nn.Parameter]]:
@@ -246,22 +247,22 @@ def own_loss(
     distiller = Distiller(student, mixture, config)
     packing = layout != "padded"
     collator = Collator(0, 0, packing, packing, share_question=layout not in LAYOUTS)
-    batch = moved(collator([(example, None) for example in examples]), device)
-    plan, side = batch["plan"], batch["teacher"]
-    inputs = {"tasks": batch["tasks"], "plan": plan}
+    batch = collator([(example, None) for example in examples]).to(device)
+    plan, texts = batch.plan, batch.teacher
+    batch = dataclasses.replace(batch, teacher=None)
     if mixture is not None and teacher is None:  # in the form of a store
         maps = torch.rand(len(plan), 1, plan.num_steps, plan.num_words, device=device)
-        inputs |= {"teacher_map": maps, "teacher_weights": torch.full((len(plan), 1, teacher_depth), 1 / teacher_depth)}
-        inputs["teacher_weights"] = inputs["teacher_weights"].to(device)
+        weights = torch.full((len(plan), 1, teacher_depth), 1 / teacher_depth, device=device)
+        batch = dataclasses.replace(batch, teacher_map=maps, teacher_weights=weights)
     if teacher is not None:
         teacher.set_attn_implementation(NAME)
     run = torch.compile(distiller) if setup.compiled else distiller
 
     def loss() -> Tensor:
-        if teacher is not None:
-            maps = teacher_maps(teacher, plan=side["plan"], **model_inputs(side))
-            inputs["teacher_weights"], inputs["teacher_map"] = mixture.teacher(maps, plan)
-        return run(**inputs)["loss"].mean()
+        if teacher is None:
+            return run(batch)["loss"].mean()
+        weights, mixed = mixture.teacher(teacher_maps(teacher, plan=texts.plan, **texts.model_inputs()), plan)
+        return run(dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights))["loss"].mean()
 
     return loss, distiller.parameters()
 
@@ -270,7 +271,7 @@ def eager_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     config: DistillConfig,
-    examples: list[Row],
+    examples: list[TokenizedExample],
     device: torch.device,
 ) -> tuple[Callable[[], Tensor], Iterable[torch.nn.Parameter]]:
     """Return the same loss computed by two models with eager attention, and the parameters to train."""
@@ -281,17 +282,17 @@ def eager_loss(
         student.config.num_key_value_heads * student.model.layers[0].self_attn.head_dim,
     )
     mixture = mixture_of(config, teacher.config.num_hidden_layers, depth, width).to(device)
-    batch = moved(Collator(0, 0)([(example, None) for example in examples]), device)
-    (explain, predict), plan = batch["tasks"], batch["plan"]
-    rows_of_step, columns_of_word = indicators(plan, explain["input_ids"].shape[1])
+    batch = Collator(0, 0)([(example, None) for example in examples]).to(device)
+    (explain, predict), plan = batch.student, batch.plan
+    rows_of_step, columns_of_word = indicators(plan, explain.input_ids.shape[1])
     values: list[Tensor] = []
     for layer in student.model.layers:
         layer.self_attn.v_proj.register_forward_hook(lambda module, args, out: values.append(out))
 
-    def entropy(task: dict, out) -> Tensor:
-        labels = torch.full_like(task["input_ids"], IGNORE).flatten()
-        labels[task["index"]] = task["targets"]
-        return losses.cross_entropy(out.logits, labels.view(task["input_ids"].shape))
+    def entropy(texts: TextBatch, logits: Tensor) -> Tensor:
+        labels = torch.full_like(texts.input_ids, IGNORE).flatten()
+        labels[texts.index] = texts.targets
+        return losses.cross_entropy(logits, labels.view(texts.input_ids.shape))
 
     def reduced(weights: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device.type, enabled=False):  # maps are float32
@@ -299,17 +300,17 @@ def eager_loss(
 
     def loss() -> Tensor:
         with torch.no_grad():
-            out = teacher(explain["input_ids"], explain["attention_mask"], output_attentions=True, use_cache=False)
+            out = teacher(explain.input_ids, explain.attention_mask, output_attentions=True, use_cache=False)
             _, teacher_map = mixture.teacher(reduced(out.attentions), plan)
         values.clear()
-        out = student(explain["input_ids"], explain["attention_mask"], output_attentions=True, use_cache=False)
+        out = student(explain.input_ids, explain.attention_mask, output_attentions=True, use_cache=False)
         pooled = [
             pool_values(v.unflatten(-1, (student.config.num_key_value_heads, -1)).transpose(1, 2)) for v in values
         ]
         _, student_map = mixture.student(reduced(out.attentions), torch.stack(pooled, 1), plan)
-        total = 0.5 * entropy(explain, out) + losses.attention(student_map, teacher_map, plan)
-        out = student(predict["input_ids"], predict["attention_mask"], use_cache=False)
-        return (total + 0.5 * entropy(predict, out)).mean()
+        total = 0.5 * entropy(explain, out.logits) + losses.attention(student_map, teacher_map, plan)
+        out = student(predict.input_ids, predict.attention_mask, use_cache=False)
+        return (total + 0.5 * entropy(predict, out.logits)).mean()
 
     return loss, [*student.parameters(), *mixture.parameters()]
 
@@ -323,15 +324,6 @@ def indicators(plan: StepPlan, length: int) -> tuple[Tensor, Tensor]:
         own = plan.word_of_token[n] >= 0
         words[n, plan.tokens[n][own], plan.word_of_token[n][own]] = 1
     return steps.float(), words
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """Return the batch, a nest of dicts and lists, with its tensors on the device."""
-    if isinstance(batch, dict):
-        return {name: moved(value, device) for name, value in batch.items()}
-    if isinstance(batch, list):
-        return [moved(value, device) for value in batch]
-    return batch.to(device) if isinstance(batch, (Tensor, StepPlan, Branches)) else batch
 
 
 def measured(measure: str, setup: Setup, names: list[str], seconds: float, machine: dict) -> list[dict]:

@@ -179,14 +179,14 @@ def test_doctor(capsys):
 KILLED = """
 import os, signal, sys, torch
 from molsaki import cli
-from molsaki.training import trainer
+from molsaki.training import checkpoints
 
-def seal(folder, whole=trainer.seal):
+def seal(folder, whole=checkpoints.seal):
     if folder.name == "checkpoint-3":
         os.kill(os.getpid(), signal.SIGKILL)
     whole(folder)
 
-trainer.seal = seal
+checkpoints.seal = seal
 torch.set_num_threads(1)
 cli.main(sys.argv[1:])
 """

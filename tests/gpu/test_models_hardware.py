@@ -10,11 +10,11 @@ import os
 
 import pytest
 import torch
-from molsaki.teacher.map_store import Store
 
 import molsaki
 from molsaki.config import DistillConfig, ExtractConfig
 from molsaki.teacher.extract import extract
+from molsaki.teacher.map_store import Store
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.architectures import ARCHITECTURES, TRANSFORMERS, batch, eager, make, objective
