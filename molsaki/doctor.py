@@ -31,7 +31,7 @@ def report() -> dict[str, Section]:
 
     import molsaki_kernels
     from molsaki_kernels._native.build import compiler
-    from molsaki_kernels.api import AUTO
+    from molsaki_kernels.engine_selection import DEFAULT_ORDER
 
     engines = {name: str(status) for name, status in molsaki_kernels.engines().items()}
     native = engines["native"]
@@ -50,7 +50,7 @@ def report() -> dict[str, Section]:
         "packages": packages,
         "devices": _devices(),
         "engines": dict(engines),
-        "auto": {device: ", then ".join(names) for device, names in AUTO.items()},
+        "auto": {device: ", then ".join(names) for device, names in DEFAULT_ORDER.items()},
         "optional": {
             name: _version(name) or f"not installed: needed for {purpose}" for name, purpose in OPTIONAL.items()
         },
