@@ -52,13 +52,13 @@ COMMANDS = {
     "store": "look at a store: verify, info or head",
     "doctor": "print versions, devices, engines, and why each is or is not ready",
 }
-# The commands with a config: its name, and the module of the function with the command's name.
+# The commands with a config: its module and name, and the module of the function with the command's name.
 CONFIGURED = {
-    "annotate": ("AnnotateConfig", "molsaki.annotation.annotate"),
-    "extract": ("ExtractConfig", "molsaki.teacher.extract"),
-    "distill": ("DistillConfig", "molsaki.training.trainer"),
-    "evaluate": ("EvaluateConfig", "molsaki.evaluation.evaluate"),
-    "plot": ("PlotConfig", "molsaki.plotting.plot_run"),
+    "annotate": ("molsaki.config", "AnnotateConfig", "molsaki.annotation.annotate"),
+    "extract": ("molsaki.config", "ExtractConfig", "molsaki.teacher.extract"),
+    "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.trainer"),
+    "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
+    "plot": ("molsaki.config", "PlotConfig", "molsaki.plotting.plot_run"),
 }
 CONTINUE = {
     "annotate": "All replies so far are kept; run the same command again to continue.",
@@ -68,13 +68,13 @@ CONTINUE = {
 
 
 def _run_configured(command: str, argv: Sequence[str]) -> int:
-    from molsaki import config
+    from molsaki.config import parse
     from molsaki.extras import require
 
-    config_name, module = CONFIGURED[command]
+    config_module, config_name, module = CONFIGURED[command]
     require("train")
-    options = config.parse(getattr(config, config_name), argv, f"molsaki {command}")
-    result = getattr(importlib.import_module(module), command)(options)
+    config_class = getattr(importlib.import_module(config_module), config_name)
+    result = getattr(importlib.import_module(module), command)(parse(config_class, argv, f"molsaki {command}"))
     if os.environ.get("RANK", "0") == "0":
         _print(result)
     return 0

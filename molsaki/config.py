@@ -2,7 +2,7 @@
 
 ``parse(DistillConfig, argv)`` reads ``--config file.yaml`` first; the flags override it. This module imports neither
 torch nor transformers, so that ``--help`` is fast. `DistillConfig` extends transformers' ``TrainingArguments`` and
-therefore has a module of its own, `molsaki.training.config`, which is imported on first use.
+therefore has a module of its own, `molsaki.training.config`, which the command `distill` imports.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from molsaki.text.key_words import KEY_WORDS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-    from molsaki.training.config import DistillConfig as DistillConfig
 
 Config = TypeVar("Config", bound="DataclassInstance")
 
@@ -314,11 +312,3 @@ def _as_flag(key: str, value: Any) -> list[str]:
 def _nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-def __getattr__(name: str) -> Any:
-    if name == "DistillConfig":
-        from molsaki.training.config import DistillConfig
-
-        return DistillConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from molsaki.batches.tokenized import TokenizerSpec
-    from molsaki.config import DistillConfig, ExtractConfig
+    from molsaki.config import ExtractConfig
     from molsaki.text.examples import Example
+    from molsaki.training.config import DistillConfig
 
 # Entries of a model's config on which its maps do not depend.
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from molsaki.config import AnnotateConfig, DistillConfig, EvaluateConfig, ExtractConfig, PlotConfig, parse, require
+from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig, PlotConfig, parse, require
+from molsaki.training.config import DistillConfig
 
 CONFIGS = [AnnotateConfig, DistillConfig, EvaluateConfig, ExtractConfig, PlotConfig]
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from molsaki.batches.batch import TextBatch
 from molsaki.batches.tokenized import TokenizerSpec, cut, spans_of
 from molsaki.cli import main
-from molsaki.config import DistillConfig, ExtractConfig
+from molsaki.config import ExtractConfig
 from molsaki.modeling.loading import load_model
 from molsaki.teacher import extract as extract_module
 from molsaki.teacher.extract import extract
@@ -29,6 +29,7 @@ from molsaki.teacher.map_store import Entry, Store, verify
 from molsaki.teacher.map_store_writer import StoreWriter
 from molsaki.text.alignment import encode
 from molsaki.text.examples import read_examples
+from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import processes, tiny
 from tests.helpers.tiny import one_thread  # noqa: F401

@@ -7,7 +7,7 @@ import typing
 import pytest
 import torch
 
-from molsaki.config import DistillConfig
+from molsaki.training.config import DistillConfig
 from molsaki.training.objectives import OBJECTIVES, Objective
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny

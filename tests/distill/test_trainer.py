@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from molsaki.batches.dataset import prepare
 from molsaki.batches.tokenized import TokenizerSpec
-from molsaki.config import DistillConfig, ExtractConfig, TextOptions
+from molsaki.config import ExtractConfig, TextOptions
 from molsaki.teacher.extract import extract
 from molsaki.text.examples import Example
 from molsaki.training.checkpoints import ROUTER
+from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401

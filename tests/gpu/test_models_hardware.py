@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import molsaki
-from molsaki.config import DistillConfig, ExtractConfig
+from molsaki.config import ExtractConfig
 from molsaki.teacher.extract import extract
 from molsaki.teacher.map_store import Store
+from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.architectures import ARCHITECTURES, TRANSFORMERS, batch, eager, make, objective

@@ -21,8 +21,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import TrainerCallback
 
 from molsaki import capture, cli, plan, segment
-from molsaki.config import DistillConfig, parse
+from molsaki.config import parse
 from molsaki.teacher import extract as extract_module
+from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
 
 ROOT = Path(__file__).parents[2]

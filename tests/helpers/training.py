@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from molsaki.config import DistillConfig
 from molsaki.text.examples import Example
+from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 
