@@ -74,7 +74,8 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
     config_module, config_name, module = CONFIGURED[command]
     require("train")
     config_class = getattr(importlib.import_module(config_module), config_name)
-    result = getattr(importlib.import_module(module), command)(parse(config_class, argv, f"molsaki {command}"))
+    options = parse(config_class, argv, f"molsaki {command}")
+    result = getattr(importlib.import_module(module), command)(options)
     if os.environ.get("RANK", "0") == "0":
         _print(result)
     return 0
