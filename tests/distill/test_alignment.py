@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from molsaki.text.alignment import encode, plan, prompt
 from molsaki.text.segment import segment
 from molsaki.text.spans import Spans
-from tests.helpers.tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers, by_pattern, byte_level, wrap  # noqa: F401
+from tests.helpers.small_tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers, by_pattern, byte_level, wrap  # noqa: F401
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -7,7 +7,7 @@ import pytest
 from molsaki.text.alignment import encode
 from molsaki.text.fitting import TooLong, fit
 from molsaki.text.segment import segment
-from tests.helpers.tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers  # noqa: F401
+from tests.helpers.small_tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers  # noqa: F401
 
 
 @pytest.mark.parametrize("template", ["plain", "chat", FORMAT])

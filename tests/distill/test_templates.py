@@ -6,7 +6,7 @@ import pytest
 
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.segment import segment
-from tests.helpers.tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers, byte_level, wrap  # noqa: F401
+from tests.helpers.small_tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers, byte_level, wrap  # noqa: F401
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
