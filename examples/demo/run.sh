@@ -9,6 +9,9 @@ scripts=examples/demo
 out=${OUT:-demo}
 teacher=${TEACHER:-$out/teacher}
 started=$SECONDS
+# Mixed precision: matrix products are 2.5 times faster on a CPU with avx512_bf16, and far slower on one without it.
+bf16=false
+if grep -qs avx512_bf16 /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then bf16=true; fi
 
 say() { printf '\n[%d s] %s\n' $((SECONDS - started)) "$*"; }
 
@@ -35,7 +38,7 @@ say "The student before training"
 say "Distillation"
 [ -f "$out/distilled/trainer_state.json" ] ||
   molsaki distill --config $scripts/distill.yaml --student "$out/student" --store "$out/store" \
-    --train_file "$out/data/train.jsonl" --output_dir "$out/distilled" --resume
+    --train_file "$out/data/train.jsonl" --output_dir "$out/distilled" --bf16 $bf16 --resume
 
 say "The student after training"
 [ -f "$out/after/summary.json" ] ||
