@@ -14,6 +14,7 @@ from molsaki_kernels._native import build as library
 from molsaki_kernels._native.lse_gradient import fold_in_one_pass
 from molsaki_kernels.attention.lse_gradient import VANISHED, fold_dlse_into_out
 from molsaki_kernels.attention_map import native as native
+from molsaki_kernels.spec import AttentionOptions
 from tests.helpers.budget import assert_within_budget
 
 needs_library = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
@@ -253,7 +254,8 @@ def test_threads_of_their_own():
 
 
 def test_the_reason_of_a_device():
-    assert native.why_not(torch.device("meta"), torch.float32, 64, None) == "it takes CPU tensors, not meta"
+    q = torch.zeros(1, 1, 8, 64, device="meta")
+    assert native.why_not(q, AttentionOptions(True, 1.0)) == "it takes CPU tensors, not meta"
 
 
 ATTENTION = {
