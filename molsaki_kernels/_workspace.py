@@ -27,4 +27,4 @@ def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: tor
     if memory is None or memory.numel() < size:
         with torch.inference_mode(False):  # else it could not be written to later, outside inference mode
             memory = _kept.__dict__[key] = torch.empty(size, dtype=dtype, device=device)
-    return memory[:size].view(shape)
+    return memory[:size] if len(shape) == 1 else memory[:size].view(shape)

@@ -58,7 +58,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
     call, memory = _call(struct, inputs, outputs, options, plan)
     call.maps = maps.data_ptr()
     groups = Hq if options.per_head else min(Hq, -(-TASKS_PER_THREAD * call.threads // max(struct.tasks, 1)))
-    sums = workspace("map sums", (groups, arrays.task_steps, arrays.columns), torch.float64, _CPU)
+    sums = workspace("map sums", (groups * arrays.task_steps * arrays.columns,), torch.float64, _CPU)
     call.groups, call.sums = groups, sums.data_ptr()
     library().molsaki_attention_forward(ctypes.byref(call))
     del memory  # the call used it until here
@@ -81,7 +81,7 @@ def backward(
     arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]
     call, memory = _call(struct, inputs, outputs, options, plan)
-    parts = workspace("attention parts", (call.threads, 2, arrays.longest, q.shape[3]), torch.float32, _CPU)
+    parts = workspace("attention parts", (call.threads * 2 * arrays.longest * q.shape[3],), torch.float32, _CPU)
     part_of = torch.empty(call.threads, dtype=torch.int64, device=_CPU)
     call.parts, call.part_of = parts.data_ptr(), part_of.data_ptr()
     dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
