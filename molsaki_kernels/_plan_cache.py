@@ -23,11 +23,15 @@ def cached(plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T
     The result must not hold a view of the plan's tokens, which would keep the plan alive.
     """
     tokens, steps, words = plan.tokens, plan.steps, plan.word_of_token
-    if tokens.is_inference() or steps.is_inference() or words.is_inference():
-        versions: tuple[int, ...] = ()  # such tensors have none
-    else:
-        versions = (tokens._version, steps._version, words._version)
-    key = (id(steps), id(words), versions, plan.num_words, *key)
+    key = (
+        id(steps),
+        id(words),
+        None if tokens.is_inference() else tokens._version,  # inference tensors have no version
+        None if steps.is_inference() else steps._version,
+        None if words.is_inference() else words._version,
+        plan.num_words,
+        *key,
+    )
     results: dict[tuple[Hashable, ...], Any] | None = _cache.get(tokens)
     if results is None:
         results = _cache[tokens] = {}

@@ -197,7 +197,12 @@ def stepwise_map(
         engine = renamed("backend", backend, "engine", engine, "auto")
     if cu_seqlens is not None and isinstance(q, Tensor) and q.dim() == 3:
         q, k = _heads_first(q, "q"), _heads_first(k, "k")
-        lse = lse[None] if isinstance(lse, Tensor) else lse
+        if isinstance(lse, Tensor):
+            if lse.dim() != 2:
+                raise ValueError(
+                    f"lse: expected (Hq, total) beside packed (total, Hq, D), got shape {tuple(lse.shape)}"
+                )
+            lse = lse[None]
     if isinstance(q, Tensor) and autocast_is_on(q):
         q, k = _autocast(q), _autocast(k)
     inputs = MapInputs(q, k, lse, cu_seqlens)
@@ -259,6 +264,8 @@ def pool_values(
             check_bounds(tuple(cu_seqlens.tolist()), v.shape[2], "v")
         sequences = cu_seqlens.shape[0] - 1
     if lengths is not None:
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"lengths: expected a tensor ({sequences},) of integers, got {type(lengths).__name__}")
         if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape != (sequences,):
             raise ValueError(f"lengths: expected ({sequences},) integers, got {lengths.dtype} {tuple(lengths.shape)}")
         if lengths.device != v.device:

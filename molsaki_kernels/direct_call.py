@@ -37,11 +37,13 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
     Autocast has cast the inputs already; the precision of the products inside is chosen here.
     """
-    if x.device.type in _DEVICE_TYPES and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if (kind in _DEVICE_TYPES or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 
 def autocast_is_on(x: Tensor) -> bool:
     """Return whether autocast is enabled for x's device."""
-    return x.device.type in _DEVICE_TYPES and torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return (kind in _DEVICE_TYPES or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

@@ -130,7 +130,8 @@ def renamed(old: str, old_value: T, new: str, new_value: T, default: T) -> T:
     """
     if new_value != default:
         raise TypeError(f"{old}: expected {new}= alone, got {new}={new_value!r} and its old name {old}={old_value!r}")
-    warnings.warn(f"{old}= was renamed to {new}= and will be removed", FutureWarning, stacklevel=3)
+    if not torch.compiler.is_compiling():  # a warning cannot be traced
+        warnings.warn(f"{old}= was renamed to {new}= and will be removed", FutureWarning, stacklevel=3)
     return old_value
 
 

@@ -66,6 +66,8 @@ def backward(
     """Compute dq, dk and dv in the dtypes of q, k and v."""
     q, k, v, dout = inputs.q, inputs.k, inputs.v, gradients.dout
     assert dout is not None  # the protocol's promise to engines that do not compute the map
+    if q.numel() == 0:  # k may have heads although q has none
+        return InputGradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     dtype = torch.promote_types(q.dtype, torch.float32)
     G = q.shape[1] // k.shape[1]
     delta = (dout.to(dtype) * outputs.out).sum(-1)

@@ -76,7 +76,7 @@ def backward(
     q, sinks, lse = inputs.q, inputs.sinks, outputs.lse
     tensors = {"dq": q, "dk": inputs.k, "dv": inputs.v}
     if q.numel() == 0:
-        dq, dk, dv = (torch.empty_like(x) for x in tensors.values())
+        dq, dk, dv = (torch.zeros_like(x) for x in tensors.values())
         return InputGradients(dq, dk, dv, None if sinks is None else torch.zeros_like(sinks))
     arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]

@@ -154,7 +154,8 @@ def _cpu_backward(
             return block
         if gradients is None:  # the blocks' keys overlap: accumulate in the accumulator's dtype
             dtype = torch.promote_types(q.dtype, torch.float32)
-            gradients = [torch.zeros(t.transpose(1, 2).shape, dtype=dtype).transpose(1, 2) for t in (q, k, v)]
+            shapes = [t.transpose(1, 2).shape for t in (q, k, v)]
+            gradients = [torch.zeros(shape, dtype=dtype, device=q.device).transpose(1, 2) for shape in shapes]
         dq, dk, dv = gradients
         dq[:, :, rows] = block[0]
         dk[:, :, keys] += block[1]
@@ -183,8 +184,9 @@ def _cpu_blocks(
         for start in range(first, end, WINDOW_BLOCK):
             stop = min(start + WINDOW_BLOCK, end)
             low, high = max(begin, start - window + 1), stop if options.causal else end
-            hidden = ~visible(torch.arange(start, stop), torch.arange(low, high), options.causal, window)
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+            row, column = (torch.arange(*ends, device=inputs.q.device) for ends in ((start, stop), (low, high)))
+            hidden = ~visible(row, column, options.causal, window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
             yield slice(start, stop), slice(low, high), mask
 
 

@@ -174,6 +174,56 @@ def test_old_names_work_and_warn():
         mk.stepwise_map(q, k, lse, plan, backend="torch", engine="torch")
 
 
+def test_old_names_can_be_compiled():
+    (q, k, v), plan, _ = inputs("ragged", torch.float32)
+    lse = torch.zeros(q.shape[:3])
+
+    def layer(q, k, v, lse):
+        maps = mk.stepwise_attention(q, k, v, plan, heads="none")[1]
+        return maps, mk.stepwise_map(q, k, lse, plan, backend="torch"), mk.pool_values(v, backend="torch")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")(q, k, v, lse)
+    with pytest.warns(FutureWarning):
+        expected = layer(q, k, v, lse)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
+
+
+@pytest.mark.parametrize("engine", ["native", "sdpa", "eager"])
+def test_no_query_head_gives_zero_gradients(engine):
+    if not mk.engines()[engine].ready:
+        pytest.skip(str(mk.engines()[engine]))
+    q, k, v = (torch.randn(1, heads, 12, 16, requires_grad=True) for heads in (0, 2, 2))
+    plan = mk.StepPlan.from_spans([[(0, 12)]], [[[3]]])
+    out, maps = mk.stepwise_attention(q, k, v, plan, engine=engine)
+    grads = torch.autograd.grad(out.sum() + maps.sum(), (q, k, v))
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape] and not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("engine", ["native", "sdpa", "eager"])
+def test_under_another_default_device(engine, window):
+    if not mk.engines()[engine].ready:
+        pytest.skip(str(mk.engines()[engine]))
+    (q, k, v), plan, cu = inputs("ragged", torch.float32, packed=True)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+
+    def layer():
+        out, maps = mk.stepwise_attention(q, k, v, plan, cu_seqlens=cu, window=window, engine=engine)
+        return out, maps, *torch.autograd.grad([out, maps], [q, k, v], [torch.ones_like(out), torch.ones_like(maps)])
+
+    expected = layer()
+    with torch.device("meta"):
+        found = layer()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_lse_of_the_wrong_rank():
+    (q, k, _), plan, cu = inputs("ragged", torch.float32, packed=True)
+    with pytest.raises(ValueError, match=r"lse: expected \(Hq, total\) beside packed .*, got shape \(1, 4, 258\)"):
+        mk.stepwise_map(flat(q), flat(k), torch.zeros(q.shape[:3]), plan, cu_seqlens=cu)
+
+
 def test_engines_are_data_and_printable():
     listed = mk.engines()
     assert set(listed) == {"triton", "native", "flash_attn", "flex", "sdpa", "eager"}

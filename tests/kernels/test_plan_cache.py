@@ -1,5 +1,6 @@
 """What depends on a plan alone is made once a plan, and again when anything changes; none outlives its plan."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -82,6 +83,17 @@ def test_nothing_outlives_its_plan():
     del plan
     gc.collect()
     assert len(plan_cache._cache) == before
+
+
+@pytest.mark.usefixtures("cpu_map")
+def test_a_plan_of_which_one_tensor_is_an_inference_tensor():
+    plan = plan_of()
+    with torch.inference_mode():
+        steps = plan.steps.clone()
+    plan = dataclasses.replace(plan, steps=steps)
+    check(plan)
+    plan.tokens[:, 0] = 2
+    check(plan)
 
 
 def test_inference_mode_plan():

@@ -86,6 +86,7 @@ def test_opcheck_and_strides():
         (dict(pooling="max"), ValueError, 'pooling: expected "sum" or "mean"'),
         (dict(heads="none"), ValueError, 'heads: expected "concat" or "mean"'),
         (dict(lengths=torch.zeros(3).long()), ValueError, r"lengths: expected \(2,\) integers"),
+        (dict(lengths=[3, 3]), TypeError, r"lengths: expected a tensor \(2,\) of integers, got list"),
         (dict(lengths=torch.zeros(2)), ValueError, "lengths: expected .* integers"),
         (dict(lengths=torch.zeros(2, device="meta").long()), ValueError, "lengths: expected on v's device"),
         (dict(cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)), ValueError, "v: expected"),
