@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 
 import pytest
 import torch
@@ -233,6 +234,45 @@ def test_engines_are_data_and_printable():
     assert len(lines) == len(listed) and all(name in line for name, line in zip(listed, lines, strict=True))
     if not torch.cuda.is_available():
         assert not listed["flex"].ready and "no GPU" in str(listed["flex"])
+
+
+def calls(function) -> list[str]:
+    """The functions of the package that a call runs, in order, and ``tolist`` of tensors."""
+    names = []
+
+    def record(frame, event, argument):
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("molsaki_kernels"):
+            names.append(f"{module.removeprefix('molsaki_kernels.')}.{frame.f_code.co_name}")
+        elif event == "c_call" and getattr(argument, "__name__", "") == "tolist":
+            names.append("tolist")
+
+    sys.setprofile(record)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.parametrize("engine, forward, backward", [("native", 44, 30), ("sdpa", 60, 60)])
+def test_python_work_of_a_layer(engine, forward, backward):
+    """A small layer costs as much as the Python around it: an additional call must be intended."""
+    if not mk.engines()["native"].ready:
+        pytest.skip(str(mk.engines()["native"]))
+    (q, k, v), plan, cu = inputs("ragged", torch.float32, packed=True)
+    q.requires_grad_()
+    found = []
+
+    def run():
+        found[:] = mk.stepwise_attention(q, k, v, plan, cu_seqlens=cu, engine=engine)
+
+    run()  # what is computed once per plan
+    names = calls(run)
+    assert names.count("tolist") == 1 and names.count("_native.build.why_not") == 1
+    assert len(names) <= forward
+    ones = [torch.ones_like(x) for x in found]
+    assert len(calls(lambda: torch.autograd.grad(found, q, ones))) <= backward
 
 
 def test_version():
