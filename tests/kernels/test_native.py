@@ -1,4 +1,4 @@
-"""The C library's map, attention and lse gradient, called through the public functions and the operators."""
+"""Tests the C library's map, attention and lse gradient through the public functions and the operators."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
-from molsaki_kernels._native import build as library
+from molsaki_kernels._native import build
 from molsaki_kernels._native.lse_gradient import fold_in_one_pass
 from molsaki_kernels.attention.lse_gradient import VANISHED, fold_dlse_into_out
-from molsaki_kernels.attention_map import native as native
+from molsaki_kernels.attention_map import native
 from molsaki_kernels.spec import AttentionOptions
 from tests.helpers.budget import assert_within_budget
 
-needs_library = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+needs_library = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 
 def case(lengths, words, steps, q_heads, kv_heads, dim, packed=False, gaps=False, seed=0):
-    """q, k, lse in float64, a plan of words of one to three tokens in any order, and cu_seqlens."""
+    """q, k and lse in float64, a plan with words of one to three tokens in any order, and cu_seqlens."""
     g = np.random.default_rng(seed)
     all_steps, all_words = [], []
     for length in lengths:
@@ -53,9 +53,9 @@ def results(function, tensors, plan, cu, dtype, options, **extra):
 
 
 CASES = {
-    "rows are no multiple of a tile": (dict(lengths=[111, 95], words=20, steps=5, q_heads=4, kv_heads=2, dim=64), {}),
-    "a row": (dict(lengths=[1], words=1, steps=1, q_heads=2, kv_heads=2, dim=16), {}),
-    "every row a step, every token a word": (
+    "rows not a multiple of a tile": (dict(lengths=[111, 95], words=20, steps=5, q_heads=4, kv_heads=2, dim=64), {}),
+    "one row": (dict(lengths=[1], words=1, steps=1, q_heads=2, kv_heads=2, dim=16), {}),
+    "every row a step, every token in a word": (
         dict(lengths=[130], words=130, steps=130, q_heads=3, kv_heads=1, dim=32), {}),
     "rows in no step": (dict(lengths=[300], words=100, steps=7, q_heads=6, kv_heads=3, dim=80, gaps=True), {}),
     "window": (dict(lengths=[300], words=100, steps=7, q_heads=6, kv_heads=3, dim=48, gaps=True), dict(window=37)),
@@ -72,13 +72,13 @@ CASES = {
     "more columns than a tile": (dict(lengths=[700], words=650, steps=10, q_heads=2, kv_heads=2, dim=64), {}),
     "more columns than a tile, window": (
         dict(lengths=[700], words=650, steps=10, q_heads=2, kv_heads=1, dim=16), dict(window=300)),
-    "the widest head": (dict(lengths=[111], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.3)),
+    "the largest head_dim": (dict(lengths=[111], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.3)),
     "two panels": (dict(lengths=[111, 95], words=40, steps=5, q_heads=4, kv_heads=2, dim=128), {}),
 }  # fmt: skip
 
 
 @needs_library
-@pytest.mark.parametrize("largest_kept", [native.LARGEST_KEPT, 0], ids=["dq kept", "dq made again"])
+@pytest.mark.parametrize("largest_kept", [native.LARGEST_KEPT, 0], ids=["dq kept", "dq recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_map(monkeypatch, name, dtype, largest_kept):
@@ -96,7 +96,7 @@ def test_map(monkeypatch, name, dtype, largest_kept):
 @needs_library
 @pytest.mark.parametrize("name", ["packed, heads", "more columns than a tile", "two panels"])
 def test_any_number_of_threads(name):
-    """The same bits twice, and the same numbers from any number of threads."""
+    """Results are bitwise reproducible, and equal within rounding for any number of threads."""
     shape, options = CASES[name]
     tensors, plan, cu = case(**shape)
     threads, found = torch.get_num_threads(), []
@@ -112,7 +112,7 @@ def test_any_number_of_threads(name):
 
 
 @needs_library
-def test_rows_in_no_step_and_tokens_in_no_word_may_hold_anything():
+def test_rows_in_no_step_and_tokens_in_no_word_have_no_effect():
     tensors, plan, _ = case([90, 40], 12, 4, 4, 2, 32)
     clean = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
     q, k, lse = (t.clone() for t in tensors)
@@ -126,11 +126,11 @@ def test_rows_in_no_step_and_tokens_in_no_word_may_hold_anything():
 
 @needs_library
 def test_scores_far_from_lse():
-    """No overflow where a weight is not visible, and no subnormal numbers where it vanishes."""
+    """Keys that are not visible cause no overflow, and vanishing weights no subnormal numbers."""
     plan = StepPlan.from_spans([[(0, 40)]], [[[3], [39]]])
     q = torch.full((1, 1, 40, 16), 10.0)
     k = torch.zeros(1, 1, 40, 16)
-    k[:, :, 39] = 10.0  # seen by the last row alone; its score is 1,600 times the scale
+    k[:, :, 39] = 10.0  # visible to the last row only; its score is 1,600 times the scale
     lse = torch.full((1, 1, 40), 0.0)
     lse[..., 39] = 400.0
     maps = mk.stepwise_map(q, k, lse, plan, engine="native")
@@ -139,15 +139,15 @@ def test_scores_far_from_lse():
 
 @needs_library
 @pytest.mark.parametrize("reason", ["softcap", "float64", "float16", "head_dim"])
-def test_what_it_does_not_take_goes_to_torch(reason):
+def test_auto_uses_torch_for_unsupported_inputs(reason):
     tensors, plan, _ = case([30], 5, 3, 2, 2, 8 if reason == "head_dim" else 16)
     options = dict(softcap=3.0) if reason == "softcap" else {}
     dtype = getattr(torch, reason) if reason.startswith("float") else torch.float32
     with pytest.raises(ValueError, match=f'engine: "native" cannot serve this call: .*{reason}'):
         results(mk.stepwise_map, tensors, plan, None, dtype, options, engine="native")
     auto = results(mk.stepwise_map, tensors, plan, None, dtype, options)
-    plain = results(mk.stepwise_map, tensors, plan, None, dtype, options, engine="torch")
-    assert all(torch.equal(auto[key], plain[key]) for key in auto)
+    expected = results(mk.stepwise_map, tensors, plan, None, dtype, options, engine="torch")
+    assert all(torch.equal(auto[key], expected[key]) for key in auto)
 
 
 BAD_PLANS = {
@@ -160,28 +160,31 @@ BAD_PLANS = {
     ),
     "steps that overlap": (dict(steps=[[(0, 9), (8, 12)]] * 2), "plan: expected steps that ascend"),
     "a step beyond its sequence": (dict(steps=[[(0, 21)], [(0, 5)]]), "plan: expected steps that ascend within 20"),
-    "a word there is not": (dict(word_of_token=[[0, 1], [0, 0]]), "plan: expected word_of_token below 1 words"),
-    "sequences that end beyond the rows": (dict(cu=[0, 20, 60]), "cu_seqlens: expected to ascend from 0 to at most 40"),
-    "sequences that go back": (dict(cu=[0, 30, 20]), "cu_seqlens: expected to ascend"),
+    "a word index out of range": (dict(word_of_token=[[0, 1], [0, 0]]), "plan: expected word_of_token below 1 words"),
+    "sequences that end beyond the last row": (
+        dict(cu=[0, 20, 60]),
+        "cu_seqlens: expected to ascend from 0 to at most 40",
+    ),
+    "cu_seqlens that descends": (dict(cu=[0, 30, 20]), "cu_seqlens: expected to ascend"),
     "more sequences than rows": (dict(cu=None), "plan: expected one entry for each of 1 sequences, got 2"),
 }
 
 
-def plan_by_hand(
+def unchecked_plan(
     steps=((((0, 5),),) * 2), tokens=((1, 3), (2, 5)), word_of_token=((0, 0), (0, 0)), cu=(0, 20, 40)
 ):  # fmt: skip
-    """A plan's tensors that nobody checked, of two sequences, and their bounds."""
+    """The tensors of a plan of two sequences, without validation, and cu_seqlens."""
     return tuple(map(torch.tensor, (steps, tokens, word_of_token))), cu and torch.tensor(cu, dtype=torch.int32)
 
 
 @needs_library
 @pytest.mark.parametrize("name", BAD_PLANS)
-def test_what_would_reach_past_memory_is_refused(name):
-    """The door cannot look into tensors while it is traced, and takes a plan made by hand for right."""
+def test_indices_out_of_bounds_are_refused(name):
+    """The operators check indices themselves: a traced call cannot read them, and a plan may be built by hand."""
     changed, message = BAD_PLANS[name]
     (q, k, lse), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
     q, k, lse = q.float(), k.float(), lse.float()
-    plan, cu = plan_by_hand(**changed)
+    plan, cu = unchecked_plan(**changed)
     with pytest.raises(ValueError, match=message):
         torch.ops.molsaki.stepwise_map(q, k, lse, cu, True, 0.25, None, None, False, *plan, 1, "native")
     with pytest.raises(ValueError, match=message):
@@ -193,7 +196,7 @@ def test_what_would_reach_past_memory_is_refused(name):
 def test_default_dtype_and_device_change_nothing(dtype):
     tensors, plan, _ = case([60, 31], 12, 4, 4, 2, 32)
     expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
-    _, plan, _ = case([60, 31], 12, 4, 4, 2, 32)  # one that nothing is kept of
+    _, plan, _ = case([60, 31], 12, 4, 4, 2, 32)  # a new plan, of which nothing is cached
     q, k, lse = (t.float().requires_grad_() for t in tensors)
     weight = torch.randn(expected["maps"].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     before = torch.get_default_dtype()
@@ -208,7 +211,7 @@ def test_default_dtype_and_device_change_nothing(dtype):
 
 
 @needs_library
-def test_nan_of_any_kind_stays_nan():
+def test_nan_with_any_bit_pattern_stays_nan():
     (q, k, lse), plan, _ = case([40], 5, 1, 2, 2, 16)
     q = q.float()
     q[0, 0, 39].view(torch.int32).fill_(-1)  # all bits set
@@ -217,7 +220,7 @@ def test_nan_of_any_kind_stays_nan():
 
 @needs_library
 @pytest.mark.parametrize("layout", ["bhmd", "bmhd"])
-def test_fold(layout):
+def test_folding_dlse_into_out(layout):
     def tensor():
         x = torch.randn(2, 50, 3, 48) if layout == "bmhd" else torch.randn(2, 3, 50, 48)
         return x.transpose(1, 2) if layout == "bmhd" else x
@@ -227,7 +230,7 @@ def test_fold(layout):
     assert fold_in_one_pass(out, dout, dlse, folded, VANISHED)
     expected = (out.double() * dout.double()).sum(-1) - dlse
     torch.testing.assert_close((folded.double() * dout.double()).sum(-1), expected, rtol=1e-5, atol=1e-5)
-    dout[1, 2, 49] = 0  # nothing to fold along: the other way takes the call
+    dout[1, 2, 49] = 0  # dlse cannot be folded in one pass where dout is zero
     assert not fold_in_one_pass(out, dout, dlse, folded, VANISHED)
     assert fold_dlse_into_out(out, dout, dlse)[0].isfinite().all()
 
@@ -240,8 +243,8 @@ def test_without_a_library(without_native):
 
 
 @needs_library
-def test_threads_of_their_own():
-    """Working memory is a thread's own: calls from several Python threads do not mix."""
+def test_concurrent_python_threads():
+    """Each Python thread has its own workspace, so that concurrent calls do not interfere."""
     tensors, plan, _ = case([200], 40, 6, 4, 2, 64)
     expected = results(mk.stepwise_map, tensors, plan, None, torch.float32, {}, engine="native")
 
@@ -253,7 +256,7 @@ def test_threads_of_their_own():
         assert all(pool.map(call, range(4)))
 
 
-def test_the_reason_of_a_device():
+def test_reason_for_an_unsupported_device():
     q = torch.zeros(1, 1, 8, 64, device="meta")
     assert native.why_not(q, AttentionOptions(True, 1.0)) == "it takes CPU tensors, not meta"
 
@@ -261,7 +264,7 @@ def test_the_reason_of_a_device():
 ATTENTION = {
     "more rows than a block, more keys than a tile": (
         dict(lengths=[450, 193], words=40, steps=7, q_heads=4, kv_heads=2, dim=64), {}),
-    "every row a step, every token a word": (
+    "every row a step, every token in a word": (
         dict(lengths=[230], words=230, steps=230, q_heads=3, kv_heads=1, dim=32), dict(sinks=True)),
     "rows in no step": (dict(lengths=[300], words=100, steps=7, q_heads=6, kv_heads=3, dim=80, gaps=True), {}),
     "window": (dict(lengths=[500], words=100, steps=7, q_heads=6, kv_heads=3, dim=48, gaps=True), dict(window=37)),
@@ -278,7 +281,7 @@ ATTENTION = {
     "packed, window, sinks": (
         dict(lengths=[50, 1, 250, 193], words=30, steps=6, q_heads=4, kv_heads=2, dim=64, packed=True),
         dict(window=11, sinks=True)),
-    "the widest head": (dict(lengths=[211], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.05)),
+    "the largest head_dim": (dict(lengths=[211], words=20, steps=5, q_heads=4, kv_heads=2, dim=256), dict(scale=0.05)),
     "softcap": (dict(lengths=[230], words=60, steps=9, q_heads=4, kv_heads=2, dim=64), dict(softcap=2.0)),
     "a large softcap, window, sinks": (
         dict(lengths=[230], words=60, steps=9, q_heads=4, kv_heads=2, dim=64),
@@ -288,7 +291,7 @@ ATTENTION = {
 
 
 def attention_results(function, name, dtype, upstream=("out", "maps"), **extra):
-    """out, the map and the gradients of those of ``upstream``; inputs are numbers of ``extra["given"]``."""
+    """The output, the map and the gradients of those in ``upstream``, for inputs rounded to ``extra["given"]``."""
     shape, options = ATTENTION[name]
     given = extra.pop("given", dtype)
     (q, k, _), plan, cu = case(**shape)
@@ -319,13 +322,13 @@ def test_attention(name, dtype, upstream):
     got = attention_results(mk.stepwise_attention, name, dtype, upstream, engine="native")
     for key, value in oracle.items():
         assert_within_budget(f"{name}: {key}", got.pop(key), value, eager[key])
-    assert not any(value.any() for value in got.values())  # dv where only the map has a gradient
+    assert not any(value.any() for value in got.values())  # dv is zero if only the map has an upstream gradient
 
 
 @needs_library
 @pytest.mark.parametrize("name", ["more rows than a block, more keys than a tile", "packed, window, sinks", "window"])
 def test_attention_with_any_number_of_threads(name):
-    """The same bits twice; more threads than heads split a head's rows, whose dk and dv are then added up."""
+    """Bitwise reproducible; with more threads than heads, a head's rows are split and their dk and dv are added."""
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 7, 7, 16):
@@ -340,7 +343,7 @@ def test_attention_with_any_number_of_threads(name):
 
 
 @needs_library
-def test_attention_in_threads_of_their_own():
+def test_attention_in_concurrent_python_threads():
     name = "packed, window, sinks"
     expected = attention_results(mk.stepwise_attention, name, torch.float32, engine="native")
 
@@ -371,7 +374,7 @@ def test_attention_under_another_default_dtype_and_device(dtype):
         return *results, *torch.autograd.grad(results, leaves, weights)
 
     usual, before = everything(), torch.get_default_dtype()
-    _, plan, cu = case(**shape)  # one that nothing is kept of
+    _, plan, cu = case(**shape)  # a new plan, of which nothing is cached
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
@@ -383,7 +386,7 @@ def test_attention_under_another_default_dtype_and_device(dtype):
 
 @needs_library
 def test_rows_in_no_sequence_are_zero():
-    """The door wants bounds that cover all rows; a traced call may bring others."""
+    """The public function requires that cu_seqlens covers all rows; a traced call cannot check it."""
     q, k, v = (torch.randn(1, h, 40, 16).requires_grad_() for h in (2, 1, 1))
     sinks = torch.tensor([1000.0, 0.5], requires_grad=True)
     plan = StepPlan.from_spans([[(0, 5)]], [[[1]]])
@@ -405,7 +408,7 @@ def test_rows_in_no_sequence_are_zero():
 
 @needs_library
 def test_attention_far_from_zero():
-    """Scores of hundreds, sinks that take everything or nothing, and scores of -1e30."""
+    """Scores in the hundreds, sinks with all or none of the weight, and scores of -1e30."""
     q, k, v = torch.full((1, 5, 100, 16), 10.0), torch.randn(1, 5, 100, 16) * 10, torch.randn(1, 5, 100, 16)
     q[:, 4], k[:, 4] = 1e15, -1e15
     plan = StepPlan.from_spans([[(0, 100)]], [[[3], [99]]])
@@ -415,9 +418,9 @@ def test_attention_far_from_zero():
         reference.stepwise_attention(q.to(t), k.to(t), v.to(t), plan, sinks=sinks.to(t), head_reduction="none")
         for t in (torch.float64, torch.float32)
     )
-    for name, got, exact, theirs in zip(("out", "maps"), (out, maps), oracle, eager, strict=True):
-        assert_within_budget(name, got[:, :4], exact[:, :4], theirs[:, :4])
-    count = torch.arange(1, 101)[:, None]  # equal scores, so large that lse is one of them even in float64
+    for name, got, exact, eager_value in zip(("out", "maps"), (out, maps), oracle, eager, strict=True):
+        assert_within_budget(name, got[:, :4], exact[:, :4], eager_value[:, :4])
+    count = torch.arange(1, 101)[:, None]  # equal scores, so large that lse equals them even in float64
     torch.testing.assert_close(out[0, 4], v[0, 4].cumsum(0) / count)
     torch.testing.assert_close(maps[0, 4, 0], torch.stack([(1 / count[3:]).sum(), 1 / count[99, 0]]))
     assert not out[:, :2].any() and not maps[0, :2].any()
@@ -425,7 +428,7 @@ def test_attention_far_from_zero():
 
 @needs_library
 def test_lse_of_any_layout():
-    """The backward operator takes what it is given."""
+    """The backward operator accepts an lse with any strides."""
     (q, k, _), _, _ = case([40, 40], 5, 2, 3, 3, 16)
     q, k = q.float(), k.float()
     plan = StepPlan.from_spans([[(0, 40)]] * 2, [[[3], [9]]] * 2)
@@ -441,7 +444,7 @@ def test_lse_of_any_layout():
 
 
 @needs_library
-def test_no_sequence_at_all():
+def test_no_sequences():
     q = torch.randn(1, 2, 40, 16)
     nothing = StepPlan.from_spans([], [])
     tensors = (nothing.steps, nothing.tokens, nothing.word_of_token, 0)
@@ -452,8 +455,8 @@ def test_no_sequence_at_all():
 
 
 @needs_library
-def test_a_word_nobody_sees_has_no_mass():
-    """Exactly 0, also within a block that looks at it; and NaN reaches whoever sees it, nobody before."""
+def test_a_word_that_a_step_cannot_see_has_no_weight():
+    """Its entry is exactly 0, also within a block that computes it. A NaN key affects only the rows that see it."""
     q, k, v = (torch.randn(1, 1, 200, 16) for _ in range(3))
     plan = StepPlan.from_spans([[(0, 50), (50, 200)]], [[[60], [120]]])
     _, maps = mk.stepwise_attention(q, k, v, plan, engine="native")
