@@ -1,4 +1,4 @@
-"""Shared by all tests. Without a GPU the Triton kernels are interpreted; Triton wants to know before its import."""
+"""Settings and fixtures of all tests. Without a GPU, Triton kernels are interpreted; set before Triton is imported."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# tqdm's lock is shared with forked processes: one that a test kills while it holds it would stop everything after.
+# tqdm's lock is shared with forked processes. A process that is killed while it holds the lock would block all others.
 tqdm.set_lock(threading.RLock())
-tqdm.monitor_interval = 0  # no thread that might hold it at a fork
+tqdm.monitor_interval = 0  # no monitor thread, which could hold the lock at a fork
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +25,18 @@ def seeded():
 
 @pytest.fixture
 def without_native(monkeypatch):
-    """The map on a CPU in plain PyTorch, as on a machine without a C compiler."""
-    from molsaki_kernels._native import build as library
+    """Disables the C library, as on a machine without a C compiler."""
+    from molsaki_kernels._native import build
 
-    monkeypatch.setattr(library, "_loaded", lambda: (None, "switched off by a test"))
+    monkeypatch.setattr(build, "_loaded", lambda: (None, "switched off by a test"))
 
 
 @pytest.fixture(params=["native", "torch"])
 def cpu_map(request):
-    """Both ways to make the map on a CPU."""
-    from molsaki_kernels._native import build as library
+    """Runs a test with each of the two map engines for a CPU."""
+    from molsaki_kernels._native import build
 
     if request.param == "torch":
         request.getfixturevalue("without_native")
-    elif library.why_not():
-        pytest.skip(library.why_not())
+    elif build.why_not():
+        pytest.skip(build.why_not())

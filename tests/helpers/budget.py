@@ -1,4 +1,4 @@
-"""The error budget: at most twice what eager attention makes of the same input in the same dtype, plus one rounding."""
+"""The error budget: twice the error of eager attention on the same input in the same dtype, plus one rounding."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def assert_within_budget(name: str, got: Tensor, oracle: Tensor, eager: Tensor) 
     assert got.isfinite().all(), f"{name}: not finite"
     rounding = torch.finfo(got.dtype).eps
     if got.dtype == torch.float64 and eager.dtype == torch.float64:
-        rounding *= 16  # nothing finer tells how far the oracle itself is off
+        rounding *= 16  # the oracle has the same precision, and its own error is unknown
     allowed = 2 * error(eager, oracle) + rounding
     assert error(got, oracle) <= allowed, f"{name}: error {error(got, oracle):.2e} exceeds the budget {allowed:.2e}"

@@ -1,8 +1,8 @@
-"""What stands in for the flash-attn packages where there is no GPU: their functions' parameters, in plain PyTorch.
+"""Replaces the flash-attn packages where there is no GPU: functions with the same parameters, in PyTorch.
 
-``PARAMETERS`` was read off flash-attn 2.8.3.post2 and flash-attn 4.0.0b36. The stand-ins take those and no others,
-refuse what the packages refuse of shapes, strides and types, and follow the packages' conventions: the layout, ``(left,
-right)`` windows, lse in natural logarithm without padding, flash-attn 4's ``D - dlse``.
+``PARAMETERS`` lists the parameters in flash-attn 2.8.3.post2 and flash-attn 4.0.0b36. The stand-ins accept no others,
+refuse the shapes, strides and dtypes that the packages refuse, and follow the packages' conventions: the layout,
+``(left, right)`` windows, an lse in natural logarithm without padding, and flash-attn 4's ``D - dlse``.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ PARAMETERS = {
     },
 }  # fmt: skip
 
-CALLS: list[tuple[str, dict]] = []  # what the stand-ins were called with
+CALLS: list[tuple[str, dict]] = []  # the function and arguments of every call
 
 
 def install(monkeypatch, *versions: int) -> None:
-    """Puts the stand-ins where ``import`` finds them, and nothing where another version would be."""
+    """Makes the stand-ins of ``versions`` importable, and the other versions not."""
     modules = {"flash_attn": types.ModuleType("flash_attn"), "flash_attn.cute": types.ModuleType("flash_attn.cute")}
     modules["flash_attn"].__path__ = []
     modules["flash_attn.cute"].__path__ = []
@@ -65,7 +65,7 @@ def install(monkeypatch, *versions: int) -> None:
 
 
 def _recorded(version: int, function: str):
-    """The stand-in behind the real function's parameters, in order; what is not given is None."""
+    """The stand-in with the real function's parameters, in order; omitted arguments are None."""
     parameters = PARAMETERS[version][function]
     run = globals()[f"_{'backward' if 'b' in function.split('_')[-1] else 'forward'}_{version}"]
 
@@ -94,13 +94,13 @@ def _backward_2(x, varlen):
     _check_2(x, varlen, (x.q, x.k, x.v, x.out, x.dout, *gradients))
     assert type(x.deterministic) is bool
     assert [t.shape for t in gradients] == [x.q.shape, x.k.shape, x.v.shape]
-    for given, made in zip(gradients, _differentiate(x, x.cu_seqlens_q if varlen else None, -1, None), strict=True):
-        given.copy_(made)
+    for given, grad in zip(gradients, _differentiate(x, x.cu_seqlens_q if varlen else None, -1, None), strict=True):
+        given.copy_(grad)
     return x.softmax_lse.new_empty(0)
 
 
 def _check_2(x, varlen, tensors):
-    """What the extension checks, and what its operators' schemas do."""
+    """The checks of the extension and of its operators' schemas."""
     assert all(t.stride(-1) == 1 and t.dtype == x.q.dtype for t in tensors)
     assert x.q.dim() == (3 if varlen else 4) and x.q.shape[-1] % 8 == 0 and x.q.shape[-1] <= 256 and x.q.shape[0] > 0
     for name, kind in dict(dropout_p=float, softmax_scale=float, causal=bool, softcap=float).items():
@@ -110,7 +110,7 @@ def _check_2(x, varlen, tensors):
     if varlen:
         assert torch.equal(x.cu_seqlens_q, x.cu_seqlens_k) and x.cu_seqlens_q.dtype == torch.int32
         assert x.max_seqlen_q == x.max_seqlen_k >= x.cu_seqlens_q.diff().max()
-        assert x.max_seqlen_q > 1  # 1 is taken for decoding, and q regrouped by the batch
+        assert x.max_seqlen_q > 1  # the package treats 1 as decoding, and regroups q by batch
 
 
 def _forward_4(x, _):
@@ -130,8 +130,8 @@ def _backward_4(x, _):
     assert x.out.shape == x.dout.shape == x.q.shape and x.learnable_sink is None
     assert x.q.dtype == x.k.dtype == x.v.dtype == x.out.dtype == x.dout.dtype
     assert type(x.deterministic) is bool
-    made = _differentiate(x, x.cu_seqlens_q, None, x.dlse)
-    return tuple(torch.empty_like(like).copy_(t) for like, t in zip((x.q, x.k, x.v), made, strict=True))
+    grads = _differentiate(x, x.cu_seqlens_q, None, x.dlse)
+    return tuple(torch.empty_like(like).copy_(t) for like, t in zip((x.q, x.k, x.v), grads, strict=True))
 
 
 def _lse_shape(q, varlen):
@@ -139,7 +139,7 @@ def _lse_shape(q, varlen):
 
 
 def _sequences(cu_seqlens, *tensors):
-    """Each sequence's ``(M, H, D)`` or, of an lse, ``(H, M)``."""
+    """The slices of each sequence: ``(M, H, D)``, or ``(H, M)`` of an lse."""
     if cu_seqlens is None:
         yield from zip(*tensors, strict=True)
         return
@@ -147,8 +147,11 @@ def _sequences(cu_seqlens, *tensors):
         yield tuple(t[:, a:b] if t.dim() == 2 else t[a:b] for t in tensors)
 
 
-def _scores(x, q, k, everything):
-    """Capped, masked scores ``(H, M, M)`` in float64 and the cap's slope."""
+def _scores(x, q, k, unlimited):
+    """Capped, masked scores ``(H, M, M)`` in float64 and the derivative of the cap.
+
+    A window side equal to ``unlimited`` does not mask.
+    """
     k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = torch.einsum("ihd,jhd->hij", q.double(), k) * x.softmax_scale
     slope = torch.ones_like(scores)
@@ -158,16 +161,16 @@ def _scores(x, q, k, everything):
     i = torch.arange(len(q))[:, None]
     j = torch.arange(len(q))
     left, right = x.window_size_left, 0 if x.causal else x.window_size_right
-    if left != everything:
+    if left != unlimited:
         scores = scores.masked_fill(j < i - left, float("-inf"))
-    if right != everything:
+    if right != unlimited:
         scores = scores.masked_fill(j > i + right, float("-inf"))
     return scores, slope
 
 
-def _attend(x, cu_seqlens, everything, sink, out, lse):
+def _attend(x, cu_seqlens, unlimited, sink, out, lse):
     for q, k, v, o, s in _sequences(cu_seqlens, x.q, x.k, x.v, out, lse):
-        scores, _ = _scores(x, q, k, everything)
+        scores, _ = _scores(x, q, k, unlimited)
         total = scores.logsumexp(-1)
         if sink is not None:
             total = torch.logaddexp(total, sink.double()[:, None])
@@ -176,14 +179,14 @@ def _attend(x, cu_seqlens, everything, sink, out, lse):
         s.copy_(total)
 
 
-def _differentiate(x, cu_seqlens, everything, dlse):
+def _differentiate(x, cu_seqlens, unlimited, dlse):
     lse = x.lse if hasattr(x, "lse") else x.softmax_lse
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float64) for t in (x.q, x.k, x.v))
     given = torch.zeros_like(lse) if dlse is None else dlse
     pieces = _sequences(cu_seqlens, x.q, x.k, x.v, x.out, x.dout, dq, dk, dv, lse, given)
     for q, k, v, out, dout, dq_n, dk_n, dv_n, total, dtotal in pieces:
         G = q.shape[1] // k.shape[1]
-        scores, slope = _scores(x, q, k, everything)
+        scores, slope = _scores(x, q, k, unlimited)
         p = (scores - total.double()[..., None]).exp()
         delta = (dout.double() * out.double()).sum(-1).T - dtotal
         dp = torch.einsum("ihd,jhd->hij", dout.double(), v.double().repeat_interleave(G, dim=1))

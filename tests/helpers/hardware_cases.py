@@ -1,7 +1,7 @@
-"""Shared by the hardware tests: features, dtypes, and long sequences with a blockwise oracle.
+"""Cases of the hardware tests: features, dtypes, and long sequences with a blockwise oracle.
 
-The blockwise oracle gives all results of the oracle of ``kernel_cases`` without the whole weight matrix. Eager's error
-is that of the same computation in the working dtype.
+The blockwise oracle computes all results of the oracle in ``kernel_cases`` without the full matrix of weights. Run in
+the working dtype, the same computation gives the error of eager attention.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def long_inputs(M: int, Hq: int, Hkv: int, D: int, dtype: torch.dtype, words: in
 
 
 def walk(x: Inputs, dtype: torch.dtype, rows: int = 1024) -> dict[str, torch.Tensor]:
-    """The results of ``oracle`` for a causal call and both gradients, in ``dtype``, by blocks of rows of one head."""
+    """The results of ``oracle`` for a causal call with both gradients, in ``dtype``, per head and block of rows."""
     q, k, v, dout = (t.to(dtype)[0] for t in (x.q, x.k, x.v, x.dout))
     Hq, M, D = q.shape
     group, scale = Hq // k.shape[0], D**-0.5

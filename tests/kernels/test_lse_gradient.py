@@ -1,4 +1,4 @@
-"""The fold: D - dlse in place of D, through O."""
+"""Tests folding dlse into out: the backward then computes D - dlse in place of D = sum(O * dO)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from molsaki_kernels.attention.lse_gradient import VANISHED, fold_dlse_into_out
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", ["all there", "some vanished", "all vanished", "tiny"])
+@pytest.mark.parametrize("rows", ["none vanished", "some vanished", "all vanished", "tiny"])
 def test_row_sums(dtype, rows):
     out, dout = torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
     if rows == "some vanished":
@@ -24,7 +24,7 @@ def test_row_sums(dtype, rows):
     assert folded.dtype == dtype and folded.isfinite().all() and along.isfinite().all()
     expected = (out.double() * dout.double()).sum(-1) - dlse.double()
     got = (folded.double() * along.double()).sum(-1)
-    # each entry of O' is made in a few operations of at least float32 and rounded once to the working dtype
+    # each folded element is computed in a few operations in float32 or wider, and rounded once to the working dtype
     rounding = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(dlse.dtype).eps
     allowed = rounding * (folded.double() * along.double()).abs().sum(-1) + VANISHED * out.double().norm(dim=-1)
     assert ((got - expected).abs() <= allowed).all()

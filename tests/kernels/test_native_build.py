@@ -57,7 +57,7 @@ def test_no_compiler(monkeypatch):
 
 
 @needs_library
-def test_the_library_itself_without_a_compiler_is_an_error(monkeypatch):
+def test_using_an_unavailable_library_is_an_error(monkeypatch):
     monkeypatch.setattr(build, "_loaded", lambda: (None, "switched off by a test"))
     with pytest.raises(RuntimeError, match="switched off by a test"):
         build.library()
@@ -113,7 +113,7 @@ def test_compiled_once(monkeypatch, tmp_path, quick):
 
 @needs_library
 def test_no_wider_than_avx2(tmp_path):
-    """The same sources for processors without AVX-512 pass the same cases."""
+    """The sources, compiled without AVX-512, pass the same cases."""
     source = "from molsaki_kernels._native import compile\ncompile.FLAGS += ('-mno-avx512f',)\n"
     chosen = ["-qx", "-p", "no:cacheprovider", str(TESTS), "-k", "test_map or test_attention"]
     source += f"import pytest, sys\nsys.exit(pytest.main({chosen}))"
@@ -126,7 +126,7 @@ def test_no_wider_than_avx2(tmp_path):
 
 @needs_library
 def test_the_libraries_of_a_wheel(monkeypatch, tmp_path, quick):
-    """The best one that the processor can run is loaded, and nothing is compiled. Without one, the sources are."""
+    """The best library that the processor can run is loaded. The sources are compiled only if there is none."""
     (tmp_path / "_native").mkdir()
     for name in compile.VARIANTS:
         compile.compile_library(compile.compiler(), name, tmp_path / "_native" / f"molsaki-{name}.so")
@@ -149,7 +149,7 @@ def test_the_libraries_of_a_wheel(monkeypatch, tmp_path, quick):
 
 
 def disassembled(path: Path, default: str) -> str:
-    """The registers that the code of a library names; ``default`` where there is no objdump."""
+    """The kinds of vector registers in a library's code; ``default`` where objdump is not installed."""
     if shutil.which("objdump", path=os.defpath) is None:
         return default
     command = [shutil.which("objdump", path=os.defpath), "-d", path]

@@ -1,3 +1,5 @@
+"""Tests StepPlan: construction, indexing, concatenation, collation, pickling and refusals."""
+
 from __future__ import annotations
 
 import pickle
@@ -28,7 +30,7 @@ def test_empty_plans():
     assert len(StepPlan.from_spans([], [])) == 0
     plan = StepPlan.from_spans([[]], [[]])
     assert plan.steps.shape == (1, 0, 2) and plan.tokens.shape == (1, 0) and plan.extents == (0,)
-    plan = StepPlan.from_spans([[(0, 3)]], [[[], [1]]])  # a word whose tokens fell to another keeps its column
+    plan = StepPlan.from_spans([[(0, 3)]], [[[], [1]]])  # a word without tokens keeps its column
     assert plan.word_mask.tolist() == [[True, True]] and plan.word_of_token.tolist() == [[1]]
 
 

@@ -1,4 +1,4 @@
-"""What depends on a plan alone is made once a plan, and again when anything changes; none outlives its plan."""
+"""Tests the cache of tensors derived from a plan: computed once per plan, again after any change, and freed with the plan."""
 
 import dataclasses
 import gc
@@ -8,7 +8,7 @@ import torch
 
 from molsaki_kernels import StepPlan, reference, stepwise_attention, stepwise_map
 from molsaki_kernels import _plan_cache as plan_cache
-from molsaki_kernels.attention_map import torch_blocks as layout
+from molsaki_kernels.attention_map import torch_blocks
 
 
 def plan_of(words=((1,), (4, 5))):
@@ -25,26 +25,26 @@ def check(plan, M=9, **options):
     torch.testing.assert_close(maps, reference.stepwise_attention(*inputs(M), plan, **options)[1])
 
 
-def test_one_layout_serves_every_layer(monkeypatch, without_native):
-    made = []
+def test_blocks_are_computed_once_for_all_layers(monkeypatch, without_native):
+    created = []
 
-    class Counted(layout.BlockedSequences):
+    class Counted(torch_blocks.BlockedSequences):
         def __init__(self, *arguments):
-            made.append(self)
+            created.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(layout, "BlockedSequences", Counted)
+    monkeypatch.setattr(torch_blocks, "BlockedSequences", Counted)
     plan = plan_of()
     q, k, v = (t.requires_grad_() for t in inputs())
     for _ in range(3):
         out, maps = stepwise_attention(q, k, v, plan)
         (out.sum() + maps.square().sum()).backward()
-    assert len(made) == 1
+    assert len(created) == 1
 
 
 @pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("change", [{"M": 12}, {"causal": False}, {"window": 3}, {"head_reduction": "none"}])
-def test_another_shape_or_option_has_its_own(change):
+def test_another_shape_or_option_has_its_own_entry(change):
     plan = plan_of()
     check(plan)
     check(plan, **change)
@@ -64,7 +64,7 @@ def test_a_plan_changed_in_place():
 
 
 @pytest.mark.usefixtures("cpu_map")
-def test_plans_share_no_layout():
+def test_plans_share_no_entry():
     first, second = plan_of(), plan_of(((2,), (6,)))
     for _ in range(2):
         check(first)
@@ -72,7 +72,7 @@ def test_plans_share_no_layout():
 
 
 @pytest.mark.usefixtures("cpu_map")
-def test_nothing_outlives_its_plan():
+def test_entries_are_freed_with_their_plan():
     gc.collect()
     before = len(plan_cache._cache)
     plan = plan_of()
@@ -102,7 +102,7 @@ def test_inference_mode_plan():
 
 
 def test_blocks_that_are_not_kept(monkeypatch):
-    monkeypatch.setattr(layout, "LARGEST_KEPT", 0)
+    monkeypatch.setattr(torch_blocks, "LARGEST_KEPT", 0)
     for options in ({}, {"window": 4}, {"causal": False}):
         plan = plan_of()
         check(plan, **options)

@@ -1,4 +1,4 @@
-"""pool_values (Eq. 5) in plain PyTorch against the float64 oracle."""
+"""Compares the torch engine of pool_values (Eq. 5) with the float64 oracle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from molsaki_kernels import pool_values, reference
-from molsaki_kernels.value_pooling import torch as values
+from molsaki_kernels.value_pooling import torch as torch_pooling
 from tests.helpers.budget import assert_within_budget
 
 CASES = list(itertools.product(["sum", "mean"], ["concat", "mean"], ["none", "lengths", "packed", "packed lengths"]))
@@ -27,7 +27,7 @@ def arguments(kind: str, dtype):
 
 @pytest.mark.parametrize("pooling, heads, kind", CASES)
 def test_against_the_oracle(pooling, heads, kind, monkeypatch):
-    monkeypatch.setattr(values, "ROWS", 13)
+    monkeypatch.setattr(torch_pooling, "ROWS", 13)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         v, given = arguments(kind, dtype)
         results = []
@@ -48,7 +48,7 @@ def test_against_the_oracle(pooling, heads, kind, monkeypatch):
             assert not dv_got[1].any() and not dv_got[3, :, 17:].any()
 
 
-def test_by_hand():
+def test_example_computed_by_hand():
     v = torch.tensor([[[[3.0, 4.0], [0.0, 0.0], [5.0, 0.0]]]])  # one head, three tokens
     norm = [3 / 12.5**0.5 + 5 / 12.5**0.5, 4 / 12.5**0.5]  # [3, 4] / sqrt(25 / 2) + 0 + [5, 0] / sqrt(25 / 2)
     torch.testing.assert_close(pool_values(v), torch.tensor([norm]))
@@ -56,7 +56,7 @@ def test_by_hand():
     torch.testing.assert_close(pool_values(v, torch.tensor([2])), torch.tensor([[3.0, 4.0]]) / 12.5**0.5)
 
 
-def test_autocast_changes_nothing():
+def test_autocast_has_no_effect():
     results = []
     for cast in (False, True):
         v = torch.randn(2, 3, 50, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
