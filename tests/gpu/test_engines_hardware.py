@@ -1,8 +1,8 @@
-"""Every engine on hardware, through the public door, against the float64 oracle: features, long sequences, and the
-company an attention keeps in real programs (the compiler, graphs, checkpoints, streams, several devices).
+"""Compares every engine on a GPU with the float64 oracle: features, long sequences, and use in real programs.
 
-What an engine cannot do is skipped with its own reason, so the list of skips says what was not covered. Half of the
-runs are in PyTorch's deterministic mode, which fills fresh memory with NaN and picks other variants of some engines.
+The latter covers the compiler, CUDA graphs, checkpointing, streams and several devices. A case that an engine refuses
+is skipped with the engine's reason, so that the list of skips shows the cases that were not covered. Half of the runs
+use PyTorch's deterministic mode, which fills new memory with NaN and selects other variants of some engines.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from molsaki_kernels.spec import AttentionRequest
 from tests.helpers.hardware_cases import FEATURES, long_inputs, walk
 from tests.helpers.kernel_cases import Case, Inputs, check, make, oracle
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms require it for cuBLAS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -30,10 +30,14 @@ NAMED = {case.name: case for case in FEATURES}
 MAIN = ["default", "full", "window", "full_window", "softcap", "sinks", "packed", "everything", "heads", "transposed",
         "slice"]  # fmt: skip
 SHAPES = ["rows_17", "rows_63", "group_of_seven", "d80", "d256", "plan_no_words"]
-FLEX = {BF16: [*MAIN, "d80", "d256"], FP16: ["default"], FP32: ["default", "everything"]}  # compiled anew, seconds each
+FLEX = {
+    BF16: [*MAIN, "d80", "d256"],
+    FP16: ["default"],
+    FP32: ["default", "everything"],
+}  # compiled per case, for seconds
 GRID = [(engine, dtype, name) for engine in ENGINES for dtype in (BF16, FP16, FP32)
         for name in (FLEX[dtype] if engine == "flex" else MAIN + SHAPES)]  # fmt: skip
-CASE = Case("company", M=500, B=2, Hq=4, Hkv=2, D=64, dtype=BF16)
+CASE = Case("small batch", M=500, B=2, Hq=4, Hkv=2, D=64, dtype=BF16)
 
 
 @contextlib.contextmanager
@@ -46,7 +50,7 @@ def deterministic(on: bool = True):
 
 
 def need(engine: str, case: Case, x: Inputs, backward: bool = True) -> None:
-    """Skips with the engine's own reason."""
+    """Skips a case that the engine refuses, with the engine's reason."""
     call = AttentionRequest(
         x.q.device, x.q.dtype, x.q.shape[0], x.q.shape[1], x.k.shape[1], x.q.shape[2], x.q.shape[3], case.options(),
         x.sinks is not None, x.cu_seqlens is not None, backward,
@@ -69,7 +73,7 @@ def forward(engine: str, case: Case, x: Inputs, leaves: dict, function=stepwise_
 
 
 def run(engine: str, case: Case, x: Inputs, source: str = "both", function=stepwise_attention) -> dict:
-    """out, the map, and gradients of what ``source`` names."""
+    """The output, the map, and the gradients of the results that ``source`` names."""
     leaves = leaves_of(x)
     out, maps = forward(engine, case, x, leaves, function)
     terms = {"out": (out, x.dout), "map": (maps, x.dmaps)}
@@ -86,7 +90,7 @@ def exact_and_eager(case: Case, x: Inputs, source: str) -> tuple[dict, dict]:
 def compare(engine: str, case: Case, source: str = "both", modes: tuple[bool, ...] = (False, True)) -> None:
     case = dataclasses.replace(case, device=DEVICE)
     x = make(case)
-    x.dout[..., ::3, :] = 0  # rows whose label is masked
+    x.dout[..., ::3, :] = 0  # as in rows whose label is masked
     need(engine, case, x)
     exact, eager = exact_and_eager(case, x, source)
     for mode in modes:
@@ -98,7 +102,7 @@ def compare(engine: str, case: Case, source: str = "both", modes: tuple[bool, ..
 
 @pytest.mark.parametrize("engine, dtype, name", GRID, ids=str)
 def test_features(engine, dtype, name):
-    # The others have one variant, and the deterministic mode's NaNs show what it leaves unwritten.
+    # These engines have one variant. The NaNs of the deterministic mode show elements that are never written.
     modes = (True,) if engine in ("flex", "triton", "eager") else (False, True)
     compare(engine, dataclasses.replace(NAMED[name], dtype=dtype), modes=modes)
 
@@ -108,13 +112,13 @@ def test_features(engine, dtype, name):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_gradient(engine, dtype, source):
     if engine == "flex" and dtype != BF16:
-        pytest.skip("flex: compiled for each; bfloat16 stands for the others here")
+        pytest.skip("flex: compiled per case; only bfloat16 is tested here")
     compare(engine, Case("one_gradient", M=511, D=128, Hq=4, Hkv=2, sinks=True, dtype=dtype), source)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_row_has_an_upstream_gradient(engine):
-    """dO is there and zero everywhere: a fold has nothing to fold along."""
+    """dO is given and zero everywhere, so that dlse cannot be folded into out."""
     case = dataclasses.replace(CASE, device=DEVICE)
     x = make(case)
     x.dout.zero_()
@@ -125,7 +129,7 @@ def test_no_row_has_an_upstream_gradient(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_row(engine):
-    """Its only weight is 1: out is v, the map 1, and no gradient reaches q or k but rounding."""
+    """Its only weight is 1: out is v, the map is 1, and dq and dk are zero except for rounding."""
     case = Case("one_row", M=1, D=64, Hq=4, Hkv=4, dtype=BF16, device=DEVICE)
     x = make(case)
     need(engine, case, x)
@@ -147,7 +151,7 @@ def long(M: int, D: int, words: int) -> tuple[Inputs, dict, dict]:
 @pytest.mark.parametrize("M", [4096, 32768, 131072])
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "eager"])
 def test_long(M, engine):
-    """Every result of every row, also at 131,072 tokens."""
+    """Compares every result of every row, also at 131,072 tokens."""
     case = Case("long", D=128)
     x, exact, eager = long(M, 128, M // 20)
     need(engine, case, x)
@@ -155,7 +159,7 @@ def test_long(M, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_twice_is_bitwise_the_same(engine):
+def test_deterministic_results_are_bitwise_reproducible(engine):
     case = dataclasses.replace(CASE, M=2048, D=128, device=DEVICE)
     x = make(case)
     with deterministic():
@@ -167,7 +171,7 @@ def test_twice_is_bitwise_the_same(engine):
 
 
 def prepared(engine: str, **changes) -> tuple[Case, Inputs, dict]:
-    """A case, its inputs and what the engine makes of them by itself; deterministic, so that all else is bitwise."""
+    """A case, its inputs, and the results of a simple call of the engine, to which others are compared bitwise."""
     case = dataclasses.replace(CASE, device=DEVICE, **changes)
     x = make(case)
     need(engine, case, x)
@@ -189,7 +193,7 @@ def test_compile(engine, changes):
         case, x, expected = prepared(engine, **changes)
         torch._dynamo.reset()
         found = run(engine, case, x, function=torch.compile(stepwise_attention, fullgraph=True))
-    if engine == "flex":  # compiled with its surroundings, it may be other code
+    if engine == "flex":  # compiled together with its caller, the code may differ
         exact, eager = exact_and_eager(case, x, "both")
         check("flex compiled", found, exact, eager)
     else:
@@ -211,7 +215,7 @@ def test_checkpointing(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_side_stream(engine):
-    """All work goes to the current stream: inputs are written on it just before, late, and results read on it."""
+    """All work runs on the current stream: inputs are written on it after a delay, and results are read on it."""
     with deterministic():
         case, x, expected = prepared(engine)
         kept = [t.clone() for t in (x.q, x.k, x.v)]
@@ -231,11 +235,11 @@ def test_side_stream(engine):
 @pytest.mark.parametrize("changes", [{}, PACKED], ids=["batch", "packed"])
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "eager"])
 def test_cuda_graph(engine, changes):
-    """Captured forward and backward, replayed on other numbers and, packed, other lengths."""
+    """Forward and backward are captured, and replayed on other values and, if packed, other lengths."""
     case = dataclasses.replace(CASE, device=DEVICE, **changes)
     x = make(case)
     need(engine, case, x)
-    if x.cu_seqlens is not None:  # a plan that fits the lengths before and after
+    if x.cu_seqlens is not None:  # a plan that fits both the old and the new lengths
         short = make(dataclasses.replace(case, lengths=(200, 0, 1, 150)))
         x.plan, x.dmaps = short.plan, short.dmaps
     stream = torch.cuda.Stream()
@@ -256,7 +260,7 @@ def test_cuda_graph(engine, changes):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_current_device_is_another(engine):
+def test_another_than_the_current_device(engine):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     with deterministic():
@@ -275,8 +279,8 @@ def test_current_device_is_another(engine):
 
 @pytest.mark.parametrize("changes", [{}, PACKED], ids=["batch", "packed"])
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "eager"])
-def test_nothing_waits_for_the_device(engine, changes):
-    """Neither the door nor the operators nor their backward synchronise."""
+def test_no_synchronization(engine, changes):
+    """Neither the public function nor the operators nor their backward synchronize with the device."""
     case, x, _ = prepared(engine, **changes)
     torch.cuda.set_sync_debug_mode("error")
     try:

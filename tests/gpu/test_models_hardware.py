@@ -1,8 +1,8 @@
-"""Real architectures and a real training run on hardware.
+"""Tests model architectures and a training run on a GPU.
 
-The architectures of ``test_hooks``, with heads wide enough for every engine: maps and weight gradients in bfloat16 and
-float32 against the model's own eager attention in float64 on the same weights, within twice the error that its eager
-attention makes in the working dtype.
+The architectures are those of ``tests/helpers/architectures.py``, with heads wide enough for every engine. Maps and
+weight gradients in bfloat16 and float32 are compared with the model's own eager attention in float64 on the same
+weights. The budget is twice the error of its eager attention in the working dtype.
 """
 
 import copy
@@ -30,16 +30,16 @@ WIDE = {"hidden_size": 128, "head_dim": 32}
 
 
 def on_device(name: str, dtype: torch.dtype):
-    """Heads of 32: flash attention and the Triton kernels take them."""
+    """A model with head_dim 32, which flash attention and the Triton kernels support."""
     wanted = {"n_embd": 128} if name == "GPT2" else {k: v for k, v in WIDE.items() if k in ARCHITECTURES[name]}
     if name == "GptOss":
-        wanted["num_experts_per_tok"] = 2  # all there are: rounding must not choose another
+        wanted["num_experts_per_tok"] = 2  # all experts, so that rounding cannot change the choice
     model = make(name, torch.float32, **wanted).to(dtype)
     return model.to(DEVICE)
 
 
 def results(model, run) -> dict[str, torch.Tensor]:
-    """Maps, and the gradient of every weight."""
+    """The maps and the gradient of every weight."""
     inputs, plan = batch()
     inputs, plan = {name: t.to(DEVICE) for name, t in inputs.items()}, plan.to(DEVICE)
     maps, logits = run(model, inputs, plan)
@@ -61,11 +61,11 @@ def ours(model, inputs, plan):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_maps_and_weight_gradients(name, dtype):
     if TRANSFORMERS < 5 and name == "GPT2":
-        pytest.skip("transformers 4's GPT-2 hands no extra keywords to its attention")
+        pytest.skip("transformers 4's GPT-2 passes no extra keywords to its attention")
     model = on_device(name, dtype)
     exact_model = copy.deepcopy(model).double()
     if name == "GptOss" and TRANSFORMERS > 4:
-        exact_model.set_experts_implementation("eager")  # the grouped product takes no float64
+        exact_model.set_experts_implementation("eager")  # the grouped product does not support float64
     exact = results(exact_model, eager)
     by_eager = results(model, eager)
     found = results(model, ours)
@@ -73,19 +73,22 @@ def test_maps_and_weight_gradients(name, dtype):
     groups = grouped(exact)
     typical = torch.stack([joined(exact, keys).double().norm() for keys in groups.values()]).median()
     for group, keys in groups.items():
-        right = joined(exact, keys).double()
-        if group == "maps" or right.norm() > 1e-3 * typical:  # the rest is zero but for rounding: a key's bias
-            assert_within_budget(f"{name}: {group}", joined(found, keys), right, joined(by_eager, keys))
+        expected = joined(exact, keys).double()
+        if group == "maps" or expected.norm() > 1e-3 * typical:  # others, as of a key's bias, are only rounding
+            assert_within_budget(f"{name}: {group}", joined(found, keys), expected, joined(by_eager, keys))
 
 
 def grouped(results: dict) -> dict[str, list[str]]:
-    """Each weight of an attention by itself. The others of a layer together: some of their gradients, a router's bias
-    for one, are differences of large terms, and eager's luck with them is no measure."""
+    """Names of results: each weight of an attention alone, the other weights of a layer together.
+
+    Some gradients of the latter, such as that of a router's bias, are differences of large terms, in which the error of
+    eager attention is a matter of chance.
+    """
     groups: dict[str, list[str]] = {}
     for key in results:
         alone = key == "maps" or "attn" in key or "attention" in key
         layer = next((part for part in key.split(".") if part.isdigit()), "outside")
-        groups.setdefault(key if alone else f"the rest of layer {layer}", []).append(key)
+        groups.setdefault(key if alone else f"other weights of layer {layer}", []).append(key)
     return groups
 
 
@@ -95,7 +98,7 @@ def joined(results: dict, keys: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_generate(implementation):
-    """A padded batch, greedily, in float32: the same tokens as the model's own attention gives."""
+    """Greedy generation for a padded batch in float32 gives the same tokens as the model's own attention."""
     model = on_device("Llama", torch.float32)
     prompt = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     mask = torch.ones_like(prompt)
@@ -108,7 +111,7 @@ def test_generate(implementation):
 
 
 def distilled(folder, store: Store | None, **options) -> list[dict]:
-    """The log of twenty steps of a tiny student, with the teacher live or from the store."""
+    """The log of twenty training steps of a tiny student, with a live teacher or with stored maps."""
     config = DistillConfig(
         output_dir=str(folder / f"out-{store is None}"), train_file=str(folder / "train.jsonl"), max_steps=20,
         per_device_train_batch_size=4, learning_rate=1e-2, adam_epsilon=1e-3, logging_steps=1, save_strategy="no",
@@ -123,7 +126,7 @@ def distilled(folder, store: Store | None, **options) -> list[dict]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_distillation(tmp_path, bf16):
-    """The losses fall, L_att is there, and stored maps train as a live teacher does."""
+    """The losses fall, L_att is between 0 and 1, and stored maps give the losses of a live teacher."""
     if torch.cuda.device_count() > 1:
         pytest.skip("several GPUs in one process are refused: CUDA_VISIBLE_DEVICES=0")
     data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(16))
@@ -136,7 +139,7 @@ def test_distillation(tmp_path, bf16):
     for name in ("loss", "loss_pre", "loss_exp"):
         assert sum(e[name] for e in live[-4:]) < 0.8 * sum(e[name] for e in live[:4]), name
     assert all(0 < e["loss_att"] < 1 for e in live)
-    # Mixed precision is the live teacher's too, and extraction's not. Later steps drift apart by rounding.
+    # The live teacher also uses mixed precision, but extraction does not. Later steps differ by accumulated rounding.
     for a, b in zip(stored[:3], live[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2 if bf16 else 1e-4)
         assert a["loss_att"] == pytest.approx(b["loss_att"], rel=5e-2 if bf16 else 1e-3)

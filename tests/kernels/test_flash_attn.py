@@ -1,4 +1,4 @@
-"""Engine flash_attn's calls of both packages, through stand-ins with the packages' parameters, against the oracle."""
+"""Compares engine flash_attn with the oracle, on stand-ins with the parameters of both flash-attn packages."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends to be a GPU of a capability with some versions installed."""
+    """A function that simulates a GPU of some compute capability and the installed versions of flash-attn."""
 
-    def pretend(major: int, *versions: int, any_call: bool = True):
+    def simulate(major: int, *versions: int, any_call: bool = True):
         stand_ins.install(monkeypatch, *versions)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
-        if any_call:  # tensors on a CPU in any dtype
+        if any_call:  # also of CPU tensors in any dtype
             monkeypatch.setattr(flash_attn, "available", lambda: None)
             monkeypatch.setattr(flash_attn, "why_not", lambda call: None)
         flash_attn._interface.cache_clear()
 
-    yield pretend
+    yield simulate
     flash_attn._interface.cache_clear()
 
 
-MACHINES = {"2": (8, 2), "4": (9, 4), "4, no sinks of its own": (8, 4)}
+MACHINES = {"2": (8, 2), "4": (9, 4), "4, without its own sinks": (8, 4)}
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -68,7 +68,7 @@ def test_plans(machine, name, plan_name):
     compare("flash_attn", plan_name, dict(packed=True, head_reduction="none", sinks=True), torch.float32)
 
 
-def test_head_dim_256_on_blackwell_is_folded(machine):
+def test_head_dim_256_on_blackwell_folds_dlse(machine):
     machine(10, 4)
     compare("flash_attn", "some empty", dict(sinks=True), torch.bfloat16, dim=256)
     assert [given["dlse"] for function, given in stand_ins.CALLS if function == "_flash_attn_bwd"] == [None]
@@ -78,7 +78,7 @@ def test_head_dim_256_on_blackwell_is_folded(machine):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["2", "4"])
 def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
-    """Inputs arrive in place, and results leave in the layout that the operators promised."""
+    """Inputs are passed without a copy, and results have the strides that the operators declare."""
     machine(*MACHINES[name])
     match_strides = ops.match_strides
 
@@ -99,7 +99,7 @@ def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
 
 @pytest.mark.parametrize("name, layout", [("2", "bmhd"), ("4", "bhmd")])
 def test_triton_map_is_added_to_its_gradients(machine, monkeypatch, name, layout):
-    """The map kernels, interpreted, write into dq and dk as they come: transposed, packed, or a slice of wider ones."""
+    """The interpreted map kernels add to dq and dk as they are: transposed, packed, or a slice of wider tensors."""
     machine(*MACHINES[name])
     monkeypatch.setattr(mk.api.engine_selection, "choose_map_engine", lambda engine, q, options: "triton")
     compare("flash_attn", "some empty", FEATURES["plain"], torch.float16, layout=layout)
@@ -120,7 +120,7 @@ def test_deterministic_is_passed_on(machine, name):
 
 
 @pytest.mark.parametrize("name", ["2", "4"])
-def test_a_single_row_and_nothing_at_all(machine, name):
+def test_single_rows_and_empty_sequences(machine, name):
     machine(*MACHINES[name])
     for lengths in ([1], [1, 0], [0, 0], []):
         q = torch.randn(1, 2, sum(lengths), 8, requires_grad=True)
@@ -189,7 +189,7 @@ HALF = torch.float16
         (9, (), {}, "flash-attn-4 is not installed; flash-attn is not installed"),
     ],
 )
-def test_what_each_version_can_do(machine, monkeypatch, major, versions, changes, reason):
+def test_reasons_of_each_version(machine, monkeypatch, major, versions, changes, reason):
     machine(major, *versions, any_call=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = flash_attn.why_not(dataclasses.replace(CALL, **changes))
@@ -207,7 +207,7 @@ def test_no_deterministic_backward_on_sm120(machine):
 
 
 @pytest.mark.parametrize("major, chosen", [(8, 2), (9, 4), (10, 4), (12, 2)])
-def test_which_version_serves(machine, monkeypatch, major, chosen):
+def test_selected_version(machine, monkeypatch, major, chosen):
     machine(major, 2, 4)
     assert flash_attn._version(torch.device("cuda")) == chosen
     monkeypatch.setattr(torch.version, "hip", "7.0")
@@ -226,7 +226,7 @@ def test_a_package_that_does_not_import(machine, monkeypatch):
     )  # fmt: skip
 
 
-def test_not_in_auto_and_refused_with_a_reason():
+def test_a_refusal_names_the_reason():
     (q, k, v), plan, _ = inputs("some empty", torch.float32)
     with pytest.raises(ValueError, match="'flash_attn' cannot serve this call.*not installed|no GPU|not for cpu"):
         mk.stepwise_attention(q, k, v, plan, engine="flash_attn")
@@ -234,8 +234,8 @@ def test_not_in_auto_and_refused_with_a_reason():
 
 
 @pytest.mark.parametrize("version", [2, 4])
-def test_the_real_functions_take_these_calls(machine, monkeypatch, version):
-    """Where a package is installed: what the stand-ins were given, it would take too."""
+def test_the_real_functions_accept_these_calls(machine, monkeypatch, version):
+    """If a package is installed, its functions have the parameters that the stand-ins were called with."""
     machine(9, version)
     for feature in ("plain", "packed"):
         compare("flash_attn", "some empty", FEATURES[feature], torch.bfloat16)
@@ -255,12 +255,12 @@ def test_the_real_functions_take_these_calls(machine, monkeypatch, version):
 
 
 @pytest.mark.parametrize("major, version", [(9, 4), (8, 2), (8, 4)])
-def test_the_choice_of_an_engine_compiles(machine, major, version):
-    def ask():
+def test_engine_selection_compiles(machine, major, version):
+    def query():
         return torch.zeros(1), flash_attn.available(), flash_attn.why_not(CALL), flex.available(), flex.why_not(CALL)
 
     machine(major, version, any_call=False)
-    torch._dynamo.reset()  # what it took for constant on the machine before
-    expected = ask()[1:]
+    torch._dynamo.reset()  # code compiled for the machine before holds its constants
+    expected = query()[1:]
     assert (expected[1] is None) == (version == 2 or major == 9)
-    assert torch.compile(ask, fullgraph=True, backend="eager")()[1:] == expected
+    assert torch.compile(query, fullgraph=True, backend="eager")()[1:] == expected

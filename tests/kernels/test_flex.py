@@ -1,7 +1,7 @@
-"""Engine flex on CPU tensors: FlexAttention's uncompiled arithmetic and the blocks its masks name, against the oracle.
+"""Compares engine flex, uncompiled on CPU tensors, with the oracle, and the blocks of its masks with dense masks.
 
-PyTorch lets no gradient through FlexAttention on a CPU, though its dense implementation has one; the check that refuses
-is switched off here. What is compiled for CUDA gets the same arguments.
+PyTorch refuses gradients of FlexAttention on a CPU, although its dense implementation has them; the check is disabled
+here. The function that is compiled for CUDA gets the same arguments.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_empty_batch_and_empty_sequence():
 
 def test_checkpointing_and_inference_mode():
     tensors, plan, cu = inputs("ragged", torch.float32, packed=True)
-    with torch.inference_mode():  # what is kept from it must serve a backward
+    with torch.inference_mode():  # the masks that it keeps must work in a later backward
         mk.stepwise_attention(*tensors, plan[0], window=41, engine="flex")
         mk.stepwise_attention(*tensors, plan, cu_seqlens=cu, window=40, engine="flex")
     q, k, v = tensors
@@ -96,7 +96,7 @@ def test_checkpointing_and_inference_mode():
 
 @pytest.mark.parametrize("feature", ["plain", "softcap", "packed, window, sinks"])
 def test_compile(feature):
-    """The whole of it in one graph, forward and backward, as a CUDA machine would hand it to Inductor."""
+    """Forward and backward compile to one graph, as for Inductor on a CUDA machine."""
     options = dict(FEATURES[feature])
     packed, sinks = options.pop("packed", False), options.pop("sinks", False)
     tensors, plan, cu = inputs("ragged", torch.float32, packed=packed, sinks=sinks)
@@ -108,7 +108,7 @@ def test_compile(feature):
 
 
 def test_compile_with_changing_numbers():
-    """A second softcap, scale or window makes numbers symbols in the caller's graph."""
+    """With a second softcap, scale or window, these numbers become symbols in the caller's graph."""
     tensors, plan, _ = inputs("ragged", torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(mk.stepwise_attention, fullgraph=True, backend="aot_eager")
@@ -121,7 +121,7 @@ def test_compile_with_changing_numbers():
 
 
 def test_one_compilation_for_each_softcap(monkeypatch):
-    """As the engine compiles flex by itself, but for the compiler: no symbol, no limit of eight."""
+    """Compiled as by the engine, except for the backend: without symbols, and without a limit of eight compilations."""
     monkeypatch.undo()
     monkeypatch.setattr(flex_api, "_validate_device", lambda *tensors: None)
     compile = torch.compile
@@ -145,9 +145,9 @@ LENGTHS = {
     "one row": [1],
     "one block": [128],
     "ragged": [300],
-    "whole": [512],
+    "whole blocks": [512],
     "packed": [40, 0, 88, 1, 200, 128, 55],
-    "packed, whole": [128, 256, 128],
+    "packed, whole blocks": [128, 256, 128],
 }
 
 
@@ -155,31 +155,31 @@ LENGTHS = {
 @pytest.mark.parametrize("window", [None, 1, 60, 128, 129, 250])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_blocks(name, window, causal):
-    """Against blocks found by looking at every pair: full ones are just those, partial ones none too few."""
+    """Compared with blocks found from every pair: the full blocks are the same, and no partial block is missing."""
     lengths, M = LENGTHS[name], sum(LENGTHS[name])
     cu = torch.tensor([0, *lengths]).cumsum(0).int() if "packed" in name else None
-    made = flex._make_mask(M, causal, window, torch.device("cpu"), cu)
-    if made is None:
+    mask = flex._make_mask(M, causal, window, torch.device("cpu"), cu)
+    if mask is None:
         assert causal is False and window is None and cu is None
         return
-    expected = flex_api.create_block_mask(made.mask_mod, None, None, M, M, device="cpu")
-    assert made.shape == expected.shape and made.BLOCK_SIZE == expected.BLOCK_SIZE
+    expected = flex_api.create_block_mask(mask.mask_mod, None, None, M, M, device="cpu")
+    assert mask.shape == expected.shape and mask.BLOCK_SIZE == expected.BLOCK_SIZE
 
     def dense(count, indices, n=-(-M // 128)):
         return flex_api._ordered_to_dense(count, indices, n).bool()
 
-    full = dense(made.full_kv_num_blocks, made.full_kv_indices)
-    partial = dense(made.kv_num_blocks, made.kv_indices)
+    full = dense(mask.full_kv_num_blocks, mask.full_kv_indices)
+    partial = dense(mask.kv_num_blocks, mask.kv_indices)
     assert torch.equal(full, dense(expected.full_kv_num_blocks, expected.full_kv_indices))
     needed = dense(expected.kv_num_blocks, expected.kv_indices)
     assert not (needed & ~partial).any() and not (full & partial).any()
     if cu is None:
         assert torch.equal(partial, needed)
-    assert torch.equal(dense(made.q_num_blocks, made.q_indices), partial.mT)
-    assert torch.equal(dense(made.full_q_num_blocks, made.full_q_indices), full.mT)
+    assert torch.equal(dense(mask.q_num_blocks, mask.q_indices), partial.mT)
+    assert torch.equal(dense(mask.full_q_num_blocks, mask.full_q_indices), full.mT)
 
 
-def test_masks_are_kept_as_long_as_their_sequences():
+def test_masks_are_kept_as_long_as_their_cu_seqlens():
     q = torch.zeros(1, 2, 300, 16)
     cu = torch.tensor([0, 100, 300], dtype=torch.int32)
     causal, window = AttentionOptions(True, 0.25), AttentionOptions(True, 0.25, window=9)
@@ -202,20 +202,20 @@ def test_masks_are_kept_as_long_as_their_sequences():
     assert mask_of(q, None, causal) is mask_of(q + 1, None, AttentionOptions(True, 7.0))
 
 
-def test_what_it_can_do(monkeypatch):
+def test_reasons_for_refusal(monkeypatch):
     monkeypatch.undo()
     call = AttentionRequest(
         device=torch.device("cuda"), dtype=torch.float32, batch=1, q_heads=2, kv_heads=1, length=9, head_dim=16,
         options=AttentionOptions(False, -1.0, 3, 2.0), sinks=True, packed=True, backward=True,
     )  # fmt: skip
 
-    def asked(**changes):
+    def reason(**changes):
         return flex.why_not(AttentionRequest(**(vars(call) | changes)))
 
-    assert asked() is None
-    assert "not for cpu tensors" in asked(device=torch.device("cpu"))
-    assert "not torch.float64" in asked(dtype=torch.float64)
-    assert "head_dim 16 and more, not 8" in asked(head_dim=8)
+    assert reason() is None
+    assert "not for cpu tensors" in reason(device=torch.device("cpu"))
+    assert "not torch.float64" in reason(dtype=torch.float64)
+    assert "head_dim 16 and more, not 8" in reason(head_dim=8)
     (q, k, v), plan, _ = inputs("some empty", torch.float32)
     if not torch.cuda.is_available():
         assert "no GPU" in str(mk.engines()["flex"])

@@ -1,4 +1,4 @@
-"""The cost of imports and of ``--help``, measured in fresh processes."""
+"""Measures the cost of imports and of ``--help`` in new processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU_TIME = "\nimport os; times = os.times(); print(times.user + times.system)"
 
 
 def python(source: str) -> str:
-    """The standard output of a fresh process, with one thread, that ran ``source``."""
+    """The standard output of a new process that runs ``source`` with one thread."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -28,7 +28,7 @@ def cpu_seconds(source: str) -> float:
 
 
 def loaded(source: str, *modules: str) -> list[str]:
-    """Those of ``modules`` that a fresh process has loaded after ``source``."""
+    """Those of ``modules`` that are loaded in a new process after it ran ``source``."""
     return python(f"{source}\nimport sys; print(*(m for m in {modules} if m in sys.modules))").split()
 
 
@@ -40,8 +40,8 @@ def test_the_kernels_import_nothing_heavier_than_torch():
     assert loaded(KERNELS, *heavy) == []
 
 
-def test_the_kernels_import_in_at_most_a_tenth_more_than_torch():
-    """The least CPU time of a few alternating runs, which load on the machine changes little."""
+def test_importing_the_kernels_takes_at_most_ten_percent_longer_than_torch():
+    """Compares the least CPU time of a few alternating runs, which depends little on the machine's load."""
     kernels, torch = [], []
     for _ in range(6):
         kernels.append(cpu_seconds(KERNELS))
@@ -51,7 +51,7 @@ def test_the_kernels_import_in_at_most_a_tenth_more_than_torch():
     pytest.fail(f"CPU seconds of importing molsaki_kernels {kernels}, and torch alone {torch}")
 
 
-def test_help_is_immediate():
+def test_help_takes_less_than_a_second():
     source = """
 import contextlib
 from molsaki.cli import main

@@ -1,4 +1,4 @@
-"""What may import what, and how many positional parameters a function has."""
+"""Checks which modules import which others, and the number of positional parameters of every function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_POSITIONAL = 8
 
 
 def modules(*folders: str) -> dict[str, ast.Module]:
-    """Dotted name -> syntax tree."""
+    """The syntax tree of each module, by dotted name."""
     found = {}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -23,7 +23,7 @@ def modules(*folders: str) -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.AST, known: set[str]) -> set[str]:
-    """The modules of ``known`` that a module imports, also in functions, but for type checkers only."""
+    """The modules of ``known`` that a module imports, also inside functions, except for type checking."""
     names = set()
     todo: list[ast.AST] = [tree]
     while todo:
@@ -50,7 +50,7 @@ def test_kernels_never_import_the_training_layer():
             assert not any(str(n).split(".")[0] == "molsaki" for n in names), name
 
 
-def test_the_oracle_imports_the_plan_alone():
+def test_the_oracle_imports_only_the_plan():
     assert imported(KERNELS["molsaki_kernels.reference"], set(EVERYTHING)) == {"molsaki_kernels.plan"}
 
 
@@ -63,7 +63,7 @@ def test_only_tests_and_benchmarks_import_the_oracle():
 
 @pytest.mark.parametrize("package", ["attention", "attention_map", "value_pooling"])
 def test_engines_never_import_each_other(package):
-    """Engines are the modules with a NAME."""
+    """An engine is a module that defines NAME."""
     engines = {
         name
         for name, tree in KERNELS.items()
@@ -76,10 +76,10 @@ def test_engines_never_import_each_other(package):
 
 
 def test_no_import_cycle():
-    """Also none that is hidden in functions."""
+    """Imports inside functions count too."""
     known = set(EVERYTHING)
     graph = {name: imported(tree, known) - {name} for name, tree in EVERYTHING.items()}
-    for name in graph:  # a package's __init__ is imported with its modules: only what it imports itself counts
+    for name in graph:  # of a package's __init__, imports of its own modules do not count
         graph[name] = {other for other in graph[name] if not name.startswith(f"{other}.")}
     done: set[str] = set()
 
@@ -98,14 +98,18 @@ def is_jit(node: ast.FunctionDef) -> bool:
     return any("jit" in ast.dump(d) or "kernel" in ast.dump(d) for d in node.decorator_list)
 
 
-# transformers calls its attention functions with these.
-DICTATED = {"molsaki.modeling.attention_hook.attention"}
+# transformers determines the parameters of its attention functions.
+FIXED_BY_TRANSFORMERS = {"molsaki.modeling.attention_hook.attention"}
 
 
 def test_positional_parameters():
-    """At most eight, but for jit kernels and what transformers' protocol dictates."""
+    """At most eight, except for jit kernels and functions whose parameters transformers determines."""
     for name, tree in EVERYTHING.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and not is_jit(node) and f"{name}.{node.name}" not in DICTATED:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and not is_jit(node)
+                and f"{name}.{node.name}" not in FIXED_BY_TRANSFORMERS
+            ):
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
                 assert len(names) <= MAX_POSITIONAL, f"{name}.{node.name}: {len(names)} positional parameters"

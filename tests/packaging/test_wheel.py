@@ -1,7 +1,7 @@
-"""The wheel and the sdist: their contents, and one layer in an environment with only torch and numpy, no compiler.
+"""Tests the wheel and the sdist: contents, and one layer with only torch and numpy installed and without a compiler.
 
-Nothing is downloaded: the build uses the setuptools that is installed, and the clean environment links to the torch and
-numpy of the running one.
+Nothing is downloaded: the build uses the installed setuptools, and the clean environment links to the torch and numpy
+of the running environment.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from molsaki_kernels._native import build, compile
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-GENERATED = {"build", "dist", "demo", "runs"}  # folders beside pyproject.toml that are no sources
+GENERATED = {"build", "dist", "demo", "runs"}  # folders beside pyproject.toml without sources
 needs_compiler = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 
 def run(*command, **options) -> str:
-    """Standard output and error of a command that has to succeed."""
+    """The standard output and error of a command, which must succeed."""
     done = subprocess.run(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, **options
     )
@@ -38,7 +38,7 @@ def run(*command, **options) -> str:
 
 
 def build_with(hook: str, source: Path, folder: Path, **environment) -> tuple[Path, str]:
-    """What a PEP 517 hook of the project builds, and what it prints."""
+    """The archive that a PEP 517 hook of the project builds, and the output of the build."""
     program = f"from setuptools import build_meta; build_meta.{hook}({str(folder)!r})"
     output = run(sys.executable, "-c", program, cwd=source, env=os.environ | environment)
     (built,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
@@ -65,7 +65,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(source, tmp_path_factory) -> Path:
-    """The sdist, unpacked."""
+    """The folder of the unpacked sdist."""
     folder = tmp_path_factory.mktemp("sdist")
     archive, _ = build_with("build_sdist", source, folder)
     with tarfile.open(archive) as opened:
@@ -75,11 +75,11 @@ def unpacked(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(unpacked, tmp_path_factory) -> Path:
-    """Built from the sdist, as pip does it."""
+    """The wheel, built from the sdist as pip does."""
     return build_with("build_wheel", unpacked, tmp_path_factory.mktemp("wheel"))[0]
 
 
-def test_the_sdist_holds_what_its_tests_need(source, unpacked):
+def test_the_sdist_contains_all_that_its_tests_need(source, unpacked):
     folders = ("tests", "examples", "docs", "molsaki", "molsaki_kernels", ".ci")
     files = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
     files += [*(source / "benchmarks").glob("*.*"), *(source / "benchmarks/results").glob("*.csv")]
@@ -122,7 +122,7 @@ def test_core_dependencies_are_torch_and_numpy(wheel):
 
 @needs_compiler
 @pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails"])
-def test_a_wheel_without_the_engine_is_pure_and_says_so(source, tmp_path, fault):
+def test_a_wheel_without_the_engine_is_pure_and_the_build_names_the_reason(source, tmp_path, fault):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho no space left >&2\n[ $1 = --version ]\n")
     broken.chmod(0o755)
@@ -142,7 +142,7 @@ def test_an_editable_install_compiles_nothing(source, tmp_path):
 
 
 def link_distributions(site_packages: Path, *names: str) -> None:
-    """Link installed distributions, and all that they require, into another environment."""
+    """Links installed distributions, and all that they require, into another environment."""
     pending, done = list(names), set()
     while pending:
         name = pending.pop()
