@@ -30,11 +30,8 @@ NAMED = {case.name: case for case in FEATURES}
 MAIN = ["default", "full", "window", "full_window", "softcap", "sinks", "packed", "everything", "heads", "transposed",
         "slice"]  # fmt: skip
 SHAPES = ["rows_17", "rows_63", "group_of_seven", "d80", "d256", "plan_no_words"]
-FLEX = {
-    BF16: [*MAIN, "d80", "d256"],
-    FP16: ["default"],
-    FP32: ["default", "everything"],
-}  # compiled per case, for seconds
+# Engine flex is compiled for every case, which takes seconds.
+FLEX = {BF16: [*MAIN, "d80", "d256"], FP16: ["default"], FP32: ["default", "everything"]}
 GRID = [(engine, dtype, name) for engine in ENGINES for dtype in (BF16, FP16, FP32)
         for name in (FLEX[dtype] if engine == "flex" else MAIN + SHAPES)]  # fmt: skip
 CASE = Case("small batch", M=500, B=2, Hq=4, Hkv=2, D=64, dtype=BF16)
@@ -260,7 +257,7 @@ def test_cuda_graph(engine, changes):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_another_than_the_current_device(engine):
+def test_a_device_other_than_the_current_one(engine):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     with deterministic():

@@ -180,7 +180,7 @@ def unchecked_plan(
 @needs_library
 @pytest.mark.parametrize("name", BAD_PLANS)
 def test_indices_out_of_bounds_are_refused(name):
-    """The operators check indices themselves: a traced call cannot read them, and a plan may be built by hand."""
+    """The engine checks indices itself: a traced call cannot read them earlier, and a plan may be built by hand."""
     changed, message = BAD_PLANS[name]
     (q, k, lse), _, _ = case([20, 20], 5, 2, 2, 2, 16, packed=True)
     q, k, lse = q.float(), k.float(), lse.float()
@@ -367,18 +367,18 @@ def test_attention_under_another_default_dtype_and_device(dtype):
     leaves = [x.float().requires_grad_() for x in (q, k, v, sinks)]
     weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) for x in expected.values()][:2]
 
-    def everything():
+    def outputs_and_gradients():
         results = mk.stepwise_attention(
             *leaves[:3], plan, sinks=leaves[3], cu_seqlens=cu, window=options["window"], engine="native"
         )
         return *results, *torch.autograd.grad(results, leaves, weights)
 
-    usual, before = everything(), torch.get_default_dtype()
+    usual, before = outputs_and_gradients(), torch.get_default_dtype()
     _, plan, cu = case(**shape)  # a new plan, of which nothing is cached
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
-            found = everything()
+            found = outputs_and_gradients()
     finally:
         torch.set_default_dtype(before)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, usual, strict=True))

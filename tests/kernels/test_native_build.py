@@ -1,4 +1,4 @@
-"""Compiling, caching, loading and checking the C library, and the reasons given where it is not available."""
+"""Tests compiling, caching, loading and checking the C library, and the reasons why it is not available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent / "test_native.py"
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Compile without optimisation, for tests that never call the library."""
+    """Compiles without optimization, for tests that never call the library."""
     monkeypatch.setattr(compile, "FLAGS", ("-O0", *compile.FLAGS[1:]))
 
 

@@ -1,4 +1,4 @@
-"""Tests the cache of tensors derived from a plan: one computation per plan, another after a change, freed with the plan."""
+"""Tests the cache of tensors derived from a plan: computed once per plan, again after a change, freed with the plan."""
 
 import dataclasses
 import gc

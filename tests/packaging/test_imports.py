@@ -63,7 +63,7 @@ with contextlib.suppress(SystemExit):
 
 
 def test_the_training_layer_imports_without_fcntl():
-    """As on Windows."""
+    """Windows has no fcntl."""
     source = "import sys; sys.modules['fcntl'] = None\nimport molsaki\nmolsaki.StoreWriter, molsaki.DistillTrainer"
     python(source)
 
