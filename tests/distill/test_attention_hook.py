@@ -9,7 +9,7 @@ import torch
 
 import molsaki
 from molsaki_kernels import StepPlan, ops
-from molsaki_kernels._native import build as library
+from molsaki_kernels._native import build
 from molsaki_kernels.reference import pool_values
 from tests.helpers.architectures import (  # noqa: F401
     ARCHITECTURES,
@@ -72,8 +72,8 @@ def test_gradient_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_float32_goes_through_the_native_engine(monkeypatch, name):
     """Heads of 16, as the engine takes them: maps and weight gradients off by at most twice what eager's are."""
-    if library.why_not():
-        pytest.skip(library.why_not())
+    if build.why_not():
+        pytest.skip(build.why_not())
     wide = (
         dict(n_embd=64)
         if name == "GPT2"

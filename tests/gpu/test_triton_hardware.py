@@ -93,7 +93,7 @@ def test_more_than_2_31_elements():
     torch.testing.assert_close(a["dk"][-1:], b["dk"])  # the number of splits of the rows depends on the batch
 
 
-def test_twice_is_bitwise_the_same():
+def test_results_are_bitwise_reproducible():
     x = long_inputs(4096, Hq=8, Hkv=2, D=128, dtype=torch.bfloat16, words=200)
     case = Case("twice", D=128)
     first = kernels(case, x, "both")

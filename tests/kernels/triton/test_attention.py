@@ -81,7 +81,7 @@ def test_expanded_gradient():
     assert all(torch.equal(given[key], copied[key]) for key in given)
 
 
-def test_twice_is_bitwise_the_same():
+def test_results_are_bitwise_reproducible():
     case = Case("twice", M=63, B=2, Hq=4, Hkv=2, sinks=True)
     x = make(case)
     first, second = kernels(case, x, "both"), kernels(case, x, "both")

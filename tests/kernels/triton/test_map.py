@@ -121,7 +121,7 @@ def test_launches_of_a_layer(engine, forward, backward, monkeypatch):
     assert names == forward + backward
 
 
-def test_twice_is_bitwise_the_same():
+def test_results_are_bitwise_reproducible():
     case = Case("twice", M=63, B=2, Hq=4, Hkv=2)
     x = make(case)
     lse = torch.randn(2, 4, 63) + 4
