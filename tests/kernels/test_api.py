@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
+import re
 import sys
+import textwrap
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from molsaki_kernels import reference
 from molsaki_kernels._compile import constant_when_compiled
 from tests.helpers import flash_attn_stand_ins as stand_ins
 from tests.helpers.budget import assert_within_budget
-from tests.kernels.test_attention import FEATURES, inputs
+from tests.kernels.test_attention import FEATURES, compare, inputs
 
 ENGINES = ("native", "sdpa", "eager", "triton")
 
@@ -234,6 +239,42 @@ def test_engines_are_data_and_printable():
     assert len(lines) == len(listed) and all(name in line for name, line in zip(listed, lines, strict=True))
     if not torch.cuda.is_available():
         assert not listed["flex"].ready and "no GPU" in str(listed["flex"])
+
+
+def test_the_recipe_of_an_engine(monkeypatch):
+    """The engine that docs/extending.md writes, on a package whose backward ignores the gradient of lse."""
+    text = (Path(__file__).parents[2] / "docs/extending.md").read_text()
+    source = textwrap.dedent(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    package = types.ModuleType("mine")
+    package.__spec__ = importlib.machinery.ModuleSpec("mine", None)
+
+    def forward(q, k, v, scale, causal):
+        accumulator = torch.promote_types(q.dtype, torch.float32)
+        weights, lse = reference.attention_weights(q.to(accumulator), k.to(accumulator), scale=scale, causal=causal)
+        return weights.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), lse
+
+    def backward(dout, q, k, v, out, lse, scale, causal):
+        leaves = [t.double().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            exact, exact_lse = forward(*leaves, scale, causal)
+            # D comes from the O that is given, as in a flash backward.
+            dlse = (dout.double() * (exact.detach() - out)).sum(-1)
+            grads = torch.autograd.grad((exact, exact_lse), leaves, (dout.double(), dlse))
+        return tuple(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
+
+    package.forward, package.backward = forward, backward
+    monkeypatch.setitem(sys.modules, "mine", package)
+    engine = types.ModuleType("recipe")
+    monkeypatch.setitem(sys.modules, "recipe", engine)
+    exec(compile(source, "docs/extending.md", "exec"), vars(engine))
+    monkeypatch.setitem(mk.api.ENGINES, "mine", engine)
+    for dtype in (torch.float32, torch.bfloat16):
+        for options in ({}, dict(causal=False), dict(scale=0.5)):
+            compare("mine", "some empty", options, dtype)
+            compare("mine", "some empty", options, dtype, source="maps")
+    (q, k, v), plan, _ = inputs("ragged", torch.float32)
+    with pytest.raises(ValueError, match="mine has no window"):
+        mk.stepwise_attention(q, k, v, plan, window=3, engine="mine")
 
 
 def calls(function) -> list[str]:
