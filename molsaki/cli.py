@@ -87,6 +87,9 @@ def _store(argv: Sequence[str]) -> int:
     parser.add_argument("folder", help="folder of the store")
     parser.add_argument("-n", type=int, default=3, help="head: how many examples")
     args = parser.parse_args(argv)
+    from molsaki.extras import require
+
+    require("train")
     from molsaki.teacher.map_store import Store, verify
 
     if args.action == "verify":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 MODULES = {
-    "train": ("transformers", "accelerate", "safetensors", "yaml", "tqdm", "scipy"),
+    "train": ("transformers", "accelerate", "safetensors", "filelock", "yaml", "tqdm", "scipy"),
     "plot": ("matplotlib",),
 }
 

@@ -69,6 +69,8 @@ def annotate(
     _check_examples(config, examples)
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)
+    if (teacher is None) != (tokenizer is None):
+        raise ValueError("teacher, tokenizer: expected both or neither, got one of them")
     if teacher is None or tokenizer is None:
         name = require(config, "teacher")
         teacher = load_model(name, "--teacher", config.dtype, config.device_map)

@@ -20,7 +20,7 @@ class Movable:
     """
 
     def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same with its tensors on ``device``; ``self`` if they all are there."""
+        """The same with its tensors on ``device``."""
         return self._with_each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: Self) -> Self:
@@ -33,6 +33,4 @@ class Movable:
                 return [apply(item) for item in value]
             return function(value) if isinstance(value, (Tensor, StepPlan, Movable)) else value
 
-        old = vars(self)
-        new = {name: apply(value) for name, value in old.items()}
-        return self if all(new[name] is old[name] for name in old) else type(self)(**new)
+        return type(self)(**{name: apply(value) for name, value in vars(self).items()})

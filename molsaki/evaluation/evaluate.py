@@ -48,6 +48,8 @@ def evaluate(
     data_file, folder = require(config, "data_file"), Path(require(config, "output_dir"))
     examples = read_examples(data_file, rationale=False)[: config.limit]
     other = None if config.compare is None else read_predictions(config.compare, examples)
+    if (model is None) != (tokenizer is None):
+        raise ValueError("model, tokenizer: expected both or neither, got one of them")
     if model is None or tokenizer is None:
         name = require(config, "model")
         model, tokenizer = load_model(name, "--model", config.dtype), load_tokenizer(name, "--model")

@@ -59,6 +59,8 @@ def extract(
     data_files, folder = require(config, "data_files"), require(config, "store")
     examples = read_examples(data_files)[: config.limit]
     rank = int(os.environ.get("RANK", 0))
+    if (teacher is None) != (tokenizer is None):
+        raise ValueError("teacher, tokenizer: expected both or neither, got one of them")
     if teacher is None or tokenizer is None:
         name = require(config, "teacher")
         device_map = config.device_map

@@ -41,7 +41,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 def seal(folder: Path) -> None:
     """Write ``sealed.json``, which marks a checkpoint as complete."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    unsealed = (SEAL, f".{SEAL}.part")  # the second is left by a process that was killed here
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unsealed)
     write_json(folder / SEAL, {path.relative_to(folder).as_posix(): _checksum(path) for path in files}, indent=1)
 
 

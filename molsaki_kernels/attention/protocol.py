@@ -34,7 +34,7 @@ class Engine(Protocol):
         """Return the reason why this machine cannot run the engine, or None."""
 
     def why_not(self, request: AttentionRequest) -> str | None:
-        """Return the reason why the engine cannot serve a call, or None; ``available`` is asked besides."""
+        """Return the reason why the engine cannot serve a call, or None; ``available`` is asked too."""
 
     def forward(self, inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
         """Compute the attention."""

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from molsaki.training.checkpoints import ROUTER, checkpoints, last_checkpoint
+from molsaki.training.checkpoints import ROUTER, checkpoints, last_checkpoint, seal
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
@@ -148,3 +148,12 @@ def test_a_checkpoint_of_version_0_1_0_is_resumed(tmp_path):
     assert [entry["step"] for entry in expected] == [1, 2, 3, 4]
     for row, entry in zip(logged(t, *LOSSES), expected, strict=True):
         assert row == pytest.approx(tuple(entry.values()), rel=1e-4)  # rounding differs between machines
+
+
+def test_a_part_of_a_seal_is_not_sealed(tmp_path):
+    """A process was killed while it wrote the seal; the same step is reached and sealed again."""
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/weights").write_text("1")
+    (tmp_path / "checkpoint-1/.sealed.json.part").write_text("{")
+    seal(tmp_path / "checkpoint-1")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")

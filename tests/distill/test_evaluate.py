@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from molsaki.annotation.annotate import annotate
 from molsaki.batches.tokenized import predict_prompt
-from molsaki.config import EvaluateConfig
+from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig
 from molsaki.evaluation.evaluate import evaluate, generate, paired_test, wilson
+from molsaki.teacher.extract import extract
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example
 from tests.helpers import tiny
@@ -89,3 +91,17 @@ def test_bad_input(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="--model: cannot load"):
         evaluate(EvaluateConfig(**{**base, "model": str(tmp_path / "empty")}))
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path):
+    """Also a teacher of extract and annotate: none is replaced silently by the one that the config names."""
+    data = str(tiny.write_jsonl(tmp_path / "data.jsonl", [r | {"gold": r["answer"]} for r in tiny.problems(2)]))
+    calls = (
+        (evaluate, EvaluateConfig(data_file=data, output_dir=str(tmp_path / "out"), model="unused")),
+        (extract, ExtractConfig(data_files=[data], store=str(tmp_path / "store"), teacher="unused")),
+        (annotate, AnnotateConfig(data_file=data, output_file=str(tmp_path / "out.jsonl"), teacher="unused")),
+    )
+    for function, config in calls:
+        for given in ((tiny.model(), None), (None, tiny.tokenizer())):
+            with pytest.raises(ValueError, match="tokenizer: expected both or neither"):
+                function(config, *given)
