@@ -20,7 +20,7 @@ class Movable:
     """
 
     def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same with its tensors on ``device``."""
+        """The same with its tensors on ``device``; itself if they are there already."""
         return self._with_each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: Self) -> Self:
@@ -33,4 +33,13 @@ class Movable:
                 return [apply(item) for item in value]
             return function(value) if isinstance(value, (Tensor, StepPlan, Movable)) else value
 
-        return type(self)(**{name: apply(value) for name, value in vars(self).items()})
+        moved = {name: apply(value) for name, value in vars(self).items()}
+        unchanged = all(_is_same(moved[name], value) for name, value in vars(self).items())
+        return self if unchanged else type(self)(**moved)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Return whether nothing was moved: the same object, or lists of the same objects."""
+    if isinstance(a, list) and isinstance(b, list):
+        return all(_is_same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b

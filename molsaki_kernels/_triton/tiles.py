@@ -34,9 +34,10 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
 def score_flags(q: Tensor, options: AttentionOptions, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """The compile-time arguments of every kernel that computes scores.
 
-    Products of float32 inputs are full float32 unless PyTorch's own TF32 switch is on.
+    Products of float32 inputs are full float32 unless PyTorch's own TF32 switch is on. The switch is read as
+    ``fp32_precision``: reading ``allow_tf32`` raises once anybody has set the other.
     """
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dict(
         D=q.shape[3],
         BD=triton.next_power_of_2(q.shape[3]),

@@ -129,15 +129,26 @@ def test_extra_memory_is_that_of_the_map():
     assert peak(x, "both") - peak(dataclasses.replace(x, plan=no_plan), "out") <= q_bytes
 
 
-def test_tf32_only_if_asked():
+def allow_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def set_fp32_precision():  # what transformers does for --tf32 true
+    torch.backends.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("switch", [allow_tf32, set_fp32_precision])
+def test_tf32_only_if_asked(switch):
     case = Case("tf32", M=511, D=64, device="cuda")
     check_fused(case)
     x = make(case)
     full = kernels(case, x, "both")["out"]
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "none"  # inherits
+    switch()
     try:
         rounded = kernels(case, x, "both")["out"]
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
     assert not torch.equal(full, rounded)
     torch.testing.assert_close(full, rounded, atol=1e-2, rtol=1e-2)
