@@ -45,7 +45,7 @@ def choose(M=64, backward=False, options=CAUSAL, layout="bhmd", **changes):
 @pytest.mark.parametrize("pays", [0, 1, 1e30], ids=["cudnn", "both", "aten"])
 @pytest.mark.parametrize("feature", SERVED)
 def test_features(hopper, monkeypatch, feature, pays):
-    """Every combination of forward and backward gives the oracle's results: aten's, cuDNN's, and one after the other."""
+    """aten's operators, cuDNN's, and one after the other give the oracle's results."""
     monkeypatch.setattr(sdpa, "CUDNN_PAYS", pays)
     for _ in range(2):
         compare("sdpa", "ragged", FEATURES[feature], torch.bfloat16)
@@ -200,4 +200,3 @@ def test_cuda_operators_accept_these_arguments(monkeypatch, cudnn, packed):
         assert out.shape == q.shape and lse.shape == q.shape[:3]
         grads = sdpa._cuda_backward(out, inputs, AttentionOutputs(out, lse), options)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
-
