@@ -91,8 +91,8 @@ def _notes(compiler: str | None) -> Section:
             else ", again in every process unless FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1"
         )
         notes["flash-attn-4 in PyTorch"] = (
-            'torch.nn.attention.activate_flash_attention_impl("FA4") of PyTorch 2.11 to 2.13 fails with 4.0.0b36, whose '
-            "forward returns five values; engine flash_attn does not need it, and engine sdpa would use it"
+            'torch.nn.attention.activate_flash_attention_impl("FA4") (PyTorch 2.11 to 2.13) fails with 4.0.0b36: its '
+            "forward returns five values. Engine flash_attn does not need it, and engine sdpa would use it"
         )
     return notes
 
