@@ -17,12 +17,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from molsaki_kernels._compile import constant_when_compiled
+from molsaki_kernels._triton.support import why_no_triton
 from molsaki_kernels.attention.lse_gradient import append_dlse_column, fold_dlse_into_out
 from molsaki_kernels.attention.sinks import apply_sinks
 from molsaki_kernels.spec import (
@@ -42,6 +47,11 @@ PACKAGES = {
     4: ("flash-attn-4", "flash_attn.cute.interface"),
     2: ("flash-attn", "flash_attn.flash_attn_interface"),
 }
+# 1: where it can, the map's gradient is written into flash-attn 4's accumulator of dq (_triton/fa4_preprocess.py). Off
+# until it was measured on a GPU.
+FUSE = os.environ.get("MOLSAKI_FA4_PREPROCESS") == "1"
+FUSED_VERSION = "4.0.0b36"  # the only one whose order of the accumulator is known
+_preprocess = threading.local()  # .fill: the function in place of the package's preprocess in this thread's call
 
 
 @constant_when_compiled
@@ -83,6 +93,12 @@ def _why_not_4(request: AttentionRequest) -> str | None:
             return "flash-attn 4 has no backward with a softcap at head_dim 256 on sm100"
         if request.backward and request.dtype == torch.float16:
             return "flash-attn 4 drops the gradient of lse at head_dim 256 on sm100, and float16 cannot be folded there"
+    if major == 9 and request.backward and request.head_dim < 128 and 0 < request.head_dim % 32 <= 16:
+        # Its kernel rounds the head dimension to 16 and the accumulator of dq, which other kernels clear and read, to
+        # 32: dq is silently wrong (flash-attention pull request 2896; as of 4.0.0b36).
+        return (
+            f"flash-attn 4: wrong dq on sm90 if head_dim is padded to an odd multiple of 16, as {request.head_dim}"
+        )
     if major in (8, 12) and request.options.window is not None:
         return f"flash-attn 4 has no finished window on sm{major}x"
     if major == 8 and request.backward:
@@ -177,6 +193,83 @@ def backward(
                 _interface(2)._flash_attn_backward(*tensors, *rest)
         dq, dk, dv = (_from_flash_layout(t, packed)[..., :D] for t in grads)
         return InputGradients(dq, dk, dv)
+
+
+def why_not_fused(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> str | None:
+    """Return the reason why :func:`backward_with_map` cannot serve a call, or None."""
+    q = inputs.q
+    if not FUSE:
+        return "MOLSAKI_FA4_PREPROCESS is not 1"
+    if version_of(q.device) != 4 or _major(q.device) != 9:
+        return "it needs flash-attn 4 on sm90"
+    installed = importlib.metadata.version(PACKAGES[4][0])
+    if installed != FUSED_VERSION:
+        return f"it needs flash-attn-4 {FUSED_VERSION}, not {installed}"
+    if inputs.sinks is not None or options.softcap is not None or plan.is_empty(q):
+        return "it has no sinks, no softcap and no empty plan"
+    if (reason := why_no_triton(q.device, q.dtype)) is not None:
+        return reason
+    from molsaki_kernels._triton.fa4_preprocess import accumulator
+
+    if accumulator(q.shape[3], options.causal, options.window is not None) is None:
+        return f"the accumulator of head_dim {q.shape[3]} is of another kind"
+    return None
+
+
+def backward_with_map(
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+) -> InputGradients:
+    """Compute dq, dk and dv of attention and map together; :func:`why_not_fused` says where.
+
+    flash-attn 4's preprocess is replaced by a kernel that also starts the accumulator of dq with the map's.
+    """
+    from molsaki_kernels._triton import fa4_preprocess
+
+    dmaps, packed = gradients.dmaps, inputs.cu_seqlens is not None
+    assert dmaps is not None
+    map_inputs = inputs.map_inputs(outputs.lse)
+    shape = fa4_preprocess.accumulator(inputs.q.shape[3], options.causal, options.window is not None)
+    dlse = None if gradients.dlse is None else gradients.dlse.float().contiguous()
+    steps: list[Tensor] = []
+
+    def fill(out: Tensor, dout: Tensor, dpsum: Tensor, lse_log2: Tensor, accum: Tensor, rows: int) -> None:
+        if shape is None or rows != shape.rows or accum.shape[-1] != dpsum.shape[-1] * shape.width:
+            raise RuntimeError(f"flash-attn-4 {FUSED_VERSION}: its accumulator of dq is not the expected one")
+        operands = (_from_flash_layout(out, packed), _from_flash_layout(dout, packed), dlse)
+        arrays = (dpsum, lse_log2, accum)
+        steps.append(fa4_preprocess.fa4_preprocess(dmaps, map_inputs, options, plan, operands, arrays))
+
+    _replace_preprocess(_interface(4))
+    _preprocess.fill = fill
+    try:
+        found = backward(OutputGradients(gradients.dout), inputs, outputs, options, plan)
+    finally:
+        _preprocess.fill = None
+    fa4_preprocess.add_key_tokens(dmaps, map_inputs, options, plan, steps[0], found.dk)
+    return found
+
+
+def _replace_preprocess(interface: Any) -> None:
+    """Have flash-attn 4's backward call ``_preprocess.fill`` where it is set, in place of its preprocess."""
+    original: Callable[..., None] = interface._bwd_preprocess
+    if getattr(original, "replaced_by_molsaki", False):
+        return
+
+    @functools.wraps(original)  # with the cache that the package keeps as an attribute
+    def preprocess(out: Tensor, dout: Tensor, *arguments: Any, **named: Any) -> None:
+        fill = getattr(_preprocess, "fill", None)
+        if fill is None:
+            original(out, dout, *arguments, **named)
+            return
+        dpsum, _, lse_log2, accum, _, _, _, _, _, _, rows = arguments
+        fill(out, dout, dpsum, lse_log2, accum, rows)
+
+    preprocess.replaced_by_molsaki = True  # type: ignore[attr-defined]
+    interface._bwd_preprocess = preprocess
 
 
 def _flash_layout(x: Tensor, packed: bool) -> Tensor:
