@@ -18,7 +18,7 @@ from tests.helpers.kernel_cases import Case, check, make, oracle
 
 BF16, FP16 = torch.bfloat16, torch.float16
 WIDTHS = (32, 64, 96, 128)
-# The start of the sha256 of a tile's positions, computed from flash-attn 4.0.0b36's own layouts: for every thread of the
+# The start of the sha256 of a tile's positions, computed from flash-attn 4.0.0b36's own layouts for every thread of the
 # kernel that reads the accumulator, and the same for the kernel that adds to it.
 ORDERS = {32: "f7b745d02d135f34", 64: "00c439d18fec1f2b", 96: "14b5cef2859a3a3c", 128: "18bd072f1c132e84"}
 
