@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from molsaki_kernels.attention import ENGINES, sdpa
+from molsaki_kernels.attention import ENGINES, flash_attn, sdpa
 from molsaki_kernels.attention.sinks import sinks_gradient
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.direct_call import runs_untraced, without_autocast
@@ -136,6 +136,9 @@ def _gradients_with_map(
 ) -> InputGradients:
     """Compute the gradients by an engine that does not compute the map: the map's gradient passes through dlse."""
     dout, dlse = gradients.dout, gradients.dlse
+    fused = gradients.dmaps is not None and (engine, map_engine) == (flash_attn.NAME, "triton")
+    if fused and flash_attn.why_not_fused(inputs, options, plan) is None:
+        return flash_attn.backward_with_map(gradients, inputs, outputs, options, plan)
     map_gradient = None
     if gradients.dmaps is not None:
         map_inputs = inputs.map_inputs(outputs.lse)

@@ -40,11 +40,11 @@ from molsaki_kernels._triton.tiles import (
     weights,
 )
 from molsaki_kernels._triton.tiles import columns_in as key_tokens_in
+from molsaki_kernels._triton.variants import Variant, variant
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
 VERSION = "4.0.0b36"
 COLUMNS = 32  # key tokens per step of the loop
-STEP_BLOCK = 16
 WARPS = 8
 
 
@@ -213,8 +213,8 @@ def fa4_preprocess(
             *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], *dout.stride()[:3],
             factor, 1.0 if options.per_head else 1.0 / Hq, options.window or 0, M, N, S, C, W, Hq, Hq // k.shape[1],
             dpsum.shape[-1],
-            D=D, BD=triton.next_power_of_2(shape.width), BM=shape.rows, BC=COLUMNS, BS=STEP_BLOCK, WIDTH=shape.width,
-            GROUPS=shape.warp_groups, ROW_GROUPS=shape.row_groups, CAUSAL=options.causal,
+            D=D, BD=triton.next_power_of_2(shape.width), BM=shape.rows, BC=COLUMNS, BS=configs.STEP_BLOCK,
+            WIDTH=shape.width, GROUPS=shape.warp_groups, ROW_GROUPS=shape.row_groups, CAUSAL=options.causal,
             HAS_WINDOW=options.window is not None, PACKED=packed, PER_HEAD=options.per_head,
             num_warps=WARPS, num_stages=1,
         )  # fmt: skip
@@ -239,3 +239,22 @@ def add_key_tokens(
             D=D, BD=triton.next_power_of_2(D), BC=config.columns, PACKED=cu_seqlens is not None,
             num_warps=config.warps, num_stages=1,
         )  # fmt: skip
+
+
+def variants(arch: str) -> list[Variant]:
+    """The variants that :mod:`molsaki_kernels.aot` compiles."""
+    found = []
+    for D, packed in ((64, False), (96, False), (128, False), (128, True)) if arch == "sm90" else ():
+        shape = accumulator(D, causal=True, windowed=False)
+        assert shape is not None
+        flags = dict(
+            D=D, BD=triton.next_power_of_2(D), BM=shape.rows, BC=COLUMNS, BS=configs.STEP_BLOCK, WIDTH=shape.width,
+            GROUPS=shape.warp_groups, ROW_GROUPS=shape.row_groups, CAUSAL=True, HAS_WINDOW=False, PACKED=packed,
+            PER_HEAD=False,
+        )  # fmt: skip
+        name = f"fa4_preprocess-bf16-d{D}{'-packed' * packed}"
+        absent = ("dlse",) if packed else ("dlse", "cu_seqlens")
+        found.append(
+            variant(name, fa4_preprocess_kernel, torch.bfloat16, flags, absent=absent, warps=WARPS, wants_wgmma=True)
+        )
+    return found

@@ -18,14 +18,17 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # The types of the kernels' arguments by name; all other arguments are int32.
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks", "folded_out", "folded_dout")  # in the dtype
 _POINTERS = {
+    "accum": "fp32",
     "cu_seqlens": "i32",
     "delta": "fp32",
     "dlse": "fp32",
     "dmaps": "fp32",
     "dpooled": "fp32",
+    "dpsum": "fp32",
     "dsinks": "fp64",
     "lengths": "i64",
     "lse": "fp32",
+    "lse_log2": "fp32",
     "maps": "fp32",
     "partial": "fp32",
     "pooled": "fp32",

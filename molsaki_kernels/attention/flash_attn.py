@@ -96,9 +96,7 @@ def _why_not_4(request: AttentionRequest) -> str | None:
     if major == 9 and request.backward and request.head_dim < 128 and 0 < request.head_dim % 32 <= 16:
         # Its kernel rounds the head dimension to 16 and the accumulator of dq, which other kernels clear and read, to
         # 32: dq is silently wrong (flash-attention pull request 2896; as of 4.0.0b36).
-        return (
-            f"flash-attn 4: wrong dq on sm90 if head_dim is padded to an odd multiple of 16, as {request.head_dim}"
-        )
+        return f"flash-attn 4: wrong dq on sm90 if head_dim is padded to an odd multiple of 16, as {request.head_dim}"
     if major in (8, 12) and request.options.window is not None:
         return f"flash-attn 4 has no finished window on sm{major}x"
     if major == 8 and request.backward:
@@ -231,6 +229,7 @@ def backward_with_map(
 
     dmaps, packed = gradients.dmaps, inputs.cu_seqlens is not None
     assert dmaps is not None
+    upstream = OutputGradients(torch.zeros_like(outputs.out) if gradients.dout is None else gradients.dout)
     map_inputs = inputs.map_inputs(outputs.lse)
     shape = fa4_preprocess.accumulator(inputs.q.shape[3], options.causal, options.window is not None)
     dlse = None if gradients.dlse is None else gradients.dlse.float().contiguous()
@@ -246,7 +245,7 @@ def backward_with_map(
     _replace_preprocess(_interface(4))
     _preprocess.fill = fill
     try:
-        found = backward(OutputGradients(gradients.dout), inputs, outputs, options, plan)
+        found = backward(upstream, inputs, outputs, options, plan)
     finally:
         _preprocess.fill = None
     fa4_preprocess.add_key_tokens(dmaps, map_inputs, options, plan, steps[0], found.dk)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import importlib.metadata
 import math
 
 import pytest
 import torch
 
+from molsaki_kernels import ops
 from molsaki_kernels._triton import fa4_preprocess as fa4
 from molsaki_kernels.attention import flash_attn
 from molsaki_kernels.spec import AttentionOutputs, OutputGradients
@@ -14,6 +18,9 @@ from tests.helpers.kernel_cases import Case, check, make, oracle
 
 BF16, FP16 = torch.bfloat16, torch.float16
 WIDTHS = (32, 64, 96, 128)
+# The start of the sha256 of a tile's positions, computed from flash-attn 4.0.0b36's own layouts for every thread of the
+# kernel that reads the accumulator, and the same for the kernel that adds to it.
+ORDERS = {32: "f7b745d02d135f34", 64: "00c439d18fec1f2b", 96: "14b5cef2859a3a3c", 128: "18bd072f1c132e84"}
 
 
 def positions(width: int) -> torch.Tensor:
@@ -25,9 +32,47 @@ def positions(width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_order_is_a_permutation(width):
+def test_order(width):
     found = positions(width)
     assert torch.equal(found.flatten().sort().values, torch.arange(found.numel(), dtype=torch.int32))
+    assert hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest().startswith(ORDERS[width])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_order_of_the_package(monkeypatch, width):
+    """The registers of some threads, and where they go, by the layouts of the installed flash-attn 4."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")  # no GPU is needed
+    try:
+        installed = importlib.metadata.version("flash-attn-4")
+        interface = importlib.import_module("flash_attn.cute.interface")
+    except ImportError as error:
+        pytest.skip(f"flash-attn-4: {error}")
+    assert installed == flash_attn.FUSED_VERSION == fa4.VERSION
+    cutlass, cute = importlib.import_module("cutlass"), importlib.import_module("cutlass.cute")
+    tile, config = fa4.accumulator(width, True, False), interface._tile_size_bwd_sm90(width, width, True, False)
+    groups = 1 if config.dQ_single_wg else config.num_wg
+    assert (config.m_block_size, groups, config.AtomLayoutMdQ) == (tile.rows, tile.warp_groups, tile.row_groups)
+    assert not config.dQ_swapAB and not config.dKV_swapAB
+    arguments = cutlass.BFloat16, width, 90, tile.rows, 128 * groups, config.AtomLayoutMdQ, config.dQ_swapAB
+    kernel, found = interface.FlashAttentionBackwardPostprocess(*arguments), {}
+
+    def trace():  # layouts exist while a function is compiled
+        kernel.tiled_mma = kernel._get_tiled_mma()
+        kernel._setup_attributes()
+        tiles = cute.make_identity_tensor((tile.rows, width))
+        stored = cute.make_identity_tensor(kernel.sdQaccum_layout.shape)
+        for thread in {0, 37, 101, 128 * groups - 1}:
+            registers = kernel.tiled_mma.get_slice(thread).partition_C(tiles)
+            places = kernel.s2r_tiled_copy_dQaccum.get_slice(thread).partition_S(stored)
+            for i in range(cute.size(registers)):
+                place, group = (int(str(x)) for x in places[i])
+                element = tuple(int(str(x)) for x in registers[i])
+                found[element] = place + group * (tile.rows * width // groups)
+
+    cute.compile(cute.jit(lambda: trace()))
+    assert len(found) == len({0, 37, 101, 128 * groups - 1}) * tile.rows * width // (128 * groups)
+    order = positions(width)
+    assert all(order[element] == place for element, place in found.items())
 
 
 CASES = [
@@ -136,6 +181,24 @@ def test_backward_with_map(package, case):
     check(
         f"fa4 {case.name}", {n: getattr(grads, n) for n in names}, *({n: e[n] for n in names} for e in (exact, eager))
     )
+
+
+def test_through_the_operators(package, monkeypatch):
+    """With the switch on, the public function's backward goes there, also where only the map has a gradient."""
+    case = Case("default", M=70, D=64, dtype=BF16)
+    x = make(case)
+    package(64)
+    exact = oracle(case, x, torch.float64, "both")
+    outputs = AttentionOutputs(exact["out"].to(BF16), exact["lse"].float())
+    call = x.attention_inputs(), outputs, case.options(), x.plan_tensors(), "flash_attn", "triton"
+    served = []
+    monkeypatch.setattr(flash_attn, "why_not_fused", lambda *arguments: served.append(1))
+    for source, dout in (("both", x.dout), ("map", None)):
+        grads = ops._attention_gradients(OutputGradients(dout, None, x.dmaps), *call)
+        found = {name: getattr(grads, name) for name in ("dq", "dk", "dv")}
+        exact, eager = (oracle(case, x, dtype, source) for dtype in (torch.float64, BF16))
+        check(f"fa4 {source}", found, *({name: e[name] for name in found} for e in (exact, eager)))
+    assert len(served) == 2
 
 
 def test_given_gradient_of_lse_is_subtracted(package):
