@@ -180,9 +180,9 @@ def free_attention() -> Iterator[None]:
         yield
 
 
-def profile(name: str, function: Callable[[], object], calls: int = 200, lines: int = 40) -> None:
+def profile(name: str, function: Callable[[], object], calls: int = 200, lines: int = 60) -> None:
     """Print the functions of a layer in which most time is spent, callees included (a profiler slows them down)."""
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.thread_time)
     profiler.enable()
     for _ in range(calls):
         function()

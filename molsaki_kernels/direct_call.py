@@ -15,6 +15,7 @@ from torch import Tensor
 
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 _DEVICE_TYPES = ("cpu", "cuda")
+_UNCHANGED = contextlib.nullcontext()
 
 
 def runs_untraced(*tensors: Tensor | None) -> bool:
@@ -27,7 +28,7 @@ def runs_untraced(*tensors: Tensor | None) -> bool:
     ):
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _TENSOR_TYPES or tensor.device.type not in _DEVICE_TYPES):
+        if tensor is not None and (type(tensor) not in _TENSOR_TYPES or not (tensor.is_cuda or tensor.is_cpu)):
             return False
     return True
 
@@ -40,7 +41,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     kind = x.device.type
     if (kind in _DEVICE_TYPES or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
 
 
 def autocast_is_on(x: Tensor) -> bool:

@@ -100,7 +100,7 @@ class PlanTensors:
 
     def is_empty(self, q: Tensor) -> bool:
         """Return whether there is no query, key token, step or word, so that the map and its gradient are zero."""
-        return 0 in (*q.shape, *self.steps.shape[:2], self.tokens.shape[1], self.num_words)
+        return 0 in (self.num_words, q.numel(), self.steps.numel(), self.tokens.numel())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ def with_contiguous_head_dim(x: Tensor) -> Tensor:
 
 def dense_strides(x: Tensor) -> tuple[int, ...]:
     """Return the strides of ``x (B, H, M, D)``, or those of a tensor without gaps if ``x`` has gaps."""
-    dense = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    _, H, M, D = x.shape
+    dense = x.is_contiguous() or x.stride() == (M * H * D, D, H * D, 1) or x.transpose(1, 2).is_contiguous()
     return (x if dense else torch.empty_like(x, device="meta")).stride()
 
 

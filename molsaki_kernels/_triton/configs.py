@@ -11,8 +11,9 @@ import dataclasses
 import functools
 
 import torch
-import triton
 from torch import Tensor
+
+from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 
 # Steps into which a tile of rows is summed at once: the smallest N of a tensor-core product. A tile of 128 rows holds
 # more than 16 steps only if they average less than 8 tokens; then it takes another round.
@@ -63,23 +64,22 @@ def arch_of(tensor: Tensor) -> str:
 
 def num_tiles(M: int, N: int, packed: bool, rows: int) -> int:
     """The number of tiles of the whole batch, or a bound on it where sequences are packed (see ``tiles.locate``)."""
-    tiles: int = M // rows + N if packed else N * triton.cdiv(M, rows)
-    return tiles
+    return M // rows + N if packed else N * cdiv(M, rows)
 
 
 def heads_per_program(arch: str, heads: int, programs: int) -> int:
     """Heads per program of the map: as many as leave four programs per multiprocessor."""
-    groups = min(heads, triton.cdiv(4 * MULTIPROCESSORS[arch], programs))
-    per_program: int = triton.cdiv(heads, groups)
-    return per_program
+    groups = min(heads, cdiv(4 * MULTIPROCESSORS[arch], programs))
+    return cdiv(heads, groups)
 
 
 def row_splits(arch: str, programs: int, max_splits: int) -> int:
     """Splits of the rows in dk of the key tokens: enough for two programs per multiprocessor, at most 32 (memory)."""
-    wanted: int = triton.cdiv(2 * MULTIPROCESSORS[arch], programs)
+    wanted = cdiv(2 * MULTIPROCESSORS[arch], programs)
     return max(1, min(max_splits, 32, wanted))
 
 
+@functools.lru_cache
 def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
     if arch == "cpu":
         return MapTile(rows=32, columns=16, warps=4, stages=1)
@@ -96,15 +96,17 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
     return MapTile(rows=64 if roomy else 32, columns=128, warps=8, stages=2)
 
 
+@functools.lru_cache
 def map_reduce(groups: int, key_tokens: int) -> ReduceTile:
     return ReduceTile(
-        groups=min(32, triton.next_power_of_2(groups)),
+        groups=min(32, next_power_of_2(groups)),
         columns=32 if key_tokens <= 32 else 64,
         words=32 if key_tokens <= 32 else 64,
         warps=4,
     )
 
 
+@functools.lru_cache
 def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
     if arch == "cpu":
         return MapTile(rows=32, columns=16, warps=4, stages=1)
@@ -114,6 +116,7 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
     return MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
 
 
+@functools.lru_cache
 def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
     if arch == "cpu":
         return MapTile(rows=16, columns=16, warps=4, stages=1)
@@ -126,10 +129,12 @@ def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> Map
     return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=1 if arch == "gfx942" else 2)
 
 
+@functools.lru_cache
 def map_dk_add(head_dim: int) -> MapTile:
     return MapTile(rows=0, columns=16 if head_dim > 128 else 32, warps=4, stages=1)
 
 
+@functools.lru_cache
 def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
@@ -158,6 +163,7 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
     return FlashTile(rows=128, columns=32, key_columns=32, warps=8, stages=2)
 
 
+@functools.lru_cache
 def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
@@ -175,6 +181,7 @@ def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     return FlashTile(rows=64, columns=32, key_columns=32, warps=8, stages=2)
 
 
+@functools.lru_cache
 def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)

@@ -153,7 +153,9 @@ class Kernel(JITFunction):  # type: ignore[misc]
         if not self.has_short_way or len(types) != len(self.runtime_params):
             return None
         order = list(range(len(types)))
-        tensors, integers, specialized = [], [], []
+        tensors: list[int] = []
+        integers: list[int] = []
+        specialized: list[bool] = []
         for i, (parameter, kind) in enumerate(zip(self.runtime_params, types, strict=True)):
             if kind is Tensor or kind is torch.nn.Parameter:
                 order[i] = len(types) + len(tensors)

@@ -13,11 +13,11 @@ of float32. The kernel is elementwise and needs one pass; a program owns a tile 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton.decorators import kernel
+from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.variants import TYPES, Variant, variant
 
 VANISHED = tl.constexpr(1e-15)
@@ -77,7 +77,7 @@ def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor,
         return folded_out, folded_dout
     rows, columns = tile(D)
     with torch.cuda.device(out.get_device()):
-        fold_kernel[(B * H * triton.cdiv(M, rows),)](
+        fold_kernel[(B * H * cdiv(M, rows),)](
             out, dout, dlse, folded_out, folded_dout, *out.stride()[:3], *dout.stride()[:3], *dlse.stride(),
             *folded_out.stride()[:3], *folded_dout.stride()[:3], H, M, D=D, BD=columns, BM=rows, num_warps=4,
             num_stages=1,
@@ -87,7 +87,7 @@ def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor,
 
 def tile(D: int) -> tuple[int, int]:
     """Rows and columns of a program's tile."""
-    columns = triton.next_power_of_2(D)
+    columns = next_power_of_2(D)
     return max(TILE_ELEMENTS // columns, 1), columns
 
 

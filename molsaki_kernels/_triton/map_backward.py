@@ -17,12 +17,12 @@ programs write the same row. If there is one split, :func:`map_dk_kernel` adds t
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import jit, kernel
+from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.tiles import (
     column_gradient,
     column_weights,
@@ -278,10 +278,10 @@ def map_backward(
         D = q.shape[3]
         config = configs.map_dk_add(D)
         with torch.cuda.device(q.get_device()):
-            map_dk_add_kernel[(N * triton.cdiv(C, config.columns), k.shape[1])](
+            map_dk_add_kernel[(N * cdiv(C, config.columns), k.shape[1])](
                 partial, plan.tokens, plan.word_of_token, dk, cu_seqlens, *dk.stride()[:3],
                 options.scale, k.shape[2], N, C, partial.shape[0],
-                D=D, BD=triton.next_power_of_2(D), BC=config.columns, PACKED=cu_seqlens is not None,
+                D=D, BD=next_power_of_2(D), BC=config.columns, PACKED=cu_seqlens is not None,
                 num_warps=config.warps, num_stages=1,
             )  # fmt: skip
     return dq, dk, dlse
@@ -341,8 +341,8 @@ def dk_partials(
     C, W = plan.tokens.shape[1], plan.num_words
     arch = configs.arch_of(q)
     config = configs.map_dk(arch, q.dtype, D, C)
-    blocks = triton.cdiv(C, config.columns)
-    splits = configs.row_splits(arch, N * blocks * Hkv, triton.cdiv(M, config.rows) * (Hq // Hkv))
+    blocks = cdiv(C, config.columns)
+    splits = configs.row_splits(arch, N * blocks * Hkv, cdiv(M, config.rows) * (Hq // Hkv))
     target = dk if splits == 1 else None
     partial = q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32) if target is None else None
     factor, inner = score_factors(options.scale, options.softcap)
@@ -386,7 +386,7 @@ def variants(arch: str) -> list[Variant]:
             found.append(case.variant(f"map_dk_direct-{name}", map_dk_kernel, tile, flags, absent=("partial",)))
         if not case.feature or name == "bf16-d128-packed":
             tile = configs.map_dk_add(D)
-            flags = dict(BC=tile.columns, D=D, BD=triton.next_power_of_2(D), PACKED=case.packed)
+            flags = dict(BC=tile.columns, D=D, BD=next_power_of_2(D), PACKED=case.packed)
             none = () if case.packed else ("cu_seqlens",)
             found.append(variant(f"map_dk_add-{name}", map_dk_add_kernel, case.dtype, flags, absent=none))
     return found

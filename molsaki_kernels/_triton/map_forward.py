@@ -20,12 +20,12 @@ the groups, then over the tokens of each word. Both stages add in a fixed order.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import jit, kernel
+from molsaki_kernels._triton.integers import cdiv
 from molsaki_kernels._triton.tiles import (
     column_weights,
     dot_one_hot,
@@ -199,9 +199,9 @@ def map_forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors)
     arch = configs.arch_of(q)
     config = configs.map_forward(arch, q.dtype, D, C)
     tiles = configs.num_tiles(M, N, cu_seqlens is not None, config.rows)
-    blocks = triton.cdiv(C, config.columns)
+    blocks = cdiv(C, config.columns)
     heads_per_program = 1 if options.per_head else configs.heads_per_program(arch, Hq, tiles * blocks)
-    groups = triton.cdiv(Hq, heads_per_program)
+    groups = cdiv(Hq, heads_per_program)
     partial = q.new_empty((groups, tiles + N * S, C), dtype=torch.float32)
     factor, inner = score_factors(options.scale, options.softcap)
     with torch.cuda.device(q.get_device()):
@@ -233,7 +233,7 @@ def reduce_partials(
     groups = 1 if options.per_head else partial.shape[0]
     config = configs.map_reduce(groups, C)
     with torch.cuda.device(partial.get_device()):
-        map_reduce_kernel[(N * S * triton.cdiv(W, config.words), Hq if options.per_head else 1)](
+        map_reduce_kernel[(N * S * cdiv(W, config.words), Hq if options.per_head else 1)](
             partial, plan.steps, plan.tokens, plan.word_of_token, maps, inputs.cu_seqlens,
             1.0 if options.per_head else 1.0 / Hq, options.window or 0, M, S, C, W, groups, partial.shape[1],
             ROWS=rows, BG=config.groups, BC=config.columns, BW=config.words,

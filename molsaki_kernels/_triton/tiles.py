@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton.decorators import jit
+from molsaki_kernels._triton.integers import next_power_of_2
 from molsaki_kernels.spec import AttentionOptions
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -40,7 +41,7 @@ def score_flags(q: Tensor, options: AttentionOptions, cu_seqlens: Tensor | None)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dict(
         D=q.shape[3],
-        BD=triton.next_power_of_2(q.shape[3]),
+        BD=next_power_of_2(q.shape[3]),
         CAUSAL=options.causal,
         HAS_WINDOW=options.window is not None,
         HAS_SOFTCAP=options.softcap is not None,

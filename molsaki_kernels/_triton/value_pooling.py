@@ -25,12 +25,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import jit, kernel
+from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.tiles import first_tile, locate
 from molsaki_kernels._triton.variants import TYPES, Variant, variant
 from molsaki_kernels.spec import PoolingOptions
@@ -55,10 +55,10 @@ def pooling_config(arch: str, tokens: int, width: int) -> PoolingConfig:
     this is a quarter of the bytes read. The second stage has few columns per program, so that one long sequence still
     gives several programs.
     """
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     if arch == "cpu":
         return PoolingConfig(rows=32, block=16, columns=columns, add_columns=1024, warps=4)
-    rows = min(max(triton.next_power_of_2(tokens) // 1024, 16), 256)
+    rows = min(max(next_power_of_2(tokens) // 1024, 16), 256)
     block = min(max(TILE_ELEMENTS // columns, 1), rows)
     # 16 warps for a row wider than a tile: with 8, some compilers spill (compiled: 8192 wide, sm80).
     warps = max(block * columns // 1024, 1) if columns <= TILE_ELEMENTS else 16
@@ -207,7 +207,7 @@ def pool_values_forward(
             D=D, WIDTH=width, HEADS=Hkv if options.mean_heads else 1, ROWS=config.rows, BM=config.block,
             BW=config.columns, PACKED=packed, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
-        add_tiles_kernel[(N, triton.cdiv(width, config.add_columns))](
+        add_tiles_kernel[(N, cdiv(width, config.add_columns))](
             partial, pooled, cu_seqlens, lengths, M,
             WIDTH=width, MEAN=options.mean, ROWS=config.rows, BT=ADD_TILES, BW=config.add_columns, PACKED=packed,
             num_warps=4, num_stages=1,

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from molsaki_kernels._triton.configs import FlashTile, MapTile
+from molsaki_kernels._triton.integers import next_power_of_2
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -131,7 +132,7 @@ class Case:
         absent += () if self.has_map else ("steps", "tokens", "words", "partial", "dmaps", "step_of_row")
         score_flags = dict(
             D=self.head_dim,
-            BD=triton.next_power_of_2(self.head_dim),
+            BD=next_power_of_2(self.head_dim),
             CAUSAL=self.causal,
             HAS_WINDOW=self.window,
             HAS_SOFTCAP=self.softcap,

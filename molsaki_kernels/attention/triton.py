@@ -70,5 +70,7 @@ def backward(
 
 
 def _prepared(inputs: AttentionInputs) -> AttentionInputs:
+    if inputs.q.stride(-1) == inputs.k.stride(-1) == inputs.v.stride(-1) == 1:
+        return inputs
     q, k, v = (with_contiguous_head_dim(x) for x in (inputs.q, inputs.k, inputs.v))
     return dataclasses.replace(inputs, q=q, k=k, v=v)

@@ -75,6 +75,16 @@ for compile_kernels in (False, True):
     assert base64.b32encode(bytes.fromhex(key)).decode().rstrip("=") in os.listdir(tmp_path)
 
 
+def test_host_benchmark(tmp_path):
+    """A line for each subject; the launches alone are a part of their layer."""
+    lines = run("from benchmarks import host\nhost.main(['--rounds', '3', '--calls', '3'])", tmp_path)
+    table = {line[28:].strip(): line[:28].split() for line in lines[1:]}
+    assert list(table) == ["no-op", "attention", "triton", "triton: its launches", "sdpa", "sdpa: its launches"]
+    for engine in ("triton", "sdpa"):
+        launches = table[f"{engine}: its launches"]
+        assert 0 < float(launches[0]) < float(table[engine][0]) and 5 <= int(launches[1]) <= 7
+
+
 def test_interpreted_kernels_are_refused(monkeypatch):
     import triton
 
