@@ -6,8 +6,8 @@
 
 The kit has two halves, each small enough to be carried to a machine on its own: ``first`` has Triton's cache for sm_90
 and the first half of flash-attn 4, ``second`` the other half. The cache is filled by rehearsing both scripts on the
-stand-in (``stand_in.py``), so that it holds what they will launch. It works where Python, torch and triton have the same
-versions as here; elsewhere kernels are compiled as they are needed, which takes time and nothing else.
+stand-in (``stand_in.py``), so that it holds what they will launch. It works where Python, torch and triton have the
+same versions as here; elsewhere kernels are compiled as they are needed, which takes time and nothing else.
 
 Triton's cache holds absolute paths, so it is filled and unpacked in the same folder, ``/tmp/molsaki-gpu-kit``.
 """

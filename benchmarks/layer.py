@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -492,6 +493,8 @@ def _processor() -> str:
 
 
 def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return ""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True).stdout.strip()
 

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with stand_in():
         observe_compiler(arguments.keys, arguments.dry)
-        skip_comparisons()
+        skip_comparisons(arguments.arguments)
         sys.argv = [arguments.program, *arguments.arguments]
         try:
             runpy.run_module(arguments.program, run_name="__main__", alter_sys=True)
@@ -141,6 +141,9 @@ class _Nothing:
     def elapsed_time(self, _: Any) -> float:
         return 1.0
 
+    def events(self) -> list[Any]:
+        return []
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
 
@@ -149,6 +152,10 @@ def _no_value(*_: Any) -> None:
     if "pytest" in sys.modules:
         sys.modules["pytest"].skip("the stand-in has no values")
     raise RuntimeError("the stand-in has no values")
+
+
+def _address(x: FakeTensor) -> int:
+    return ADDRESS + x.storage_offset() * x.element_size() if x.is_cuda else _no_value() or 0
 
 
 _host_equal = torch.equal
@@ -217,13 +224,14 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (torch._C, "_cuda_getDevice", lambda *_: 0),
         (fake_tensor, "init_gpu_context", _nothing),
         (FakeTensorMode, "avoid_device_init", True),
-        (FakeTensor, "data_ptr", lambda x: ADDRESS + x.storage_offset() * x.element_size()),
+        (FakeTensor, "data_ptr", _address),
         (FakeTensor, "record_stream", _nothing),
         (FakeTensor, "__bool__", lambda x: True),
         (FakeTensor, "__float__", lambda x: 0.0),
         (FakeTensor, "tolist", _no_value),
         (FakeTensor, "item", _no_value),
         (torch, "equal", _equal),
+        (torch.profiler, "profile", _Nothing),
         (torch, "compile", lambda function=None, **_: function if function else lambda f: f),
     ]
 
@@ -272,15 +280,22 @@ def _gradients(outputs: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor 
     return leaves
 
 
-def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **_: Any) -> tuple[torch.Tensor, ...]:
+_host_grad, _host_backward = torch.autograd.grad, torch.Tensor.backward
+
+
+def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> tuple[torch.Tensor, ...]:
     outputs, inputs = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (outputs, inputs))
+    if not any(isinstance(x, FakeTensor) for x in outputs):
+        return _host_grad(outputs, inputs, grad_outputs, **options)
     upstream = [None] * len(outputs) if grad_outputs is None else grad_outputs
     with torch.no_grad():
         leaves = _gradients(outputs, [upstream] if isinstance(upstream, torch.Tensor) else upstream)
         return tuple(leaves[id(x)] if id(x) in leaves else torch.zeros_like(x) for x in inputs)
 
 
-def _backward(output: torch.Tensor, gradient: torch.Tensor | None = None, **_: Any) -> None:
+def _backward(output: torch.Tensor, gradient: torch.Tensor | None = None, **options: Any) -> None:
+    if not isinstance(output, FakeTensor):
+        return _host_backward(output, gradient, **options)
     with torch.no_grad():
         _gradients([output], [gradient])
 
@@ -371,7 +386,7 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def skip_comparisons() -> None:
+def skip_comparisons(arguments: Sequence[str]) -> None:
     """Replace the oracle and the comparisons of the tests' helpers by nothing: there are no values to compare."""
     from tests.helpers import budget, hardware_cases, kernel_cases
 
@@ -382,7 +397,30 @@ def skip_comparisons() -> None:
     kernel_cases.map_oracle = lambda *_: {}
     kernel_cases.check = _nothing
     hardware_cases.walk = lambda *_: {}
+    if any("test_models" in argument for argument in arguments):
+        shadow_models()  # which has values, and compares them
     budget.assert_within_budget = _nothing
+
+
+def shadow_models() -> None:
+    """Run the tests of models on the CPU, and every attention call of theirs on the stand-in too.
+
+    The models, and the check of their masks, need values.
+    """
+    from molsaki.modeling import attention_hook
+    from tests.gpu import test_models_hardware
+
+    attention = attention_hook.stepwise_attention
+
+    def shadowed(q: Any, k: Any, v: Any, plan: Any, **options: Any) -> Any:
+        there = [x.detach().to("cuda").requires_grad_() for x in (q, k, v)]
+        moved = {name: x.to("cuda") if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        results = attention(*there, plan.to("cuda"), **moved)
+        torch.autograd.grad(results, there, [torch.empty_like(x) for x in results])
+        return attention(q, k, v, plan, **options)
+
+    attention_hook.stepwise_attention = shadowed
+    test_models_hardware.DEVICE = "cpu"
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_no_row_has_an_upstream_gradient(engine):
 def test_two_layouts_of_the_upstream_gradient(engine):
     """One process, one shape, dO laid out as (B, M, H, D) and as (B, H, M, D) in turns; not the deterministic mode.
 
-    cuDNN keeps a plan for each shape and looks at the strides of q, k and v only: if dO's were taken from the first call,
+    cuDNN keeps a plan for each shape and looks at the strides of q, k and v only: if dO's were those of the first call,
     the second would have wrong gradients and no error. Each layout comes twice, because an engine may change its kernel
     when it sees a length again.
     """
