@@ -122,7 +122,7 @@ suite() {
 }
 
 tool() { # the path of one of NVIDIA's programs, or nothing
-  command -v "$1" || ls /usr/local/cuda*/bin/"$1" /opt/nvidia/nsight-compute/*/"$1" 2>/dev/null | tail -n 1
+  type -P "$1" || ls /usr/local/cuda*/bin/"$1" /opt/nvidia/nsight-compute/*/"$1" 2>/dev/null | tail -n 1
 }
 
 # sanitizer TOOL SECONDS: run the small cases under a tool of compute-sanitizer

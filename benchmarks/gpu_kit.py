@@ -138,7 +138,7 @@ def check_versions() -> None:
     if wrong:
         raise ValueError(
             f"{'; '.join(wrong)}. The kit must be made with the versions of the GPU machine, in an environment of its "
-            "own: make gpu-kit VENV=PATH PYTHON=python3.12 creates it"
+            "own: make gpu-kit GPU_PYTHON=python3.12 creates it"
         )
 
 

@@ -48,7 +48,7 @@ flash4_tests() {
 }
 
 long() {
-  suite long 45 -m "gpu and not memory" -k "test_long and (sdpa or triton or flash_attn or 4096 or 32768)" \
+  suite long 45 -m "gpu and not memory" -k "test_long and not flex" \
     tests/gpu/test_engines_hardware.py tests/gpu/test_triton_hardware.py
 }
 
