@@ -15,6 +15,7 @@ Triton's cache holds absolute paths, so it is filled and unpacked in the same fo
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import ctypes
 import hashlib
@@ -180,10 +181,13 @@ def count_keys(keys: list[dict]) -> str:
     )
 
 
+def cache_folder(key: str) -> str:
+    """Return the name of a key's folder in Triton's cache."""
+    return base64.b32encode(bytes.fromhex(key)).decode().rstrip("=")
+
+
 def prune(cache: Path, keys: set[str]) -> None:
     """Remove kernels of earlier code from Triton's cache; C launchers stay."""
-    from benchmarks.stand_in import cache_folder
-
     wanted = {cache_folder(key) for key in keys}
     for folder in cache.iterdir() if cache.exists() else ():
         if any(folder.glob("*.cubin")) and folder.name not in wanted:

@@ -17,7 +17,6 @@ number that is printed under the stand-in means anything.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import ctypes
 import hashlib
@@ -66,8 +65,9 @@ int cuModuleLoadData(void **module, const void *image) { *module = (void *)1; re
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)1; return 0; }
 int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
 int cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 ACCEPT(cuInit) ACCEPT(cuCtxSetCurrent) ACCEPT(cuFuncSetCacheConfig) ACCEPT(cuFuncSetAttribute) ACCEPT(cuCtxSetLimit)
-ACCEPT(cuTensorMapEncodeTiled) ACCEPT(cuLaunchKernelEx) ACCEPT(cuLaunchKernel)
+ACCEPT(cuCtxGetDevice) ACCEPT(cuModuleUnload) ACCEPT(cuStreamIsCapturing) ACCEPT(cuTensorMapEncodeTiled) ACCEPT(cuLaunchKernelEx) ACCEPT(cuLaunchKernel)
 """
 
 
@@ -373,12 +373,9 @@ def in_cache(key: str) -> bool:
     """Return whether Triton's cache has the kernel of a key."""
     from triton import knobs
 
+    from benchmarks.gpu_kit import cache_folder
+
     return any((Path(knobs.cache.dir) / cache_folder(key)).glob("*.cubin"))
-
-
-def cache_folder(key: str) -> str:
-    """Return the name of a key's folder in Triton's cache."""
-    return base64.b32encode(bytes.fromhex(key)).decode().rstrip("=")
 
 
 def _cpu_seconds() -> float:
