@@ -1,7 +1,9 @@
+# shellcheck shell=bash
 # Functions of gpu_first.sh and gpu_second.sh, which source this file. See README.md beside it.
 #
 # Everything that a script writes goes to $OUT at once: machine.txt, status.txt (a line per part with its seconds),
-# CSVs, and logs.tar.gz, packed again after each part. $KIT_HOME/first keeps the first script's files for the second.
+# CSVs, and logs.tar.gz, packed again after each part: at most eight files. $KIT_HOME/first keeps the first script's
+# files for the second.
 
 OUT=${OUT:-benchmarks/results/local}
 PYTHON=${PYTHON:-python3}
@@ -15,13 +17,16 @@ failed=0
 mkdir -p "$OUT" "$LOGS"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8                  # required by PyTorch's deterministic algorithms
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # several processes share the memory
 export TRITON_CACHE_DIR=$KIT_HOME/triton
 export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=$KIT_HOME/flash-attn-4-cache
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # the trainer refuses one process with several GPUs
 unset TRITON_INTERPRET
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || cat "$KIT/$SCRIPT/commit" 2>/dev/null || echo unknown)}
 export COMMIT
+
+# shellcheck disable=SC2034 # the scripts use it
+COMPILED=() # of the benchmark: expect no time to compile kernels
+[ ! -d "$KIT/$SCRIPT" ] || COMPILED=(--compiled)
 
 RUN=("$PYTHON" -m) # in front of a module and its arguments
 case $REHEARSE in
@@ -104,7 +109,9 @@ kernels_in_cache() { find "$TRITON_CACHE_DIR" -name '*.cubin' 2>/dev/null | wc -
 # Print the status, and what a reader needs first; end with the status of the parts.
 finish() {
   say "kernels compiled in this run, because the kit did not hold them: $(($(kernels_in_cache) - KERNELS_BEFORE))"
-  [ -s "$OUT/shares.csv" ] && "$PYTHON" -m tests.helpers.budget "$OUT/shares.csv" | tail -n 40 | tee "$OUT/shares.txt"
+  if [ -s "$OUT/shares.csv" ]; then
+    "$PYTHON" -m tests.helpers.budget "$OUT/shares.csv" | tee "$LOGS/shares.txt" | tail -n 40
+  fi
   say "end: $SECONDS s"
   keep
   echo "--- $OUT/status.txt"
@@ -122,7 +129,7 @@ suite() {
 }
 
 tool() { # the path of one of NVIDIA's programs, or nothing
-  type -P "$1" || ls /usr/local/cuda*/bin/"$1" /opt/nvidia/nsight-compute/*/"$1" 2>/dev/null | tail -n 1
+  type -P "$1" || find /usr/local/cuda*/bin /opt/nvidia/nsight-compute -maxdepth 2 -name "$1" 2>/dev/null | sort | tail -n 1
 }
 
 # sanitizer TOOL SECONDS: run the small cases under a tool of compute-sanitizer

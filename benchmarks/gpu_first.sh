@@ -12,8 +12,9 @@
 #
 # Exit status: 0 if every part passed, 1 if one failed or was stopped, 2 without a CUDA device, 3 as above. Do not report
 # timings of a run whose tests failed.
+# shellcheck disable=SC2329 # part calls functions by their names
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 SCRIPT=first
 TOTAL_SECONDS=${TOTAL_SECONDS:-345}
@@ -22,6 +23,7 @@ MEMCHECK_SECONDS=${MEMCHECK_SECONDS:-45}
 TESTS_SECONDS=${TESTS_SECONDS:-150}
 BENCH_SECONDS=${BENCH_SECONDS:-100}
 KERNELS_SECONDS=${KERNELS_SECONDS:-30}
+# shellcheck source=gpu_common.sh
 source benchmarks/gpu_common.sh
 
 small() { limited "$SMALL_SECONDS" small "${RUN[@]}" benchmarks.small_cases; }
@@ -29,9 +31,8 @@ small() { limited "$SMALL_SECONDS" small "${RUN[@]}" benchmarks.small_cases; }
 memcheck() { sanitizer memcheck "$MEMCHECK_SECONDS"; }
 
 tests() {
-  local one status=0 running=() wide="not torch.float16" # bfloat16 and float32 only
+  local one status=0 running=() others wide="not torch.float16" # bfloat16 and float32 only
   export MOLSAKI_ERROR_SHARES=$OUT/shares.csv
-  : >"$LOGS/empty"
   set -m # otherwise background processes ignore the interrupt after which pytest prints its summary
   suite triton "$TESTS_SECONDS" -m "gpu and not memory" -k "$wide and not long" \
     tests/gpu/test_triton_hardware.py tests/kernels/triton & running+=($!)
@@ -39,10 +40,10 @@ tests() {
     tests/gpu/test_engines_hardware.py & running+=($!)
   suite models "$TESTS_SECONDS" -m "gpu and not memory" -k "bfloat16 and (Llama or Gemma2 or GptOss)" \
     tests/gpu/test_models_hardware.py & running+=($!)
-  others=$(find tests/gpu -name 'test_*_hardware.py' | grep -vE '/test_(triton|engines|models)_hardware.py' | sort)
-  if [ -n "$others" ]; then
-    # shellcheck disable=SC2086 # several files
-    suite others "$TESTS_SECONDS" -m "gpu and not memory" -k "$wide and not flash_attn and not flex" $others & running+=($!)
+  mapfile -t others < <(find tests/gpu -name 'test_*.py' | grep -vE '/test_(triton|engines|models)_hardware.py' | sort)
+  if [ "${#others[@]}" -gt 0 ]; then
+    suite others "$TESTS_SECONDS" -m "gpu and not memory" -k "$wide and not flash_attn and not flex and not long" \
+      "${others[@]}" & running+=($!)
   fi
   for one in "${running[@]}"; do wait "$one" || status=1; done
   set +m
@@ -54,7 +55,7 @@ SHAPES=("1x4096 H32/32 D128 W256" "16x256 H9/3 D64 W20" "2x2048 H32/32 D128 W64"
 
 bench() {
   limited "$BENCH_SECONDS" bench "${RUN[@]}" benchmarks.layer --device cuda --no-flex --modes eager graph \
-    --seconds 0.6 --limit $((BENCH_SECONDS * SLOWER - 5)) --only "${SHAPES[@]}" --csv "$OUT/layer.csv"
+    "${COMPILED[@]}" --seconds 0.6 --limit $((BENCH_SECONDS * SLOWER - 5)) --only "${SHAPES[@]}" --csv "$OUT/layer.csv"
 }
 
 kernels() {

@@ -13,12 +13,14 @@
 # 5. racecheck; the tests that need most of the memory
 #
 # Exit status: 0 if every part passed, 1 if one failed or was stopped, 2 without a CUDA device.
+# shellcheck disable=SC2329 # part calls functions by their names
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 SCRIPT=second
 TOTAL_SECONDS=${TOTAL_SECONDS:-290}
 FIRST=${FIRST:-} # the first run's folder, if it was on another machine
+# shellcheck source=gpu_common.sh
 source benchmarks/gpu_common.sh
 FIRST=${FIRST:-$KIT_HOME/first}
 SITE=$KIT_HOME/flash-attn-4
@@ -58,7 +60,8 @@ repeats() {
 }
 
 bench() {
-  limited 75 bench "${RUN[@]}" benchmarks.layer --device cuda --no-flex --modes eager graph --seconds 0.5 \
+  limited 75 bench "${RUN[@]}" benchmarks.layer --device cuda --no-flex --modes eager graph \
+    "${COMPILED[@]}" --seconds 0.5 \
     --passes forward+backward --limit $((70 * SLOWER)) --csv "$OUT/layer.csv" --only "1x4096 H32/32 D128 W256" \
     "16x256 H9/3 D64 W20" "1x8192 H32/32 D128 W256" "1x4096 H32/32 D128 W16" "1x4096 H32/8 D128 W256" || return 1
   limited 25 kernels "${RUN[@]}" benchmarks.layer --device cuda --contenders "flash_attn" "flash-attn 4" \
@@ -86,7 +89,9 @@ ncu() {
 
 racecheck() { sanitizer racecheck 40; }
 
-memory() { suite memory 60 -m "gpu and memory" -k "triton" tests/gpu; }
+memory() {
+  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True suite memory 60 -m "gpu and memory" -k "triton" tests/gpu
+}
 
 begin
 if first_failed && [ -z "$REHEARSE" ]; then

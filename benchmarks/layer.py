@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tier", type=int, default=2, help="0: shapes that have a target, 1: and those that show a trend, 2: all"
     )
+    parser.add_argument("--compiled", action="store_true", help="for --limit: expect no time to compile our kernels")
     parser.add_argument("--memory", action="store_true", help="also the peak memory on a CPU (one process per record)")
     parser.add_argument("--expected", action="store_true", help="print the order and the expected seconds")
     parser.add_argument(
@@ -116,11 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     records = read_records(arguments.csv)
     done = measured_already(records, machine)
     failed: list[str] = []
-    built: set = set()
+    built = {build_key(shape) for shape in chosen} if arguments.compiled else set()
     for shape, backward in todo:
         if (shape.name, pass_name(backward)) in done:
             continue
-        expected = expected_seconds(shape, backward, arguments.seconds, built)
+        expected = expected_seconds(shape, backward, arguments.seconds, built, not arguments.no_flex, arguments.modes)
         if time.monotonic() - begin + expected > arguments.limit:
             left = sum((s.name, pass_name(b)) not in done for s, b in todo)
             print(f"--limit {arguments.limit:.0f} s: {left} of {len(todo)} left; run again with the same --csv")
@@ -293,16 +294,25 @@ def build_key(shape: Shape) -> tuple:
     return shape.head_dim, shape.q_heads // shape.kv_heads, shape.words > 64
 
 
-def expected_seconds(shape: Shape, backward: bool, seconds: float | None, built: set) -> float:
+def expected_seconds(
+    shape: Shape,
+    backward: bool,
+    seconds: float | None,
+    built: set,
+    flex: bool = True,
+    some_modes: Sequence[str] = MODES,
+) -> float:
     """Estimate one shape and pass on a fresh H100: compiling, setting up, warming up and timing."""
     device = torch.device("cuda")
-    total = SETUP + (0 if build_key(shape) in built else BUILD_KERNELS) + (BUILD_FLEX if shape.slow_to_build else 0)
+    build_flex = BUILD_FLEX if flex and shape.slow_to_build else 0
+    total = SETUP + (0 if build_key(shape) in built else BUILD_KERNELS) + build_flex
     plain = prediction(shape, "H100", "plain", "plain", backward)
     eager = prediction(shape, "H100", "eager", "eager", backward)
     per_round = shape.sets(50 << 20) * (6 * plain[0] + (eager[0] if fits_eager(shape, device) else 0)) if plain else 0
     for mode in modes(shape, device):
-        total += 4 * per_round + max(timing_seconds(shape, device, seconds), 3 * per_round)
-        total += 5 * BUILD_COMPILE if mode == "compile" else 0
+        if mode in some_modes:
+            total += 4 * per_round + max(timing_seconds(shape, device, seconds), 3 * per_round)
+            total += 5 * BUILD_COMPILE if mode == "compile" else 0
     return total
 
 
