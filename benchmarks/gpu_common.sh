@@ -24,8 +24,9 @@ unset TRITON_INTERPRET
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || cat "$KIT/$SCRIPT/commit" 2>/dev/null || echo unknown)}
 export COMMIT
 
+# Of the benchmark: expect no time to compile kernels.
+COMPILED=()
 # shellcheck disable=SC2034 # the scripts use it
-COMPILED=() # of the benchmark: expect no time to compile kernels
 [ ! -d "$KIT/$SCRIPT" ] || COMPILED=(--compiled)
 
 RUN=("$PYTHON" -m) # in front of a module and its arguments
