@@ -404,9 +404,9 @@ def kernels_of(events: Iterable) -> list[tuple[str, float]]:
 
 
 def stage(name: str, before: Sequence[str]) -> str:
-    """Return the name in ``predict.py`` of a launch: one kernel computes the gradient of lse and, later, adds to dq."""
-    if name == "map_dq_kernel":
-        return "map_dq_add" if name in before else "map_dlse"
+    """Return the name in ``predict.py`` of a launch, whose kernel may be launched for another purpose before."""
+    if name == "map_dq_kernel":  # first for the gradient of lse, if that has no kernel of its own
+        return "map_dq_add" if {name, "map_dlse_kernel"} & set(before) else "map_dlse"
     return {"add_tiles_kernel": "map_reduce"}.get(name, name.removesuffix("_kernel"))
 
 

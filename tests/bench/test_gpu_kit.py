@@ -162,6 +162,7 @@ def test_launches_have_the_predictions_of_their_stages():
     names = ("flash_forward_kernel", "map_dq_kernel", "cudnn", "map_dq_kernel", "map_dk_kernel")
     stages = [layer.stage(name, names[:i]) for i, name in enumerate(names)]
     assert stages == ["flash_forward", "map_dlse", "cudnn", "map_dq_add", "map_dk"]
+    assert layer.stage("map_dq_kernel", ["map_dlse_kernel"]) == "map_dq_add"
     shape = next(shape for shape in cuda_grid() if shape.name.startswith("1x4096 H32/32 D128 W256"))
     expected = layer.predicted_kernels(shape, "NVIDIA H100 80GB HBM3", "molsaki, sdpa")
     assert {"map_dlse", "map_dq_add", "map_dk"} <= set(expected) and all(us > 0 for us in expected.values())
