@@ -6,6 +6,7 @@
 # make format     apply the fixes that ruff can make
 # make docs       list the documentation
 # make plots      plot the demo's results and the benchmark results again
+# make gpu-kit    what the two scripts for a GPU machine carry, made without a GPU (benchmarks/README.md)
 # make clean      remove what the other targets created
 # Each target creates the environment in .venv first if needed. `make test VENV=path` uses another environment,
 # `make test PYTHON=python3.12` another Python, `make test CONSTRAINTS=constraints-oldest.txt` other versions, and
@@ -14,7 +15,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast bench check format docs plots clean
+.PHONY: demo test test-fast bench check format docs plots gpu-kit clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -52,8 +53,23 @@ docs:
 plots: demo
 	$(BIN)/python -m benchmarks.plots
 
+# The kit needs the Python, torch and triton of the GPU machine, in an environment of their own: GPU_VENV, made by
+# GPU_PYTHON. An environment that exists is used as it is.
+GPU_VENV ?= .venv-gpu
+GPU_PYTHON ?= python3.12
+GPU_PACKAGES ?= torch==2.11.0 triton==3.6.0 transformers==5.17.0 accelerate safetensors peft scipy pyyaml tqdm pytest
+
+gpu-kit: $(GPU_VENV)/bin/python
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_kit prepare
+
+$(GPU_VENV)/bin/python:
+	@command -v $(GPU_PYTHON) >/dev/null || { echo "make gpu-kit needs the GPU machine's Python, $(GPU_PYTHON): \
+	make gpu-kit GPU_PYTHON=PATH, or GPU_VENV=FOLDER of an environment with $(GPU_PACKAGES)" >&2; exit 1; }
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install $(GPU_PACKAGES) "numpy<2.4" | $(SHORT)
+
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf gpu-kit $(VENV) demo build *.egg-info
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'

@@ -120,9 +120,8 @@ def _with_map(device: torch.device) -> list[Contender]:
     def ours(engine: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
         return lambda x: mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine=engine)
 
-    names = [name for name, status in mk.engines().items() if status.ready and name != "eager"]
-    if device.type == "cpu":
-        names = [name for name in names if name != "triton"]  # the interpreter is not measured
+    others = {"eager", "triton" if device.type == "cpu" else "native"}  # the interpreter is not measured
+    names = [name for name, status in mk.engines().items() if status.ready and name not in others]
     return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
 
 

@@ -1,9 +1,10 @@
 """Measures one attention layer with its map against every plain attention of this machine, and against eager.
 
-    python -m benchmarks.layer [--device cpu|cuda] [--csv FILE] [--json FILE] [--seconds S] [--only TEXT] [--memory]
+    python -m benchmarks.layer [--device cpu|cuda] [--csv FILE] [--json FILE] [--seconds S] [--only TEXT...] [--memory]
     python -m benchmarks.layer --csv FILE --limit 240     repeat until it reports that nothing is left
     python -m benchmarks.layer --expected                 print the expected time of the grid; run nothing
     python -m benchmarks.layer --only TEXT --profile DIR  traces and tables of torch.profiler (see profile.sh for ncu)
+    python -m benchmarks.layer --only TEXT --kernels FILE the time of every kernel beside its prediction, as a CSV
 
 A plain attention is one without a map. The program prints a table and writes one record per shape, pass, mode and
 contender, after each pass of a shape. It skips a shape and pass that the CSV already holds from the same device and
@@ -22,11 +23,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -38,6 +40,8 @@ from .contenders import SLOW_TO_BUILD, Contender, contenders, fits_eager, step, 
 from .measure import captured, cuda_peak, interleaved, launches, peak_memory, profiled, ratio
 from .shapes import CPU, CPU_MORE, Inputs, Shape, cuda_grid
 
+MODES = ("eager", "graph", "compile")
+PASSES = ("forward+backward", "forward")
 SHORT = 16 * 512  # up to so many tokens per batch launches decide; graphs and torch.compile are measured there too
 # Seconds that a fresh machine needs to compile: guesses, used by --expected and --limit only.
 BUILD_KERNELS, BUILD_FLEX, BUILD_COMPILE, SETUP = 20.0, 20.0, 3.0, 0.8
@@ -50,24 +54,49 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the same records to this file")
     parser.add_argument("--seconds", type=float, help="to time a shape, pass and mode (CPU: 20, CUDA: 1 or 0.4)")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds; start nothing that would end later")
-    parser.add_argument("--only", default="", help="only shapes whose name contains this text")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="only shapes whose name contains one of these texts, in this order",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="only contenders whose name contains one of these texts",
+    )
+    parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which compiles for seconds")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="only these modes")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="only these passes")
     parser.add_argument(
         "--tier", type=int, default=2, help="0: shapes that have a target, 1: and those that show a trend, 2: all"
     )
+    parser.add_argument("--compiled", action="store_true", help="for --limit: expect no time to compile our kernels")
     parser.add_argument("--memory", action="store_true", help="also the peak memory on a CPU (one process per record)")
     parser.add_argument("--expected", action="store_true", help="print the order and the expected seconds")
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="write a trace of each contender instead of timing it"
     )
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="append the time of each kernel to this CSV")
     parser.add_argument("--once", action="store_true", help="only run each contender, for an external profiler")
     arguments = parser.parse_args(argv)
     begin = time.monotonic()
     device = torch.device(arguments.device)
     shapes = cuda_grid() if device.type == "cuda" or arguments.expected else CPU + CPU_MORE
-    chosen = [s for s in shapes if arguments.only in s.name and (s.tier <= arguments.tier or s in CPU + CPU_MORE)]
-    todo = [(shape, backward) for shape in chosen for backward in (True, False)]
-    if not todo:
-        parser.error(f"--only: expected a part of a shape's name, got {arguments.only!r}")
+    shapes = [s for s in shapes if s.tier <= arguments.tier or s in CPU + CPU_MORE]
+    chosen = dict.fromkeys(shape for text in arguments.only for shape in shapes if text in shape.name)
+    todo = [(shape, name == PASSES[0]) for shape in chosen for name in PASSES if name in arguments.passes]
+    for text in arguments.only:
+        if not any(text in shape.name for shape in shapes):
+            parser.error(f"--only: expected a part of a shape's name, got {text!r}")
+
+    def select(shape: Shape) -> list[Contender]:
+        found = [c for c in contenders(device, shape) if any(text in c.name for text in arguments.contenders)]
+        return [c for c in found if not (arguments.no_flex and any(word in c.name for word in SLOW_TO_BUILD))]
+
     if arguments.expected:
         print(*expectation(todo, arguments.seconds, arguments.limit), sep="\n")
         return 0
@@ -76,25 +105,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     if arguments.once or arguments.profile:
         for shape, backward in todo:
-            observe(shape, device, backward, arguments.profile)
+            observe(shape, device, backward, arguments.profile, select(shape))
+        return 0
+    if arguments.kernels:
+        for shape in chosen:
+            times = kernel_times(shape, device, select(shape))
+            write_csv(arguments.kernels, read_records(arguments.kernels) + times)
         return 0
 
     machine = describe(device)
     records = read_records(arguments.csv)
     done = measured_already(records, machine)
     failed: list[str] = []
-    built: set = set()
+    built = {build_key(shape) for shape in chosen} if arguments.compiled else set()
     for shape, backward in todo:
         if (shape.name, pass_name(backward)) in done:
             continue
-        expected = expected_seconds(shape, backward, arguments.seconds, built)
+        expected = expected_seconds(shape, backward, arguments.seconds, built, not arguments.no_flex, arguments.modes)
         if time.monotonic() - begin + expected > arguments.limit:
             left = sum((s.name, pass_name(b)) not in done for s, b in todo)
             print(f"--limit {arguments.limit:.0f} s: {left} of {len(todo)} left; run again with the same --csv")
             break
         built.add(build_key(shape))
         seconds = timing_seconds(shape, device, arguments.seconds)
-        records += measured(shape, device, backward, seconds, arguments.memory, machine, failed)
+        chosen_modes = [mode for mode in modes(shape, device) if mode in arguments.modes]
+        few = select(shape)
+        records += measured(shape, device, backward, seconds, arguments.memory, machine, failed, few, chosen_modes)
         done.add((shape.name, pass_name(backward)))
         for path, write in ((arguments.csv, write_csv), (arguments.json, write_json)):
             if path:
@@ -112,13 +148,15 @@ def measured(
     memory: bool,
     machine: dict,
     failed: list[str],
+    chosen: list[Contender] | None = None,
+    chosen_modes: Sequence[str] | None = None,
 ) -> list[dict]:
     """Measure one shape and pass; return its records and append a message per failure of our own code to ``failed``."""
     sets = make_sets(shape, device)
     records = []
-    for mode in modes(shape, device):
+    for mode in modes(shape, device) if chosen_modes is None else chosen_modes:
         calls, functions, running = {}, {}, {}
-        for contender in contenders(device, shape):
+        for contender in contenders(device, shape) if chosen is None else chosen:
             name, kind = contender.name, contender.kind
             if mode == "compile":
                 if any(word in name for word in SLOW_TO_BUILD) or kind not in ("plain", "map"):
@@ -248,7 +286,7 @@ def line(record: dict) -> str:
 
 
 def pass_name(backward: bool) -> str:
-    return "forward+backward" if backward else "forward"
+    return PASSES[0] if backward else PASSES[1]
 
 
 def build_key(shape: Shape) -> tuple:
@@ -256,16 +294,25 @@ def build_key(shape: Shape) -> tuple:
     return shape.head_dim, shape.q_heads // shape.kv_heads, shape.words > 64
 
 
-def expected_seconds(shape: Shape, backward: bool, seconds: float | None, built: set) -> float:
+def expected_seconds(
+    shape: Shape,
+    backward: bool,
+    seconds: float | None,
+    built: set,
+    flex: bool = True,
+    some_modes: Sequence[str] = MODES,
+) -> float:
     """Estimate one shape and pass on a fresh H100: compiling, setting up, warming up and timing."""
     device = torch.device("cuda")
-    total = SETUP + (0 if build_key(shape) in built else BUILD_KERNELS) + (BUILD_FLEX if shape.slow_to_build else 0)
+    build_flex = BUILD_FLEX if flex and shape.slow_to_build else 0
+    total = SETUP + (0 if build_key(shape) in built else BUILD_KERNELS) + build_flex
     plain = prediction(shape, "H100", "plain", "plain", backward)
     eager = prediction(shape, "H100", "eager", "eager", backward)
     per_round = shape.sets(50 << 20) * (6 * plain[0] + (eager[0] if fits_eager(shape, device) else 0)) if plain else 0
     for mode in modes(shape, device):
-        total += 4 * per_round + max(timing_seconds(shape, device, seconds), 3 * per_round)
-        total += 5 * BUILD_COMPILE if mode == "compile" else 0
+        if mode in some_modes:
+            total += 4 * per_round + max(timing_seconds(shape, device, seconds), 3 * per_round)
+            total += 5 * BUILD_COMPILE if mode == "compile" else 0
     return total
 
 
@@ -295,10 +342,10 @@ def expectation(todo: list[tuple[Shape, bool]], seconds: float | None, limit: fl
     return lines
 
 
-def observe(shape: Shape, device: torch.device, backward: bool, folder: Path | None) -> None:
+def observe(shape: Shape, device: torch.device, backward: bool, folder: Path | None, chosen: list[Contender]) -> None:
     """Run every contender; with a folder, write a trace and a table of each contender's second call."""
     inputs = with_lse(shape.inputs(device))
-    for contender in contenders(device, shape):
+    for contender in chosen:
         if device.type == "cuda" and any(word in contender.name for word in SLOW_TO_BUILD):
             continue
         call = lambda c=contender: step(c, inputs, backward)  # noqa: E731
@@ -315,6 +362,64 @@ def observe(shape: Shape, device: torch.device, backward: bool, folder: Path | N
         (folder / f"{name}.txt").write_text(table)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def kernel_times(shape: Shape, device: torch.device, chosen: list[Contender], calls: int = 5) -> list[dict]:
+    """Return a record per launch of one forward and backward of each contender: its kernel, its time, the prediction.
+
+    The time is the median of several profiled calls; ``position`` counts the launches of a call.
+    """
+    inputs, machine, records = with_lse(shape.inputs(device)), describe(device), []
+    for contender in chosen:
+        call = lambda c=contender: step(c, inputs, True)  # noqa: E731
+        try:
+            for _ in range(2):
+                call()
+            launches = [kernels_of(profiled(call, device).events()) for _ in range(calls)]
+        except Exception as reason:  # the other contenders are measured all the same
+            print(f"{shape.name}: {contender.name} cannot: {(str(reason).splitlines() or ['?'])[0]}")
+            continue
+        usual = statistics.mode(tuple(name for name, _ in each) for each in launches)
+        same = [each for each in launches if tuple(name for name, _ in each) == usual]
+        expected = predicted_kernels(shape, machine["device"], contender.name)
+        for position, name in enumerate(usual):
+            seconds = statistics.median(each[position][1] for each in same)
+            prediction_of_it = expected.get(stage(name, usual[:position]))
+            records.append({
+                "shape": shape.name, "contender": contender.name, "position": position, "kernel": name[:100],
+                "us": round(seconds * 1e6, 2),
+                "predicted_us": None if prediction_of_it is None else round(prediction_of_it * 1e6, 2),
+                **machine,
+            })  # fmt: skip
+            print(
+                "{shape:30s} {contender:18s} {us:9.1f} us  (predicted {predicted_us})  {kernel}".format(**records[-1])
+            )
+    return records
+
+
+def kernels_of(events: Iterable) -> list[tuple[str, float]]:
+    """Return name and seconds of what ran on the device, in order."""
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    return [(e.name, e.device_time / 1e6) for e in sorted(on_device, key=lambda e: e.time_range.start)]
+
+
+def stage(name: str, before: Sequence[str]) -> str:
+    """Return the name in ``predict.py`` of a launch, whose kernel may be launched for another purpose before."""
+    if name == "map_dq_kernel":  # first for the gradient of lse, if that has no kernel of its own
+        return "map_dq_add" if {name, "map_dlse_kernel"} & set(before) else "map_dlse"
+    return {"add_tiles_kernel": "map_reduce"}.get(name, name.removesuffix("_kernel"))
+
+
+def predicted_kernels(shape: Shape, device: str, contender: str) -> dict[str, float]:
+    """Return the predicted seconds of each of the project's kernels; empty for a device unknown to ``predict.py``."""
+    try:
+        from .predict import Work, gpu_named
+    except ImportError:  # it reads the configs of the Triton kernels
+        return {}
+    gpu = gpu_named(device)
+    if gpu is None:
+        return {}
+    return {k.name: k.seconds(gpu) for made in Work(shape, gpu).layers() for k in made.kernels(True)}
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -398,6 +503,8 @@ def _processor() -> str:
 
 
 def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return ""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True).stdout.strip()
 

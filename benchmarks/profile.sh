@@ -7,13 +7,13 @@
 # Writes to ${OUT:-benchmarks/results/local}: traces/*.json (for a trace viewer) and traces/*.txt (kernels by time) of
 # every contender; ncu.ncu-rep and ncu.csv, one line per kernel and metric. PYTHON=... and NCU=... name other programs.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 OUT=${OUT:-benchmarks/results/local}
 PYTHON=${PYTHON:-python3}
 SHAPE=${1:-1x4096 H32/32 D128 W256}
 KERNELS='regex:^(flash_|map_|fold_|pool_|add_tiles)' # kernels of plain attention are in the traces only
-NCU=${NCU:-$(command -v ncu || ls /usr/local/cuda*/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | tail -n 1)}
+NCU=${NCU:-$(type -P ncu || find /usr/local/cuda*/bin /opt/nvidia/nsight-compute -maxdepth 2 -name ncu 2>/dev/null | tail -n 1)}
 mkdir -p "$OUT"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 failed=0

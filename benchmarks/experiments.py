@@ -1,0 +1,167 @@
+"""Small measurements on a GPU that decide what to change next; gpu_second.sh runs them.
+
+    python -m benchmarks.experiments flash4                compare engine flash_attn with sdpa on small cases
+    python -m benchmarks.experiments all [--csv FILE]      the experiments below
+
+tables: the map and its gradient alone, with the plan's steps and key tokens as they come, with one step that holds
+    every row, and with the key tokens in runs of 32. What the last two save bounds what precomputed step ranges and a
+    faster gather can save.
+host: the host's time to submit one forward and backward of the paper's regime, per contender. The GPU is faster than
+    the host there.
+
+Which plain attention is fastest, and how the implementations compare in a CUDA graph, is in the rows of
+``benchmarks.layer``; the time of each kernel beside its prediction is in those of ``--kernels``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import molsaki_kernels as mk
+from molsaki_kernels import StepPlan
+
+from .contenders import SLOW_TO_BUILD, contenders, step, with_lse
+from .layer import describe, read_records, write_csv
+from .measure import _cuda_clock
+from .shapes import Shape
+
+LONG = Shape(1, 4096, 256, 32, 32, 32, 128, "bfloat16")
+PAPER = Shape(16, 256, 20, 5, 9, 3, 64, "bfloat16")
+# Both engines compute in bfloat16 and round differently. Results of a wrong mask or layout differ by about 1.
+LIMIT = 0.03
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["flash4", "all"])
+    parser.add_argument("--csv", type=Path, help="append the records to this file")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "flash4":
+        return int(not flash4_agrees())
+    device, records = torch.device("cuda"), []
+    for experiment in (tables, host):
+        for what, seconds in experiment(device).items():
+            record = {
+                "experiment": experiment.__name__,
+                "what": what,
+                "us": round(seconds * 1e6, 2),
+                **describe(device),
+            }
+            print("{experiment:8s} {what:40s} {us:10.1f} us".format(**record), flush=True)
+            records.append(record)
+            if arguments.csv:
+                write_csv(arguments.csv, read_records(arguments.csv) + [record])
+    return 0
+
+
+def flash4_agrees() -> bool:
+    """Print the relative differences between engines flash_attn and sdpa; return whether all are small."""
+    agrees = True
+    for q_heads, kv_heads, head_dim, lengths in (
+        (4, 4, 128, None), (8, 2, 128, None), (9, 3, 64, None), (9, 3, 64, (130, 0, 1, 253)),
+    ):  # fmt: skip
+        found = {name: small_case(name, q_heads, kv_heads, head_dim, lengths) for name in ("flash_attn", "sdpa")}
+        differences = {
+            name: float((a.float() - b.float()).norm() / b.float().norm())
+            for name, a, b in zip(("out", "maps", "dq", "dk", "dv"), found["flash_attn"], found["sdpa"], strict=True)
+        }
+        kind = "packed" if lengths else "batch"
+        text = "  ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        print(f"{q_heads}/{kv_heads} heads of {head_dim}, {kind}: {text}", flush=True)
+        agrees &= all(value < LIMIT for value in differences.values())  # not if one is NaN
+    return agrees
+
+
+def small_case(
+    engine: str, q_heads: int, kv_heads: int, head_dim: int, lengths: tuple[int, ...] | None
+) -> tuple[Tensor, ...]:
+    """Return out, the map, and the gradients of q, k and v, of the same random inputs for every engine."""
+    generator = torch.Generator().manual_seed(0)
+    batch, tokens = (1, sum(lengths)) if lengths else (2, 384)
+
+    def rows(heads: int) -> Tensor:
+        return (
+            torch.randn(batch, tokens, heads, head_dim, generator=generator).to("cuda", torch.bfloat16).transpose(1, 2)
+        )
+
+    q, k, v = (rows(heads).requires_grad_() for heads in (q_heads, kv_heads, kv_heads))
+    bounds = None
+    if lengths:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+    each = lengths or (tokens,) * batch
+    steps = [[(0, n // 2), (n // 2, n)] if n > 1 else [] for n in each]
+    words = [[[0], [n // 3, n // 2]] if n > 1 else [] for n in each]
+    plan = StepPlan.from_spans(steps, words, device="cuda")
+    out, maps = mk.stepwise_attention(q, k, v, plan, cu_seqlens=bounds, engine=engine)
+    upstream = rows(q_heads), torch.randn(maps.shape, generator=generator).to("cuda")
+    return out, maps, *torch.autograd.grad((out, maps), (q, k, v), upstream)
+
+
+def tables(device: torch.device) -> dict[str, float]:
+    inputs = with_lse(LONG.inputs(device))
+    tokens, rows = inputs.plan.num_words, LONG.tokens
+    random = sorted(torch.randperm(rows, generator=torch.Generator().manual_seed(1))[:tokens].tolist())
+    runs = [start + i for start in range(16, rows, rows // (tokens // 32)) for i in range(32)][:tokens]
+    cuts = [rows * i // LONG.steps for i in range(LONG.steps + 1)]
+    steps = list(zip(cuts, cuts[1:], strict=False))
+    plans = {
+        "32 steps, key tokens anywhere": (steps, random),
+        "1 step, key tokens anywhere": ([(0, rows)], random),
+        "32 steps, key tokens in runs of 32": (steps, runs),
+    }
+    found = {}
+    for name, (spans, words) in plans.items():
+        plan = StepPlan.from_spans([spans], [[[token] for token in words]], device=device)
+        dmaps = torch.ones((1, len(spans), len(words)), device=device)
+
+        def call(plan: StepPlan = plan, dmaps: Tensor = dmaps) -> None:
+            maps = mk.stepwise_map(inputs.q, inputs.k, inputs.lse, plan)
+            torch.autograd.grad(maps, (inputs.q, inputs.k, inputs.lse), dmaps)
+
+        found[name] = median(call)
+    return found
+
+
+def host(device: torch.device) -> dict[str, float]:
+    inputs, found = with_lse(PAPER.inputs(device)), {}
+    for contender in contenders(device, PAPER):
+        if contender.kind not in ("plain", "map") or any(word in contender.name for word in SLOW_TO_BUILD):
+            continue
+        try:
+            step(contender, inputs, True)
+        except Exception as reason:  # the others are measured all the same
+            print(f"host: {contender.name} cannot: {(str(reason).splitlines() or ['?'])[0]}")
+            continue
+        found[contender.name] = submitted(lambda c=contender: step(c, inputs, True))
+    return found
+
+
+def median(call: Callable[[], object], calls: int = 30) -> float:
+    """Return the median seconds of a call on the GPU, after three warm-up calls."""
+    for _ in range(3):
+        call()
+    return statistics.median(_cuda_clock(call) for _ in range(calls))
+
+
+def submitted(call: Callable[[], object], calls: int = 20, rounds: int = 7) -> float:
+    """Return the host's seconds for one call, without waiting for the GPU: the fastest of several rounds."""
+    best = float("inf")
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - begin) / calls)
+    return best
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Tests the two scripts for a GPU machine without one: their order, time limits, early end, and what they leave behind.
+
+The scripts run with a stand-in for Python that succeeds, fails or waits as a test wants. What their Python commands do
+on a machine without a GPU is tested in ``test_gpu_kit.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+PYTHON = r"""#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+for rule in $RULES; do # PATTERN=STATUS, or PATTERN=sleep
+  case "$*" in *"${rule%=*}"*)
+    case ${rule#*=} in sleep) exec sleep 60 ;; *) echo "Traceback: ${rule%=*}"; exit "${rule#*=}" ;; esac ;;
+  esac
+done
+exec >&2
+case "$*" in *"-c import"*) ;; *) echo "ran $*" ;; esac
+exit 0
+"""
+
+
+class Result:
+    def __init__(self, run: subprocess.CompletedProcess, out: Path, calls: Path, seconds: float) -> None:
+        self.code, self.output, self.seconds = run.returncode, run.stdout, seconds
+        self.status = (out / "status.txt").read_text().splitlines()
+        self.calls = calls.read_text().splitlines()
+        self.files = {path.name for path in out.iterdir()}
+
+    def parts(self) -> dict[str, str]:
+        return dict(line.split(": ", 1) for line in self.status if ": " in line)
+
+    def modules(self) -> list[str]:
+        """What was run, without checks of versions and without arguments."""
+        return [call.split()[1] for call in self.calls if call.startswith("-m ")]
+
+
+@pytest.fixture
+def run(tmp_path):
+    if shutil.which("timeout") is None or os.name != "posix":
+        pytest.skip("needs bash and timeout")
+
+    def run_script(name: str, rules: str = "", **environment: str) -> Result:
+        python, out, calls = tmp_path / "python", tmp_path / "out", tmp_path / "calls"
+        python.write_text(PYTHON)
+        python.chmod(0o755)
+        calls.write_text("")
+        path = tmp_path / "bin"  # none of NVIDIA's programs
+        path.mkdir(exist_ok=True)
+        begin = time.monotonic()
+        done = subprocess.run(
+            ["bash", str(BENCHMARKS / f"gpu_{name}.sh")], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=120, env=os.environ | {
+                "PYTHON": str(python), "OUT": str(out), "CALLS": str(calls), "RULES": rules, "REHEARSE": "",
+                "KIT": str(tmp_path / "kit"), "KIT_HOME": str(tmp_path / "home"), **environment,
+            },
+        )  # fmt: skip
+        return Result(done, out, calls, time.monotonic() - begin)
+
+    return run_script
+
+
+def test_first_runs_everything_in_order(run):
+    result = run("first")
+    assert result.code == 0, result.output
+    names = list(result.parts())
+    tests = ["triton", "engines", "models"]
+    assert names[0] == "small" and set(tests) < set(names)
+    assert max(names.index(t) for t in tests) < names.index("bench") < names.index("kernels") < names.index("end")
+    assert all(result.parts()[name].startswith("passed") for name in ("small", *tests, "bench", "kernels"))
+    assert {"status.txt", "machine.txt", "logs.tar.gz"} <= result.files and len(result.files) <= 8
+    bench = next(call for call in result.calls if "layer" in call and "--csv" in call)
+    for shape in ("1x4096 H32/32 D128 W256", "16x256 H9/3 D64 W20", "2x2048 H32/32 D128 W64", "1x16384"):
+        assert shape in bench
+
+
+def test_first_ends_at_once_if_the_first_kernel_fails(run):
+    result = run("first", "small_cases=1")
+    assert result.code == 3 and result.parts()["small"].startswith("failed (exit status 1)")
+    assert result.modules() == ["benchmarks.gpu_kit", "benchmarks.small_cases"]  # nothing after it
+    assert any(line.startswith("the first kernels failed: nothing else was started") for line in result.status)
+    assert "Traceback: small_cases" in result.output and result.seconds < 15
+    assert "logs.tar.gz" in result.files
+
+
+def test_first_ends_at_once_if_the_first_kernel_hangs(run):
+    result = run("first", "small_cases=sleep", SMALL_SECONDS="5")
+    assert result.code == 3 and result.parts()["small"].startswith("stopped after 5 s")
+    assert result.seconds < 30
+
+
+def test_first_continues_if_tests_fail(run):
+    result = run("first", "test_engines=1")
+    assert result.code == 1
+    assert result.parts()["engines"].startswith("failed") and result.parts()["bench"].startswith("passed")
+
+
+def test_a_part_is_stopped_at_its_limit_and_the_whole_at_its_own(run):
+    result = run("first", "benchmarks.layer=sleep", BENCH_SECONDS="5", TOTAL_SECONDS="10")
+    assert result.code == 1 and result.parts()["bench"].startswith("stopped after 5 s")
+    assert result.parts()["kernels"] == "not started, no time left"
+    assert result.seconds < 40
+
+
+def test_nothing_starts_without_a_device(run):
+    result = run("first", "torch.cuda.is_available())=1")
+    assert result.code == 2 and "no CUDA device" in result.status and not result.modules()
+
+
+def test_second_measures_after_a_first_run_that_passed(run):
+    assert run("first").code == 0
+    result = run("second")
+    assert result.code == 0, result.output
+    names = list(result.parts())
+    assert names.index("flash4") < names.index("flash4-tests") < names.index("long") < names.index("bench")
+    assert len(result.files) <= 8
+
+
+def test_second_skips_flash_attn_4_where_it_does_not_import(run):
+    result = run("second", "flash_attn.cute=1")
+    assert result.parts()["flash-attn 4"].startswith("skipped")
+    assert not any("flash4" in call for call in result.calls) and result.parts()["bench"].startswith("passed")
+
+
+def test_second_measures_nothing_after_a_failed_test(run):
+    run("first", "test_engines=1")
+    result = run("second")
+    assert any("a test of the first run failed" in line for line in result.status)
+    assert "bench" not in result.parts() and "again" in result.parts()
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_rehearsal_runs_every_command_on_the_stand_in(run, name):
+    result = run(name, REHEARSE="dry")
+    assert result.code == 0, result.output
+    measured = [call for call in result.calls if "benchmarks." in call and "experiments" not in call.split()[1]]
+    assert measured and all(call.startswith("-m benchmarks.stand_in --dry --keys ") for call in measured)
+    assert run(name, REHEARSE="some").code == 2
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_limits_add_up():
+    """The scripts' own limits leave room for the ten minutes that a call may take elsewhere."""
+    for name, most in (("first", 360), ("second", 300)):
+        text = (BENCHMARKS / f"gpu_{name}.sh").read_text()
+        total = next(line for line in text.splitlines() if line.startswith("TOTAL_SECONDS="))
+        assert int(total.split(":-")[1].rstrip("}")) <= most
+    assert sys.executable
