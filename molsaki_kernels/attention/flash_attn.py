@@ -33,6 +33,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
+from molsaki_kernels.strides import empty_out
 
 NAME = "flash_attn"
 COMPUTES_MAP = False
@@ -95,11 +96,19 @@ def _largest_head(major: int) -> str:
     return {9: "256", 10: "128, and 256", 11: "128, and 256"}.get(major, "128")
 
 
+def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
+    """Return whether v may be ``value_dim`` wide: flash-attn 4 takes widths of their own on sm90, up to 256."""
+    if value_dim == request.head_dim:
+        return True
+    on_sm90 = _version(request.device) == 4 and _major(request.device) == 9
+    return on_sm90 and value_dim % 8 == 0 and 8 <= value_dim <= 256
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and lse in float32."""
     q, sinks, cu_seqlens = inputs.q, inputs.sinks, inputs.cu_seqlens
     if q.numel() == 0:
-        return AttentionOutputs(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+        return AttentionOutputs(empty_out(q, inputs.v), q.new_empty(q.shape[:3], dtype=torch.float32))
     version = _version(q.device)
     packed, M = cu_seqlens is not None, q.shape[2]
     with torch.cuda.device_of(q):  # flash-attn 4 asks for the current device's architecture
@@ -113,7 +122,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
                 **_options_4(options),
                 learnable_sink=sinks.float() if sinks is not None and own_sinks else None,
                 return_lse=True,
-                out=torch.empty_like(tensors[0]),
+                out=_flash_layout(empty_out(q, inputs.v), packed),
             )
         elif packed:
             bounds = (cu_seqlens, cu_seqlens, _longest(M), _longest(M))
