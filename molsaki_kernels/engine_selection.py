@@ -118,10 +118,14 @@ def choose_map(
 
 
 def prefers_widened(engine: str, request: AttentionRequest, plan: PlanTensors) -> bool:
-    """Return whether "auto" computes the map of a call by widened values: where a row of :data:`WIDENED` says so."""
+    """Return whether "auto" computes the map of a call by widened values: where a row of :data:`WIDENED` says so.
+
+    Never without gradients: the saving is in the backward pass, and the map has only the precision of the output.
+    """
     sequences, words = plan.tokens.shape[0], plan.num_words
     return any(
-        request.device.type == row.device
+        request.backward
+        and request.device.type == row.device
         and engine in row.engines
         and request.dtype in row.dtypes
         and request.head_dim <= row.head_dim

@@ -74,7 +74,7 @@ def _run_widened(
     if plan.is_empty(inputs.q):
         return run_attention(inputs, options, plan, engine, usual)
     widths = widened_values.widths(implementation, inputs.request(options), plan.num_words)
-    parts = []
+    outputs, maps = [], []
     for (v_columns, _, num_words, _), (call, no_map) in zip(
         widths.groups, widened_values.calls(inputs, plan, widths), strict=True
     ):
@@ -82,12 +82,11 @@ def _run_widened(
             found = implementation.forward(call, options, no_map)
         else:
             found = run_attention(call, options, no_map, engine, usual)
-        out, maps = _run_split(found.out, v_columns, num_words, inputs.cu_seqlens, plan.steps, options.per_head)
-        parts.append(AttentionOutputs(out, found.lse, maps))
-    out, lse, maps = parts[0].out, parts[0].lse, parts[0].maps
-    if len(parts) > 1:
-        maps = torch.cat([part.maps for part in parts if part.maps is not None], -1)
-    return AttentionOutputs(out, lse, maps)
+        out, part = _run_split(found.out, v_columns, num_words, inputs.cu_seqlens, plan.steps, options.per_head)
+        outputs.append(AttentionOutputs(out, found.lse))
+        maps.append(part)
+    whole = maps[0] if len(maps) == 1 else torch.cat(maps, -1)
+    return AttentionOutputs(outputs[0].out, outputs[0].lse, whole)
 
 
 def _run_split(

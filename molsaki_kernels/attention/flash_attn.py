@@ -183,8 +183,8 @@ def backward(
                 _interface(2)._flash_attn_varlen_backward(*tensors, *bounds, *rest)
             else:
                 _interface(2)._flash_attn_backward(*tensors, *rest)
-        dq, dk, dv = (_from_flash_layout(t, packed)[..., :D] for t in grads)
-        return InputGradients(dq, dk, dv)
+        dq, dk, dv = (_from_flash_layout(t, packed) for t in grads)
+        return InputGradients(dq[..., :D], dk[..., :D], dv[..., : inputs.v.shape[3]])
 
 
 def _flash_layout(x: Tensor, packed: bool) -> Tensor:
