@@ -40,7 +40,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from molsaki_kernels._triton.variants import Variant
 
-MODULES = ("map_forward", "map_backward", "attention_forward", "attention_backward", "value_pooling", "lse_gradient")
+MODULES = (
+    "map_forward",
+    "map_backward",
+    "attention_forward",
+    "attention_backward",
+    "value_pooling",
+    "lse_gradient",
+    "widened_map",
+)
 SPILL_FREE_HEAD_DIMS = (64, 128)
 FEATURES = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "PACKED", "PER_HEAD")  # a default variant has none of them
 

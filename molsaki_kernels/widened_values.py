@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from molsaki_kernels._plan_cache import cached
+from molsaki_kernels._triton.support import why_no_triton
 from molsaki_kernels.attention.protocol import Engine
 from molsaki_kernels.direct_call import runs_untraced
 from molsaki_kernels.spec import AttentionInputs, AttentionRequest, PlanTensors
-from molsaki_kernels.strides import empty_out
+from molsaki_kernels.strides import empty_out, with_contiguous_head_dim
 
 NAME = "widened"  # as a map engine
 WIDEST = 256  # columns of v' at most, unless v alone has more: the most that flash attention takes
@@ -189,6 +190,10 @@ def split(
         (float64 for float64), those columns of the plan's map that belong to these words.
     """
     out = empty_out(wide, wide[..., :v_columns]).copy_(wide[..., :v_columns])
+    if wide.is_cuda and why_no_triton(wide.device, wide.dtype) is None:
+        from molsaki_kernels._triton.widened_map import word_sums
+
+        return out, word_sums(wide, v_columns, num_words, cu_seqlens, steps, per_head)
     dtype = torch.promote_types(wide.dtype, torch.float32)
     mass = wide[..., v_columns : v_columns + num_words]
     mass = mass.to(dtype) if per_head else mass.mean(1, dtype=dtype)  # (B, [Hq,] M, num_words)
@@ -215,6 +220,11 @@ def split_gradient(
     per_head: bool,
 ) -> Tensor:
     """Return dO' in the shape and layout of O' ``wide``, from the gradients of :func:`split`."""
+    if dmaps is not None and wide.is_cuda and why_no_triton(wide.device, wide.dtype) is None:
+        from molsaki_kernels._triton.widened_map import widened_dout
+
+        dout = None if dout is None else with_contiguous_head_dim(dout)
+        return widened_dout(dout, dmaps, wide, v_columns, cu_seqlens, steps, per_head)
     dwide = torch.empty_like(wide)
     if dout is None:
         dwide[..., :v_columns].zero_()
