@@ -69,9 +69,10 @@ def widened_dout_kernel(
     i_n, i_b, i_t, bos, length = locate(tl.program_id(0), cu_seqlens, M, N, BM, PACKED)
     i_h = tl.program_id(1).to(tl.int64)
     rows = i_t * BM + tl.arange(0, BM)
-    inside = (rows < length)[:, None]
-    if i_t * BM >= length:
+    last = tl.where(i_n == N - 1, M - bos, length) if PACKED else length  # rows after the last sequence get zeros
+    if i_t * BM >= last:
         return
+    inside = (rows < last)[:, None]
     at = (bos + rows).to(tl.int64)[:, None]
     p_wide = dwide + i_b.to(tl.int64) * stride_wb + i_h * stride_wh + at * stride_wm
     v = tl.arange(0, BV)[None, :]

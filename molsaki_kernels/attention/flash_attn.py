@@ -97,11 +97,18 @@ def _largest_head(major: int) -> str:
 
 
 def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
-    """Return whether v may be ``value_dim`` wide: flash-attn 4 takes widths of their own on sm90, up to 256."""
-    if value_dim == request.head_dim:
+    """Return whether v may be ``value_dim`` wide: flash-attn 4 takes a width of its own on sm90.
+
+    As far as 4.0.0b36 compiles: its backward needs as many key heads as query heads, and both widths in multiples of
+    64; with 64-wide keys its forward runs out of registers at 256.
+    """
+    D = request.head_dim
+    if value_dim == D:
         return True
-    on_sm90 = _version(request.device) == 4 and _major(request.device) == 9
-    return on_sm90 and value_dim % 8 == 0 and 8 <= value_dim <= 256
+    if _version(request.device) != 4 or _major(request.device) != 9:
+        return False
+    one_group = request.q_heads == request.kv_heads or not request.backward
+    return one_group and D in (64, 128) and D < value_dim <= D + 128 and value_dim % 64 == 0
 
 
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:

@@ -130,6 +130,8 @@ def _backward_4(x, _):
     assert x.dlse is None or (x.dlse.shape == x.lse.shape and x.dlse.dtype == torch.float32)
     assert x.out.shape == x.dout.shape == (*x.q.shape[:-1], x.v.shape[-1]) and x.learnable_sink is None
     assert x.q.dtype == x.k.dtype == x.v.dtype == x.out.dtype == x.dout.dtype
+    if x.q.shape[-1] != x.v.shape[-1]:
+        assert x.q.shape[-2] == x.k.shape[-2] and x.q.shape[-1] % 64 == x.v.shape[-1] % 64 == 0
     assert type(x.deterministic) is bool
     grads = _differentiate(x, x.cu_seqlens_q, None, x.dlse)
     return tuple(torch.empty_like(like).copy_(t) for like, t in zip((x.q, x.k, x.v), grads, strict=True))

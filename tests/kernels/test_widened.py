@@ -101,11 +101,20 @@ def test_flash_attn(machine, name, feature):  # noqa: F811
         compare("flash_attn", "ragged", FEATURES[feature], dtype)
     compare("flash_attn", "ragged", FEATURES[feature], torch.bfloat16, source="maps")
     shapes = {(given["q"].shape[-1], given["v"].shape[-1]) for _, given in stand_ins.CALLS}
-    assert shapes == {(16, 24) if name == "4" else (24, 24)}
+    assert shapes == {(24, 24)}
     assert all(given.get("dlse") is None for _, given in stand_ins.CALLS)
 
 
-@pytest.mark.parametrize("feature", ["plain", "window", "packed, window, sinks"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_attn_4_with_values_wider_than_keys(machine, monkeypatch, packed):  # noqa: F811
+    monkeypatch.setattr(widened_values, "WIDEST", 128)
+    machine(9, 4)
+    tensors, plan, cu = many_words(torch.bfloat16, packed, groups=1, dim=64)
+    compare_inputs("flash_attn", tensors, plan, cu, {}, torch.bfloat16)
+    assert {(given["q"].shape[-1], given["v"].shape[-1]) for _, given in stand_ins.CALLS} == {(64, 128)}
+
+
+@pytest.mark.parametrize("feature", ["plain", "packed, window, sinks"])
 def test_interpreted_triton(feature):
     compare("triton", "some empty", FEATURES[feature], torch.float32)
 
@@ -133,9 +142,9 @@ def test_shapes(engine, dim, layout, groups):
     compare(engine, "ragged", {}, torch.float32, groups=groups, layout=layout, dim=dim)
 
 
-def many_words(dtype, packed=False, sinks=False):
+def many_words(dtype, packed=False, sinks=False, **shape):
     """Every token a word, some of two tokens, so that the words need several calls at a WIDEST of 32."""
-    tensors, _, cu = inputs("ragged", dtype, packed=packed, sinks=sinks)
+    tensors, _, cu = inputs("ragged", dtype, packed=packed, sinks=sinks, **shape)
     lengths, steps, _ = PLANS["ragged"]
     words = [[[0, n - 1], *([t] for t in range(1, n - 1))] for n in lengths]
     return tensors, StepPlan.from_spans(steps, words), cu
@@ -178,7 +187,9 @@ def test_widths(machine):  # noqa: F811
     assert widths(ENGINES["eager"], 500)[1][-1] == (0, 448, 52, 56)
     assert widths(flex, 20) == (64, ((64, 0, 20, 88),))
     machine(9, 4, any_call=False)
-    assert widths(flash_attn, 20) == (64, ((64, 0, 20, 88),))
+    assert widths(flash_attn, 64) == (128, ((64, 0, 64, 128),))
+    assert widths(flash_attn, 64, kv_heads=9) == (64, ((64, 0, 64, 128),))
+    assert widths(flash_attn, 20, kv_heads=9) == (88, ((64, 0, 20, 88),))
     machine(10, 4, any_call=False)
     assert widths(flash_attn, 20) == (88, ((64, 0, 20, 88),))
     assert widths(flash_attn, 100) == (256, ((64, 0, 100, 256),))
@@ -243,8 +254,7 @@ def test_autocast_only_casts_the_inputs(engine):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("engine", ["sdpa", "eager", "native"])
+@pytest.mark.parametrize("engine, dynamic", [("sdpa", False), ("eager", True), ("native", False)])
 def test_compile(engine, dynamic):
     torch.compiler.reset()
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
@@ -297,9 +307,9 @@ def test_dispatched_operators_give_the_same_results(feature):
 def test_opcheck(per_head, packed):
     _, plan, cu = inputs("ragged", torch.float32, packed=packed)
     B, M = (1, 258) if packed else (3, 130)
-    for wide in (torch.randn(B, 4, M, 24), torch.randn(B, M, 4, 24).transpose(1, 2)):
-        arguments = (wide.requires_grad_(), 16, 4, cu, plan.steps, per_head)
-        torch.library.opcheck(torch.ops.molsaki.split_widened, arguments)
+    wide = torch.randn(B, M, 4, 24).transpose(1, 2) if per_head else torch.randn(B, 4, M, 24)
+    arguments = (wide.requires_grad_(), 16, 4, cu, plan.steps, per_head)
+    torch.library.opcheck(torch.ops.molsaki.split_widened, arguments)
 
 
 def test_fake_and_meta_tensors():
