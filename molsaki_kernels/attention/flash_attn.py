@@ -42,6 +42,9 @@ PACKAGES = {
     4: ("flash-attn-4", "flash_attn.cute.interface"),
     2: ("flash-attn", "flash_attn.flash_attn_interface"),
 }
+# Widths of keys and values that flash-attn 4 (4.0.0b36) compiles for sm90, forward and backward. Its backward does not
+# compile for values of 96, 144 or 160 beside other keys, nor its forward for 256 beside 64.
+PAIRS_4 = frozenset({(64, 128), (64, 192), (128, 64), (128, 192), (128, 256), (192, 128)})
 
 
 @constant_when_compiled
@@ -97,18 +100,16 @@ def _largest_head(major: int) -> str:
 
 
 def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
-    """Return whether v may be ``value_dim`` wide: flash-attn 4 takes a width of its own on sm90.
+    """Return whether v may be ``value_dim`` wide: flash-attn 4 takes some widths of its own on sm90.
 
-    As far as 4.0.0b36 compiles: its backward needs as many key heads as query heads, and both widths in multiples of
-    64; with 64-wide keys its forward runs out of registers at 256.
+    Its backward refuses them where several query heads share a key head.
     """
-    D = request.head_dim
-    if value_dim == D:
+    if value_dim == request.head_dim:
         return True
     if _version(request.device) != 4 or _major(request.device) != 9:
         return False
     one_group = request.q_heads == request.kv_heads or not request.backward
-    return one_group and D in (64, 128) and D < value_dim <= D + 128 and value_dim % 64 == 0
+    return one_group and (request.head_dim, value_dim) in PAIRS_4
 
 
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:

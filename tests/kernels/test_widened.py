@@ -227,17 +227,30 @@ def test_gradient_through_lse(engine, terms, dtype):
             assert got.double().abs().max() < 1e-18, name  # a trace of folding dlse into O where dO' vanishes
 
 
-def test_a_loss_of_any_size():
-    """The map's gradient passes through dO' in the dtype of the output: bfloat16 has the range of float32."""
-    tensors, plan, _ = inputs("ragged", torch.bfloat16)
-    leaves = [t.requires_grad_() for t in tensors]
-    results = []
-    for size in (1.0, 2.0**-60, 2.0**60):
-        _, maps = widened(*leaves, plan, engine="sdpa")
-        results.append([g / size for g in torch.autograd.grad(maps.square().sum() * size, leaves[:2])])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b)
+def gradients_of_a_scaled_loss(function, dtype, kind, size, **extra):
+    tensors, plan, _ = inputs("ragged", dtype)
+    leaves = [t.to(kind).requires_grad_() for t in tensors]
+    _, maps = function(*leaves, plan, **extra)
+    dmaps = torch.randn(maps.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * size
+    return torch.autograd.grad((maps.double() * dmaps).sum(), leaves[:2])
+
+
+@pytest.mark.parametrize(
+    "dtype, sizes",
+    [(torch.bfloat16, (2.0**-60, 2.0**60)), (torch.float16, (2.0**-16, 2.0**-8, 2.0**15))],
+    ids=["bf16", "fp16"],
+)
+@pytest.mark.parametrize("engine", ["sdpa", "eager"])
+def test_the_size_of_the_loss(engine, dtype, sizes):
+    """The map's gradient passes through dO' in the output's dtype, which holds what the eager gradient holds."""
+    for size in sizes:
+        results = (
+            gradients_of_a_scaled_loss(widened, dtype, dtype, size, engine=engine),
+            gradients_of_a_scaled_loss(reference.stepwise_attention, dtype, torch.float64, size),
+            gradients_of_a_scaled_loss(reference.stepwise_attention, dtype, dtype, size),
+        )
+        for name, got, exact, eager in zip(("dq", "dk"), *results, strict=True):
+            assert_within_budget(f"{name} {size}", got, exact, eager)
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)
