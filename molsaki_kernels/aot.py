@@ -48,6 +48,7 @@ MODULES = (
     "attention_backward",
     "value_pooling",
     "lse_gradient",
+    "widened_map",
 )
 SPILL_FREE_HEAD_DIMS = (64, 128)
 FEATURES = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "PACKED", "PER_HEAD")  # a default variant has none of them

@@ -62,6 +62,7 @@ def stepwise_attention(
     head_reduction: str = "mean",
     return_lse: Literal[False] = False,
     engine: str = "auto",
+    map_engine: str = "auto",
     heads: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -82,6 +83,7 @@ def stepwise_attention(
     head_reduction: str = "mean",
     return_lse: Literal[True],
     engine: str = "auto",
+    map_engine: str = "auto",
     heads: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -101,6 +103,7 @@ def stepwise_attention(
     head_reduction: str = "mean",
     return_lse: bool = False,
     engine: str = "auto",
+    map_engine: str = "auto",
     heads: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute one attention layer, causal by default, and its stepwise map (MoLSAKI, arXiv 2604.15701, Eq. 2 and 3).
@@ -122,6 +125,10 @@ def stepwise_attention(
         head_reduction: "mean", or "none" for one map per query head.
         return_lse: also return the log-sum-exp, differentiable like the output.
         engine: "auto" for the fastest engine that supports the call, or a name from :func:`engines`.
+        map_engine: how the map is computed. "widened": v gets one column per key word, so that the engine's own
+            attention computes masses and gradients (``widened_values.py``), with every engine. "triton", "native" or
+            "torch": from the engine's log-sum-exp, with an engine that does not compute the map itself. "auto": the
+            engine itself, or the fastest of these.
         heads: the old name of ``head_reduction``.
 
     Returns:
@@ -131,8 +138,8 @@ def stepwise_attention(
         map's dtype.
 
     Raises:
-        TypeError, ValueError: the message names the argument, its shape and what was expected; also if ``engine`` does
-            not support the call, with the reason.
+        TypeError, ValueError: the message names the argument, its shape and what was expected; also if ``engine`` or
+            ``map_engine`` does not support the call, with the reason.
     """
     if heads is not None:
         head_reduction = renamed("heads", heads, "head_reduction", head_reduction, "mean")
@@ -146,10 +153,10 @@ def stepwise_attention(
     if sinks is not None:
         check_sinks(sinks, q)
     options = make_options(q, causal=causal, scale=scale, window=window, softcap=softcap, head_reduction=head_reduction)
-    name = engine_selection.choose_engine(engine, inputs, options)
-    map_engine = "" if ENGINES[name].COMPUTES_MAP else engine_selection.choose_map_engine("auto", q, options)
+    name = engine_selection.choose_engine(engine, inputs, options, map_engine)
     tensors = PlanTensors(plan.steps, plan.tokens, plan.word_of_token, plan.num_words)
-    outputs = ops.run_attention(inputs, options, tensors, name, map_engine)
+    map_name = engine_selection.choose_map(map_engine, name, inputs, options, tensors)
+    outputs = ops.run_attention(inputs, options, tensors, name, map_name)
     out, maps, lse = outputs.out, outputs.maps, outputs.lse
     assert maps is not None
     if flat:

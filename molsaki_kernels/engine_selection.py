@@ -12,11 +12,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from molsaki_kernels import widened_values
 from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import has_amx
 from molsaki_kernels.attention import ENGINES, flash_attn
 from molsaki_kernels.attention_map import MAP_ENGINES
-from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionRequest
+from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionRequest, PlanTensors
 from molsaki_kernels.value_pooling import POOLING_ENGINES
 
 # Default order by device. CPU: measured (docs/performance.md). CUDA: provisional, nothing was measured there yet.
@@ -44,46 +45,101 @@ class Measured:
     source: str  # the CSV in benchmarks/results
 
 
+@dataclasses.dataclass(frozen=True)
+class Widened:
+    """The calls whose map "auto" computes by widened values (``widened_values.py``), up to these sizes."""
+
+    device: str
+    engines: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dim: int
+    words: int
+    tokens: int  # of a sequence, the mean of packed ones
+    source: str
+
+
+# Not on a CPU: there the map of its own is always faster (docs/performance.md). CUDA: not measured; the row is as
+# narrow as the calls that it was predicted for. float16 is left out, because dA / Hq may leave its range.
+WIDENED: tuple[Widened, ...] = (
+    Widened(
+        device="cuda",
+        engines=("sdpa", "flash_attn"),
+        dtypes=(torch.bfloat16,),
+        head_dim=64,
+        words=32,  # 96 columns, a width that flash attention has a kernel for
+        tokens=512,
+        source="prediction: 1.35 to 1.45 times plain attention in a CUDA graph, 1.73 with map kernels, at 16 sequences "
+        "of 256 tokens, 9 heads of 64 and 20 words",
+    ),
+)
 HEAD_DIMS = (64, 128, 256)
 FEATURES = ("full", "window", "softcap", "sinks", "packed")
 
 MEASURED: tuple[Measured, ...] = ()  # nothing was measured on CUDA yet
 
 
-def choose_engine(engine: str, inputs: AttentionInputs, options: AttentionOptions) -> str:
+def choose_engine(engine: str, inputs: AttentionInputs, options: AttentionOptions, map_engine: str = "auto") -> str:
     """Return the name of the first engine, in order of speed, that supports the call, or the one asked for.
+
+    Engines that compute the map themselves do not support one of :data:`MAP_ENGINES` as the map engine.
 
     Raises:
         ValueError: there is no such engine, or none of those considered supports the call; the reasons are listed.
     """
-    q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
-    differentiable = (
-        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-    )
-    request = AttentionRequest(
-        device=q.device,
-        dtype=q.dtype,
-        batch=q.shape[0],
-        q_heads=q.shape[1],
-        kv_heads=k.shape[1],
-        length=q.shape[2],
-        head_dim=q.shape[3],
-        options=options,
-        sinks=sinks is not None,
-        packed=inputs.cu_seqlens is not None,
-        backward=differentiable and torch.is_grad_enabled(),
-    )
+    request = inputs.request(options)
     names = order(request) if engine == "auto" else (engine,)
     reasons = {}
     for name in names:
         if name not in ENGINES:
             raise ValueError(f'engine: expected "auto" or one of {sorted(ENGINES)}, got {engine!r}')
         reason = ENGINES[name].why_not(request) or ENGINES[name].available()
+        if reason is None and map_engine in MAP_ENGINES and ENGINES[name].COMPUTES_MAP:
+            reason = f"it computes the map itself, without map_engine {map_engine!r}"
         if reason is None:
             return name
         reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ValueError(f"engine: {engine!r} cannot serve this call ({listed})")
+
+
+def choose_map(
+    map_engine: str, engine: str, inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors
+) -> str:
+    """Return how the map is computed beside ``engine``: "widened", one of :data:`MAP_ENGINES`, or "" if it is the
+    engine that computes it.
+
+    Raises:
+        ValueError: there is no such map engine, or it does not support the call.
+    """
+    if map_engine in (widened_values.NAME, "auto"):
+        if map_engine != "auto" or prefers_widened(engine, inputs.request(options), plan):
+            return widened_values.NAME
+        return "" if ENGINES[engine].COMPUTES_MAP else choose_map_engine("auto", inputs.q, options)
+    if map_engine not in MAP_ENGINES:
+        listed = ", ".join(f'"{name}"' for name in (widened_values.NAME, *MAP_ENGINES))
+        raise ValueError(f'map_engine: expected "auto" or one of {listed}, got {map_engine!r}')
+    reason = MAP_ENGINES[map_engine].why_not(inputs.q, options)
+    if reason is not None:
+        raise ValueError(f"map_engine: {map_engine!r} cannot serve this call: {reason}")
+    return map_engine
+
+
+def prefers_widened(engine: str, request: AttentionRequest, plan: PlanTensors) -> bool:
+    """Return whether "auto" computes the map of a call by widened values: where a row of :data:`WIDENED` says so.
+
+    Never without gradients: the saving is in the backward pass, and the map has only the precision of the output.
+    """
+    sequences, words = plan.tokens.shape[0], plan.num_words
+    return any(
+        request.backward
+        and request.device.type == row.device
+        and engine in row.engines
+        and request.dtype in row.dtypes
+        and request.head_dim <= row.head_dim
+        and 0 < words <= row.words
+        and request.length * request.batch <= row.tokens * sequences
+        for row in WIDENED
+    )
 
 
 def choose_map_engine(engine: str, q: Tensor, options: AttentionOptions) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from molsaki_kernels import widened_values
 from molsaki_kernels.attention import ENGINES, flash_attn, sdpa
 from molsaki_kernels.attention.sinks import sinks_gradient
 from molsaki_kernels.attention_map import MAP_ENGINES
@@ -30,7 +31,7 @@ from molsaki_kernels.spec import (
     PlanTensors,
     PoolingOptions,
 )
-from molsaki_kernels.strides import dense_strides, match_strides
+from molsaki_kernels.strides import dense_strides, empty_out, match_strides, out_strides
 from molsaki_kernels.value_pooling import POOLING_ENGINES
 
 _OPTIONS = "bool causal, float scale, SymInt? window, float? softcap, bool per_head"
@@ -46,8 +47,11 @@ def run_attention(
 
     Args:
         engine: one of :data:`ENGINES`.
-        map_engine: one of :data:`MAP_ENGINES`; unused if the engine computes the map.
+        map_engine: one of :data:`MAP_ENGINES`, or "widened" (``widened_values.py``); unused if the engine computes the
+            map.
     """
+    if map_engine == widened_values.NAME:
+        return _run_widened(inputs, options, plan, engine)
     implementation = ENGINES[engine]
     if implementation.DIFFERENTIABLE:
         outputs = implementation.forward(inputs, options, plan)
@@ -59,6 +63,47 @@ def run_attention(
         return AttentionOutputs(*_apply_attention(q, k, v, sinks, call))
     flat = (*_flat_inputs(inputs), *_flat_options(options), *_flat_plan(plan), engine, map_engine)
     return AttentionOutputs(*torch.ops.molsaki.stepwise_attention(*flat))
+
+
+def _run_widened(
+    inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors, engine: str
+) -> AttentionOutputs:
+    """Compute attention and its map by calls of the engine with v widened, and a segmented sum."""
+    implementation = ENGINES[engine]
+    usual = "" if implementation.COMPUTES_MAP else "torch"
+    if plan.is_empty(inputs.q):
+        return run_attention(inputs, options, plan, engine, usual)
+    widths = widened_values.widths(implementation, inputs.request(options), plan.num_words)
+    outputs, maps = [], []
+    for (v_columns, _, num_words, _), (call, no_map) in zip(
+        widths.groups, widened_values.calls(inputs, plan, widths), strict=True
+    ):
+        if implementation.DIFFERENTIABLE:
+            found = implementation.forward(call, options, no_map)
+        else:
+            found = run_attention(call, options, no_map, engine, usual)
+        out, part = _run_split(found.out, v_columns, num_words, inputs.cu_seqlens, plan.steps, options.per_head)
+        outputs.append(AttentionOutputs(out, found.lse))
+        maps.append(part)
+    whole = maps[0] if len(maps) == 1 else torch.cat(maps, -1)
+    return AttentionOutputs(outputs[0].out, outputs[0].lse, whole)
+
+
+def _run_split(
+    wide: Tensor,
+    v_columns: int,
+    num_words: int,
+    cu_seqlens: Tensor | None,
+    steps: Tensor,
+    per_head: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return out and the map of an attention with v widened, differentiably."""
+    call = (v_columns, num_words, cu_seqlens, steps, per_head)
+    if runs_untraced(wide):
+        out, maps = _apply_split(wide, call)
+    else:
+        out, maps = torch.ops.molsaki.split_widened(wide, *call)
+    return out, maps
 
 
 def run_map(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, engine: str) -> Tensor:
@@ -97,7 +142,7 @@ def _attention(
         if maps is None:
             lse = lse.contiguous()
             maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
-        promised = match_strides(out, dense_strides(inputs.q))
+        promised = match_strides(out, out_strides(inputs.q, inputs.v.shape[3]))
         return outputs if promised is out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
 
 
@@ -166,8 +211,8 @@ def _attention_operator(*flat: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, options, plan, *_ = _call_of(flat)
-    maps = _empty_map(inputs.q, options, plan)
-    return torch.empty_like(inputs.q), inputs.q.new_empty(inputs.q.shape[:3], dtype=maps.dtype), maps
+    q, maps = inputs.q, _empty_map(inputs.q, options, plan)
+    return empty_out(q, inputs.v), q.new_empty(q.shape[:3], dtype=maps.dtype), maps
 
 
 def _attention_backward_operator(
@@ -249,6 +294,74 @@ class _Attention(Function):
 
 
 _apply_attention: Callable[..., Any] = _Attention.apply
+
+
+# Out and the map of an attention with v widened
+
+
+def _split(
+    wide: Tensor, v_columns: int, num_words: int, cu_seqlens: Tensor | None, steps: Tensor, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(wide):
+        return widened_values.split(wide, v_columns, num_words, cu_seqlens, steps, per_head)
+
+
+def _split_fake(
+    wide: Tensor, v_columns: int, num_words: int, cu_seqlens: Tensor | None, steps: Tensor, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    heads = (wide.shape[1],) if per_head else ()
+    dtype = torch.promote_types(wide.dtype, torch.float32)
+    maps = wide.new_empty((steps.shape[0], *heads, steps.shape[1], num_words), dtype=dtype)
+    return empty_out(wide, wide[..., :v_columns]), maps
+
+
+def _split_backward_operator(dout: Tensor | None, dmaps: Tensor | None, wide: Tensor, *rest: Any) -> Tensor:
+    v_columns, cu_seqlens, steps, per_head = rest
+    with without_autocast(wide):
+        return widened_values.split_gradient(dout, dmaps, wide, v_columns, cu_seqlens, steps, per_head)
+
+
+def _split_backward_fake(dout: Tensor | None, dmaps: Tensor | None, wide: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(wide)
+
+
+def _save_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    wide, v_columns, _, cu_seqlens, steps, per_head = inputs
+    ctx.save_for_backward(wide, cu_seqlens, steps)
+    ctx.rest = v_columns, per_head
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_split(ctx: Any, dout: Tensor | None, dmaps: Tensor | None, directly: bool) -> Tensor | None:
+    if dout is None and dmaps is None:
+        return None
+    wide, cu_seqlens, steps = ctx.saved_tensors
+    v_columns, per_head = ctx.rest
+    function = _split_backward_operator if directly else torch.ops.molsaki.split_widened_backward
+    dwide: Tensor = function(dout, dmaps, wide, v_columns, cu_seqlens, steps, per_head)
+    return dwide
+
+
+def _split_backward(ctx: Any, dout: Tensor | None, dmaps: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _differentiate_split(ctx, dout, dmaps, directly=False), *(None,) * 5
+
+
+class _Split(Function):
+    """The split without the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor, call: tuple[Any, ...]) -> Any:
+        outputs = _split(wide, *call)
+        _save_split(ctx, (wide, *call), outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dmaps: Tensor | None) -> Any:
+        directly = not torch.is_grad_enabled() and runs_untraced(dout, dmaps)
+        return _differentiate_split(ctx, dout, dmaps, directly), None
+
+
+_apply_split: Callable[..., Any] = _Split.apply
 
 
 # The map alone
@@ -452,6 +565,7 @@ def _operator(name: str, schema: str, function: Any, fake: Any) -> Any:
 
 _CALL = f"{_INPUTS}, {_OPTIONS}, {_PLAN}, str engine, str map_engine"
 _MAP_CALL = f"{_MAP_INPUTS}, {_OPTIONS}, {_PLAN}, str engine"
+_SPLIT = "Tensor? cu_seqlens, Tensor steps, bool per_head"
 _POOLING = "Tensor v, Tensor? lengths, Tensor? cu_seqlens, float eps, bool mean, bool mean_heads, str engine"
 
 _operator(
@@ -462,6 +576,18 @@ _operator(
     f"(Tensor? dout, Tensor? dlse, Tensor? dmaps, Tensor out, Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
     _attention_backward_operator,
     _attention_backward_fake,
+)
+_operator(
+    "split_widened",
+    f"(Tensor wide, SymInt v_columns, SymInt num_words, {_SPLIT}) -> (Tensor out, Tensor maps)",
+    _split,
+    _split_fake,
+).register_autograd(_split_backward, setup_context=_save_split)
+_operator(
+    "split_widened_backward",
+    f"(Tensor? dout, Tensor? dmaps, Tensor wide, SymInt v_columns, {_SPLIT}) -> Tensor",
+    _split_backward_operator,
+    _split_backward_fake,
 )
 _operator("stepwise_map", f"({_MAP_CALL}) -> Tensor", _map_operator, _map_fake).register_autograd(
     _map_backward, setup_context=_save_map

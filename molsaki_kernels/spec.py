@@ -20,7 +20,8 @@ class AttentionInputs:
 
     Attributes:
         q: ``(B, Hq, M, D)`` queries.
-        k, v: ``(B, Hkv, M, D)`` keys and values.
+        k, v: ``(B, Hkv, M, D)`` keys and values; v may have another width where the engine's
+            ``takes_value_dim`` says so.
         sinks: ``(Hq,)`` logits in the softmax's denominator, or None.
         cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences (then B is 1 and M is their total), or None.
     """
@@ -35,6 +36,26 @@ class AttentionInputs:
     def bounds(self) -> tuple[int, ...]:
         """Where each sequence begins and the last one ends, on the host; reading it waits for cu_seqlens' device."""
         return (0, self.q.shape[2]) if self.cu_seqlens is None else tuple(self.cu_seqlens.tolist())
+
+    def request(self, options: AttentionOptions) -> AttentionRequest:
+        """Return the facts of a call with these tensors, by which an engine is chosen."""
+        q, k, v, sinks = self.q, self.k, self.v, self.sinks
+        differentiable = (
+            q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+        )
+        return AttentionRequest(
+            device=q.device,
+            dtype=q.dtype,
+            batch=q.shape[0],
+            q_heads=q.shape[1],
+            kv_heads=k.shape[1],
+            length=q.shape[2],
+            head_dim=q.shape[3],
+            options=options,
+            sinks=sinks is not None,
+            packed=self.cu_seqlens is not None,
+            backward=differentiable and torch.is_grad_enabled(),
+        )
 
     def map_inputs(self, lse: Tensor) -> MapInputs:
         """Return the inputs of the map of this attention, whose log-sum-exp is ``lse``."""

@@ -18,6 +18,23 @@ def dense_strides(x: Tensor) -> tuple[int, ...]:
     return (x if dense else torch.empty_like(x, device="meta")).stride()
 
 
+def out_strides(q: Tensor, value_dim: int) -> tuple[int, ...]:
+    """Return the strides of out ``(B, Hq, M, value_dim)`` in the layout of ``q``, without gaps."""
+    B, H, M, D = q.shape
+    if value_dim == D:
+        return dense_strides(q)
+    if not q.is_contiguous() and q.transpose(1, 2).is_contiguous():
+        return M * H * value_dim, value_dim, H * value_dim, 1
+    return H * M * value_dim, M * value_dim, value_dim, 1
+
+
+def empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """Return memory for out ``(B, Hq, M, Dv)`` in q's layout, where v is ``(B, Hkv, M, Dv)``."""
+    if q.shape[-1] == v.shape[-1]:
+        return torch.empty_like(q)
+    return q.new_empty_strided((*q.shape[:3], v.shape[-1]), out_strides(q, v.shape[-1]))
+
+
 def match_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Return ``x`` with the given strides; it is copied if they differ in a dimension of more than one entry."""
     if x.stride() == strides:

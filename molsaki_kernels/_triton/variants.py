@@ -17,7 +17,21 @@ from molsaki_kernels._triton.integers import next_power_of_2
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # The types of the kernels' arguments by name; all other arguments are int32.
-_TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks", "folded_out", "folded_dout")  # in the dtype
+_TENSORS = (
+    "q",
+    "k",
+    "v",
+    "out",
+    "dout",
+    "dq",
+    "dk",
+    "dv",
+    "sinks",
+    "folded_out",
+    "folded_dout",
+    "wide",
+    "dwide",
+)  # in the dtype
 _POINTERS = {
     "accum": "fp32",
     "cu_seqlens": "i32",

@@ -23,6 +23,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
+from molsaki_kernels.strides import empty_out
 
 NAME = "eager"
 COMPUTES_MAP = False
@@ -40,11 +41,16 @@ def why_not(request: AttentionRequest) -> str | None:
     return None
 
 
+def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
+    """Return True: v may have any width."""
+    return True
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and lse in float32 (float64 for float64)."""
     q, sinks = inputs.q, inputs.sinks
     dtype = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    out, lse = empty_out(q, inputs.v), torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     for rows, keys in _blocks(inputs, options):
         scores, _ = _scores(inputs, options, rows, keys)
         block_lse = scores.logsumexp(-1)

@@ -39,6 +39,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
+from molsaki_kernels.strides import empty_out
 
 NAME = "flash_attn"
 COMPUTES_MAP = False
@@ -52,6 +53,9 @@ PACKAGES = {
 FUSE = os.environ.get("MOLSAKI_FA4_PREPROCESS") == "1"
 FUSED_VERSION = "4.0.0b36"  # the only one whose order of the accumulator is known
 _preprocess = threading.local()  # .fill: the function in place of the package's preprocess in this thread's call
+# Widths of keys and values that flash-attn 4 (4.0.0b36) compiles for sm90, forward and backward. Its backward does not
+# compile for values of 96, 144 or 160 beside other keys, nor its forward for 256 beside 64.
+PAIRS_4 = frozenset({(64, 128), (64, 192), (128, 64), (128, 192), (128, 256), (192, 128)})
 
 
 @constant_when_compiled
@@ -110,11 +114,24 @@ def _largest_head(major: int) -> str:
     return {9: "256", 10: "128, and 256", 11: "128, and 256"}.get(major, "128")
 
 
+def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
+    """Return whether v may be ``value_dim`` wide: flash-attn 4 takes some widths of its own on sm90.
+
+    Its backward refuses them where several query heads share a key head.
+    """
+    if value_dim == request.head_dim:
+        return True
+    if _version(request.device) != 4 or _major(request.device) != 9:
+        return False
+    one_group = request.q_heads == request.kv_heads or not request.backward
+    return one_group and (request.head_dim, value_dim) in PAIRS_4
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and lse in float32."""
     q, sinks, cu_seqlens = inputs.q, inputs.sinks, inputs.cu_seqlens
     if q.numel() == 0:
-        return AttentionOutputs(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+        return AttentionOutputs(empty_out(q, inputs.v), q.new_empty(q.shape[:3], dtype=torch.float32))
     version = version_of(q.device)
     packed, M = cu_seqlens is not None, q.shape[2]
     with torch.cuda.device_of(q):  # flash-attn 4 asks for the current device's architecture
@@ -128,7 +145,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
                 **_options_4(options),
                 learnable_sink=sinks.float() if sinks is not None and own_sinks else None,
                 return_lse=True,
-                out=torch.empty_like(tensors[0]),
+                out=_flash_layout(empty_out(q, inputs.v), packed),
             )
         elif packed:
             bounds = (cu_seqlens, cu_seqlens, _longest(M), _longest(M))
@@ -189,8 +206,8 @@ def backward(
                 _interface(2)._flash_attn_varlen_backward(*tensors, *bounds, *rest)
             else:
                 _interface(2)._flash_attn_backward(*tensors, *rest)
-        dq, dk, dv = (_from_flash_layout(t, packed)[..., :D] for t in grads)
-        return InputGradients(dq, dk, dv)
+        dq, dk, dv = (_from_flash_layout(t, packed) for t in grads)
+        return InputGradients(dq[..., :D], dk[..., :D], dv[..., : inputs.v.shape[3]])
 
 
 def why_not_fused(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> str | None:

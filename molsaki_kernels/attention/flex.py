@@ -68,11 +68,17 @@ def why_not(request: AttentionRequest) -> str | None:
     return None
 
 
+def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
+    """Return whether v has at least 16 columns: its width need not be that of q and k."""
+    return value_dim >= 16
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and lse in float32, both differentiable in q, k, v and sinks."""
     q, k, v = inputs.q, inputs.k, inputs.v
     if q.numel() == 0:
-        return AttentionOutputs(q.clone(), q.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)))
+        lse = q.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        return AttentionOutputs(q[..., :1].expand(*q.shape[:3], v.shape[3]).clone(), lse)
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     # Uncompiled in a caller that is being compiled as a whole.

@@ -26,7 +26,7 @@ from molsaki_kernels.spec import (
     PlanTensors,
 )
 
-__all__ = ["COMPUTES_MAP", "DIFFERENTIABLE", "NAME", "available", "backward", "forward", "why_not"]
+__all__ = ["COMPUTES_MAP", "DIFFERENTIABLE", "NAME", "available", "backward", "forward", "takes_value_dim", "why_not"]
 
 NAME = "native"
 COMPUTES_MAP = True
@@ -38,6 +38,11 @@ _CPU = torch.device("cpu")  # also where another default device is set
 def why_not(request: AttentionRequest) -> str | None:
     """Return the reason why the engine cannot serve a call, or None."""
     return why_not_for(request.device, request.dtype, request.head_dim)
+
+
+def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
+    """Return whether v is as wide as q and k."""
+    return value_dim == request.head_dim
 
 
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:

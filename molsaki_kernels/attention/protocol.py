@@ -36,6 +36,10 @@ class Engine(Protocol):
     def why_not(self, request: AttentionRequest) -> str | None:
         """Return the reason why the engine cannot serve a call, or None; ``available`` is asked too."""
 
+    def takes_value_dim(self, request: AttentionRequest, value_dim: int) -> bool:
+        """Return whether v may be ``value_dim`` wide where q and k are ``request.head_dim`` wide, for a request that
+        ``why_not`` accepts. If not, the caller pads q and k, or v, with zeros. out and dv are as wide as v."""
+
     def forward(self, inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
         """Compute the attention."""
 

@@ -48,6 +48,11 @@ def why_not(request: AttentionRequest) -> str | None:
     return None
 
 
+def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
+    """Return whether v is as wide as q and k."""
+    return value_dim == request.head_dim
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype, and lse and the map in float32."""
     from molsaki_kernels._triton.attention_forward import attention_forward

@@ -117,7 +117,8 @@ def _forward_4(x, _):
     assert x.return_lse is True
     assert x.learnable_sink is None or x.learnable_sink.dtype != torch.float64
     varlen = x.cu_seqlens_q is not None
-    assert x.out.shape == x.q.shape and x.out.stride(-1) == 1 and 0 not in x.out.stride()
+    assert x.out.shape == (*x.q.shape[:-1], x.v.shape[-1])
+    assert x.out.stride(-1) == 1 and 0 not in x.out.stride()
     lse = x.q.new_empty(_lse_shape(x.q, varlen), dtype=torch.float32)
     _attend(x, x.cu_seqlens_q, None, x.learnable_sink, x.out, lse)
     return x.out, lse, None, None, None
@@ -127,8 +128,10 @@ def _backward_4(x, _):
     varlen = x.cu_seqlens_q is not None
     assert x.lse.shape == _lse_shape(x.q, varlen) and x.lse.dtype == torch.float32
     assert x.dlse is None or (x.dlse.shape == x.lse.shape and x.dlse.dtype == torch.float32)
-    assert x.out.shape == x.dout.shape == x.q.shape and x.learnable_sink is None
+    assert x.out.shape == x.dout.shape == (*x.q.shape[:-1], x.v.shape[-1]) and x.learnable_sink is None
     assert x.q.dtype == x.k.dtype == x.v.dtype == x.out.dtype == x.dout.dtype
+    if x.q.shape[-1] != x.v.shape[-1]:
+        assert x.q.shape[-2] == x.k.shape[-2] and x.q.shape[-1] % 64 == x.v.shape[-1] % 64 == 0
     assert type(x.deterministic) is bool
     grads = _differentiate(x, x.cu_seqlens_q, None, x.dlse)
     return tuple(torch.empty_like(like).copy_(t) for like, t in zip((x.q, x.k, x.v), grads, strict=True))
