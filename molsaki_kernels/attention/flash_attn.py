@@ -121,7 +121,7 @@ def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
     """
     if value_dim == request.head_dim:
         return True
-    if _version(request.device) != 4 or _major(request.device) != 9:
+    if version_of(request.device) != 4 or _major(request.device) != 9:
         return False
     one_group = request.q_heads == request.kv_heads or not request.backward
     return one_group and (request.head_dim, value_dim) in PAIRS_4
