@@ -217,11 +217,10 @@ def why_not_fused(inputs: AttentionInputs, options: AttentionOptions, plan: Plan
         return "MOLSAKI_FA4_PREPROCESS is not 1"
     if version_of(q.device) != 4 or _major(q.device) != 9:
         return "it needs flash-attn 4 on sm90"
-    installed = importlib.metadata.version(PACKAGES[4][0])
-    if installed != FUSED_VERSION:
+    if (installed := _installed()) != FUSED_VERSION:
         return f"it needs flash-attn-4 {FUSED_VERSION}, not {installed}"
-    if inputs.sinks is not None or options.softcap is not None or plan.is_empty(q):
-        return "it has no sinks, no softcap and no empty plan"
+    if inputs.sinks is not None or options.softcap is not None or plan.is_empty(q) or inputs.v.shape != inputs.k.shape:
+        return "it has no sinks, no softcap, no empty plan and no values of another width"
     if (reason := why_no_triton(q.device, q.dtype)) is not None:
         return reason
     from molsaki_kernels._triton.fa4_preprocess import accumulator
@@ -229,6 +228,11 @@ def why_not_fused(inputs: AttentionInputs, options: AttentionOptions, plan: Plan
     if accumulator(q.shape[3], options.causal, options.window is not None) is None:
         return f"the accumulator of head_dim {q.shape[3]} is of another kind"
     return None
+
+
+@functools.cache
+def _installed() -> str:
+    return importlib.metadata.version(PACKAGES[4][0])
 
 
 def backward_with_map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
@@ -233,10 +234,13 @@ def test_reasons(package, monkeypatch):
     assert "MOLSAKI_FA4_PREPROCESS" in flash_attn.why_not_fused(*call)
     monkeypatch.setattr(flash_attn, "FUSE", True)
     package(64)
-    monkeypatch.setattr(flash_attn.importlib.metadata, "version", lambda name: "4.0.0b37")
+    monkeypatch.setattr(flash_attn, "_installed", lambda: "4.0.0b37")
     assert "needs flash-attn-4 4.0.0b36, not 4.0.0b37" in flash_attn.why_not_fused(*call)
-    monkeypatch.setattr(flash_attn.importlib.metadata, "version", lambda name: "4.0.0b36")
+    monkeypatch.setattr(flash_attn, "_installed", lambda: "4.0.0b36")
     assert flash_attn.why_not_fused(*call) is None
+    for name, change in (("sinks", torch.zeros(2)), ("v", torch.zeros(2, 1, 130, 96))):
+        changed = dataclasses.replace(call[0], **{name: change})
+        assert "no sinks, no softcap, no empty plan" in flash_attn.why_not_fused(changed, *call[1:])
     full = make(Case("full", D=128, causal=False, dtype=BF16))
     call = full.attention_inputs(), Case("full", D=128, causal=False).options(), full.plan_tensors()
     assert "of head_dim 128 is of another kind" in flash_attn.why_not_fused(*call)
