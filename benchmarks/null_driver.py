@@ -53,7 +53,7 @@ class Compiled:
 
     Attributes:
         kernel: its name. key: Triton's key of it, in hexadecimal; the folder in Triton's cache is its base32.
-        signature: the type of every argument, which also determines the C launcher (Triton before 3.8 compiles it).
+        signature: the type of every argument, which also determines the C launcher (Triton before 3.7 compiles it).
         seconds: of processor time, children included; next to nothing if it came from the cache.
         shared: bytes of shared memory per program, None if it was not compiled.
     """
@@ -92,7 +92,7 @@ class Record:
 
     @property
     def launchers(self) -> set[tuple[str, ...]]:
-        """The distinct signatures, for each of which Triton before 3.8 compiles a launcher in C."""
+        """The distinct signatures, for each of which Triton before 3.7 compiles a launcher in C."""
         return {c.signature for c in self.compiled}
 
 

@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction
 
 __all__ = ["Kernel"]
 
-COMPARED_VERSIONS = ("3.6", "3.9")  # with which test_launch.py was run
+COMPARED_VERSIONS = ("3.6", "3.7", "3.8", "3.9")  # with which test_launch.py was run
 KNOWN = ".".join(triton.__version__.split(".")[:2]) in COMPARED_VERSIONS
 OPTIONS = frozenset({"num_warps", "num_stages"})
 MAX_ENTRIES = 1 << 14  # of a dictionary below; a full one is emptied

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 from benchmarks.null_driver import null_driver
 from molsaki_kernels._triton import attention_backward, launch, lse_gradient, map_backward
 from molsaki_kernels._triton.decorators import RAGGED
+from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.launch import Kernel
 
 DTYPES = (
@@ -280,6 +281,12 @@ def test_other_backends_go_through_triton(compiled, ordinary, monkeypatch):
     assert len(ordinary) == 3
 
 
+def test_integer_functions_are_tritons():
+    for n in (*range(70), 1000, 1024, 1025, 2**20 + 1):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [cdiv(n, m) for m in (1, 2, 63, 64, 65)] == [triton.cdiv(n, m) for m in (1, 2, 63, 64, 65)]
+
+
 def test_full_dictionaries_are_emptied(compiled, monkeypatch):
     monkeypatch.setattr(launch, "MAX_ENTRIES", 4)
     kernel = Kernel(add, ["M"])
@@ -290,4 +297,4 @@ def test_full_dictionaries_are_emptied(compiled, monkeypatch):
     if launch.KNOWN:
         (layout,) = kernel.layouts.values()
         assert len(layout.compiled) <= 4 and len(layout.integer_facts) <= 4
-    assert compiled.launches == 190 and triton.__version__
+    assert compiled.launches == 190
