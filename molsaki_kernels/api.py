@@ -153,9 +153,11 @@ def stepwise_attention(
     if sinks is not None:
         check_sinks(sinks, q)
     options = make_options(q, causal=causal, scale=scale, window=window, softcap=softcap, head_reduction=head_reduction)
-    name = engine_selection.choose_engine(engine, inputs, options, map_engine)
+    request = inputs.request(options)
+    name = engine_selection.choose_engine(engine, request, map_engine)
     tensors = PlanTensors(plan.steps, plan.tokens, plan.word_of_token, plan.num_words)
-    map_name = engine_selection.choose_map(map_engine, name, inputs, options, tensors)
+    own = map_engine == "auto" and ENGINES[name].COMPUTES_MAP
+    map_name = "" if own else engine_selection.choose_map(map_engine, name, q, request, tensors)
     outputs = ops.run_attention(inputs, options, tensors, name, map_name)
     out, maps, lse = outputs.out, outputs.maps, outputs.lse
     assert maps is not None

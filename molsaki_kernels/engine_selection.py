@@ -17,7 +17,7 @@ from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import has_amx
 from molsaki_kernels.attention import ENGINES, flash_attn
 from molsaki_kernels.attention_map import MAP_ENGINES
-from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionRequest, PlanTensors
+from molsaki_kernels.spec import AttentionOptions, AttentionRequest, PlanTensors
 from molsaki_kernels.value_pooling import POOLING_ENGINES
 
 # Default order by device. CPU: measured (docs/performance.md). CUDA: provisional, nothing was measured there yet.
@@ -78,7 +78,7 @@ FEATURES = ("full", "window", "softcap", "sinks", "packed")
 MEASURED: tuple[Measured, ...] = ()  # nothing was measured on CUDA yet
 
 
-def choose_engine(engine: str, inputs: AttentionInputs, options: AttentionOptions, map_engine: str = "auto") -> str:
+def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "auto") -> str:
     """Return the name of the first engine, in order of speed, that supports the call, or the one asked for.
 
     Engines that compute the map themselves do not support one of :data:`MAP_ENGINES` as the map engine.
@@ -86,7 +86,6 @@ def choose_engine(engine: str, inputs: AttentionInputs, options: AttentionOption
     Raises:
         ValueError: there is no such engine, or none of those considered supports the call; the reasons are listed.
     """
-    request = inputs.request(options)
     names = order(request) if engine == "auto" else (engine,)
     reasons = {}
     for name in names:
@@ -102,23 +101,23 @@ def choose_engine(engine: str, inputs: AttentionInputs, options: AttentionOption
     raise ValueError(f"engine: {engine!r} cannot serve this call ({listed})")
 
 
-def choose_map(
-    map_engine: str, engine: str, inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors
-) -> str:
-    """Return how the map is computed beside ``engine``: "widened", one of :data:`MAP_ENGINES`, or "" if it is the
-    engine that computes it.
+def choose_map(map_engine: str, engine: str, q: Tensor, request: AttentionRequest, plan: PlanTensors) -> str:
+    """Return how the map is computed: "widened", or beside an engine that does not compute it one of
+    :data:`MAP_ENGINES`.
 
     Raises:
         ValueError: there is no such map engine, or it does not support the call.
     """
-    if map_engine in (widened_values.NAME, "auto"):
-        if map_engine != "auto" or prefers_widened(engine, inputs.request(options), plan):
+    if map_engine == "auto":
+        if request.device.type != "cpu" and prefers_widened(engine, request, plan):
             return widened_values.NAME
-        return "" if ENGINES[engine].COMPUTES_MAP else choose_map_engine("auto", inputs.q, options)
+        return choose_map_engine("auto", q, request.options)
+    if map_engine == widened_values.NAME:
+        return map_engine
     if map_engine not in MAP_ENGINES:
         listed = ", ".join(f'"{name}"' for name in (widened_values.NAME, *MAP_ENGINES))
         raise ValueError(f'map_engine: expected "auto" or one of {listed}, got {map_engine!r}')
-    reason = MAP_ENGINES[map_engine].why_not(inputs.q, options)
+    reason = MAP_ENGINES[map_engine].why_not(q, request.options)
     if reason is not None:
         raise ValueError(f"map_engine: {map_engine!r} cannot serve this call: {reason}")
     return map_engine
@@ -130,16 +129,18 @@ def prefers_widened(engine: str, request: AttentionRequest, plan: PlanTensors) -
     Never without gradients: the saving is in the backward pass, and the map has only the precision of the output.
     """
     sequences, words = plan.tokens.shape[0], plan.num_words
-    return any(
-        request.backward
-        and request.device.type == row.device
-        and engine in row.engines
-        and request.dtype in row.dtypes
-        and request.head_dim <= row.head_dim
-        and 0 < words <= row.words
-        and request.length * request.batch <= row.tokens * sequences
-        for row in WIDENED
-    )
+    for row in WIDENED:
+        if (
+            request.backward
+            and request.device.type == row.device
+            and engine in row.engines
+            and request.dtype in row.dtypes
+            and request.head_dim <= row.head_dim
+            and 0 < words <= row.words
+            and request.length * request.batch <= row.tokens * sequences
+        ):
+            return True
+    return False
 
 
 def choose_map_engine(engine: str, q: Tensor, options: AttentionOptions) -> str:

@@ -142,7 +142,9 @@ def _attention(
         if maps is None:
             lse = lse.contiguous()
             maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
-        promised = match_strides(out, out_strides(inputs.q, inputs.v.shape[3]))
+        q, v = inputs.q, inputs.v
+        strides = dense_strides(q) if q.shape[3] == v.shape[3] else out_strides(q, v.shape[3])
+        promised = match_strides(out, strides)
         return outputs if promised is out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
 
 
