@@ -31,6 +31,7 @@ from triton import knobs
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -73,10 +74,12 @@ class Record:
     Attributes:
         launched: the names of the launched kernels, in order.
         compiled: the kernels in the order of their first launches.
+        arguments: of the last launch: grid, stream, function, metadata, hooks and the kernel's own.
     """
 
     launched: list[str] = dataclasses.field(default_factory=list)
     compiled: list[Compiled] = dataclasses.field(default_factory=list)
+    arguments: tuple[Any, ...] = ()
 
     @property
     def launches(self) -> int:
@@ -132,11 +135,12 @@ class NullDriver(DriverBase):  # type: ignore[misc]
         return self.launcher(source.fn.__name__)
 
     def launcher(self, name: str) -> Any:
-        """What ``CompiledKernel.run`` is: grid, stream, function, metadata, hooks and the kernel's arguments."""
-        append = self.record.launched.append
+        """A function that takes the place of a kernel's launcher, ``CompiledKernel.run``."""
+        record = self.record
 
         def launch(*arguments: Any) -> None:
-            append(name)
+            record.launched.append(name)
+            record.arguments = arguments
 
         return launch
 
@@ -182,11 +186,12 @@ def null_driver(chip: int = 90, *, compile_kernels: bool = True) -> Iterator[Rec
         yield record
 
 
-class _Uncompiled:
-    """Takes the place of a ``CompiledKernel``."""
+class _Uncompiled(CompiledKernel):  # type: ignore[misc]
+    """Takes the place of a compiled kernel."""
 
     def __init__(self, run: Any, options: Any):
-        self.run = run
+        self.module = None
+        self._run = run
         self.function = 0
         self.packed_metadata = (options.num_warps, 1, 0)
 

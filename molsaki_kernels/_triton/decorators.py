@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import triton
 
+from molsaki_kernels._triton.launch import Kernel
+
 __all__ = ["jit", "kernel"]
 
 # Arguments whose values change from batch to batch: one compiled kernel must serve all of their values.
@@ -20,4 +22,8 @@ if TYPE_CHECKING:
     from typing import no_type_check as kernel
 else:
     jit = triton.jit
-    kernel = triton.jit(do_not_specialize=RAGGED)
+
+    def kernel(function):
+        if triton.knobs.runtime.interpret:
+            return triton.jit(function, do_not_specialize=RAGGED)
+        return Kernel(function, do_not_specialize=RAGGED)
