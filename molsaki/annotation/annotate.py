@@ -34,7 +34,7 @@ from molsaki.batches.tokenized import all_left_out
 from molsaki.config import AnnotateConfig, require
 from molsaki.evaluation.generate import Reply, batches, decode
 from molsaki.io import digest, write_json, write_json_lines
-from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
+from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.examples import Example, read_examples
 
@@ -69,16 +69,9 @@ def annotate(
     _check_examples(config, examples)
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)
-    if (teacher is None) != (tokenizer is None):
-        raise ValueError("teacher, tokenizer: expected both or neither, got one of them")
-    if teacher is None or tokenizer is None:
-        name = require(config, "teacher")
-        teacher = load_model(name, "--teacher", config.dtype, config.device_map)
-        tokenizer = load_tokenizer(name, "--teacher")
-    check_tokenizer(tokenizer, "--teacher")
+    teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, device_map=config.device_map)
     if config.device_map is None:
         teacher.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-    teacher.eval()  # type: ignore[no-untyped-call]
 
     output.parent.mkdir(parents=True, exist_ok=True)
     source = _teacher_name(config, teacher)

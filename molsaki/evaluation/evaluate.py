@@ -22,7 +22,7 @@ from molsaki.config import EvaluateConfig, require
 from molsaki.evaluation.generate import batches, decode
 from molsaki.evaluation.scoring import score
 from molsaki.io import write_json, write_json_lines
-from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
+from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example, read_examples
 
@@ -48,14 +48,8 @@ def evaluate(
     data_file, folder = require(config, "data_file"), Path(require(config, "output_dir"))
     examples = read_examples(data_file, rationale=False)[: config.limit]
     other = None if config.compare is None else read_predictions(config.compare, examples)
-    if (model is None) != (tokenizer is None):
-        raise ValueError("model, tokenizer: expected both or neither, got one of them")
-    if model is None or tokenizer is None:
-        name = require(config, "model")
-        model, tokenizer = load_model(name, "--model", config.dtype), load_tokenizer(name, "--model")
-    check_tokenizer(tokenizer)
+    model, tokenizer = load_for_command(config, "model", model, tokenizer)
     model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-    model.eval()  # type: ignore[no-untyped-call]
 
     start = time.perf_counter()
     replies, tokens = generate(model, tokenizer, examples, config)

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from molsaki.config import require
+
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with a padding token; error messages call it ``flag``.
@@ -75,6 +77,33 @@ def load_model(
     model = cast(PreTrainedModel, _load(AutoModelForCausalLM, name, flag, **options))
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def load_for_command(
+    config: Any,
+    field: str,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a field of a command's config names and its tokenizer, or those given in their place.
+
+    Args:
+        config: has the field and ``dtype``.
+        options: further ones of `load_model`.
+
+    Raises:
+        ValueError: only one of the two is given, or one cannot be loaded or used.
+    """
+    if (model is None) != (tokenizer is None):
+        raise ValueError(f"{field}, tokenizer: expected both or neither, got one of them")
+    flag = f"--{field}"
+    if model is None or tokenizer is None:
+        name = require(config, field)
+        return load_model(name, flag, config.dtype, **options), load_tokenizer(name, flag)
+    check_tokenizer(tokenizer, flag)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer
 
 
 def load_both(

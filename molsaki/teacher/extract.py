@@ -27,8 +27,8 @@ from molsaki.batches.collator import text_batch
 from molsaki.batches.tokenized import LeftOut, TokenizedText, TokenizerSpec, all_left_out, cut, spans_of
 from molsaki.config import ExtractConfig, require
 from molsaki.modeling.attention_hook import NAME
-from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
-from molsaki.modeling.packing_probe import can_pack
+from molsaki.modeling.loading import context_length, load_for_command, load_tokenizer
+from molsaki.modeling.packing_probe import choose_packing
 from molsaki.modeling.unwrap import input_device
 from molsaki.teacher.fingerprints import describe, fingerprint_examples, fingerprint_spans
 from molsaki.teacher.map_store import Entry, Store
@@ -59,27 +59,15 @@ def extract(
     data_files, folder = require(config, "data_files"), require(config, "store")
     examples = read_examples(data_files)[: config.limit]
     rank = int(os.environ.get("RANK", 0))
-    if (teacher is None) != (tokenizer is None):
-        raise ValueError("teacher, tokenizer: expected both or neither, got one of them")
-    if teacher is None or tokenizer is None:
-        name = require(config, "teacher")
-        device_map = config.device_map
-        if device_map is None and config.quantize != "none" and torch.cuda.is_available():
-            device_map = {"": _local_device()}
-        teacher = load_model(name, "--teacher", config.dtype, device_map, config.quantize)
-        tokenizer = load_tokenizer(name, "--teacher")
-    check_tokenizer(tokenizer, "--teacher")
+    device_map = config.device_map
+    if device_map is None and config.quantize != "none" and torch.cuda.is_available():
+        device_map = {"": _local_device()}
+    options = {"device_map": device_map, "quantize": config.quantize}
+    teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, **options)
     if config.device_map is None and config.quantize == "none" and torch.cuda.is_available():
         teacher.to(_local_device())  # type: ignore[arg-type]
-    teacher.eval()  # type: ignore[no-untyped-call]
     teacher.set_attn_implementation(NAME)
-
-    packing = config.packing is not False and can_pack(teacher)
-    if config.packing and not packing:
-        raise ValueError(
-            f"--packing: {type(teacher).__name__} does not keep packed texts separate (it may have convolutions or a "
-            "recurrent state); use --packing false"
-        )
+    packing = choose_packing(config.packing, teacher)
     layers, _ = probe(teacher.base_model)
     limit = config.teacher_max_length or context_length(teacher.config)
     spec = TokenizerSpec(tokenizer, config.teacher_template, limit)
