@@ -9,7 +9,6 @@ do not communicate, and the shards of a lost process are computed by the others.
 from __future__ import annotations
 
 import collections
-import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -169,10 +168,10 @@ def batches_of(
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The items; a thread computes each while the previous one is in use. Its errors are raised here."""
     with ThreadPoolExecutor(1, "extract") as pool:
-        ahead = pool.submit(lambda: list(itertools.islice(items, 1)))
-        while found := ahead.result():
-            ahead = pool.submit(lambda: list(itertools.islice(items, 1)))
-            yield found[0]
+        ahead = pool.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = pool.submit(next, items, None)
+            yield item
 
 
 def _texts(

@@ -98,22 +98,20 @@ class StoreWriter:
         if len(entries) != len(self.examples_of(shard)):
             raise ValueError(f"entries: expected {len(self.examples_of(shard))} in shard {shard}, got {len(entries)}")
         dtype = torch.float16 if self.description["all_layers"] else torch.float32
-        shapes, values, weights = [], [], []
         for entry in entries:
-            if entry.maps is None:
-                if not entry.reason:
-                    raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
-                shapes.append((0, -1, -1))
-                continue
-            if (entry.weights is None) != self.description["all_layers"]:
+            if entry.maps is None and not entry.reason:
+                raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
+            if entry.maps is not None and (entry.weights is None) != self.description["all_layers"]:
                 raise ValueError(f"entries: {entry.id!r}: expected weights unless all layers are stored")
-            pairs, steps, words = entry.maps.shape
-            shapes.append((pairs, steps, words))
-            values.append(entry.maps.detach().cpu().to(dtype).flatten())
-            if not values[-1].isfinite().all():
+            if entry.maps is not None and not entry.maps.to(dtype).isfinite().all():
                 raise ValueError(f"entries: the map of {entry.id!r} is not finite in {dtype}")
-            if entry.weights is not None:
-                weights.append(entry.weights.detach().cpu().float())
+        shapes = [(0, -1, -1) if entry.maps is None else tuple(entry.maps.shape) for entry in entries]
+        values = [entry.maps.detach().cpu().to(dtype).flatten() for entry in entries if entry.maps is not None]
+        weights = [
+            entry.weights.detach().cpu().float()
+            for entry in entries
+            if entry.maps is not None and entry.weights is not None
+        ]
         sizes = [pairs * steps * words for pairs, steps, words in shapes]
         names = [entry.id.encode() for entry in entries]
         tensors = {
@@ -167,16 +165,16 @@ class StoreWriter:
         """
         lock = FileLock(self.folder / LOCKS / f"{name}.lock", timeout=-1 if wait else 0, fallback_to_soft=False)
         try:
-            lock.acquire()
+            held = lock.acquire()
         except Timeout:
             yield False
             return
         except (NotImplementedError, OSError) as error:
+            if getattr(error, "filename", None) is not None:
+                raise  # the lock's file cannot be opened
             raise OSError(
                 f"{self.folder}: its file system has no file locks ({error}), which keep two processes from writing "
                 "one file; choose another folder"
             ) from None
-        try:
+        with held:
             yield True
-        finally:
-            lock.release()
