@@ -11,6 +11,7 @@ A template wraps the two texts, for each tokenizer its own. Steps and key words 
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
 from typing import TYPE_CHECKING, cast
 
@@ -128,17 +129,13 @@ def _format_frame(template: str) -> Frame:
 
 def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
     text = _chat(tokenizer, QUESTION_MARK, RATIONALE_MARK)
-    if (
-        text.count(QUESTION_MARK) != 1
-        or text.count(RATIONALE_MARK) != 1
-        or text.find(QUESTION_MARK) > text.find(RATIONALE_MARK)
-    ):
+    parts = re.split(f"({QUESTION_MARK}|{RATIONALE_MARK})", text)
+    if parts[1::2] != [QUESTION_MARK, RATIONALE_MARK]:
         raise ValueError(
             f"template: the chat template of {name_of(tokenizer)} does not show the question and then the rationale, "
             f"once each, unchanged: {text!r}"
         )
-    before, rest = text.split(QUESTION_MARK)
-    between, after = rest.split(RATIONALE_MARK)
+    before, between, after = parts[::2]
     return Frame(before, between, after, special_tokens=False)
 
 
