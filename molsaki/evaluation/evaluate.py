@@ -55,12 +55,11 @@ def evaluate(
     replies, tokens = generate(model, tokenizer, examples, config)
     seconds = time.perf_counter() - start
     scores = [score(example, reply, config.mode) for example, reply in zip(examples, replies, strict=True)]
-    right = sum(one["right"] for one in scores)
-    low, high = wilson(right, len(scores))
-    total, without_answer = len(scores), sum(one["prediction"] is None for one in scores)
+    total, right = len(scores), sum(one["right"] for one in scores)
+    low, high = wilson(right, total)
     summary: dict[str, Any] = {"model": config.model, "data_file": config.data_file, "mode": config.mode}
     summary |= {"examples": total, "right": right, "accuracy": right / total, "low": low, "high": high}
-    summary |= {"without_answer": without_answer, "seconds": seconds}
+    summary |= {"without_answer": sum(one["prediction"] is None for one in scores), "seconds": seconds}
     summary |= {"examples_per_second": total / seconds, "tokens_per_second": tokens / seconds}
     if other is not None:
         summary["paired"] = {"other": config.compare} | paired_test([one["right"] for one in scores], other)
@@ -81,19 +80,19 @@ def generate(
         ValueError: a question and its reply do not fit the model's context.
     """
     new_tokens = config.max_new_tokens or MAX_NEW_TOKENS[config.mode]
+    limit = context_length(model.config)
     prompts = []
     for example in examples:
         if config.mode == "rationale":
-            prompts.append(prompt(example.question, tokenizer, template=config.template))
+            ids = prompt(example.question, tokenizer, template=config.template)
         else:
-            prompts.append(predict_prompt(example, tokenizer, config.template, config.predict_template))
-    limit = context_length(model.config)
-    for example, ids in zip(examples, prompts, strict=True):
+            ids = predict_prompt(example, tokenizer, config.template, config.predict_template)
         if limit is not None and len(ids) + new_tokens > limit:
             raise ValueError(
                 f"{config.data_file}: example {example.id}: {len(ids)} tokens and a reply of {new_tokens} exceed the "
                 f"model's context of {limit}"
             )
+        prompts.append(ids)
     replies, decoded = [""] * len(prompts), 0
     with tqdm(total=len(prompts), unit="question", desc="evaluate") as bar:
         for batch in batches(prompts, config.batch_size):
@@ -132,7 +131,9 @@ def read_predictions(path: str, examples: Sequence[Example]) -> list[bool]:
         ValueError: the file does not hold exactly these examples.
     """
     try:
-        right = {one["id"]: one["right"] for one in map(json.loads, Path(path).read_text().splitlines())}
+        right = {
+            one["id"]: one["right"] for one in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--compare: {path}: not a predictions.jsonl of molsaki evaluate ({error!r})") from None
     missing = [e.id for e in examples if e.id not in right]

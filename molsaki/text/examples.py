@@ -114,7 +114,7 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
     repeated = np.flatnonzero(np.diff(np.array(keys)[order]) == 0)
     for at in repeated[order[repeated + 1].argsort()][:1]:
         first, second = (int(number) for number in order[at : at + 2])
-        there = f"{lines[first]}" if files[first] == files[second] else f"{lines[first]} of {paths[files[first]]}"
+        there = str(lines[first]) if files[first] == files[second] else f"{lines[first]} of {paths[files[first]]}"
         raise ValueError(f"{paths[files[second]]}:{lines[second]}: id {found[second].id!r} is line {there}'s already")
     return found
 
