@@ -268,11 +268,7 @@ def check_options(config: Any, **least: float) -> None:
 
 
 def require(config: Any, name: str) -> Any:
-    """The value of a field of a config.
-
-    Raises:
-        ValueError: it is unset; the message has the field's help text.
-    """
+    """The value of a field of a config; an error with the field's help text if it is unset."""
     value = getattr(config, name)
     if not value:
         help_text = next(field.metadata["help"] for field in dataclasses.fields(config) if field.name == name)

@@ -18,11 +18,7 @@ OWN = Path(__file__).with_name("demonstrations.jsonl")
 def demonstrations_by_task(
     config: AnnotateConfig, examples: Sequence[Example], form: PromptFormat
 ) -> dict[str, list[Example]]:
-    """The demonstrations shown before the examples of each task: those of the same task or of none.
-
-    Raises:
-        ValueError, TypeError, OSError: the file is not as described, or a task has no demonstrations.
-    """
+    """The demonstrations shown before the examples of each task: those of the same task or of none."""
     found = list(read_examples(config.examples or OWN))
     if config.examples is None:
         found = [dataclasses.replace(one, id="") for one in found]  # as the journals of earlier runs describe them

@@ -59,11 +59,7 @@ class ReplyJournal:
             self._append(description)
 
     def get(self, phase: int, batch: int, asked: Sequence[Asked]) -> list[Reply] | None:
-        """The replies to a batch, or None if it has none yet.
-
-        Raises:
-            ValueError: the batch of this number has other prompts.
-        """
+        """The replies to a batch, or None if it has none yet."""
         found = self._batches.get((phase, batch))
         if found is None:
             return None

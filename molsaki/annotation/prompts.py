@@ -34,11 +34,7 @@ class PromptFormat:
 
     @classmethod
     def of(cls, template: str) -> PromptFormat:
-        """The format of ``config.template``.
-
-        Raises:
-            ValueError: it is neither plain nor chat nor a format with the three fields in order, once each.
-        """
+        """The format of ``config.template``."""
         if template == "chat":
             return cls("", "", "\nAnswer: ", "", chat=True)
         parts = re.split(r"\{(question|rationale|answer)\}", PLAIN if template == "plain" else template)
@@ -80,11 +76,7 @@ def question_turns(
 
 
 def prompt_ids(turns: list[str], instruction: str, form: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a prompt: the instruction, then the turns.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or it fails.
-    """
+    """The token ids of a prompt: the instruction, then the turns."""
     if not form.chat:
         blocks = ["".join(turns[i : i + 2]) for i in range(0, len(turns), 2)]
         return prompt("\n\n".join([instruction] * bool(instruction) + blocks), tokenizer)

@@ -75,9 +75,6 @@ def generate(
     """Greedy replies to the examples, in their order, and how many tokens were decoded.
 
     Questions of similar length are decoded together, padded on the left.
-
-    Raises:
-        ValueError: a question and its reply do not fit the model's context.
     """
     new_tokens = config.max_new_tokens or MAX_NEW_TOKENS[config.mode]
     limit = context_length(model.config)
@@ -125,11 +122,7 @@ def paired_test(right: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
 
 
 def read_predictions(path: str, examples: Sequence[Example]) -> list[bool]:
-    """For each example whether another model answered it right, from that model's predictions.jsonl.
-
-    Raises:
-        ValueError: the file does not hold exactly these examples.
-    """
+    """For each example whether another model answered it right, from that model's predictions.jsonl."""
     try:
         right = {
             one["id"]: one["right"] for one in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())

@@ -21,11 +21,7 @@ from molsaki.config import require
 
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, with a padding token; error messages call it ``flag``.
-
-    Raises:
-        ValueError: there is none, or it gives no character offsets.
-    """
+    """The tokenizer of a folder or hub name, with a padding token; error messages call it ``flag``."""
     tokenizer = cast(PreTrainedTokenizerBase, _load(AutoTokenizer, name, flag))
     check_tokenizer(tokenizer, flag)
     return tokenizer
@@ -91,9 +87,6 @@ def load_for_command(
     Args:
         config: has the field and ``dtype``.
         options: further ones of `load_model`.
-
-    Raises:
-        ValueError: only one of the two is given, or one cannot be loaded or used.
     """
     if (model is None) != (tokenizer is None):
         raise ValueError(f"{field}, tokenizer: expected both or neither, got one of them")

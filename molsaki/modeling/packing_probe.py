@@ -21,11 +21,7 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def choose_packing(wanted: bool | None, model: nn.Module) -> bool:
-    """Whether to pack the texts of ``model``: as the flag ``--packing`` says, by default if the model supports it.
-
-    Raises:
-        ValueError: packing is wanted, and the model does not support it.
-    """
+    """Whether to pack the texts of ``model``: as the flag ``--packing`` says, by default if the model supports it."""
     packing = wanted is not False and can_pack(model)
     if wanted and not packing:
         raise ValueError(

@@ -48,11 +48,7 @@ def plot(config: PlotConfig) -> list[Path]:
 
 
 def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
-    """Draw the logs of a run of ``molsaki distill``: ``losses`` and, if it has any, ``layer_weights``.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
+    """Draw the logs of a run of ``molsaki distill``: ``losses`` and, if it has any, ``layer_weights``."""
     if not run.is_dir():
         raise FileNotFoundError(f"--run: no such folder: {run}")
     drawn = []

@@ -135,7 +135,7 @@ class Store:
         Raises:
             ValueError: with the key and both values.
         """
-        compare(self.folder, {name: self.description.get(name) for name in expected}, expected)
+        compare(self.folder, self.description, expected)
 
     def _find(self, id: str) -> tuple[int, int] | None:
         key = hash64(id)
@@ -200,11 +200,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Every fault of a store's files, each of which is read completely; empty if there is none.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_description`.
-    """
+    """Every fault of a store's files, each of which is read completely; empty if there is none."""
     folder, description = Path(folder), read_description(folder)
     names = [shard_name(shard) for shard in range(-(-description["examples"] // description["shard_size"]))]
     found = {name: checked_file.fault(folder / name, digest(description)) for name in [*names, INDEX]}

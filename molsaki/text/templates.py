@@ -49,11 +49,7 @@ class RenderedText:
 
 
 def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> RenderedText:
-    """Put a text into a template; its steps and key words move with it.
-
-    Raises:
-        TypeError, ValueError: an argument is not as the module describes, or the template changes the texts.
-    """
+    """Put a text into a template; its steps and key words move with it."""
     check_spans(spans)
     check_tokenizer(tokenizer)
     frame = frame_of(tokenizer, template)
