@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -86,11 +86,10 @@ def prompt_ids(turns: list[str], instruction: str, form: PromptFormat, tokenizer
     if not tokenizer.chat_template:
         raise ValueError("template: the teacher's tokenizer has no chat template; use plain or a format")
     try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"template: the teacher's chat template failed: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
+    return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False).input_ids)
 
 
 def with_choices(example: Example) -> str:

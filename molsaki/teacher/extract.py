@@ -103,9 +103,14 @@ def extract(
     store = Store(folder)
     if sum(store.left_out.values()) == len(examples):
         raise ValueError(all_left_out(collections.Counter(store.left_out)))
-    result: dict[str, Any] = {"store": folder, "examples": len(examples), "left_out": store.left_out}
-    result |= {"bytes_per_example": store.num_bytes / len(examples), "shards_written": written, "tokens": tokens}
-    return result | ({"tokens_per_second": tokens / seconds} if tokens else {})
+    return {
+        "store": folder,
+        "examples": len(examples),
+        "left_out": store.left_out,
+        "bytes_per_example": store.num_bytes / len(examples),
+        "shards_written": written,
+        "tokens": tokens,
+    } | ({"tokens_per_second": tokens / seconds} if tokens else {})
 
 
 def _local_device() -> str:
@@ -215,8 +220,7 @@ def _run(
     """Each text's maps, ``(K, S, W)`` or ``(Lt, S, W)`` without a mixture, and weights ``(K, Lt)`` or None."""
     moved, plan = texts.to(input_device(teacher)), texts.plan
     assert plan is not None and moved.plan is not None
-    inputs: dict[str, Any] = moved.model_inputs()
-    maps = teacher_maps(teacher, **inputs, plan=moved.plan)
+    maps = teacher_maps(teacher, plan=moved.plan, **moved.model_inputs())
     weights: list[Tensor | None] = [None] * len(plan)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))

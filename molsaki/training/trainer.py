@@ -112,7 +112,6 @@ class DistillTrainer(Trainer):
         freeze(student, config.freeze)
         limit = config.max_length or context_length(student.config)
         student_spec, teacher_spec = TokenizerSpec(tokenizer, config.student_template, limit), None
-
         if not objective.has_teacher:
             teacher = None
         elif store is None and config.store is not None:
@@ -200,8 +199,7 @@ class DistillTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """The number of examples of one optimizer step, over accumulation and processes; each counts once."""
         count = torch.tensor(sum(len(batch) for batch in batch_samples), device=device)
-        total: Tensor = self.accelerator.reduce(count, "sum")
-        return total
+        return cast(Tensor, self.accelerator.reduce(count, "sum"))
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -270,8 +268,7 @@ class DistillTrainer(Trainer):
                     f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
                     "the two templates give different ones"
                 )
-        out: dict[str, Tensor] = model(dataclasses.replace(batch, teacher=None, teacher_layers=None))
-        return out
+        return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
 
     def _add(self, out: dict[str, Tensor]) -> None:
         out = out | {"count": torch.ones_like(out["loss"])}
@@ -344,9 +341,8 @@ class DistillTrainer(Trainer):
         """Write the student, its tokenizer and, into a checkpoint, the router; each file is complete or absent."""
         folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        student, mixture = self.model.student, self.model.mixture
+        student, mixture, weights = self.model.student, self.model.mixture, None
         router: dict[str, Tensor] = {}
-        weights = None
         if state_dict is not None:  # gathered from shards, where tied weights appear twice
             twice = {name for name, _ in student.named_parameters(remove_duplicate=False)}
             twice -= {name for name, _ in student.named_parameters()}
@@ -382,15 +378,12 @@ class DistillTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights, except those tied to a loaded one."""
-        named = dict(self.model.student.named_parameters(remove_duplicate=False))
-        missing = set(load_result.missing_keys)
+        named, missing = dict(self.model.student.named_parameters(remove_duplicate=False)), load_result.missing_keys
         loaded = {id(value) for name, value in named.items() if name not in missing}
-        lacking = [name for name in missing if name not in named or id(named[name]) not in loaded]
-        if lacking or load_result.unexpected_keys:
-            raise ValueError(
-                f"the checkpoint is of another student: it lacks {sorted(lacking)[:3]} and also has "
-                f"{sorted(load_result.unexpected_keys)[:3]}"
-            )
+        lacking = sorted(name for name in missing if name not in named or id(named[name]) not in loaded)
+        extra = sorted(load_result.unexpected_keys)
+        if lacking or extra:
+            raise ValueError(f"the checkpoint is of another student: it lacks {lacking[:3]} and also has {extra[:3]}")
 
 
 class _LogBeforeSave(TrainerCallback):
