@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example
+from molsaki.text.templates import apply_chat
 
 PLAIN = "Question: {question}\nRationale: {rationale}\nAnswer: {answer}"
 FIRST, SECOND, KEYWORDS = 1, 2, 3  # the phases, as the journal names them
@@ -82,14 +82,8 @@ def prompt_ids(turns: list[str], instruction: str, form: PromptFormat, tokenizer
         return prompt("\n\n".join([instruction] * bool(instruction) + blocks), tokenizer)
     if instruction:
         turns = [f"{instruction}\n\n{turns[0]}", *turns[1:]]  # not every chat template has a system turn
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
-    if not tokenizer.chat_template:
-        raise ValueError("template: the teacher's tokenizer has no chat template; use plain or a format")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"template: the teacher's chat template failed: {error}") from error
-    return cast(list[int], tokenizer(cast(str, text), add_special_tokens=False).input_ids)
+    text = apply_chat(tokenizer, [turn.strip() for turn in turns], add_generation_prompt=True)
+    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def with_choices(example: Example) -> str:
