@@ -79,11 +79,11 @@ def annotate(
     run = _Run(config, form, shown, teacher, tokenizer, journal)
     start = time.perf_counter()
     kept, dropped, refused = run.rationales(examples)
-    texts = [
-        (dataclasses.replace(example, id=_sample_id(example.id, number), rationale=verdict.rationale), verdict)
-        for example in examples
-        for number, verdict in enumerate(kept.get(example.id, []), 1)
-    ]
+    texts = []
+    for example in examples:
+        for number, verdict in enumerate(kept.get(example.id, []), 1):
+            id = example.id if number == 1 else f"{example.id}/{number}"
+            texts.append((dataclasses.replace(example, id=id, rationale=verdict.rationale), verdict))
     words = run.keywords([text for text, _ in texts]) if config.keywords == "teacher" else None
     seconds = time.perf_counter() - start
 
@@ -234,10 +234,6 @@ class _Run:
     def _fits(self, ids: list[int], new_tokens: int) -> bool:
         limit = context_length(self.teacher.config)
         return limit is None or len(ids) + new_tokens <= limit
-
-
-def _sample_id(id: str, number: int) -> str:
-    return id if number == 1 else f"{id}/{number}"
 
 
 def _check_examples(config: AnnotateConfig, examples: Sequence[Example]) -> None:

@@ -77,11 +77,6 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.share_question and self.packing is False:
-            raise ValueError(
-                "share_question: expected packing and an objective of both tasks, got "
-                f"packing={self.packing} and objective={self.objective}"
-            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, the batches are nested")
         if self.label_smoothing_factor:

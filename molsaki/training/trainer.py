@@ -101,7 +101,7 @@ class DistillTrainer(Trainer):
         if config.deepspeed:  # models are loaded whole and probed before ZeRO-3 shards them
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
         objective = OBJECTIVES[config.objective]
-        if config.share_question and not objective.explain_texts:
+        if config.share_question and (config.packing is False or not objective.explain_texts):
             raise ValueError(
                 "share_question: expected packing and an objective of both tasks, got "
                 f"packing={config.packing} and objective={config.objective}"
