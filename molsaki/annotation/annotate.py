@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.annotation import keywords
 from molsaki.annotation.demonstrations import demonstrations_by_task, task_of
-from molsaki.annotation.journal import Asked, ReplyJournal
+from molsaki.annotation.journal import ReplyJournal
 from molsaki.annotation.judge import Verdict, judge
 from molsaki.annotation.prompts import FIRST, KEYWORDS, SECOND, PromptFormat, prompt_ids, question_turns
 from molsaki.batches.tokenized import all_left_out
@@ -218,7 +218,7 @@ class _Run:
             stop, temperature = None if self.form.chat else "\n", 0.0
         for number, indices in enumerate(batches([prompt.ids for prompt in prompts], self.config.batch_size)):
             batch = [prompts[i] for i in indices]
-            asked = [Asked(prompt.example.id, prompt.sample) for prompt in batch]
+            asked = [(prompt.example.id, prompt.sample) for prompt in batch]
             replies = self.journal.get(phase, number, asked)
             if replies is None:
                 seed = int(digest([self.config.seed, phase, number])[:15], 16)

@@ -6,17 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from molsaki.evaluation.generate import Reply
 from molsaki.io import digest
 
-
-class Asked(NamedTuple):
-    """A prompt of a batch: the example's id and the number of the sample, from 1."""
-
-    id: str
-    sample: int
+Asked = tuple[str, int]  # a prompt of a batch: the example's id and the number of the sample, from 1
 
 
 class ReplyJournal:
