@@ -14,5 +14,4 @@ def require(extra: str) -> None:
     """Check that the modules of an extra can be imported, without importing them."""
     missing = [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
     if missing:
-        names = ", ".join(missing)
-        raise ImportError(f'{names}: expected to be installed; run pip install "molsaki-kernels[{extra}]"')
+        raise ImportError(f'{", ".join(missing)}: expected to be installed; run pip install "molsaki-kernels[{extra}]"')

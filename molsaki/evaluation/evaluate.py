@@ -41,9 +41,6 @@ def evaluate(
     Returns:
         The summary: ``accuracy`` with its 95% Wilson interval, counts, throughput and, with ``config.compare``, the
         exact paired (McNemar) test.
-
-    Raises:
-        ValueError, TypeError, OSError: a flag, file or field is not as described; the message names it.
     """
     data_file, folder = require(config, "data_file"), Path(require(config, "output_dir"))
     examples = read_examples(data_file, rationale=False)[: config.limit]

@@ -32,9 +32,6 @@ def plot(config: PlotConfig) -> list[Path]:
 
     From a run: ``losses`` and ``layer_weights``. From a data set with a teacher, a store or a student: for each of its
     first examples ``map_ID``, and ``attention_ID`` for the sides whose tokenizer is given.
-
-    Raises:
-        ValueError, OSError: a flag is missing, a file is not there, or there is nothing to draw.
     """
     if config.run is None and config.data_file is not None and config.output_dir is None:
         raise ValueError("--output_dir: required without --run: the folder of the pictures")

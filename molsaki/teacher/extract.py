@@ -57,7 +57,6 @@ def extract(
     """
     data_files, folder = require(config, "data_files"), require(config, "store")
     examples = read_examples(data_files)[: config.limit]
-    rank = int(os.environ.get("RANK", 0))
     device_map = config.device_map
     if device_map is None and config.quantize != "none" and torch.cuda.is_available():
         device_map = {"": _local_device()}
@@ -85,7 +84,7 @@ def extract(
     missing = writer.missing()
     written, tokens, seconds, start = 0, 0, 0.0, time.perf_counter()
     total = sum(len(writer.examples_of(shard)) for shard in missing)
-    with tqdm(total=total, unit="example", desc="extract", disable=rank != 0) as bar:
+    with tqdm(total=total, unit="example", desc="extract", disable=os.environ.get("RANK", "0") != "0") as bar:
         for shard in writer.claim(missing):
             bar.update(max(missing.index(shard) * config.shard_size - bar.n, 0))  # shards of other processes
             numbers = writer.examples_of(shard)
@@ -164,10 +163,9 @@ def batches_of(
     packing: bool,
 ) -> Iterator[tuple[list[_Pending], TextBatch | None]]:
     """The examples of each forward, and the batch of those texts that are not left out, or None without any."""
-    pad = specs[0].tokenizer.pad_token_id
     for pending in _grouped(_texts(examples, numbers, config, specs), config.batch_tokens, packing):
         texts = [item.text for item in pending if item.text is not None]
-        yield pending, text_batch(texts, pad, packing) if texts else None
+        yield pending, text_batch(texts, specs[0].tokenizer.pad_token_id, packing) if texts else None
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
