@@ -200,14 +200,12 @@ def _grouped(texts: Iterable[_Pending], batch_tokens: int, packing: bool) -> Ite
     first, after all of them are tokenized.
     """
     batch: list[_Pending] = []
-    real = 0
     for item in texts if packing else sorted(texts, key=lambda item: -item.tokens):
-        together = real + item.tokens if packing else (len(batch) + 1) * batch[0].tokens if batch else 0
-        if batch and together > batch_tokens:
+        sizes = [one.tokens for one in (*batch, item)]
+        if batch and (sum(sizes) if packing else len(sizes) * sizes[0]) > batch_tokens:
             yield batch
-            batch, real = [], 0
+            batch = []
         batch.append(item)
-        real += item.tokens
     if batch:
         yield batch
 

@@ -80,9 +80,7 @@ class StoreWriter:
         """
         computed = set()
         for wait in (False, True):
-            for shard in shards:
-                if shard in computed:
-                    continue
+            for shard in [shard for shard in shards if shard not in computed]:
                 with self._locked(shard_name(shard), wait) as is_mine:
                     if is_mine and self._is_missing(shard):
                         yield shard
@@ -147,8 +145,7 @@ class StoreWriter:
             for shard, position in places[:-1][np.diff(sorted_keys) == 0][:1]:
                 name = id_at(checked_file.read(paths[shard])[0], position)
                 raise ValueError(f"{self.folder}: example id {name!r} is there twice")
-            sizes = [path.stat().st_size for path in paths]
-            head = {"store": self._digest, "left_out": dict(left_out), "bytes": sizes}
+            head = {"store": self._digest, "left_out": dict(left_out), "bytes": [path.stat().st_size for path in paths]}
             tensors = {"keys": torch.from_numpy(sorted_keys), "where": torch.from_numpy(places)}
             checked_file.write(self.folder / INDEX, tensors, head)
             return True

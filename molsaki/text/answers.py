@@ -43,8 +43,7 @@ def find_choice(text: str, choices: Sequence[str], last: bool = False) -> str | 
         start, stop = spans.words[-1 if last else 0]
         return next(c for c in choices if same_text(c, spans.text[start:stop]))
     letters = re.findall(r"\(([a-z])\)|^\W*([a-z])\W*$", text.strip().lower())
-    found = [ord(a or b) - ord("a") for a, b in letters]
-    found = [i for i in found if i < len(choices)]
+    found = [i for i in (ord(a or b) - ord("a") for a, b in letters) if i < len(choices)]
     return choices[found[-1 if last else 0]] if found else None
 
 

@@ -271,10 +271,8 @@ class DistillTrainer(Trainer):
         return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
 
     def _add(self, out: dict[str, Tensor]) -> None:
-        out = out | {"count": torch.ones_like(out["loss"])}
-        for name, value in out.items():
-            value = value.detach().double().sum(0)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name, value in (out | {"count": torch.ones_like(out["loss"])}).items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double().sum(0)
 
     def _save_bad(self, batch: Batch, out: dict[str, Tensor]) -> str:
         """Save the batch whose loss is not finite; the error message."""
