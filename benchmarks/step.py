@@ -54,6 +54,7 @@ from molsaki.text.spans import Spans
 from molsaki.training import losses
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
+from molsaki.training.objectives import OBJECTIVES
 from molsaki_kernels import StepPlan, pool_values
 
 from .layer import describe, read_records, write_csv
@@ -243,7 +244,7 @@ def own_loss(
     student.set_attn_implementation(NAME)
     depth, width = probe(student)
     teacher_depth = depth if setup.teacher == setup.student else probe(teacher or load(setup.teacher))[0]
-    mixture = mixture_of(config, teacher_depth, depth, width).to(device) if config.objective == "molsaki" else None
+    mixture = mixture_of(config, teacher_depth, depth, width).to(device) if OBJECTIVES[config.objective].maps else None
     distiller = Distiller(student, mixture, config)
     packing = layout != "padded"
     collator = Collator(0, 0, packing, packing, share_question=layout not in LAYOUTS)

@@ -7,6 +7,7 @@ therefore has a module of its own, `molsaki.training.config`, which the command 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 PREDICT_TEMPLATE = "{question}\nAnswer: {answer}"
 PREDICT_HELP = (
@@ -29,9 +31,9 @@ PREDICT_HELP = (
 )
 
 
-def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+def option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
     """A dataclass field with a help text and, for some, choices; default lists and dicts are copied per config."""
-    metadata: dict[str, Any] = {"help": help} | ({} if choices is None else {"choices": list(choices)})
+    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -108,7 +110,7 @@ class ExtractConfig(TextOptions, MixtureOptions):
     shard_size: int = option(
         1024, "Examples per file of the store; an interruption loses at most the work on one file."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The teacher's floating-point type.")
+    dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device_map: dict[str, Any] | str | None = option(
         None,
         "How a teacher larger than one device is spread, as in from_pretrained: auto (all devices, then memory, then "
@@ -120,11 +122,7 @@ class ExtractConfig(TextOptions, MixtureOptions):
     limit: int | None = option(None, "Use only this many examples, the first ones.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("batch_tokens", "shard_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_options(self, batch_tokens=1, shard_size=1, limit=1)
 
 
 @dataclasses.dataclass
@@ -144,12 +142,12 @@ class EvaluateConfig:
     compare: str | None = option(None, "predictions.jsonl of another model on the same data, for a paired test.")
     batch_size: int = option(32, "Questions per batch.")
     max_new_tokens: int | None = option(None, "Longest reply in tokens. Default: 16 for answers, 256 for rationales.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The model's floating-point type.")
+    dtype: Dtype = option("auto", "The model's floating-point type.")
     device: str | None = option(None, "The device. Default: the first CUDA device, else the CPU.")
     limit: int | None = option(None, "Use only this many examples, the first ones.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
 
 
 @dataclasses.dataclass
@@ -169,7 +167,7 @@ class PlotConfig(TextOptions, MixtureOptions):
     format: Literal["png", "pdf", "svg"] = option("png", "File format.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
 
 
 @dataclasses.dataclass
@@ -212,17 +210,13 @@ class AnnotateConfig:
     samples: int = option(1, "Replies per question and phase; every right one that is new is kept. Needs temperature.")
     temperature: float = option(0.0, "0 decodes greedily; above, replies are sampled at this temperature.")
     seed: int = option(0, "Seed of the sampling.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "The teacher's floating-point type.")
+    dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device: str | None = option(None, "The device. Default: the first CUDA device, else the CPU.")
     device_map: str | None = option(None, "How the teacher is spread over devices, as in from_pretrained; e.g. auto.")
     limit: int | None = option(None, "Use only this many examples, the first ones.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("samples", 1), ("shots", 0), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_options(self, max_new_tokens=1, batch_size=1, samples=1, shots=0, limit=1)
         if self.temperature < 0:
             raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
         if self.samples > 1 and self.temperature == 0:
@@ -253,37 +247,28 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"{unknown[0]}: no such flag" + _nearest(unknown[0].lstrip("-").split("=")[0], names, "--"))
-    if given.config is None:
-        return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
-    values = _read_yaml(Path(given.config))
-    for key in values:
-        if key not in names:
-            raise ValueError(f"{given.config}: {key}: no such key" + _nearest(str(key), names))
-    lines = [word for key, value in values.items() if value is not None for word in _as_flag(key, value)]
-    try:
-        parser.parse_known_args(lines)
-    except ValueError as error:
-        raise ValueError(f"{given.config}: {error}") from None
-    return cast(Config, parser.parse_args_into_dataclasses(lines + argv, look_for_args_file=False)[0])
+    if given.config is not None:
+        argv = _yaml_flags(parser, Path(given.config), names) + argv
+    return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
 
 
-def check_choices(config: Any) -> None:
-    """Refuse a value that is not among the choices of its field, so that Python callers get the parser's checks."""
+def check_options(config: Any, **least: float) -> None:
+    """Refuse a value that is not among its field's choices or is below the ``least`` value given for it.
+
+    The parser checks choices too, but not for configs that are built in Python.
+    """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        is_literal = get_origin(hints[field.name]) is Literal
-        choices = get_args(hints[field.name]) if is_literal else field.metadata.get("choices", ())
-        if field.default in choices and getattr(config, field.name) not in choices:
-            listed = ", ".join(map(str, choices))
-            raise ValueError(f"{field.name}: expected one of {listed}, got {getattr(config, field.name)!r}")
+        value, hint = getattr(config, field.name, None), hints[field.name]
+        choices = get_args(hint) if get_origin(hint) is Literal else field.metadata.get("choices", ())
+        if field.default in choices and value not in choices:
+            raise ValueError(f"{field.name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        if field.name in least and value is not None and value < least[field.name]:
+            raise ValueError(f"{field.name}: expected at least {least[field.name]}, got {value}")
 
 
 def require(config: Any, name: str) -> Any:
-    """The value of a field of a config.
-
-    Raises:
-        ValueError: it is unset; the message has the field's help text.
-    """
+    """The value of a field of a config; an error with the field's help text if it is unset."""
     value = getattr(config, name)
     if not value:
         help_text = next(field.metadata["help"] for field in dataclasses.fields(config) if field.name == name)
@@ -291,16 +276,25 @@ def require(config: Any, name: str) -> Any:
     return value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _yaml_flags(parser: argparse.ArgumentParser, path: Path, names: Sequence[str]) -> list[str]:
+    """The flags that a YAML file sets, checked by the parser."""
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
+    if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `name: value` lines, got {type(values).__name__}")
-    return values or {}
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{path}: {key}: no such key" + _nearest(str(key), names))
+    flags = [word for key, value in values.items() if value is not None for word in _as_flag(key, value)]
+    try:
+        parser.parse_known_args(flags)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return flags
 
 
 def _as_flag(key: str, value: Any) -> list[str]:

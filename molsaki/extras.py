@@ -11,12 +11,7 @@ MODULES = {
 
 
 def require(extra: str) -> None:
-    """Check that the modules of an extra can be imported, without importing them.
-
-    Raises:
-        ImportError: a module is missing. The message names it and the command that installs the extra.
-    """
+    """Check that the modules of an extra can be imported, without importing them."""
     missing = [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
     if missing:
-        names = ", ".join(missing)
-        raise ImportError(f'{names}: expected to be installed; run pip install "molsaki-kernels[{extra}]"')
+        raise ImportError(f'{", ".join(missing)}: expected to be installed; run pip install "molsaki-kernels[{extra}]"')

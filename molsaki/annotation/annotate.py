@@ -27,14 +27,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.annotation import keywords
 from molsaki.annotation.demonstrations import demonstrations_by_task, task_of
-from molsaki.annotation.journal import Asked, ReplyJournal
+from molsaki.annotation.journal import ReplyJournal
 from molsaki.annotation.judge import Verdict, judge
 from molsaki.annotation.prompts import FIRST, KEYWORDS, SECOND, PromptFormat, prompt_ids, question_turns
 from molsaki.batches.tokenized import all_left_out
 from molsaki.config import AnnotateConfig, require
 from molsaki.evaluation.generate import Reply, batches, decode
 from molsaki.io import digest, write_json, write_json_lines
-from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
+from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.examples import Example, read_examples
 
@@ -69,16 +69,9 @@ def annotate(
     _check_examples(config, examples)
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)
-    if (teacher is None) != (tokenizer is None):
-        raise ValueError("teacher, tokenizer: expected both or neither, got one of them")
-    if teacher is None or tokenizer is None:
-        name = require(config, "teacher")
-        teacher = load_model(name, "--teacher", config.dtype, config.device_map)
-        tokenizer = load_tokenizer(name, "--teacher")
-    check_tokenizer(tokenizer, "--teacher")
+    teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, device_map=config.device_map)
     if config.device_map is None:
         teacher.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-    teacher.eval()  # type: ignore[no-untyped-call]
 
     output.parent.mkdir(parents=True, exist_ok=True)
     source = _teacher_name(config, teacher)
@@ -86,28 +79,33 @@ def annotate(
     run = _Run(config, form, shown, teacher, tokenizer, journal)
     start = time.perf_counter()
     kept, dropped, refused = run.rationales(examples)
-    found = run.keywords(examples, kept) if config.keywords == "teacher" else None
+    texts = []
+    for example in examples:
+        for number, verdict in enumerate(kept.get(example.id, []), 1):
+            id = example.id if number == 1 else f"{example.id}/{number}"
+            texts.append((dataclasses.replace(example, id=id, rationale=verdict.rationale), verdict))
+    words = run.keywords([text for text, _ in texts]) if config.keywords == "teacher" else None
     seconds = time.perf_counter() - start
 
-    records, phases = [], collections.Counter[int]()
-    for example in examples:
-        phases.update(verdict.phase for verdict in kept.get(example.id, [])[:1])
-        for number, verdict in enumerate(kept.get(example.id, []), 1):
-            id = _sample_id(example.id, number)
-            record: dict[str, Any] = {"id": id, "task": task_of(example), "question": example.question}
-            if example.choices:
-                record["choices"] = example.choices
-            record |= {"rationale": verdict.rationale, "answer": verdict.answer, "gold": example.answer}
-            if found is not None:
-                record["keywords"] = found.by_id[id]
-            records.append(record | {"rationale_source": source, "phase": verdict.phase})
+    records = []
+    for text, verdict in texts:
+        record: dict[str, Any] = {"id": text.id, "task": task_of(text), "question": text.question}
+        if text.choices:
+            record["choices"] = text.choices
+        record |= {"rationale": text.rationale, "answer": verdict.answer, "gold": text.answer}
+        if words is not None:
+            record["keywords"] = words[text.id]
+        records.append(record | {"rationale_source": source, "phase": verdict.phase})
+    phases = collections.Counter(verdicts[0].phase for verdicts in kept.values())
     summary: dict[str, Any] = {"teacher": source, "data_file": config.data_file, "output_file": config.output_file}
     summary |= {"examples": len(examples), "phase_1": phases[FIRST], "phase_2": phases[SECOND]}
     summary |= {"dropped": dict(dropped), "rationales": len(records)}
-    if found is not None:
-        lists = found.by_id.values()
-        summary["keywords"] = {"kept": sum(map(len, lists)), "not_in_the_text": found.not_in_the_text}
-        summary["keywords"]["rationales_without"] = sum(not words for words in lists)
+    if words is not None:
+        summary["keywords"] = {
+            "kept": sum(map(len, words.values())),
+            "not_in_the_text": run.not_in_the_text,
+            "rationales_without": sum(not found for found in words.values()),
+        }
     summary |= {"tokens": run.tokens, "seconds": seconds, "tokens_per_second": run.tokens / seconds}
     if config.keep_wrong:
         write_json_lines(output.with_suffix(".wrong.jsonl"), refused)
@@ -127,12 +125,9 @@ def describe(
     source: str,
 ) -> dict[str, Any]:
     """Everything that the replies depend on: they are used again only if all of it is the same."""
-    options = (
-        *("template", "instruction", "hint", "keywords", "max_new_tokens", "batch_size", "samples"),
-        *("temperature", "seed"),
-    )
+    options = ("template", "instruction", "hint", "keywords", "max_new_tokens", "batch_size", "samples", "temperature")
     demonstrations = {task: [dataclasses.astuple(e) for e in found] for task, found in shown.items()}
-    return {name: getattr(config, name) for name in options} | {
+    return {name: getattr(config, name) for name in (*options, "seed")} | {
         "number_of_examples": len(examples),
         "data": digest([[e.id, e.question, e.answer, e.choices, task_of(e)] for e in examples]),
         "demonstrations": digest(demonstrations, sort_keys=False),
@@ -151,14 +146,8 @@ class _Prompt:
 
 
 @dataclasses.dataclass
-class _Keywords:
-    by_id: dict[str, list[str]]
-    not_in_the_text: int
-
-
-@dataclasses.dataclass
 class _Run:
-    """The phases of one run; ``tokens`` counts those decoded by this process."""
+    """The phases of one run, with counts of tokens decoded by this process and of key words that are in no text."""
 
     config: AnnotateConfig
     form: PromptFormat
@@ -167,6 +156,7 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     journal: ReplyJournal
     tokens: int = 0
+    not_in_the_text: int = 0
 
     def rationales(
         self, examples: Sequence[Example]
@@ -186,15 +176,14 @@ class _Run:
                     prompts += [_Prompt(example, sample, ids) for sample in range(1, self.config.samples + 1)]
                 else:
                     reasons[example.id] = TOO_LONG
-                    refused.append(_refusal(example, phase, None, None, None, TOO_LONG))
+                    refused.append(_refusal(example, phase, TOO_LONG))
             with tqdm(total=len(prompts), unit="reply", desc=f"annotate, phase {phase}") as bar:
                 for prompt, reply in self._replies(phase, prompts, self.config.max_new_tokens, bar):
                     example = prompt.example
                     verdict = judge(example, reply, self.form, self.config.hint, phase)
                     if verdict.reason:
                         reasons[example.id] = verdict.reason
-                        reply_to = (prompt.sample, reply.text, verdict.answer, verdict.reason)
-                        refused.append(_refusal(example, phase, *reply_to))
+                        refused.append(_refusal(example, phase, verdict.reason, prompt.sample, reply, verdict.answer))
                     elif all(verdict.rationale != other.rationale for other in kept.get(example.id, [])):
                         kept.setdefault(example.id, []).append(verdict)
                     counts = collections.Counter(found[0].phase for found in kept.values())
@@ -204,25 +193,21 @@ class _Run:
         refused.sort(key=lambda record: (order[record["id"]], record["phase"], record["sample"] or 0))
         return kept, collections.Counter(reasons[e.id] for e in examples if e.id not in kept), refused
 
-    def keywords(self, examples: Sequence[Example], kept: dict[str, list[Verdict]]) -> _Keywords:
-        """The key words of each kept text, by its id in the output: those of the teacher's that occur in it."""
-        prompts, result = [], _Keywords({}, 0)
-        for example in examples:
-            for number, verdict in enumerate(kept.get(example.id, []), 1):
-                id = _sample_id(example.id, number)
-                text = dataclasses.replace(example, id=id, rationale=verdict.rationale, keywords=None)
-                result.by_id[id] = []
-                turns = keywords.keyword_turns(self.shown[task_of(text)], text)
-                ids = prompt_ids(turns, keywords.INSTRUCTION, self.form, self.tokenizer)
-                if self._fits(ids, keywords.NEW_TOKENS):
-                    prompts.append(_Prompt(text, 1, ids))
+    def keywords(self, texts: Sequence[Example]) -> dict[str, list[str]]:
+        """The key words of each kept text, by its id: those of the teacher's that occur in it."""
+        prompts = []
+        for text in texts:
+            turns = keywords.keyword_turns(self.shown[task_of(text)], text)
+            ids = prompt_ids(turns, keywords.INSTRUCTION, self.form, self.tokenizer)
+            if self._fits(ids, keywords.NEW_TOKENS):
+                prompts.append(_Prompt(text, 1, ids))
+        found: dict[str, list[str]] = {text.id: [] for text in texts}
         with tqdm(total=len(prompts), unit="text", desc="annotate, keywords") as bar:
             for prompt, reply in self._replies(KEYWORDS, prompts, keywords.NEW_TOKENS, bar):
-                text = prompt.example
                 named = keywords.split_keywords(reply.text)
-                result.by_id[text.id] = [word for word in named if keywords.occurs(word, text)]
-                result.not_in_the_text += len(named) - len(result.by_id[text.id])
-        return result
+                found[prompt.example.id] = [word for word in named if keywords.occurs(word, prompt.example)]
+                self.not_in_the_text += len(named) - len(found[prompt.example.id])
+        return found
 
     def _replies(
         self, phase: int, prompts: list[_Prompt], new_tokens: int, bar: tqdm[Any]
@@ -233,7 +218,7 @@ class _Run:
             stop, temperature = None if self.form.chat else "\n", 0.0
         for number, indices in enumerate(batches([prompt.ids for prompt in prompts], self.config.batch_size)):
             batch = [prompts[i] for i in indices]
-            asked = [Asked(prompt.example.id, prompt.sample) for prompt in batch]
+            asked = [(prompt.example.id, prompt.sample) for prompt in batch]
             replies = self.journal.get(phase, number, asked)
             if replies is None:
                 seed = int(digest([self.config.seed, phase, number])[:15], 16)
@@ -249,10 +234,6 @@ class _Run:
     def _fits(self, ids: list[int], new_tokens: int) -> bool:
         limit = context_length(self.teacher.config)
         return limit is None or len(ids) + new_tokens <= limit
-
-
-def _sample_id(id: str, number: int) -> str:
-    return id if number == 1 else f"{id}/{number}"
 
 
 def _check_examples(config: AnnotateConfig, examples: Sequence[Example]) -> None:
@@ -275,7 +256,17 @@ def _teacher_name(config: AnnotateConfig, teacher: PreTrainedModel) -> str:
 
 
 def _refusal(
-    example: Example, phase: int, sample: int | None, reply: str | None, answer: str | None, reason: str
+    example: Example,
+    phase: int,
+    reason: str,
+    sample: int | None = None,
+    reply: Reply | None = None,
+    answer: str | None = None,
 ) -> dict[str, Any]:
     record = {"id": example.id, "question": example.question, "gold": example.answer, "phase": phase}
-    return record | {"sample": sample, "reply": reply, "answer": answer, "reason": reason}
+    return record | {
+        "sample": sample,
+        "reply": None if reply is None else reply.text,
+        "answer": answer,
+        "reason": reason,
+    }

@@ -6,17 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from molsaki.evaluation.generate import Reply
 from molsaki.io import digest
 
-
-class Asked(NamedTuple):
-    """A prompt of a batch: the example's id and the number of the sample, from 1."""
-
-    id: str
-    sample: int
+Asked = tuple[str, int]  # a prompt of a batch: the example's id and the number of the sample, from 1
 
 
 class ReplyJournal:
@@ -59,11 +54,7 @@ class ReplyJournal:
             self._append(description)
 
     def get(self, phase: int, batch: int, asked: Sequence[Asked]) -> list[Reply] | None:
-        """The replies to a batch, or None if it has none yet.
-
-        Raises:
-            ValueError: the batch of this number has other prompts.
-        """
+        """The replies to a batch, or None if it has none yet."""
         found = self._batches.get((phase, batch))
         if found is None:
             return None

@@ -12,12 +12,8 @@ from molsaki.text.answers import parse_number
 from molsaki.text.examples import Example
 
 
-def _word_list(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
-
-
-def _words(text: str) -> set[str]:
-    return set(_word_list(text))
 
 
 # A rationale with fewer than two words besides these, the hint's and the answer's only states the answer.
@@ -54,11 +50,14 @@ def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: 
         phase: 1 or 2.
     """
     text = reply.text.rpartition("</think>")[2].strip()
-    head, label, tail = _at_label(text, form.label.strip())
+    label = re.search(rf"(?<!\w)(?:the\s+)?(?:final\s+)?{re.escape(form.label.strip())}", text, re.I)
+    head, tail = (text[: label.start()], text[label.end() :].lstrip(" *")) if label else (text, "")
     rationale = re.sub(r"[\s*#_]+$", "", head)
     line, newline, _ = tail.strip().partition("\n")
     written = line.rpartition("=")[2]
     answer = score(example, written, "answer") if label else score(example, rationale, "rationale")
+    has_ending = bool(example.choices) or parse_number(example.answer) is not None
+    filler = {*FILLER, *_words(f"{hint} {example.answer}")}
     reason = ""
     if not reply.ended and not newline:
         reason = "cut off at max_new_tokens"
@@ -68,19 +67,10 @@ def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: 
         reason = "no answer"
     elif not answer["right"]:
         reason = "wrong answer"
-    elif _has_ending(example) and not score(example, rationale, "rationale")["right"]:
+    elif has_ending and not score(example, rationale, "rationale")["right"]:
         reason = "rationale ends in another answer"
-    elif sum(word not in _words(f"{hint} {example.answer}") | FILLER for word in _word_list(rationale)) < 2:
+    elif sum(word not in filler for word in _words(rationale)) < 2:
         reason = "rationale only states the answer"
-    elif phase == SECOND and "hint" in _words(rationale) - _words(example.question):
+    elif phase == SECOND and "hint" in _words(rationale) and "hint" not in _words(example.question):
         reason = "rationale speaks of the hint"
     return Verdict(phase, rationale, answer["prediction"], reason)
-
-
-def _at_label(text: str, label: str) -> tuple[str, str, str]:
-    match = re.search(rf"(?<!\w)(?:the\s+)?(?:final\s+)?{re.escape(label)}", text, re.I)
-    return (text[: match.start()], match[0], text[match.end() :].lstrip(" *")) if match else (text, "", "")
-
-
-def _has_ending(example: Example) -> bool:
-    return bool(example.choices) or parse_number(example.answer) is not None

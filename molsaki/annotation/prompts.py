@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example
+from molsaki.text.templates import apply_chat
 
 PLAIN = "Question: {question}\nRationale: {rationale}\nAnswer: {answer}"
 FIRST, SECOND, KEYWORDS = 1, 2, 3  # the phases, as the journal names them
@@ -34,11 +34,7 @@ class PromptFormat:
 
     @classmethod
     def of(cls, template: str) -> PromptFormat:
-        """The format of ``config.template``.
-
-        Raises:
-            ValueError: it is neither plain nor chat nor a format with the three fields in order, once each.
-        """
+        """The format of ``config.template``."""
         if template == "chat":
             return cls("", "", "\nAnswer: ", "", chat=True)
         parts = re.split(r"\{(question|rationale|answer)\}", PLAIN if template == "plain" else template)
@@ -80,25 +76,14 @@ def question_turns(
 
 
 def prompt_ids(turns: list[str], instruction: str, form: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a prompt: the instruction, then the turns.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or it fails.
-    """
+    """The token ids of a prompt: the instruction, then the turns."""
     if not form.chat:
         blocks = ["".join(turns[i : i + 2]) for i in range(0, len(turns), 2)]
         return prompt("\n\n".join([instruction] * bool(instruction) + blocks), tokenizer)
     if instruction:
         turns = [f"{instruction}\n\n{turns[0]}", *turns[1:]]  # not every chat template has a system turn
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
-    if not tokenizer.chat_template:
-        raise ValueError("template: the teacher's tokenizer has no chat template; use plain or a format")
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"template: the teacher's chat template failed: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
+    text = apply_chat(tokenizer, [turn.strip() for turn in turns], add_generation_prompt=True)
+    return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def with_choices(example: Example) -> str:

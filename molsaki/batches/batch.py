@@ -46,8 +46,7 @@ class TextBatch(Movable):
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of a model's or decoder's forward."""
         names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "shared_prefix")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given | {"use_cache": False}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None} | {"use_cache": False}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

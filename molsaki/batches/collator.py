@@ -90,7 +90,7 @@ def _packed(texts: Sequence[TokenizedText], plan: StepPlan | None = None) -> Tex
 def _packed_with_shared_prefixes(
     explain: Sequence[TokenizedText], predict: Sequence[TokenizedText], prefixes: Sequence[int], plan: StepPlan
 ) -> TextBatch:
-    """All explain texts, and then each predict text without its prefix, of so many tokens."""
+    """All explain texts, and then each predict text without its first ``prefixes[n]`` tokens, which it shares."""
     wholes, lengths = (torch.tensor([len(text.input_ids) for text in texts]) for texts in (explain, predict))
     shared = SharedPrefix.from_lengths(wholes, torch.tensor(prefixes), lengths - torch.tensor(prefixes))
     positions = [*_positions(explain), *shared.keys]
@@ -108,7 +108,7 @@ def _common_prefix(a: TokenizedText, b: TokenizedText) -> int:
 def _packed_suffixes(
     texts: Sequence[TokenizedText], prefixes: Sequence[int], positions: Sequence[Tensor], plan: StepPlan | None
 ) -> TextBatch:
-    """Each text without its prefix, of so many tokens; ``positions``: where each text's tokens are in the result."""
+    """Each text without its first ``prefixes[r]`` tokens; ``positions``: where each text's tokens are in the result."""
     ids = [torch.from_numpy(text.input_ids[prefix:]).long() for text, prefix in zip(texts, prefixes, strict=True)]
     bounds = pad(torch.tensor([len(text) for text in ids]).cumsum(0), (1, 0))
     position_ids = [torch.arange(prefix, prefix + len(text)) for text, prefix in zip(ids, prefixes, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,16 +31,10 @@ class Movable:
     def _with_each(self: Self, function: Callable[[Any], Any]) -> Self:
         def apply(value: Any) -> Any:
             if isinstance(value, list):
-                return [apply(item) for item in value]
+                items = [apply(item) for item in value]
+                return value if all(map(operator.is_, items, value)) else items
             return function(value) if isinstance(value, (Tensor, StepPlan, Movable)) else value
 
         moved = {name: apply(value) for name, value in vars(self).items()}
-        unchanged = all(_is_same(moved[name], value) for name, value in vars(self).items())
-        return self if unchanged else type(self)(**moved)
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Return whether nothing was moved: the same object, or lists of the same objects."""
-    if isinstance(a, list) and isinstance(b, list):
-        return all(_is_same(x, y) for x, y in zip(a, b, strict=True))
-    return a is b
+        is_same = all(moved[name] is value for name, value in vars(self).items())
+        return self if is_same else type(self)(**moved)

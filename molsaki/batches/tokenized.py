@@ -29,14 +29,6 @@ def spans_of(example: Example, options: TextOptions) -> Spans:
     return segment(example.question, example.rationale, options.key, options.splitter, options.number_words, keywords)
 
 
-def encode_predict(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, predict_template: str
-) -> Encoded:
-    """The tokens of the predict text; ``target_start`` is the answer's first token."""
-    question, template = _predict_task(example, template, predict_template)
-    return encode(segment(question, example.answer, key=()), tokenizer, template=template)
-
-
 def predict_prompt(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: str, predict_template: str
 ) -> list[int]:
@@ -46,6 +38,7 @@ def predict_prompt(
 
 
 def _predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
+    """The question of the predict text, and the template of that question and the answer."""
     head, found, tail = predict_template.partition("{answer}")
     if not found or "{question}" not in head or (tail and template == "chat"):
         raise ValueError(
@@ -148,7 +141,8 @@ class Tokenization:
         student, teacher = self.student, self.teacher
         spans, encoded, is_cut = cut(example, self.options, [student] if teacher is None else [student, teacher])
         end = student.tokenizer.eos_token_id
-        predict = encode_predict(example, student.tokenizer, student.template, self.predict_template)
+        question, template = _predict_task(example, student.template, self.predict_template)
+        predict = encode(segment(question, example.answer, key=()), student.tokenizer, template=template)
         tokenized = TokenizedExample(
             example.id,
             spans,

@@ -22,7 +22,7 @@ from molsaki.config import EvaluateConfig, require
 from molsaki.evaluation.generate import batches, decode
 from molsaki.evaluation.scoring import score
 from molsaki.io import write_json, write_json_lines
-from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
+from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example, read_examples
 
@@ -41,32 +41,22 @@ def evaluate(
     Returns:
         The summary: ``accuracy`` with its 95% Wilson interval, counts, throughput and, with ``config.compare``, the
         exact paired (McNemar) test.
-
-    Raises:
-        ValueError, TypeError, OSError: a flag, file or field is not as described; the message names it.
     """
     data_file, folder = require(config, "data_file"), Path(require(config, "output_dir"))
     examples = read_examples(data_file, rationale=False)[: config.limit]
     other = None if config.compare is None else read_predictions(config.compare, examples)
-    if (model is None) != (tokenizer is None):
-        raise ValueError("model, tokenizer: expected both or neither, got one of them")
-    if model is None or tokenizer is None:
-        name = require(config, "model")
-        model, tokenizer = load_model(name, "--model", config.dtype), load_tokenizer(name, "--model")
-    check_tokenizer(tokenizer)
+    model, tokenizer = load_for_command(config, "model", model, tokenizer)
     model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-    model.eval()  # type: ignore[no-untyped-call]
 
     start = time.perf_counter()
     replies, tokens = generate(model, tokenizer, examples, config)
     seconds = time.perf_counter() - start
     scores = [score(example, reply, config.mode) for example, reply in zip(examples, replies, strict=True)]
-    right = sum(one["right"] for one in scores)
-    low, high = wilson(right, len(scores))
-    total, without_answer = len(scores), sum(one["prediction"] is None for one in scores)
+    total, right = len(scores), sum(one["right"] for one in scores)
+    low, high = wilson(right, total)
     summary: dict[str, Any] = {"model": config.model, "data_file": config.data_file, "mode": config.mode}
     summary |= {"examples": total, "right": right, "accuracy": right / total, "low": low, "high": high}
-    summary |= {"without_answer": without_answer, "seconds": seconds}
+    summary |= {"without_answer": sum(one["prediction"] is None for one in scores), "seconds": seconds}
     summary |= {"examples_per_second": total / seconds, "tokens_per_second": tokens / seconds}
     if other is not None:
         summary["paired"] = {"other": config.compare} | paired_test([one["right"] for one in scores], other)
@@ -82,24 +72,21 @@ def generate(
     """Greedy replies to the examples, in their order, and how many tokens were decoded.
 
     Questions of similar length are decoded together, padded on the left.
-
-    Raises:
-        ValueError: a question and its reply do not fit the model's context.
     """
     new_tokens = config.max_new_tokens or MAX_NEW_TOKENS[config.mode]
+    limit = context_length(model.config)
     prompts = []
     for example in examples:
         if config.mode == "rationale":
-            prompts.append(prompt(example.question, tokenizer, template=config.template))
+            ids = prompt(example.question, tokenizer, template=config.template)
         else:
-            prompts.append(predict_prompt(example, tokenizer, config.template, config.predict_template))
-    limit = context_length(model.config)
-    for example, ids in zip(examples, prompts, strict=True):
+            ids = predict_prompt(example, tokenizer, config.template, config.predict_template)
         if limit is not None and len(ids) + new_tokens > limit:
             raise ValueError(
                 f"{config.data_file}: example {example.id}: {len(ids)} tokens and a reply of {new_tokens} exceed the "
                 f"model's context of {limit}"
             )
+        prompts.append(ids)
     replies, decoded = [""] * len(prompts), 0
     with tqdm(total=len(prompts), unit="question", desc="evaluate") as bar:
         for batch in batches(prompts, config.batch_size):
@@ -132,13 +119,11 @@ def paired_test(right: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
 
 
 def read_predictions(path: str, examples: Sequence[Example]) -> list[bool]:
-    """For each example whether another model answered it right, from that model's predictions.jsonl.
-
-    Raises:
-        ValueError: the file does not hold exactly these examples.
-    """
+    """For each example whether another model answered it right, from that model's predictions.jsonl."""
     try:
-        right = {one["id"]: one["right"] for one in map(json.loads, Path(path).read_text().splitlines())}
+        right = {
+            one["id"]: one["right"] for one in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--compare: {path}: not a predictions.jsonl of molsaki evaluate ({error!r})") from None
     missing = [e.id for e in examples if e.id not in right]

@@ -9,7 +9,7 @@ one, and no map can be computed under it.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ def attention_mask(
         mask = attention_mask.bool()
         if mask.shape[-1] == length and not (mask[:, 1:] & ~mask[:, :-1]).any():
             return CompactMask(None if mask.all() else mask.sum(-1), local_size)
-    found: Tensor | None = sdpa_mask(
+    mask = sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
         kv_offset=kv_offset,
@@ -150,7 +150,7 @@ def attention_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
-    return found
+    return cast("Tensor | None", mask)
 
 
 def _window(mask: CompactMask | Tensor | None, sliding_window: int | None) -> int | None:

@@ -20,9 +20,7 @@ class Record:
     def __init__(self, plan: StepPlan, values: bool, value_heads: str, pooling: str):
         self.plan = plan
         self._has_values, self._value_heads, self._pooling = values, value_heads, pooling
-        self._is_open = False
-        self._has_grad = False
-        self._has_run = False
+        self._is_open = self._has_grad = self._has_run = False
         self._maps: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
@@ -50,7 +48,7 @@ class Record:
         self._is_open, self._has_run, self._has_grad = True, True, torch.is_grad_enabled()
         self._maps, self._values = {}, {}
 
-    def _stop(self) -> None:
+    def _stop(self, *_: Any) -> None:
         self._is_open = False
 
     def add(self, layer: int, maps: Tensor, value: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -112,7 +110,7 @@ def capture(
 
     handles = [
         model.register_forward_pre_hook(start, with_kwargs=True),
-        model.register_forward_hook(lambda *_: record._stop(), always_call=True),
+        model.register_forward_hook(record._stop, always_call=True),
     ]
     previous = inner.config._attn_implementation
     try:

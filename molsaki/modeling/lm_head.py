@@ -153,11 +153,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def use_fused(choice: str, device: torch.device) -> bool:
-    """True if liger-kernel computes the cross-entropy: "auto" uses it if it is installed and the device is CUDA.
-
-    Raises:
-        ValueError: ``choice`` is "liger" and it cannot be used.
-    """
+    """True if liger-kernel computes the cross-entropy: "auto" uses it if it is installed and the device is CUDA."""
     if choice == "torch":
         return False
     reason = None

@@ -17,19 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from molsaki.config import require
+
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, with a padding token; error messages call it ``flag``.
-
-    Raises:
-        ValueError: there is none, or it gives no character offsets.
-    """
-    tokenizer = cast(PreTrainedTokenizerBase, _load(AutoTokenizer, name, flag))
-    check_tokenizer(tokenizer, flag)
-    return tokenizer
+    """The tokenizer of a folder or hub name, with a padding token; error messages call it ``flag``."""
+    return check_tokenizer(cast(PreTrainedTokenizerBase, _load(AutoTokenizer, name, flag)), flag)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str = "tokenizer") -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str) -> PreTrainedTokenizerBase:
     """Refuse a tokenizer without offsets or end token. One without a padding token gets its end token for it."""
     if not tokenizer.is_fast:
         raise ValueError(
@@ -39,6 +35,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, flag: str = "tokenizer")
         raise ValueError(f"{flag}: the tokenizer has no end token (eos_token), which a trained model needs to stop")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_model(
@@ -77,18 +74,43 @@ def load_model(
     return model
 
 
+def load_for_command(
+    config: Any,
+    field: str,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a field of a command's config names and its tokenizer, or those given in their place.
+
+    Args:
+        config: has the field and ``dtype``.
+        options: further ones of `load_model`.
+    """
+    if (model is None) != (tokenizer is None):
+        raise ValueError(f"{field}, tokenizer: expected both or neither, got one of them")
+    name = require(config, field) if model is None else None
+    model, tokenizer = load_both(model, tokenizer, name, f"--{field}", config.dtype, **options)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer
+
+
 def load_both(
-    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, name: str | None, flag: str, dtype: str
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str | None,
+    flag: str,
+    dtype: str,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer; those that are not given are loaded from ``name``."""
     if model is None:
         if name is None:
             raise ValueError(f"{flag}: required: a folder or hub name, or the model itself from Python")
-        model = load_model(name, flag, dtype)
+        model = load_model(name, flag, dtype, **options)
     if tokenizer is None:
         tokenizer = load_tokenizer(name or str(model.name_or_path), flag)
-    check_tokenizer(tokenizer, flag)
-    return model, tokenizer
+    return model, check_tokenizer(tokenizer, flag)
 
 
 def context_length(model_config: PretrainedConfig) -> int | None:

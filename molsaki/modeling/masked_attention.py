@@ -5,6 +5,8 @@ A suffix is the rest of a packed text whose prefix is shared with another one, s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -57,10 +59,8 @@ def suffix_attention(
     shared: SharedPrefix,
     *,
     window: int | None,
-    dropout: float,
-    scale: float | None,
-    softcap: float | None,
     sinks: Tensor | None,
+    **options: Any,
 ) -> Tensor:
     """Causal attention ``(1, n, Hq, D)`` of the n suffix tokens of packed texts, each over its own prefix and suffix.
 
@@ -68,6 +68,7 @@ def suffix_attention(
         query: ``(1, Hq, n, D)``, of the suffix tokens, which are the last n of the packed sequence.
         key, value: ``(1, Hkv, M, D)``, of the whole packed sequence.
         window: a query sees its last ``window`` keys, itself included.
+        options: ``dropout``, ``scale`` and ``softcap`` of `masked_attention`.
     """
     (N, T), kv_heads = shared.queries.shape, key.shape[1]
     groups = query.shape[1] // kv_heads
@@ -86,6 +87,6 @@ def suffix_attention(
     column = torch.arange(shared.keys.shape[1], device=key.device)
     mask = visible(shared.queries.flatten(), column, True, window).view(N, 1, T, -1).repeat(1, 1, groups, 1)
     key, value = gathered(key, shared.keys), gathered(value, shared.keys)
-    out = masked_attention(query, key, value, mask, dropout=dropout, scale=scale, softcap=softcap, sinks=sinks)
+    out = masked_attention(query, key, value, mask, sinks=sinks, **options)
     out = out.reshape(N, kv_heads, groups, T, -1).permute(0, 3, 1, 2, 4).reshape(N * T, kv_heads * groups, -1)
     return out.index_select(0, shared.suffixes)[None]

@@ -20,6 +20,17 @@ def can_pack(model: nn.Module) -> bool:
     return _runs_alike(model, [[0, 1], [1, 2, 0]], [0, 0], None)
 
 
+def choose_packing(wanted: bool | None, model: nn.Module) -> bool:
+    """Whether to pack the texts of ``model``: as the flag ``--packing`` says, by default if the model supports it."""
+    packing = wanted is not False and can_pack(model)
+    if wanted and not packing:
+        raise ValueError(
+            f"--packing: {type(model).__name__} does not keep packed texts separate (it may use convolutions or "
+            "a recurrent state); use --packing false"
+        )
+    return packing
+
+
 def can_share_prefix(model: nn.Module) -> bool:
     """True if the model gives a suffix the results of its whole text. Checked on two pairs of short texts."""
     shared = SharedPrefix.from_lengths(*(torch.tensor(lengths) for lengths in ([3, 2], [2, 1], [1, 2])))

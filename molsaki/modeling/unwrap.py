@@ -8,11 +8,7 @@ from transformers import PreTrainedModel
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside ``model``, or ``model`` itself.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The Hugging Face model inside ``model``, or ``model`` itself."""
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
         raise TypeError(f"model: expected a Hugging Face model or a wrapper around one, got {type(model).__name__}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.tokenized import spans_of
-from molsaki.config import MixtureOptions, PlotConfig, TextOptions, require
+from molsaki.config import MixtureOptions, PlotConfig, TextOptions
 from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import load_model, load_tokenizer
 from molsaki.plotting import plots
@@ -32,37 +32,30 @@ def plot(config: PlotConfig) -> list[Path]:
 
     From a run: ``losses`` and ``layer_weights``. From a data set with a teacher, a store or a student: for each of its
     first examples ``map_ID``, and ``attention_ID`` for the sides whose tokenizer is given.
-
-    Raises:
-        ValueError, OSError: a flag is missing, a file is not there, or there is nothing to draw.
     """
-    if config.run is None:
-        folder, drawn = Path(require(config, "output_dir")), []
-    else:
-        folder = Path(config.output_dir or Path(config.run, "plots"))
-        drawn = draw_run(Path(config.run), folder, config.format)
+    if config.run is None and config.data_file is not None and config.output_dir is None:
+        raise ValueError("--output_dir: required without --run: the folder of the pictures")
+    folder = Path(config.output_dir or Path(config.run or ".", "plots"))
+    drawn = [] if config.run is None else draw_run(Path(config.run), folder, config.format)
     if config.data_file is not None:
-        drawn += _draw_examples(config, folder)
+        drawn += _draw_examples(config, config.data_file, folder)
     if not drawn:
         raise ValueError("nothing to draw: give --run, or --data_file with --teacher, --store or --student")
     return drawn
 
 
 def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
-    """Draw the logs of a run of ``molsaki distill``: ``losses`` and, if it has any, ``layer_weights``.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
+    """Draw the logs of a run of ``molsaki distill``: ``losses`` and, if it has any, ``layer_weights``."""
     if not run.is_dir():
         raise FileNotFoundError(f"--run: no such folder: {run}")
     drawn = []
-    states = [path for path in (run, *checkpoints(run)) if (path / "trainer_state.json").is_file()]
-    if states:
-        history = json.loads((states[0] / "trainer_state.json").read_text())["log_history"]
+    states = [path / "trainer_state.json" for path in (run, *checkpoints(run))]
+    state = next((path for path in states if path.is_file()), None)
+    if state is not None:
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
         drawn.append(plots.plot_losses(history, plots.CURVES, folder / f"losses.{suffix}"))
     if (run / WEIGHTS_LOG).is_file():
-        records = [json.loads(line) for line in (run / WEIGHTS_LOG).read_text().splitlines()]
+        records = [json.loads(line) for line in (run / WEIGHTS_LOG).read_text(encoding="utf-8").splitlines()]
         if records:
             drawn.append(plots.plot_layer_weights(records, folder / f"layer_weights.{suffix}"))
     return drawn
@@ -70,55 +63,55 @@ def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
 
 @dataclasses.dataclass
 class _Side:
-    """The teacher or the student: a model and its tokenizer, each of them if it is given."""
+    """The teacher or the student: its model and its tokenizer, None where they are not needed or not given."""
 
-    model: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    template: str = "plain"
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    template: str
 
-    def tokens(self, spans: Spans) -> tuple[Tensor, StepPlan]:
+    @classmethod
+    def load(cls, name: str | None, flag: str, template: str, needs_model: bool = True) -> _Side:
+        if name is None:
+            return cls(None, None, template)
+        return cls(load_model(name, flag) if needs_model else None, load_tokenizer(name, flag), template)
+
+    def tokens(self, spans: Spans) -> tuple[dict[str, Tensor], StepPlan]:
+        """The model's inputs for one text, and their plan."""
         assert self.model is not None and self.tokenizer is not None
         encoded = encode(spans, self.tokenizer, template=self.template)
         ids = torch.tensor([encoded.input_ids], device=self.model.device)
-        return ids, StepPlan.from_spans([encoded.steps], [encoded.words], device=self.model.device)
+        plan = StepPlan.from_spans([encoded.steps], [encoded.words], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, plan
 
 
-def _draw_examples(config: PlotConfig, folder: Path) -> list[Path]:
+def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Path]:
     options = _options(config)
     store = None if config.store is None else Store(config.store)
-    teacher, student = (_Side(), _Side())
-    if config.teacher is not None:
-        model = load_model(config.teacher, "--teacher") if store is None else None
-        teacher = _Side(model, load_tokenizer(config.teacher, "--teacher"), options.teacher_template)
-    if config.student is not None:
-        model = load_model(config.student, "--student")
-        student = _Side(model, load_tokenizer(config.student, "--student"), options.student_template)
+    teacher = _Side.load(config.teacher, "--teacher", options.teacher_template, needs_model=store is None)
+    student = _Side.load(config.student, "--student", options.student_template)
     if teacher.model is None and student.model is None and store is None:
         raise ValueError("--data_file: needs --teacher, --store or --student to draw maps of it")
 
     layers, width = (1, 1) if student.model is None else probe(student.model, options.value_heads)
     depth = layers if teacher.model is None else probe(teacher.model)[0]
-    depth = depth if store is None else store.num_layers
-    mixture = mixture_of(options, depth, layers, width)
-    is_trained = _load_router(mixture, config)
-    student_name = "student" if is_trained else "student, layers weighted alike"
+    mixture = mixture_of(options, depth if store is None else store.num_layers, layers, width)
+    student_name = "student" if _load_router(mixture, config) else "student, layers weighted alike"
 
     drawn = []
-    for example in _chosen(config):
+    for example in _chosen(config, data_file):
         spans = spans_of(example, options)
-        steps = [spans.text[a:b] for a, b in spans.steps]
-        words = [spans.text[a:b] for a, b in spans.words]
+        steps, words = ([spans.text[a:b] for a, b in ranges] for ranges in (spans.steps, spans.words))
         maps: dict[str, Tensor] = {}
-        tokens: dict[str, list[int]] = {}
         if store is not None or teacher.model is not None:
             maps["teacher"] = _teacher_map(example, spans, store, teacher, mixture)
         if student.model is not None:
             maps[student_name] = _student_map(spans, student, mixture, options)
-        for name, side in (("teacher", teacher), (student_name, student)):
-            if name in maps and side.tokenizer is not None:
-                ranges = encode(spans, side.tokenizer, template=side.template).steps
-                tokens[name] = [stop - start for start, stop in ranges]
-        values = {name: value.float().cpu().numpy() for name, value in maps.items()}
+        values = {side: value.float().cpu().numpy() for side, value in maps.items()}
+        tokens = {
+            name: [stop - start for start, stop in encode(spans, side.tokenizer, template=side.template).steps]
+            for name, side in (("teacher", teacher), (student_name, student))
+            if name in maps and side.tokenizer is not None
+        }
         name = re.sub(r"[^\w.-]", "_", example.id)
         drawn.append(plots.plot_map(values, steps, words, folder / f"map_{name}.{config.format}", example.id))
         if tokens:
@@ -130,10 +123,9 @@ def _draw_examples(config: PlotConfig, folder: Path) -> list[Path]:
 
 def _options(config: PlotConfig) -> PlotConfig:
     """The config, with the text and mixture options of the run, where there is one."""
-    path = None if config.run is None else Path(config.run, CONFIG)
-    if path is None or not path.is_file():
+    if config.run is None or not Path(config.run, CONFIG).is_file():
         return config
-    saved = json.loads(path.read_text())
+    saved = json.loads(Path(config.run, CONFIG).read_text(encoding="utf-8"))
     names = [field.name for options in (TextOptions, MixtureOptions) for field in dataclasses.fields(options)]
     return dataclasses.replace(config, **{name: saved[name] for name in names if name in saved})
 
@@ -142,16 +134,14 @@ def _load_router(mixture: MixtureOfLayers, config: PlotConfig) -> bool:
     """Load the router from the student's folder or the run's last checkpoint; True if it was found or is not needed."""
     if not mixture.state_dict():
         return True
-    folders = [Path(config.student or ".")] + ([] if config.run is None else checkpoints(config.run)[:1])
-    for folder in folders:
-        if (folder / ROUTER).is_file():
-            mixture.load_state_dict(load_file(folder / ROUTER))
-            return True
-    return False
+    folders = [Path(config.student or "."), *(checkpoints(config.run)[:1] if config.run else [])]
+    router = next((folder / ROUTER for folder in folders if (folder / ROUTER).is_file()), None)
+    if router is not None:
+        mixture.load_state_dict(load_file(router))
+    return router is not None
 
 
-def _chosen(config: PlotConfig) -> list[Example]:
-    data_file = require(config, "data_file")
+def _chosen(config: PlotConfig, data_file: str) -> list[Example]:
     examples = [example for example in read_examples(data_file) if example.rationale.strip()]
     if not config.ids:
         return examples[: config.examples]
@@ -166,8 +156,8 @@ def _teacher_map(example: Example, spans: Spans, store: Store | None, side: _Sid
     """``(S, W)``, averaged over the pairs of layers."""
     if store is None:
         assert side.model is not None
-        ids, plan = side.tokens(spans)
-        maps = teacher_maps(side.model, ids, torch.ones_like(ids), plan)
+        inputs, plan = side.tokens(spans)
+        maps = teacher_maps(side.model, **inputs, plan=plan)
     else:
         entry = store[example.id]
         if entry.maps is None:
@@ -183,7 +173,7 @@ def _teacher_map(example: Example, spans: Spans, store: Store | None, side: _Sid
 def _student_map(spans: Spans, side: _Side, mixture: MixtureOfLayers, options: PlotConfig) -> Tensor:
     """``(S, W)``, averaged over the pairs of layers."""
     assert side.model is not None
-    ids, plan = side.tokens(spans)
+    inputs, plan = side.tokens(spans)
     with capture(side.model, plan, True, value_heads=options.value_heads, pooling=options.pooling) as record:
-        side.model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
+        side.model(**inputs, logits_to_keep=1, use_cache=False)
     return mixture.student(record.maps, record.values, plan)[1][0].mean(0)

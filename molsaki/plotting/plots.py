@@ -1,7 +1,7 @@
 """Draws the paper's pictures: maps, layer weights over training, losses, and the attention on key words per step.
 
-Every function takes numbers and texts, writes one file (png, pdf or svg, by its suffix) and returns its path. None
-needs a display, and a file is either complete or absent.
+Every function takes numbers and texts, writes one file, ``path`` (png, pdf or svg, by its suffix), and returns its
+path; ``title`` stands above all panels. None needs a display, and a file is either complete or absent.
 """
 
 from __future__ import annotations
@@ -50,15 +50,12 @@ def plot_map(
     Args:
         maps: the name of each map and its ``(S, W)`` values.
         steps, words: the texts of the S steps and the W words; long ones are shortened.
-        path: the file to write.
-        title: of the picture, above all panels.
 
     Raises:
         ValueError: there is no map, or one is not ``(S, W)``.
     """
-    values = {name: np.asarray(value, dtype=float) for name, value in maps.items()}
     S, W = len(steps), len(words)
-    _check_maps(values, (S, W))
+    values = _arrays(maps, S, W)
     top = max((v.max(initial=0.0) for v in values.values()), default=0.0) or 1.0
     stacked = W > WIDE
     width, height = 2.8 + (0.3 if stacked else 0.42) * max(W, 4), 1.1 + 0.46 * max(S, 2)
@@ -71,17 +68,15 @@ def plot_map(
         if value.size:
             ax.imshow(value, cmap=colours.cmap, norm=colours.norm, aspect="auto", interpolation="nearest")
         else:
-            _say_empty(ax)
-        ax.set_xlim(-0.5, max(W, 1) - 0.5)
-        ax.set_ylim(max(S, 1) - 0.5, -0.5)
+            ax.text(0.5, 0.5, "no key words", transform=ax.transAxes, ha="center", va="center", color="grey")
+        ax.set(xlim=(-0.5, max(W, 1) - 0.5), ylim=(max(S, 1) - 0.5, -0.5))
         ax.set_title(name, parse_math=False)
         _label_words(ax, words)
         _label_steps(ax, steps if stacked or i == 0 else None, S)
         _separate_cells(ax, S, W)
         if value.size <= ANNOTATED:
             _annotate(ax, value, top)
-    bar = figure.colorbar(colours, ax=list(axes), fraction=0.04, pad=0.02)
-    bar.set_label("attention")
+    figure.colorbar(colours, ax=list(axes), fraction=0.04, pad=0.02, label="attention")
     return _save(figure, path, title)
 
 
@@ -101,32 +96,25 @@ def plot_attention_by_step(
         maps: the name of each map and its ``(S, W)`` values.
         tokens: for each map, the number of tokens of each of the S steps (tokenizers may differ).
         steps: the texts of the S steps.
-        path: the file to write.
-        title: of the picture, above all panels.
 
     Raises:
         ValueError: there is no map, one has not S rows, or ``tokens`` has not S numbers for each.
     """
-    values = {name: np.asarray(value, dtype=float) for name, value in maps.items()}
     S = len(steps)
-    _check_maps(values, (S, next(iter(values.values())).shape[-1] if values else 0))
+    values = _arrays(maps, S)
     if set(tokens) != set(values) or any(len(counts) != S for counts in tokens.values()):
         raise ValueError(f"tokens: expected {S} numbers for each of {list(values)}, got {dict(tokens)}")
     figure = Figure(figsize=(3.0 + 2.8 * len(values), 1.6 + 0.46 * max(S, 2)), layout="constrained")
     axes = figure.subplots(1, len(values), squeeze=False).ravel()
     for i, (ax, (name, value)) in enumerate(zip(axes, values.items(), strict=True)):
-        given = np.maximum(np.asarray(tokens[name], dtype=float), 1e-9)
-        key = np.clip(value.sum(axis=1) / given, 0, 1) * 100
+        key = np.clip(value.sum(axis=1) / np.maximum(tokens[name], 1e-9), 0, 1) * 100
         ax.barh(range(S), key, color=TEACHER, label="key words", height=0.7)
         ax.barh(range(S), 100 - key, left=key, color=OTHER, label="other tokens", height=0.7)
         for s, share in enumerate(key):
-            inside = share > 85
-            at, align, colour = (share - 1.5, "right", "white") if inside else (share + 1.5, "left", "black")
+            at, align, colour = (share - 1.5, "right", "white") if share > 85 else (share + 1.5, "left", "black")
             ax.text(at, s, f"{share:.0f}%", va="center", ha=align, color=colour, fontsize=8)
-        ax.set_xlim(0, 100)
-        ax.set_ylim(S - 0.5, -0.5)
+        ax.set(xlim=(0, 100), ylim=(S - 0.5, -0.5), xlabel="share of the step's attention (%)")
         ax.set_title(name, parse_math=False)
-        ax.set_xlabel("share of the step's attention (%)")
         _label_steps(ax, None if i else steps, S)
         ax.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
@@ -141,8 +129,6 @@ def plot_layer_weights(records: Sequence[Mapping[str, Any]], path: str | Path, t
     Args:
         records: one mapping per logging step, ascending: ``step`` and, for each side (``teacher``, ``student``), a
             list of one weight per layer, as in ``layer_weights.jsonl``. A side may be missing from all records.
-        path: the file to write.
-        title: of the picture, above all panels.
 
     Raises:
         ValueError: there are no records or no weights in them, or a side's lists differ in length.
@@ -151,20 +137,17 @@ def plot_layer_weights(records: Sequence[Mapping[str, Any]], path: str | Path, t
     sides = {side: lists for side, lists in sides.items() if lists}
     if not sides:
         raise ValueError("records: expected at least one with layer weights, got none")
-    if any(len(lists) != len(records) or len({len(one) for one in lists}) > 1 for lists in sides.values()):
+    if any(len(lists) != len(records) or len(set(map(len, lists))) > 1 for lists in sides.values()):
         raise ValueError("records: expected the same sides and numbers of layers in every one")
     steps = [r["step"] for r in records]
     figure = Figure(figsize=(0.6 + 5.2 * len(sides), 6.4), layout="constrained")
     axes = figure.subplots(2, len(sides), squeeze=False, height_ratios=[3, 2])
-    for column, (side, lists) in zip(axes.T, sides.items(), strict=True):
+    for (over, below), (side, lists) in zip(axes.T, sides.items(), strict=True):
         colour = TEACHER if side == "teacher" else STUDENT
         weights = np.asarray(lists, dtype=float)  # (records, L)
         L = weights.shape[1]
-        over, below = column
         image = over.imshow(weights.T, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
-        over.set_title(f"{side}: weight of each layer")
-        over.set_xlabel("training step")
-        over.set_ylabel("layer")
+        over.set(title=f"{side}: weight of each layer", xlabel="training step", ylabel="layer")
         shown = range(0, len(steps), -(-len(steps) // 10))
         over.set_xticks(shown, [f"{steps[i]:g}" for i in shown])
         over.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -174,9 +157,7 @@ def plot_layer_weights(records: Sequence[Mapping[str, Any]], path: str | Path, t
         if len(steps) > 1:
             below.plot(weights[0], color=colour, alpha=0.4, marker="o", markersize=3, label=f"step {steps[0]:g}")
         below.plot(weights[-1], color=colour, marker="o", markersize=4, label=f"step {steps[-1]:g}")
-        below.set_xlabel("layer")
-        below.set_ylabel("weight")
-        below.set_ylim(0, max(1.15 * weights[[0, -1]].max(), 1.5 / L))
+        below.set(xlabel="layer", ylabel="weight", ylim=(0, max(1.15 * weights[[0, -1]].max(), 1.5 / L)))
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
         below.spines[["top", "right"]].set_visible(False)
         below.legend(frameon=False, fontsize=8)
@@ -192,8 +173,6 @@ def plot_losses(
         log_history: as in ``trainer_state.json``: mappings with ``step`` and some of the names.
         curves: the title of each panel and the names in it; a name that was never logged is left out, and so is a
             panel without names.
-        path: the file to write.
-        title: of the picture, above all panels.
 
     Raises:
         ValueError: none of the names was logged.
@@ -201,8 +180,8 @@ def plot_losses(
     series = {
         name: [(r["step"], r[name]) for r in log_history if name in r] for names in curves.values() for name in names
     }
-    panels = {panel: [name for name in names if series[name]] for panel, names in curves.items()}
-    panels = {panel: names for panel, names in panels.items() if names}
+    logged = {panel: [name for name in names if series[name]] for panel, names in curves.items()}
+    panels = {panel: names for panel, names in logged.items() if names}
     if not panels:
         raise ValueError(f"log_history: expected one of {list(series)} to be logged, got none")
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
@@ -227,16 +206,20 @@ def plot_losses(
 
 def shorten(text: str, width: int, lines: int = 1) -> str:
     """A text on at most ``lines`` lines of ``width`` characters, with an ellipsis where words are left out."""
-    wrapped = textwrap.wrap(" ".join(text.split()), width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
-    return "\n".join(wrapped)
+    text = " ".join(text.split())
+    return textwrap.fill(text, width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
 
 
-def _check_maps(values: Mapping[str, Array], shape: tuple[int, int]) -> None:
+def _arrays(maps: Mapping[str, Array], S: int, W: int | None = None) -> dict[str, Array]:
+    """The maps as float arrays, checked to be ``(S, W)``; W is that of the first map if it is not given."""
+    values = {name: np.asarray(value, dtype=float) for name, value in maps.items()}
     if not values:
         raise ValueError("maps: expected at least one, got none")
+    shape = (S, next(iter(values.values())).shape[-1] if W is None else W)
     for name, value in values.items():
         if value.shape != shape:
             raise ValueError(f"maps[{name!r}]: expected (steps, words) = {shape}, got {value.shape}")
+    return values
 
 
 def _label_words(ax: Axes, words: Sequence[str]) -> None:
@@ -268,10 +251,6 @@ def _annotate(ax: Axes, value: Array, top: float) -> None:
             text = f"{x:.2f}" if top < 10 else f"{x:.0f}"
             colour = "white" if x > 0.6 * top else "black"
             ax.text(w, s, text.removeprefix("0") or "0", ha="center", va="center", fontsize=7, color=colour)
-
-
-def _say_empty(ax: Axes) -> None:
-    ax.text(0.5, 0.5, "no key words", transform=ax.transAxes, ha="center", va="center", color="grey")
 
 
 def _save(figure: Figure, path: str | Path, title: str) -> Path:

@@ -35,31 +35,27 @@ def read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
 
     Not by ``safe_open``: safetensors 0.8 leaks 64 bytes per tensor or slice that it returns to torch.
     """
-    header, start = _header(path)
+    described, head, start = _header(path)
     data = np.asarray(np.memmap(path, np.uint8, "r"))
     arrays = {}
-    for name, described in header.items():
-        if name != "__metadata__":
-            a, b = described["data_offsets"]
-            values = data[start + a : start + b].view(DTYPES[described["dtype"]])
-            arrays[name] = values.reshape(described["shape"])
-    return arrays, json.loads(header["__metadata__"][HEAD])
+    for name, tensor in described.items():
+        a, b = tensor["data_offsets"]
+        arrays[name] = data[start + a : start + b].view(DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    return arrays, head
 
 
 def fault(path: Path, store: str) -> str | None:
     """The fault of a file that `write` wrote into the store with this digest, or None."""
     try:
-        head = json.loads(_header(path)[0]["__metadata__"][HEAD])
+        _, head, start = _header(path)
         sha256, of = head["sha256"], head["store"]
     except FileNotFoundError:
         return "missing"
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return "damaged: its head cannot be read"
     found = hashlib.sha256()
     with path.open("rb") as file:
-        start = file.read(8)
-        start += file.read(int.from_bytes(start, "little"))
-        found.update(start.replace(sha256.encode(), UNSUMMED.encode(), 1))
+        found.update(file.read(start).replace(sha256.encode(), UNSUMMED.encode(), 1))
         while block := file.read(1 << 20):
             found.update(block)
     if found.hexdigest() != sha256:
@@ -69,10 +65,12 @@ def fault(path: Path, store: str) -> str | None:
     return None
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON at the start of a .safetensors file, and the offset where it ends."""
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Of a .safetensors file: the description of each tensor, our own head, and the offset where the tensors begin."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
             raise ValueError(f"{path}: damaged: its head is longer than the file")
-        return json.loads(file.read(size)), 8 + size
+        described = json.loads(file.read(size))
+    head = json.loads(described.pop("__metadata__")[HEAD])
+    return described, head, 8 + size

@@ -9,7 +9,6 @@ do not communicate, and the shards of a lost process are computed by the others.
 from __future__ import annotations
 
 import collections
-import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,8 +26,8 @@ from molsaki.batches.collator import text_batch
 from molsaki.batches.tokenized import LeftOut, TokenizedText, TokenizerSpec, all_left_out, cut, spans_of
 from molsaki.config import ExtractConfig, require
 from molsaki.modeling.attention_hook import NAME
-from molsaki.modeling.loading import check_tokenizer, context_length, load_model, load_tokenizer
-from molsaki.modeling.packing_probe import can_pack
+from molsaki.modeling.loading import context_length, load_for_command, load_tokenizer
+from molsaki.modeling.packing_probe import choose_packing
 from molsaki.modeling.unwrap import input_device
 from molsaki.teacher.fingerprints import describe, fingerprint_examples, fingerprint_spans
 from molsaki.teacher.map_store import Entry, Store
@@ -58,28 +57,15 @@ def extract(
     """
     data_files, folder = require(config, "data_files"), require(config, "store")
     examples = read_examples(data_files)[: config.limit]
-    rank = int(os.environ.get("RANK", 0))
-    if (teacher is None) != (tokenizer is None):
-        raise ValueError("teacher, tokenizer: expected both or neither, got one of them")
-    if teacher is None or tokenizer is None:
-        name = require(config, "teacher")
-        device_map = config.device_map
-        if device_map is None and config.quantize != "none" and torch.cuda.is_available():
-            device_map = {"": _local_device()}
-        teacher = load_model(name, "--teacher", config.dtype, device_map, config.quantize)
-        tokenizer = load_tokenizer(name, "--teacher")
-    check_tokenizer(tokenizer, "--teacher")
+    device_map = config.device_map
+    if device_map is None and config.quantize != "none" and torch.cuda.is_available():
+        device_map = {"": _local_device()}
+    options = {"device_map": device_map, "quantize": config.quantize}
+    teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, **options)
     if config.device_map is None and config.quantize == "none" and torch.cuda.is_available():
         teacher.to(_local_device())  # type: ignore[arg-type]
-    teacher.eval()  # type: ignore[no-untyped-call]
     teacher.set_attn_implementation(NAME)
-
-    packing = config.packing is not False and can_pack(teacher)
-    if config.packing and not packing:
-        raise ValueError(
-            f"--packing: {type(teacher).__name__} does not keep packed texts separate (it may have convolutions or a "
-            "recurrent state); use --packing false"
-        )
+    packing = choose_packing(config.packing, teacher)
     layers, _ = probe(teacher.base_model)
     limit = config.teacher_max_length or context_length(teacher.config)
     spec = TokenizerSpec(tokenizer, config.teacher_template, limit)
@@ -98,7 +84,7 @@ def extract(
     missing = writer.missing()
     written, tokens, seconds, start = 0, 0, 0.0, time.perf_counter()
     total = sum(len(writer.examples_of(shard)) for shard in missing)
-    with tqdm(total=total, unit="example", desc="extract", disable=rank != 0) as bar:
+    with tqdm(total=total, unit="example", desc="extract", disable=os.environ.get("RANK", "0") != "0") as bar:
         for shard in writer.claim(missing):
             bar.update(max(missing.index(shard) * config.shard_size - bar.n, 0))  # shards of other processes
             numbers = writer.examples_of(shard)
@@ -116,9 +102,14 @@ def extract(
     store = Store(folder)
     if sum(store.left_out.values()) == len(examples):
         raise ValueError(all_left_out(collections.Counter(store.left_out)))
-    result: dict[str, Any] = {"store": folder, "examples": len(examples), "left_out": store.left_out}
-    result |= {"bytes_per_example": store.num_bytes / len(examples), "shards_written": written, "tokens": tokens}
-    return result | ({"tokens_per_second": tokens / seconds} if tokens else {})
+    return {
+        "store": folder,
+        "examples": len(examples),
+        "left_out": store.left_out,
+        "bytes_per_example": store.num_bytes / len(examples),
+        "shards_written": written,
+        "tokens": tokens,
+    } | ({"tokens_per_second": tokens / seconds} if tokens else {})
 
 
 def _local_device() -> str:
@@ -172,19 +163,18 @@ def batches_of(
     packing: bool,
 ) -> Iterator[tuple[list[_Pending], TextBatch | None]]:
     """The examples of each forward, and the batch of those texts that are not left out, or None without any."""
-    pad = specs[0].tokenizer.pad_token_id
     for pending in _grouped(_texts(examples, numbers, config, specs), config.batch_tokens, packing):
         texts = [item.text for item in pending if item.text is not None]
-        yield pending, text_batch(texts, pad, packing) if texts else None
+        yield pending, text_batch(texts, specs[0].tokenizer.pad_token_id, packing) if texts else None
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The items; a thread computes each while the previous one is in use. Its errors are raised here."""
     with ThreadPoolExecutor(1, "extract") as pool:
-        ahead = pool.submit(lambda: list(itertools.islice(items, 1)))
-        while found := ahead.result():
-            ahead = pool.submit(lambda: list(itertools.islice(items, 1)))
-            yield found[0]
+        ahead = pool.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = pool.submit(next, items, None)
+            yield item
 
 
 def _texts(
@@ -210,14 +200,12 @@ def _grouped(texts: Iterable[_Pending], batch_tokens: int, packing: bool) -> Ite
     first, after all of them are tokenized.
     """
     batch: list[_Pending] = []
-    real = 0
     for item in texts if packing else sorted(texts, key=lambda item: -item.tokens):
-        together = real + item.tokens if packing else (len(batch) + 1) * batch[0].tokens if batch else 0
-        if batch and together > batch_tokens:
+        sizes = [one.tokens for one in (*batch, item)]
+        if batch and (sum(sizes) if packing else len(sizes) * sizes[0]) > batch_tokens:
             yield batch
-            batch, real = [], 0
+            batch = []
         batch.append(item)
-        real += item.tokens
     if batch:
         yield batch
 
@@ -228,8 +216,7 @@ def _run(
     """Each text's maps, ``(K, S, W)`` or ``(Lt, S, W)`` without a mixture, and weights ``(K, Lt)`` or None."""
     moved, plan = texts.to(input_device(teacher)), texts.plan
     assert plan is not None and moved.plan is not None
-    inputs: dict[str, Any] = moved.model_inputs()
-    maps = teacher_maps(teacher, **inputs, plan=moved.plan)
+    maps = teacher_maps(teacher, plan=moved.plan, **moved.model_inputs())
     weights: list[Tensor | None] = [None] * len(plan)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))

@@ -80,9 +80,6 @@ def describe(
         teacher_layers, student_layers: depths of the models; the student's may be None where the mixture needs none.
         all_layers: whether the store holds the maps of all layers, to be mixed when they are read.
         teacher, spec: the teacher and its tokenizer; if None, the description leaves them out.
-
-    Raises:
-        ValueError: the mixture depends on the student's depth, which is None.
     """
     found: dict[str, Any] = {"all_layers": all_layers}
     found |= {name: getattr(options, name) for name in ("key", "splitter", "number_words")}

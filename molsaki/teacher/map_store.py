@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-import collections
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,8 +80,8 @@ class Store:
             if size != expected:
                 state = "missing" if size is None else f"it has {size} bytes, expected {expected}"
                 raise ValueError(f"{path}: {state}; {REMEDY}")
-        self._open: collections.OrderedDict[int, tuple[Arrays, dict[str, str]]] = collections.OrderedDict()
-        self._seen: dict[int, tuple[int, int]] = {}  # size and time of the shards whose checksums were right
+        read = functools.partial(_read_shard, self.folder, self._digest, {})
+        self._shard = functools.lru_cache(OPEN_SHARDS)(read)
 
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         return Store, (self.folder,)
@@ -135,7 +135,7 @@ class Store:
         Raises:
             ValueError: with the key and both values.
         """
-        compare(self.folder, {name: self.description.get(name) for name in expected}, expected)
+        compare(self.folder, self.description, expected)
 
     def _find(self, id: str) -> tuple[int, int] | None:
         key = hash64(id)
@@ -158,23 +158,24 @@ class Store:
         weights = arrays["weights"][np.count_nonzero(arrays["shapes"][:position, 1] >= 0)]
         return Entry(name, text, maps, torch.from_numpy(weights.copy()))
 
-    def _shard(self, number: int) -> tuple[Arrays, dict[str, str]]:
-        """A shard's arrays, whose pages are read when they are used, and the reasons of examples left out."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        path = self.folder / shard_name(number)
-        if not path.is_file():
-            raise ValueError(f"{path}: missing; {REMEDY}")
-        state = path.stat().st_size, path.stat().st_mtime_ns
-        if self._seen.get(number) != state:
-            _refuse(path, self._digest)
-            self._seen[number] = state
-        arrays, head = checked_file.read(path)
-        self._open[number] = arrays, head["left_out"]
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return self._open[number]
+
+def _read_shard(
+    folder: Path, store: str, checked: dict[int, tuple[int, int]], number: int
+) -> tuple[Arrays, dict[str, str]]:
+    """A shard's arrays, whose pages are read when they are used, and the reasons of examples left out.
+
+    Args:
+        checked: size and time of the shards whose checksums were right; this one's are added.
+    """
+    path = folder / shard_name(number)
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; {REMEDY}")
+    state = path.stat().st_size, path.stat().st_mtime_ns
+    if checked.get(number) != state:
+        _refuse(path, store)
+        checked[number] = state
+    arrays, head = checked_file.read(path)
+    return arrays, head["left_out"]
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -199,11 +200,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Every fault of a store's files, each of which is read completely; empty if there is none.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_description`.
-    """
+    """Every fault of a store's files, each of which is read completely; empty if there is none."""
     folder, description = Path(folder), read_description(folder)
     names = [shard_name(shard) for shard in range(-(-description["examples"] // description["shard_size"]))]
     found = {name: checked_file.fault(folder / name, digest(description)) for name in [*names, INDEX]}

@@ -80,9 +80,7 @@ class StoreWriter:
         """
         computed = set()
         for wait in (False, True):
-            for shard in shards:
-                if shard in computed:
-                    continue
+            for shard in [shard for shard in shards if shard not in computed]:
                 with self._locked(shard_name(shard), wait) as is_mine:
                     if is_mine and self._is_missing(shard):
                         yield shard
@@ -98,22 +96,20 @@ class StoreWriter:
         if len(entries) != len(self.examples_of(shard)):
             raise ValueError(f"entries: expected {len(self.examples_of(shard))} in shard {shard}, got {len(entries)}")
         dtype = torch.float16 if self.description["all_layers"] else torch.float32
-        shapes, values, weights = [], [], []
         for entry in entries:
-            if entry.maps is None:
-                if not entry.reason:
-                    raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
-                shapes.append((0, -1, -1))
-                continue
-            if (entry.weights is None) != self.description["all_layers"]:
+            if entry.maps is None and not entry.reason:
+                raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
+            if entry.maps is not None and (entry.weights is None) != self.description["all_layers"]:
                 raise ValueError(f"entries: {entry.id!r}: expected weights unless all layers are stored")
-            pairs, steps, words = entry.maps.shape
-            shapes.append((pairs, steps, words))
-            values.append(entry.maps.detach().cpu().to(dtype).flatten())
-            if not values[-1].isfinite().all():
+            if entry.maps is not None and not entry.maps.to(dtype).isfinite().all():
                 raise ValueError(f"entries: the map of {entry.id!r} is not finite in {dtype}")
-            if entry.weights is not None:
-                weights.append(entry.weights.detach().cpu().float())
+        shapes = [(0, -1, -1) if entry.maps is None else tuple(entry.maps.shape) for entry in entries]
+        values = [entry.maps.detach().cpu().to(dtype).flatten() for entry in entries if entry.maps is not None]
+        weights = [
+            entry.weights.detach().cpu().float()
+            for entry in entries
+            if entry.maps is not None and entry.weights is not None
+        ]
         sizes = [pairs * steps * words for pairs, steps, words in shapes]
         names = [entry.id.encode() for entry in entries]
         tensors = {
@@ -149,8 +145,7 @@ class StoreWriter:
             for shard, position in places[:-1][np.diff(sorted_keys) == 0][:1]:
                 name = id_at(checked_file.read(paths[shard])[0], position)
                 raise ValueError(f"{self.folder}: example id {name!r} is there twice")
-            sizes = [path.stat().st_size for path in paths]
-            head = {"store": self._digest, "left_out": dict(left_out), "bytes": sizes}
+            head = {"store": self._digest, "left_out": dict(left_out), "bytes": [path.stat().st_size for path in paths]}
             tensors = {"keys": torch.from_numpy(sorted_keys), "where": torch.from_numpy(places)}
             checked_file.write(self.folder / INDEX, tensors, head)
             return True
@@ -167,16 +162,16 @@ class StoreWriter:
         """
         lock = FileLock(self.folder / LOCKS / f"{name}.lock", timeout=-1 if wait else 0, fallback_to_soft=False)
         try:
-            lock.acquire()
+            held = lock.acquire()
         except Timeout:
             yield False
             return
         except (NotImplementedError, OSError) as error:
+            if getattr(error, "filename", None) is not None:
+                raise  # the lock's file cannot be opened
             raise OSError(
                 f"{self.folder}: its file system has no file locks ({error}), which keep two processes from writing "
                 "one file; choose another folder"
             ) from None
-        try:
+        with held:
             yield True
-        finally:
-            lock.release()

@@ -52,6 +52,6 @@ def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
 def mixture_of(options: MixtureOptions, teacher_layers: int, student_layers: int, value_width: int) -> MixtureOfLayers:
     """The mixture that a config describes, for models of these depths."""
     names = ("router", "tau_t", "tau_s", "teacher_scale", "value_heads", "pooling", "teacher_layer", "student_layer")
-    more: dict[str, Any] = {name: getattr(options, name) for name in names}
-    more |= {"kind": options.mixture, "seed": options.mixture_seed}
-    return MixtureOfLayers(teacher_layers, student_layers, value_width, **more)
+    same = {name: getattr(options, name) for name in names}
+    kind, seed = options.mixture, options.mixture_seed
+    return MixtureOfLayers(teacher_layers, student_layers, value_width, kind=kind, seed=seed, **same)

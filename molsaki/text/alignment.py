@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -139,17 +141,12 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool
     )
     special, offsets = output["special_tokens_mask"], output["offset_mapping"]
     _check_offsets(text, offsets, tokenizer)
-    num_closing = 0
+    heads = [next((i for i in range(*span) if not text[i].isspace()), span[0]) for span in offsets]
     if special and all(special):  # an empty text: tokenize another to see which of them end it
         num_closing = tokenize("0", tokenizer, special_tokens).num_closing
     else:
-        while special and special[-1 - num_closing]:
-            num_closing += 1
-    return Tokens(output["input_ids"], offsets, [_head(text, *span) for span in offsets], special, num_closing)
-
-
-def _head(text: str, start: int, stop: int) -> int:
-    return next((i for i in range(start, stop) if not text[i].isspace()), start)
+        num_closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))
+    return Tokens(output["input_ids"], offsets, heads, special, num_closing)
 
 
 def _check_offsets(text: str, offsets: list[Span], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -157,32 +154,26 @@ def _check_offsets(text: str, offsets: list[Span], tokenizer: PreTrainedTokenize
     covered = bytearray(len(text))
     for start, stop in offsets:
         covered[start:stop] = b"\1" * (stop - start)
-    i = covered.find(0)
-    while i >= 0:
+    for i in (match.start() for match in re.finditer(b"\0", covered)):
         if unicodedata.category(text[i])[0] not in "CMZ":
             raise ValueError(
                 f"tokenizer: {name_of(tokenizer)} gives no token for {text[i]!r} at character {i} of {text[:80]!r}: "
                 "its offsets do not cover the text, so steps and words cannot be found"
             )
-        i = covered.find(0, i + 1)
 
 
 def _steps(tokens: Tokens, spans: list[Span], body: int) -> list[Span]:
     """The token range of each step among the first ``body`` tokens."""
     stops = [stop for _, stop in spans]
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
+    found: dict[int, Span] = {}
     s = 0
-    for t in range(body):
-        start, stop = tokens.offsets[t]
-        head = tokens.heads[t]
+    for t, ((start, stop), head) in enumerate(zip(tokens.offsets[:body], tokens.heads, strict=False)):
         s = max(s, bisect_right(stops, head))
         if start < stop and s < len(spans) and spans[s][0] <= head:
-            first.setdefault(s, t)
-            last[s] = t + 1
+            found[s] = found.get(s, (t, t))[0], t + 1
     ranges, end = [], 0
     for s in range(len(spans)):
-        ranges.append((first.get(s, end), last.get(s, end)))
+        ranges.append(found.get(s, (end, end)))
         end = ranges[-1][1]
     return ranges
 

@@ -13,11 +13,8 @@ from molsaki.text.segment import segment
 
 def find_number(text: str, last: bool = False) -> str | None:
     """The first or last number of a text as it is written there, by the rules of :func:`molsaki.segment`."""
-    found = find_numbers(text, number_words=False)
-    if not found:
-        return None
-    start, stop = found[-1 if last else 0]
-    return text[start:stop]
+    found = [text[start:stop] for start, stop in find_numbers(text, number_words=False)]
+    return found[-1 if last else 0] if found else None
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -30,8 +27,9 @@ def parse_number(text: str) -> Fraction | None:
         return None  # the exact value would not fit in memory
     text = re.sub(r"(?<=\d)[,\u2009\u202f](?=\d{3}(?!\d))", "", text).replace("\u00a0", " ")
     sign, parts = (-1, text[1:].split()) if text[:1] == "-" else (1, text.removeprefix("+").split())
+    pieces = [piece for part in parts for piece in re.findall(r"[^¼½¾⅐-⅞]+|[¼½¾⅐-⅞]", part)]  # 1½ is 1 and ½
     try:
-        values = [_fraction(part) for part in _split_vulgar(parts)]
+        values = [_fraction(piece) for piece in pieces]
     except (ValueError, ZeroDivisionError):
         return None
     is_mixed = len(values) == 2 and values[0].denominator == 1 and 0 < values[1] < 1
@@ -45,8 +43,7 @@ def find_choice(text: str, choices: Sequence[str], last: bool = False) -> str | 
         start, stop = spans.words[-1 if last else 0]
         return next(c for c in choices if same_text(c, spans.text[start:stop]))
     letters = re.findall(r"\(([a-z])\)|^\W*([a-z])\W*$", text.strip().lower())
-    found = [ord(a or b) - ord("a") for a, b in letters]
-    found = [i for i in found if i < len(choices)]
+    found = [i for i in (ord(a or b) - ord("a") for a, b in letters) if i < len(choices)]
     return choices[found[-1 if last else 0]] if found else None
 
 
@@ -67,8 +64,3 @@ def _normalized(text: str) -> str:
 
 def _fraction(text: str) -> Fraction:
     return Fraction(unicodedata.numeric(text)).limit_denominator(10) if len(text) == 1 else Fraction(text)
-
-
-def _split_vulgar(parts: list[str]) -> list[str]:
-    """Split ``1½`` into ``1`` and ``½``."""
-    return [piece for part in parts for piece in re.findall(r"[^¼½¾⅐-⅞]+|[¼½¾⅐-⅞]", part)]

@@ -53,9 +53,7 @@ def _room(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str, max_l
     if excess <= 0:
         return len(spans.text)
     end = rendered.rationale + len(spans.text) - spans.rationale_start
-    rationale = [
-        head for t, head in enumerate(tokens.heads) if tokens.is_at_or_after(t, rendered.rationale) and head < end
-    ]
+    rationale = [x for t, x in enumerate(tokens.heads) if tokens.is_at_or_after(t, rendered.rationale) and x < end]
     if excess >= len(rationale):
         raise TooLong(
             f"spans: nothing of the rationale fits: {len(tokens.ids)} tokens, {len(rationale)} of them the "

@@ -64,10 +64,10 @@ def segment(
     if key not in KEY_WORDS:
         raise ValueError(f"key: expected one of {', '.join(KEY_WORDS)} or a list of keywords, got {key!r}")
     find_key_words, step_ends = KEY_WORDS[key](keywords, number_words), SPLITTERS[splitter]
-    text, question_end = "", 0
+    text = ""
     steps: list[Span] = []
     words: list[Span] = []
-    for i, piece in enumerate((question.strip(), rationale.strip())):
+    for piece in (question.strip(), rationale.strip()):
         if text and piece:
             text += " "
             steps[-1] = (steps[-1][0], len(text))
@@ -77,6 +77,4 @@ def segment(
             start = offset + end
         words.extend((offset + a, offset + b) for a, b in find_key_words(piece))
         text += piece
-        if i == 0:
-            question_end = len(text)
-    return Spans(text, tuple(steps), tuple(words), question_end)
+    return Spans(text, tuple(steps), tuple(words), question_end=len(question.strip()))

@@ -11,7 +11,9 @@ A template wraps the two texts, for each tokenizer its own. Steps and key words 
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
@@ -48,11 +50,7 @@ class RenderedText:
 
 
 def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> RenderedText:
-    """Put a text into a template; its steps and key words move with it.
-
-    Raises:
-        TypeError, ValueError: an argument is not as the module describes, or the template changes the texts.
-    """
+    """Put a text into a template; its steps and key words move with it."""
     check_spans(spans)
     check_tokenizer(tokenizer)
     frame = frame_of(tokenizer, template)
@@ -127,34 +125,35 @@ def _format_frame(template: str) -> Frame:
 
 
 def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    text = _chat(tokenizer, QUESTION_MARK, RATIONALE_MARK)
-    if (
-        text.count(QUESTION_MARK) != 1
-        or text.count(RATIONALE_MARK) != 1
-        or text.find(QUESTION_MARK) > text.find(RATIONALE_MARK)
-    ):
+    text = apply_chat(tokenizer, [QUESTION_MARK, RATIONALE_MARK])
+    parts = re.split(f"({QUESTION_MARK}|{RATIONALE_MARK})", text)
+    if parts[1::2] != [QUESTION_MARK, RATIONALE_MARK]:
         raise ValueError(
             f"template: the chat template of {name_of(tokenizer)} does not show the question and then the rationale, "
             f"once each, unchanged: {text!r}"
         )
-    before, rest = text.split(QUESTION_MARK)
-    between, after = rest.split(RATIONALE_MARK)
+    before, between, after = parts[::2]
     return Frame(before, between, after, special_tokens=False)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, question: str, rationale: str) -> str:
+def apply_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], add_generation_prompt: bool = False) -> str:
+    """The text of a tokenizer's chat template for turns of user and assistant."""
     if not tokenizer.chat_template:
         raise ValueError(f'template: {name_of(tokenizer)} has no chat template; use "plain" or a format string')
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": rationale}]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise ValueError(f"template: the chat template of {name_of(tokenizer)} failed: {error}") from error
+    return cast(str, text)
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, frame: Frame, question: str, rationale: str) -> None:
     """Refuse a chat template that changes these texts or depends on them."""
-    if _chat(tokenizer, question, rationale) != frame.before + question + frame.between + rationale + frame.after:
+    if (
+        apply_chat(tokenizer, [question, rationale])
+        != frame.before + question + frame.between + rationale + frame.after
+    ):
         raise ValueError(
             f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for the "
             f"question {question!r} and the rationale {rationale!r}"

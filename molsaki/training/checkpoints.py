@@ -49,14 +49,14 @@ def seal(folder: Path) -> None:
 def cut_weights_log(path: Path, step: int) -> None:
     """Drop the lines after ``step``, which a resumed run writes again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         with atomic_write(path) as file:
             file.writelines(line for line in lines if json.loads(line)["step"] <= step)
 
 
 def _fault(folder: Path) -> str | None:
     try:
-        sums = json.loads((folder / SEAL).read_text())
+        sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"no {SEAL}, so its writing was interrupted"
     except ValueError:

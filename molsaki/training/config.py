@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from molsaki.config import PREDICT_HELP, PREDICT_TEMPLATE, MixtureOptions, TextOptions, check_choices, option
+from molsaki.config import PREDICT_HELP, PREDICT_TEMPLATE, Dtype, MixtureOptions, TextOptions, check_options, option
 
 
 @dataclasses.dataclass
@@ -36,24 +36,20 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     causal_words: bool = option(False, "Leave out of each row of a map the words after the last token of its step.")
     predict_template: str = option(PREDICT_TEMPLATE, PREDICT_HELP)
     packing: bool | None = option(
-        None,
-        "Pack all texts of a batch, of both tasks, without padding. Default: on if the student supports it.",
+        None, "Pack all texts of a batch, of both tasks, without padding. Default: on if the student supports it."
     )
     share_question: bool | None = option(
-        None,
-        "Encode the shared question once per packed example. Default: on if the student supports it.",
+        None, "Encode the shared question once per packed example. Default: on if the student supports it."
     )
     fused_cross_entropy: Literal["auto", "torch", "liger"] = option(
         "auto",
         "The implementation of the labels' cross-entropy: torch, in chunks of labels, or liger-kernel's fused kernel. "
         "auto: liger on CUDA if it is installed, else torch.",
     )
-    student_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+    student_dtype: Dtype = option(
         "float32", "The student's floating-point type; float32 with --bf16 is mixed precision."
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "The live teacher's floating-point type."
-    )
+    teacher_dtype: Dtype = option("auto", "The live teacher's floating-point type.")
     freeze: list[str] = option([], "Regular expressions of the names of the student's parameters that are not trained.")
     lora_rank: int = option(0, "Train LoRA adapters of this rank (needs peft); 0 trains the model itself.")
     lora_alpha: float = option(16.0, "Scale of the LoRA adapters.")
@@ -76,19 +72,11 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments refuses bf16 otherwise
         super().__post_init__()  # type: ignore[no-untyped-call]
-        check_choices(self)
+        check_options(self, beta=0, beta_mmi=0, beta_logits=0)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
-        for name in ("beta", "beta_mmi", "beta_logits"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.share_question and self.packing is False:
-            raise ValueError(
-                "share_question: expected packing and an objective of both tasks, got "
-                f"packing={self.packing} and objective={self.objective}"
-            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, the batches are nested")
         if self.label_smoothing_factor:

@@ -65,19 +65,14 @@ class Distiller(nn.Module):
             maps also ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
         """
         size, record = len(batch), None
-        values: list[Tensor] = []
-        labels: list[Tensor] = []
+        predictions: list[Prediction] = []  # of explain, predict
         for texts in batch.student:
-            context: contextlib.AbstractContextManager[Record | None] = contextlib.nullcontext()
-            if self.objective.maps and texts.plan is not None:
-                context = self._capture(texts.plan)
-            with context as captured:
+            with self._capture(texts.plan) as captured:
                 found = self._label_values(texts)
             record = captured or record
             counts = [sum(texts.counts[n : n + size]) for n in range(0, len(texts.counts), size)]
-            values += found.split_with_sizes(counts)  # of explain, predict
-            labels += texts.labels.split_with_sizes([size] * len(counts))
-        predictions = [_prediction(*pair) for pair in zip(values, labels, strict=True)]
+            values, labels = found.split_with_sizes(counts), texts.labels.split_with_sizes([size] * len(counts))
+            predictions += map(_prediction, values, labels)
         student = StudentOutput(
             predict=predictions[-1],
             explain=predictions[0] if self.objective.explain_texts else None,
@@ -98,7 +93,10 @@ class Distiller(nn.Module):
             return self.head.logits(self.student, hidden)
         return self.head.cross_entropy(self.student, hidden, texts.targets, self.fused)
 
-    def _capture(self, plan: StepPlan) -> contextlib.AbstractContextManager[Record]:
+    def _capture(self, plan: StepPlan | None) -> contextlib.AbstractContextManager[Record | None]:
+        """Records maps and values where the objective and the texts have any."""
+        if plan is None or not self.objective.maps:
+            return contextlib.nullcontext()
         model = self.student if self.head is None else causal_model(self.student).base_model
         options = self.options
         return capture(model, plan, values=True, value_heads=options.value_heads, pooling=options.pooling)

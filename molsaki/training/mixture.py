@@ -90,17 +90,14 @@ class MixtureOfLayers(nn.Module):
         if kind == "mixture":
             self.router = {"joint": _JointRouter, "shared": _SharedRouter}[router](num_student_layers, value_width)
             return
-        pairs = layer_pairs(
-            kind,
-            num_teacher_layers,
-            num_student_layers,
-            teacher_layer=teacher_layer,
-            student_layer=student_layer,
-            seed=seed,
+        single = {"teacher_layer": teacher_layer, "student_layer": student_layer}
+        pairs = torch.tensor(layer_pairs(kind, num_teacher_layers, num_student_layers, **single, seed=seed))
+        teachers, students = (
+            nn.functional.one_hot(pairs[:, side], layers).float()
+            for side, layers in enumerate((num_teacher_layers, num_student_layers))
         )
-        teacher_layers, student_layers = ([pair[side] for pair in pairs] for side in (0, 1))
-        self.register_buffer("_teacher_pairs", _one_hot(teacher_layers, num_teacher_layers), persistent=False)
-        self.register_buffer("_student_pairs", _one_hot(student_layers, num_student_layers), persistent=False)
+        self.register_buffer("_teacher_pairs", teachers, persistent=False)
+        self.register_buffer("_student_pairs", students, persistent=False)
 
     _teacher_pairs: Tensor  # (K, Lt)
     _student_pairs: Tensor  # (K, Ls)
@@ -113,8 +110,7 @@ class MixtureOfLayers(nn.Module):
             maps: ``(N, Lt, S, W)``.
             plan: of the teacher's tokens. An example with fewer than two words has uniform weights.
         """
-        self._check("maps", maps, self.num_teacher_layers, plan)
-        maps = at_least_float32(maps)
+        maps = self._checked(maps, self.num_teacher_layers, plan)
         if self.kind != "mixture":
             weights = self._teacher_pairs.to(maps).expand(maps.shape[0], -1, -1)
         else:
@@ -131,8 +127,7 @@ class MixtureOfLayers(nn.Module):
             maps: ``(N, Ls, S, W)``.
             values: ``(N, Ls, d)`` pooled values.
         """
-        self._check("maps", maps, self.num_student_layers, plan)
-        maps = at_least_float32(maps)
+        maps = self._checked(maps, self.num_student_layers, plan)
         if self.router is None:
             weights = self._student_pairs.to(maps).expand(maps.shape[0], -1, -1)
         else:
@@ -149,10 +144,11 @@ class MixtureOfLayers(nn.Module):
         pairs = 1 if self.router is not None else len(self._student_pairs)
         return at_least_float32(maps).mean(1, keepdim=True).expand(-1, pairs, -1, -1)
 
-    def _check(self, name: str, maps: Tensor, layers: int, plan: StepPlan) -> None:
+    def _checked(self, maps: Tensor, layers: int, plan: StepPlan) -> Tensor:
         expected = (len(plan), layers, plan.num_steps, plan.num_words)
         if maps.shape != expected:
-            raise ValueError(f"{name}: expected (N, L, S, W) = {expected}, got {tuple(maps.shape)}")
+            raise ValueError(f"maps: expected (N, L, S, W) = {expected}, got {tuple(maps.shape)}")
+        return at_least_float32(maps)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, teacher={self.num_teacher_layers} layers, student={self.num_student_layers} layers"
@@ -227,8 +223,3 @@ def _layer(name: str, index: int, layers: int) -> int:
 def _mix(weights: Tensor, maps: Tensor) -> Tensor:
     with torch.autocast(maps.device.type, enabled=False):
         return torch.einsum("nkl,nlsw->nksw", weights.to(maps.dtype), maps)
-
-
-def _one_hot(layers: list[int], count: int) -> Tensor:
-    """``(K, count)`` float32, 1 at each of K layers."""
-    return nn.functional.one_hot(torch.tensor(layers), count).float()

@@ -86,11 +86,8 @@ def dss(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[st
     """Distilling step by step (Hsieh et al. 2023, arXiv 2305.02301): ``alpha L_pre + (1 - alpha) L_exp`` (Eq. 7)."""
     assert student.explain is not None
     loss_pre, loss_exp = student.predict.cross_entropy, student.explain.cross_entropy
-    return {
-        "loss": options.alpha * loss_pre + (1 - options.alpha) * loss_exp,
-        "loss_pre": loss_pre,
-        "loss_exp": loss_exp,
-    }
+    loss = options.alpha * loss_pre + (1 - options.alpha) * loss_exp
+    return {"loss": loss, "loss_pre": loss_pre, "loss_exp": loss_exp}
 
 
 def mmi(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:

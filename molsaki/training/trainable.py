@@ -13,11 +13,7 @@ from molsaki.training.config import DistillConfig
 
 
 def add_lora(model: PreTrainedModel, config: DistillConfig) -> PreTrainedModel:
-    """The model with LoRA adapters as the config says; only these are trained.
-
-    Raises:
-        ImportError: the package peft is not installed.
-    """
+    """The model with LoRA adapters as the config says; only these are trained."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -30,11 +26,7 @@ def add_lora(model: PreTrainedModel, config: DistillConfig) -> PreTrainedModel:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Exclude from training the parameters in whose names one of these regular expressions is found.
-
-    Raises:
-        ValueError: a pattern is found in no name.
-    """
+    """Exclude from training the parameters in whose names one of these regular expressions is found."""
     for pattern in patterns:
         found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not found:

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,7 +37,7 @@ from molsaki.config import require
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.lm_head import label_logits
 from molsaki.modeling.loading import context_length, load_both
-from molsaki.modeling.packing_probe import can_pack, can_share_prefix
+from molsaki.modeling.packing_probe import can_pack, can_share_prefix, choose_packing
 from molsaki.teacher.fingerprints import describe
 from molsaki.teacher.map_store import Store
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
@@ -102,7 +101,7 @@ class DistillTrainer(Trainer):
         if config.deepspeed:  # models are loaded whole and probed before ZeRO-3 shards them
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
         objective = OBJECTIVES[config.objective]
-        if config.share_question and not objective.explain_texts:
+        if config.share_question and (config.packing is False or not objective.explain_texts):
             raise ValueError(
                 "share_question: expected packing and an objective of both tasks, got "
                 f"packing={config.packing} and objective={config.objective}"
@@ -113,7 +112,6 @@ class DistillTrainer(Trainer):
         freeze(student, config.freeze)
         limit = config.max_length or context_length(student.config)
         student_spec, teacher_spec = TokenizerSpec(tokenizer, config.student_template, limit), None
-
         if not objective.has_teacher:
             teacher = None
         elif store is None and config.store is not None:
@@ -127,12 +125,7 @@ class DistillTrainer(Trainer):
         if objective.teacher_logits:
             _check_vocabulary(config.objective, store, tokenizer, teacher_tokenizer)
 
-        packing = config.packing is not False and can_pack(student)
-        if config.packing and not packing:
-            raise ValueError(
-                f"--packing: {type(student).__name__} does not keep packed texts separate (it may use convolutions or "
-                "a recurrent state); use --packing false"
-            )
+        packing = choose_packing(config.packing, student)
         sharing = (
             objective.explain_texts and packing and config.share_question is not False and can_share_prefix(student)
         )
@@ -206,8 +199,7 @@ class DistillTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """The number of examples of one optimizer step, over accumulation and processes; each counts once."""
         count = torch.tensor(sum(len(batch) for batch in batch_samples), device=device)
-        total: Tensor = self.accelerator.reduce(count, "sum")
-        return total
+        return cast(Tensor, self.accelerator.reduce(count, "sum"))
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -234,17 +226,11 @@ class DistillTrainer(Trainer):
         self._add({name: self.accelerator.gather_for_metrics(value.detach()) for name, value in out.items()})
         return out["loss"].mean(), None, None
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         training, self._sums = self._sums, {}
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in _means(self._sums)[0].items()}
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = {f"{prefix}_{name}": value for name, value in _means(self._sums)[0].items()}
         self._sums = training
         return output._replace(metrics=(output.metrics or {}) | metrics)
 
@@ -252,7 +238,7 @@ class DistillTrainer(Trainer):
         if "loss" in logs and self._sums:
             metrics, weights = _means(self.accelerator.reduce(self._sums, "sum"))
             self._sums = {}
-            logs.update({name: value for name, value in metrics.items() if name != "loss"})
+            logs |= metrics | {"loss": logs["loss"]}
             if weights and self.is_world_process_zero():
                 with open(self._folder / checkpoints.WEIGHTS_LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")
@@ -282,14 +268,11 @@ class DistillTrainer(Trainer):
                     f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
                     "the two templates give different ones"
                 )
-        out: dict[str, Tensor] = model(dataclasses.replace(batch, teacher=None, teacher_layers=None))
-        return out
+        return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
 
     def _add(self, out: dict[str, Tensor]) -> None:
-        out = out | {"count": torch.ones_like(out["loss"])}
-        for name, value in out.items():
-            value = value.detach().double().sum(0)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name, value in (out | {"count": torch.ones_like(out["loss"])}).items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double().sum(0)
 
     def _save_bad(self, batch: Batch, out: dict[str, Tensor]) -> str:
         """Save the batch whose loss is not finite; the error message."""
@@ -300,13 +283,6 @@ class DistillTrainer(Trainer):
             f"the loss is not finite after step {self.state.global_step}, on example(s) {', '.join(bad)}; the batch is "
             f"saved as {path}. The last checkpoint is intact; a lower learning rate or fp32 may help"
         )
-
-    def _stop_if_bad(self) -> None:
-        """Before the weights change: all processes stop if the loss of one was not finite."""
-        bad = torch.tensor(float(self._bad_batch is not None), device=self.args.device)
-        if self.accelerator.num_processes > 1 and self.accelerator.reduce(bad, "sum") > 0:
-            elsewhere = f"the loss of another process is not finite after step {self.state.global_step}"
-            raise FloatingPointError(self._bad_batch or elsewhere)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -329,20 +305,20 @@ class DistillTrainer(Trainer):
             ValueError: ``output_dir`` holds checkpoints already and this does not continue them.
             FloatingPointError: the loss is not finite; the batch is saved first.
         """
-        folder = self._folder
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint or self.args.resume
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.last_checkpoint(folder)
-        elif not resume_from_checkpoint and checkpoints.checkpoints(folder):
+        resume = resume_from_checkpoint
+        if resume is None:
+            resume = self.args.resume_from_checkpoint or self.args.resume
+        if resume is True:
+            resume = checkpoints.last_checkpoint(self._folder)
+        elif not resume and checkpoints.checkpoints(self._folder):
             raise ValueError(
-                f"output_dir: {folder} holds the checkpoints of another run; continue it with --resume, or choose "
-                "another folder"
+                f"output_dir: {self._folder} holds the checkpoints of another run; continue it with --resume, or "
+                "choose another folder"
             )
         if self.is_world_process_zero():
-            step = 0 if not resume_from_checkpoint else checkpoints.step_of(resume_from_checkpoint)
-            checkpoints.cut_weights_log(folder / checkpoints.WEIGHTS_LOG, step)
-        return super().train(resume_from_checkpoint or None, **kwargs)
+            step = checkpoints.step_of(resume) if resume else 0
+            checkpoints.cut_weights_log(self._folder / checkpoints.WEIGHTS_LOG, step)
+        return super().train(resume or None, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go after this one is sealed
@@ -363,23 +339,21 @@ class DistillTrainer(Trainer):
         """Write the student, its tokenizer and, into a checkpoint, the router; each file is complete or absent."""
         folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
-        student = self.model.student
+        student, mixture, weights = self.model.student, self.model.mixture, None
         router: dict[str, Tensor] = {}
-        weights = None if state_dict is None else _part(state_dict, "student.")
-        if weights is not None:  # gathered from shards, tied weights appear twice
-            once = {name for name, _ in student.named_parameters()}
-            for name, _ in student.named_parameters(remove_duplicate=False):
-                if name not in once:
-                    weights.pop(name, None)
-        if self._is_in_checkpoint and self.model.mixture is not None:
-            router = self.model.mixture.state_dict() if state_dict is None else _part(state_dict, "mixture.")
+        if state_dict is not None:  # gathered from shards, where tied weights appear twice
+            twice = {name for name, _ in student.named_parameters(remove_duplicate=False)}
+            twice -= {name for name, _ in student.named_parameters()}
+            weights = {name: w for name, w in _part(state_dict, "student.").items() if name not in twice}
+        if self._is_in_checkpoint and mixture is not None:
+            router = mixture.state_dict() if state_dict is None else _part(state_dict, "mixture.")
         if not self._is_in_checkpoint and self.args.lora_rank:
-            student = cast(Any, copy.deepcopy(student)).merge_and_unload()
-            weights = None
+            student, weights = cast(Any, copy.deepcopy(student)).merge_and_unload(), None
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
             student.save_pretrained(part, state_dict=weights)
             self.processing_class.save_pretrained(part)
-            Path(part, checkpoints.CONFIG).write_text(self.args.to_json_string())  # type: ignore[no-untyped-call]
+            options = self.args.to_json_string()  # type: ignore[no-untyped-call]
+            Path(part, checkpoints.CONFIG).write_text(options, encoding="utf-8")
             if router:
                 save_file({name: value.contiguous() for name, value in router.items()}, Path(part, checkpoints.ROUTER))
             for path in Path(part).iterdir():
@@ -402,15 +376,12 @@ class DistillTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights, except those tied to a loaded one."""
-        named = dict(self.model.student.named_parameters(remove_duplicate=False))
-        missing = set(load_result.missing_keys)
+        named, missing = dict(self.model.student.named_parameters(remove_duplicate=False)), load_result.missing_keys
         loaded = {id(value) for name, value in named.items() if name not in missing}
-        lacking = [name for name in missing if name not in named or id(named[name]) not in loaded]
-        if lacking or load_result.unexpected_keys:
-            raise ValueError(
-                f"the checkpoint is of another student: it lacks {sorted(lacking)[:3]} and also has "
-                f"{sorted(load_result.unexpected_keys)[:3]}"
-            )
+        lacking = sorted(name for name in missing if name not in named or id(named[name]) not in loaded)
+        extra = sorted(load_result.unexpected_keys)
+        if lacking or extra:
+            raise ValueError(f"the checkpoint is of another student: it lacks {lacking[:3]} and also has {extra[:3]}")
 
 
 class _LogBeforeSave(TrainerCallback):
@@ -423,13 +394,19 @@ class _LogBeforeSave(TrainerCallback):
 
 
 class _StopIfBad(TrainerCallback):
+    """Before the weights change, stops all processes if the loss of one was not finite."""
+
     def __init__(self, trainer: DistillTrainer):
         self.trainer = trainer
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer._stop_if_bad()
+        message, accelerator = self.trainer._bad_batch, self.trainer.accelerator
+        bad = torch.tensor(float(message is not None), device=accelerator.device)
+        if accelerator.num_processes > 1 and accelerator.reduce(bad, "sum") > 0:
+            elsewhere = f"the loss of another process is not finite after step {state.global_step}"
+            raise FloatingPointError(message or elsewhere)
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:

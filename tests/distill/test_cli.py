@@ -114,7 +114,7 @@ def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
         (["distill", "--use_cpu", "--train_file", "none.jsonl", "--student", "/no/model"], "--student: no such folder"),
         (["extract", "--data_files", "none.jsonl", "--store", "s"], "none.jsonl: no such file"),
         (["evaluate", "--mode", "guess"], "invalid choice: 'guess'"),
-        (["plot"], "--output_dir: required"),
+        (["plot"], "nothing to draw: give --run, or --data_file with"),
         (["store", "info", "/no/store"], "/no/store: no store there"),
         (["distill", "--config", "none.yaml"], "none.yaml"),
     ],

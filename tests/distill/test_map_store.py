@@ -118,7 +118,7 @@ def test_few_shards_stay_open(tmp_path, monkeypatch):
     fill(tmp_path, expected)
     store = Store(tmp_path)
     assert all(same(store[entry.id], entry) for entry in expected * 2)
-    assert len(store._open) == 2
+    assert store._shard.cache_info().currsize == 2
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
             assert same(store[expected[-n].id], expected[-n])
         kept.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-        assert len(store._open) <= map_store.OPEN_SHARDS
+        assert store._shard.cache_info().currsize <= map_store.OPEN_SHARDS
     assert kept[1] - kept[0] < 8 * (8192 - 2048)
 
 
@@ -434,4 +434,10 @@ def test_without_file_locks(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match=r"its file system has no file locks \(.*\), which keep two processes .*another folder"
     ):
+        StoreWriter(tmp_path, DESCRIPTION, 4, 4)
+
+
+def test_a_lock_that_cannot_be_opened(tmp_path):
+    (tmp_path / ".locks" / "store.json.lock").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match="store.json.lock"):
         StoreWriter(tmp_path, DESCRIPTION, 4, 4)

@@ -117,7 +117,7 @@ def test_the_store_is_the_live_teacher(stored, tmp_path, layout, options, monkey
 
 
 def test_packing_that_a_student_cannot_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("molsaki.training.trainer.can_pack", lambda model: False)
+    monkeypatch.setattr("molsaki.modeling.packing_probe.can_pack", lambda model: False)
     collator = trainer(tmp_path).data_collator
     assert not collator.packing and not collator.share_question
     with pytest.raises(ValueError, match="--packing: LlamaForCausalLM does not keep packed texts separate"):

@@ -100,6 +100,7 @@ def test_the_wheel_contains_the_engine(wheel):
     libraries = {f"molsaki_kernels/_native/molsaki-{name}.so" for name in compile.VARIANTS}
     sources = {f"molsaki_kernels/csrc/{path.name}" for path in (*compile.SOURCES, *compile.HEADERS)}
     assert names >= {*libraries, *sources, "molsaki_kernels/py.typed", "molsaki/py.typed"}
+    assert "molsaki/annotation/demonstrations.jsonl" in names
     assert {name.split("/")[0] for name in names} == {
         "molsaki",
         "molsaki_kernels",
