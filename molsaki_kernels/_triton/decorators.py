@@ -19,5 +19,17 @@ if TYPE_CHECKING:
     from typing import no_type_check as jit
     from typing import no_type_check as kernel
 else:
-    jit = triton.jit
-    kernel = triton.jit(do_not_specialize=RAGGED)
+    _helpers = []
+
+    def jit(function):
+        helper = triton.jit(function)
+        _helpers.append(helper)
+        return helper
+
+    def kernel(function):
+        # Triton 3.6 leaves a helper's constants (LOG2E) out of its callers' cache key unless the helper has a key
+        # itself. Keys in a fixed order make that of a kernel the same in every process, whatever it launches first.
+        for helper in _helpers:
+            getattr(helper, "cache_key", None)  # the interpreter's have none
+        _helpers.clear()
+        return triton.jit(do_not_specialize=RAGGED)(function)
