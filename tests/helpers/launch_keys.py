@@ -14,7 +14,6 @@ import json
 from typing import Any
 
 import torch
-import triton
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
