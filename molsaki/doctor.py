@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sysconfig
+from pathlib import Path
 
 REQUIRED = ("torch", "numpy")
 TRAINING = ("transformers", "accelerate", "tokenizers", "safetensors", "scipy")
 OPTIONAL = {
     "matplotlib": "molsaki plot (extra plot)",
     "triton": "the project's own GPU kernels",
-    "flash-attn-4": "engine flash_attn on sm90 and later",
+    "flash-attn-4": "engine flash_attn on sm90 (where auto takes it first) and later",
     "flash-attn": "engine flash_attn on older GPUs",
     "peft": "LoRA (distill --lora_rank)",
     "tensorboard": "distill --report_to tensorboard",
@@ -23,7 +25,7 @@ Section = dict[str, str | int]
 
 
 def report() -> dict[str, Section]:
-    """The sections ``machine``, ``packages``, ``devices``, ``engines``, ``auto`` and ``optional``.
+    """The sections ``machine``, ``packages``, ``devices``, ``engines``, ``auto``, ``optional`` and ``notes``.
 
     Values are versions, numbers or "ready"; where something is missing, the reason.
     """
@@ -31,9 +33,12 @@ def report() -> dict[str, Section]:
 
     import molsaki_kernels
     from molsaki_kernels._native.build import compiler
+    from molsaki_kernels.attention import flash_attn
     from molsaki_kernels.engine_selection import DEFAULT_ORDER
 
     engines = {name: str(status) for name, status in molsaki_kernels.engines().items()}
+    if torch.cuda.is_available() and engines["flash_attn"] == "ready":
+        engines["flash_attn"] = f"ready: flash-attn {flash_attn.version_of(torch.device('cuda'))}"
     native = engines["native"]
     packages: Section = {name: _version(name) or "not installed" for name in ("molsaki-kernels", *REQUIRED)}
     for name in TRAINING:
@@ -54,6 +59,7 @@ def report() -> dict[str, Section]:
         "optional": {
             name: _version(name) or f"not installed: needed for {purpose}" for name, purpose in OPTIONAL.items()
         },
+        "notes": _notes(compiler()),
     }
 
 
@@ -62,9 +68,33 @@ def render(found: dict[str, Section]) -> str:
     width = max(len(name) for section in found.values() for name in section)
     lines = []
     for section, entries in found.items():
+        if not entries:
+            continue
         lines.append(section)
         lines.extend(f"  {name:{width}}  {value}" for name, value in entries.items())
     return "\n".join(lines)
+
+
+def _notes(compiler: str | None) -> Section:
+    """What installed packages need on a GPU beside themselves."""
+    notes: Section = {}
+    if _version("triton"):
+        header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+        missing = [name for name, found in (("a C compiler", compiler), ("Python.h", header)) if not found]
+        needs = f"missing here: {', '.join(missing)}" if missing else "both were found"
+        notes["triton"] = f"builds a launcher per kernel on first use, with a C compiler and Python.h ({needs})"
+    if _version("flash-attn-4"):
+        kept = os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED") == "1"
+        notes["flash-attn-4"] = "compiles each kind of call on first use, about 10 s for forward and backward" + (
+            "; kept on disk (FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1)"
+            if kept
+            else ", again in every process unless FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1"
+        )
+        notes["flash-attn-4 in PyTorch"] = (
+            'torch.nn.attention.activate_flash_attention_impl("FA4") (PyTorch 2.11 to 2.13) fails with 4.0.0b36: its '
+            "forward returns five values. Engine flash_attn does not need it, and engine sdpa would use it"
+        )
+    return notes
 
 
 def _version(package: str) -> str | None:

@@ -14,14 +14,21 @@ from torch import Tensor
 
 from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import has_amx
-from molsaki_kernels.attention import ENGINES
+from molsaki_kernels.attention import ENGINES, flash_attn
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionRequest
 from molsaki_kernels.value_pooling import POOLING_ENGINES
 
-# Default order by device. CPU: measured (docs/performance.md). CUDA: provisional until there are measurements;
-# flash_attn and flex, which support nothing that triton and eager lack, are used only when they are asked for.
-DEFAULT_ORDER = {"cpu": ("native", "sdpa", "eager"), "cuda": ("sdpa", "triton", "eager")}
+# Default order by device. CPU: measured (docs/performance.md). CUDA: provisional, nothing was measured there yet.
+# flash-attn 4 is first on Hopper because its backward takes the gradient of lse: one pass over O and dO less than with
+# cuDNN, which is as fast otherwise by the figures its authors publish. Elsewhere flash_attn and flex, which support
+# nothing that triton and eager lack, are used only when they are asked for.
+HOPPER = "cuda, sm90 with flash-attn 4"
+DEFAULT_ORDER = {
+    "cpu": ("native", "sdpa", "eager"),
+    "cuda": ("sdpa", "triton", "eager"),
+    HOPPER: ("flash_attn", "sdpa", "triton", "eager"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +119,7 @@ def _cannot_serve(engine: str, names: tuple[str, ...], reasons: dict[str, str | 
 
 def order(request: AttentionRequest) -> tuple[str, ...]:
     """Return the engines in the order to try: the measured ones, then the rest of the default order."""
-    default = DEFAULT_ORDER.get(request.device.type, ("eager",))
+    default = DEFAULT_ORDER.get(_kind(request.device), ("eager",))
     if default[0] == "native" and request.dtype == torch.bfloat16 and not request.backward and has_amx():
         default = ("sdpa", "native", "eager")  # PyTorch uses AMX and is twice as fast (docs/performance.md)
     if not MEASURED:
@@ -124,6 +131,12 @@ def order(request: AttentionRequest) -> tuple[str, ...]:
         if record.tokens[0] <= request.length < record.tokens[1]:
             return record.engines + tuple(name for name in default if name not in record.engines)
     return default
+
+
+def _kind(device: torch.device) -> str:
+    """Return the key of :data:`DEFAULT_ORDER` for a device."""
+    hopper = device.type == "cuda" and arch_of(device) == "sm90" and flash_attn.version_of(device) == 4
+    return HOPPER if hopper else device.type
 
 
 def features(request: AttentionRequest) -> tuple[str, ...]:
@@ -141,7 +154,7 @@ def padded_head_dim(head_dim: int) -> int:
 @constant_when_compiled
 def arch_of(device: torch.device) -> str:
     """Return :attr:`Measured.arch` of a device: "sm90" and so on for CUDA, AMD's name for ROCm, else its type."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():  # fake CUDA tensors without a GPU
         return device.type
     if torch.version.hip is not None:
         name: str = torch.cuda.get_device_properties(device).gcnArchName

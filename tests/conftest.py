@@ -1,9 +1,16 @@
-"""Settings and fixtures of all tests. Without a GPU, Triton kernels are interpreted; set before Triton is imported."""
+"""Settings and fixtures of all tests.
+
+Without a GPU, Triton kernels are interpreted. Each process of `pytest -n` has one thread. Both are set before PyTorch
+and Triton are imported.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 Imports go in one direction: a file imports only files from the lines above its own.
 
     support                                   whether this machine can run Triton; imports no Triton
+    launch                                    a short way from a kernel's arguments to its launch
     decorators                                ``@jit`` for helpers, ``@kernel`` for kernels
     configs                                   tile sizes per architecture, dtype and shape
     tiles                                     jit helpers that several kernels share

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import triton
 
+from molsaki_kernels._triton.launch import Kernel
+
 __all__ = ["jit", "kernel"]
 
 # Arguments whose values change from batch to batch: one compiled kernel must serve all of their values.
@@ -27,9 +29,11 @@ else:
         return helper
 
     def kernel(function):
+        if triton.knobs.runtime.interpret:
+            return triton.jit(function, do_not_specialize=RAGGED)
         # Triton 3.6 leaves a helper's constants (LOG2E) out of its callers' cache key unless the helper has a key
         # itself. Keys in a fixed order make that of a kernel the same in every process, whatever it launches first.
         for helper in _helpers:
-            getattr(helper, "cache_key", None)  # the interpreter's have none
+            helper.cache_key  # noqa: B018
         _helpers.clear()
-        return triton.jit(do_not_specialize=RAGGED)(function)
+        return Kernel(function, do_not_specialize=RAGGED)

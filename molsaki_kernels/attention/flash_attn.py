@@ -9,7 +9,8 @@ allocated in the layout of the inputs, so nothing is copied. The functions calle
 autograd, as of flash-attn 2.8.3 and 4.0.0b36.
 
 Not proven: neither package runs without a GPU. The tests check every call made here against stand-ins with the real
-functions' parameters. What each architecture supports was read in the packages' sources.
+functions' parameters. What each architecture supports was read in the packages' sources. flash-attn 4.0.0b36 accepts
+and compiles these calls for sm90 (fake tensors).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def why_not(request: AttentionRequest) -> str | None:
         return f"flash-attn takes bfloat16 and float16, not {request.dtype}"
     if request.options.scale <= 0:
         return f"flash-attn takes a positive scale, not {request.options.scale}"
-    version = _version(request.device)
+    version = version_of(request.device)
     if isinstance(version, str):
         return version
     return (_why_not_4 if version == 4 else _why_not_2)(request)
@@ -100,7 +101,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
     q, sinks, cu_seqlens = inputs.q, inputs.sinks, inputs.cu_seqlens
     if q.numel() == 0:
         return AttentionOutputs(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
-    version = _version(q.device)
+    version = version_of(q.device)
     packed, M = cu_seqlens is not None, q.shape[2]
     with torch.cuda.device_of(q):  # flash-attn 4 asks for the current device's architecture
         tensors = [_flash_layout(t, packed) for t in (q, inputs.k, inputs.v)]
@@ -139,7 +140,7 @@ def backward(
     assert dout is not None  # the protocol's promise to engines that do not compute the map
     if q.numel() == 0:
         return InputGradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-    version, D, packed, M = _version(q.device), q.shape[3], cu_seqlens is not None, q.shape[2]
+    version, D, packed, M = version_of(q.device), q.shape[3], cu_seqlens is not None, q.shape[2]
     takes_dlse = version == 4 and not (D == 256 and _major(q.device) in (10, 11))
     with torch.cuda.device_of(q):
         if dlse is not None and not takes_dlse:
@@ -223,8 +224,8 @@ def _longest(total: int) -> int:
 
 
 @constant_when_compiled
-def _version(device: torch.device) -> int | str:
-    """Return the version that serves tensors of ``device``, forward and backward, or the reason why none does."""
+def version_of(device: torch.device) -> int | str:
+    """Return the version in use for tensors of ``device``, 4 or 2, or the reason why there is none."""
     if torch.version.hip is not None:
         return "flash-attn was not tried on ROCm"
     major = _major(device)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from molsaki_kernels._capability import why_too_old
 from molsaki_kernels._triton.support import INSTALLED
 from molsaki_kernels.attention.sinks import apply_sinks
 from molsaki_kernels.spec import (
@@ -58,6 +59,8 @@ def why_not(request: AttentionRequest) -> str | None:
     """Return the reason why the engine cannot serve a call, or None."""
     if request.device.type != "cuda":
         return f"FlexAttention's lse and backward are for CUDA only, not for {request.device.type} tensors"
+    if (reason := why_too_old(request.device)) is not None:
+        return reason
     if request.dtype == torch.float64:
         return "compiled FlexAttention takes bfloat16, float16 and float32, not torch.float64"
     if request.head_dim < 16:

@@ -6,16 +6,26 @@ dimension or, on a CPU, is computed in float32). They do not support sinks, whic
 The CPU operator supports neither a window nor packing: a window is computed in blocks of queries with the keys that
 they see, packed sequences one by one. Its float16 is slow (6 times slower than float32 on AVX-512, measured), so
 float16 is computed in float32 there.
+
+On CUDA, cuDNN is faster on Hopper, but builds a plan for every new combination of shapes and strides, which takes about
+half a second. A batch that is padded to a new length would wait for it, so aten's flash attention serves a combination
+until cuDNN would have saved as much time as its plan costs (``CUDNN_PAYS``). Forward and backward are counted and
+decided separately. Either backward is correct after either forward: without dropout both read nothing of the forward
+but O and the natural log-sum-exp in float32, ``(B, H, M)``, and this engine already gives them an O and an lse of its
+own (folded, with sinks). The two differ by rounding only; deterministic mode always takes aten's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from molsaki_kernels._capability import why_too_old
 from molsaki_kernels.attention.lse_gradient import append_dlse_column, fold_dlse_into_out
 from molsaki_kernels.attention.sinks import apply_sinks
 from molsaki_kernels.masking import visible
@@ -28,12 +38,27 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
+from molsaki_kernels.strides import match_strides
 
 NAME = "sdpa"
 COMPUTES_MAP = False
 DIFFERENTIABLE = False
 WINDOW_BLOCK = 512  # queries per block under a window: a block's mask has (rows, rows + window) elements
 aten: Any = torch.ops.aten
+
+# cuDNN serves a combination of shapes and strides once aten's flash attention has computed this many floating-point
+# operations for it (those of the forward, also where the backward is counted): the published 370 and 600 TFLOP/s of the
+# two on an H100 differ by 1 s per 1e15, and a plan takes 0.4 s (backward: 2.5 times the work, 0.55 s). Never measured
+# here. At 1 x 4,096 tokens with 32 heads of 128 these are 2,200 layers, at 16 x 256 with 9 heads of 64 many more.
+CUDNN_PAYS = 3e14
+CUDNN_ROWS = 64  # with fewer, cuDNN is not faster, and some of its engines have no plan
+KEPT = 1024  # combinations whose work is remembered
+# PyTorch then rounds lengths up for cuDNN and expects lse in another layout than its forward returns here.
+ROUNDED_LENGTHS = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1"
+
+_work: dict[Hashable, float] = {}  # floating-point operations of each combination; the least recent first
+_work_lock = threading.Lock()
+_plans = threading.local()  # .keys: the combinations that cuDNN has a plan for; PyTorch keeps plans per thread
 
 
 def available() -> str | None:
@@ -49,6 +74,8 @@ def why_not(request: AttentionRequest) -> str | None:
         return "the CPU flash operator gives NaN at a scale of 0" if request.options.scale == 0 else None
     if request.device.type != "cuda":
         return f"no flash attention for {request.device.type} tensors"
+    if (reason := why_too_old(request.device)) is not None:
+        return reason
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"CUDA flash attention takes bfloat16 and float16, not {request.dtype}"
     limit = 248 if request.dtype == torch.float16 and request.backward else 256  # float16's fold needs 8 more columns
@@ -190,14 +217,37 @@ def _cpu_blocks(
             yield slice(start, stop), slice(low, high), mask
 
 
-def _use_cudnn(inputs: AttentionInputs, options: AttentionOptions) -> bool:
-    """Return whether cuDNN serves the call: it is faster on Hopper and later, but here neither deterministic, windowed
-    nor packed."""
+def _use_cudnn(inputs: AttentionInputs, options: AttentionOptions, backward: bool) -> bool:
+    """Return whether cuDNN serves a call, and count the call if it could."""
+    if not _cudnn_supports(inputs, options):
+        return False
+    q, k, v = inputs.q, inputs.k, inputs.v
+    key = (backward, options.causal, q.dtype, q.device, *((*x.shape, *x.stride()) for x in (q, k, v)))
+    plans: set[Hashable] = _plans.__dict__.setdefault("keys", set())
+    if key in plans:
+        return True
+    if _capturing():  # no plan can be built during the capture of a CUDA graph
+        return False
+    with _work_lock:
+        work = _work.pop(key, 0.0)
+        if work >= CUDNN_PAYS:
+            plans.add(key)
+        _work[key] = work + _flops(inputs, options)
+        if len(_work) > KEPT:
+            del _work[next(iter(_work))]
+    return key in plans
+
+
+def _cudnn_supports(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    """Return whether cuDNN can serve a call and may be faster; here it is neither deterministic, windowed nor
+    packed."""
     q = inputs.q
     return (
         inputs.cu_seqlens is None
         and options.window is None
         and q.shape[-1] <= 128
+        and q.shape[2] >= CUDNN_ROWS
+        and not ROUNDED_LENGTHS
         and torch.version.hip is None
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.cuda.get_device_capability(q.device)[0] >= 9
@@ -205,9 +255,19 @@ def _use_cudnn(inputs: AttentionInputs, options: AttentionOptions) -> bool:
     )
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _flops(inputs: AttentionInputs, options: AttentionOptions) -> float:
+    """Return the floating-point operations of the forward, without a window."""
+    B, H, M, D = inputs.q.shape
+    return 2.0 * B * H * M * M * (D + inputs.v.shape[-1]) / (2 if options.causal else 1)
+
+
 def _cuda_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     q, k, v = inputs.q, inputs.k, inputs.v
-    if _use_cudnn(inputs, options):
+    if _use_cudnn(inputs, options, backward=False):
         result = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, options.causal, False, scale=options.scale
         )
@@ -223,12 +283,13 @@ def _cuda_backward(
     dout: Tensor, inputs: AttentionInputs, outputs: AttentionOutputs, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = inputs.q, inputs.k, inputs.v, outputs.out, outputs.lse
-    if _use_cudnn(inputs, options):
+    if _use_cudnn(inputs, options, backward=True):
         state = torch.empty((), dtype=torch.int64, device=q.device)  # of the unused dropout: never read
         M = q.shape[2]
-        results = (out, lse[..., None])
+        # PyTorch keeps the plan by the strides of q, k and v alone. Those of O follow from q's; dO gets O's.
+        operands = (match_strides(dout, out.stride()), q, k, v, out, lse.contiguous()[..., None])
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, *results, state, state, None, None, None, M, M, 0.0, options.causal, scale=options.scale
+            *operands, state, state, None, None, None, M, M, 0.0, options.causal, scale=options.scale
         )
         return dq, dk, dv
     rest = _flash_options(options)

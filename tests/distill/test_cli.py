@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import molsaki
+from molsaki import doctor
 from molsaki.cli import main
 from molsaki.evaluation import evaluate as evaluate_module
 from tests.helpers import tiny
@@ -174,6 +175,18 @@ def test_doctor(capsys):
     assert found["optional"]["deepspeed"][0].isdigit() or "needed for" in found["optional"]["deepspeed"]
     assert run("doctor") == 0
     assert "engines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_doctor_says_what_gpu_packages_need(monkeypatch, kept):
+    monkeypatch.setattr(doctor, "_version", lambda package: "4.0.0b36")
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1" if kept else "0")
+    notes = doctor._notes(None)
+    assert "missing here: a C compiler" in notes["triton"]
+    assert ("again in every process unless" in notes["flash-attn-4"]) is not kept
+    assert "FA4" in notes["flash-attn-4 in PyTorch"]
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    assert doctor._notes("cc") == {} and "notes" not in doctor.render({"a": {"b": 1}, "notes": {}})
 
 
 KILLED = """

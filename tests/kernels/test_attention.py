@@ -16,7 +16,7 @@ from molsaki_kernels._native import build
 from molsaki_kernels.attention import eager, sdpa
 from molsaki_kernels.attention_map import torch as torch_map
 from molsaki_kernels.attention_map import torch_blocks
-from molsaki_kernels.spec import AttentionInputs, AttentionOptions, AttentionOutputs
+from molsaki_kernels.spec import AttentionOutputs
 from tests.helpers.budget import assert_within_budget, error
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -575,27 +575,6 @@ def test_bad_lse_and_map_engine():
         mk.stepwise_map(q, q, torch.zeros(1, 2, 6), plan, engine="cuda")
     with pytest.raises(ValueError, match='"triton" cannot serve this call: .*float64'):
         mk.stepwise_map(q.double(), q.double(), torch.zeros(1, 2, 6, dtype=torch.float64), plan, engine="triton")
-
-
-@pytest.mark.parametrize("cudnn", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_cuda_operators_accept_these_arguments(monkeypatch, cudnn, packed):
-    """Without a GPU only the signatures and shapes of the CUDA path can be tested, on meta tensors."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0) if cudnn else (8, 0))
-    options = AttentionOptions(True, 0.25)
-    B = 1 if packed else 2
-    q, k = (torch.zeros(B, heads, 64, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
-    cu = torch.zeros(3, dtype=torch.int32, device="meta") if packed else None
-    inputs = AttentionInputs(q, k, k, None, cu)
-    assert sdpa._use_cudnn(inputs, options) is (cudnn and not packed)
-    out, lse = sdpa._cuda_forward(inputs, options)
-    assert out.shape == q.shape and lse.shape == q.shape[:3]
-    grads = sdpa._cuda_backward(out, inputs, AttentionOutputs(out, lse), options)
-    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
-    options = AttentionOptions(True, 0.25, window=9)
-    out, lse = sdpa._cuda_forward(inputs, options)
-    grads = sdpa._cuda_backward(out, inputs, AttentionOutputs(out, lse), options)
-    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
 
 
 def test_plan_pickles():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import molsaki_kernels as mk
-from molsaki_kernels import ops
+from molsaki_kernels import engine_selection, ops
 from molsaki_kernels.attention import flash_attn, flex
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 from tests.helpers import flash_attn_stand_ins as stand_ins
@@ -209,9 +209,29 @@ def test_no_deterministic_backward_on_sm120(machine):
 @pytest.mark.parametrize("major, chosen", [(8, 2), (9, 4), (10, 4), (12, 2)])
 def test_selected_version(machine, monkeypatch, major, chosen):
     machine(major, 2, 4)
-    assert flash_attn._version(torch.device("cuda")) == chosen
+    assert flash_attn.version_of(torch.device("cuda")) == chosen
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "ROCm" in flash_attn._version(torch.device("cuda"))
+    assert "ROCm" in flash_attn.version_of(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "capability, versions, expected",
+    [
+        ((9, 0), (4,), ("flash_attn", "sdpa", "triton", "eager")),
+        ((9, 0), (2,), ("sdpa", "triton", "eager")),
+        ((9, 0), (), ("sdpa", "triton", "eager")),
+        ((8, 0), (2, 4), ("sdpa", "triton", "eager")),
+        ((10, 0), (2, 4), ("sdpa", "triton", "eager")),
+    ],
+)
+def test_auto_takes_flash_attn_4_first_on_hopper(machine, monkeypatch, capability, versions, expected):
+    machine(9, *versions, any_call=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engine_selection.order(CALL) == expected
+    assert engine_selection.order(dataclasses.replace(CALL, device=torch.device("cpu")))[0] == "native"
+    reasons = [ops.ENGINES[name].why_not(dataclasses.replace(CALL, dtype=torch.float32)) for name in expected]
+    assert "not torch.float32" in reasons[0] and reasons[-1] is None  # another engine serves such a call
 
 
 def test_a_package_that_does_not_import(machine, monkeypatch):

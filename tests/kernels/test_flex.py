@@ -141,6 +141,14 @@ def test_one_compilation_for_each_softcap(monkeypatch):
         flex.compiled.cache_clear()
 
 
+def dense(count, indices):
+    """The blocks that a BlockMask lists: ``count (..., n)`` entries of each row of ``indices (..., n, m)``."""
+    m = indices.shape[-1]
+    listed = torch.arange(m) < count[..., None]
+    blocks = torch.zeros(*indices.shape[:-1], m + 1, dtype=torch.bool)
+    return blocks.scatter_(-1, torch.where(listed, indices, m).long(), True)[..., :m]
+
+
 LENGTHS = {
     "one row": [1],
     "one block": [128],
@@ -164,9 +172,6 @@ def test_blocks(name, window, causal):
         return
     expected = flex_api.create_block_mask(mask.mask_mod, None, None, M, M, device="cpu")
     assert mask.shape == expected.shape and mask.BLOCK_SIZE == expected.BLOCK_SIZE
-
-    def dense(count, indices, n=-(-M // 128)):
-        return flex_api._ordered_to_dense(count, indices, n).bool()
 
     full = dense(mask.full_kv_num_blocks, mask.full_kv_indices)
     partial = dense(mask.kv_num_blocks, mask.kv_indices)
