@@ -1,24 +1,31 @@
-"""Predicts the time of each kernel by a roofline, to compare measurements with. Nothing here was measured.
+"""Predicts the time of each kernel on a GPU, to compare measurements with. Nothing here was measured.
 
-    python -m benchmarks.predict [--gpu H200] [--csv FILE] [--only TEXT]
+    python -m benchmarks.predict [--gpu H200] [--csv FILE] [--only TEXT] [--targets]
 
-The time of a kernel is a fixed time to start and drain plus the longest of three: its products at a share of the tensor
-cores' peak, its bytes from memory, its bytes from L2. The tiles, groups and splits are those of
-``molsaki_kernels._triton.configs``. The predictions depend mostly on two shares of the peak: that of the fastest plain
-attention and that of a Triton kernel with pointer loads. Both are assumptions, listed in :data:`GPUS`. Times are those
-of the GPU; a slower host adds its own (compare the measured modes "eager" and "graph").
+The time of a launch is a fixed time to start and drain, plus the longest of: its products at a share of the tensor
+cores' peak, its bytes from memory, its bytes from L2, and the time that its programs need on the multiprocessors. The
+last one is the sum of the waves: programs that fit on the GPU at once (registers and shared memory, as ``aot.py``
+reports them) run side by side, and each takes as long as its chain of dependent loads, barriers and products, or as its
+share of the multiprocessor's throughput, whichever is longer. The tiles, groups and splits are those of
+``molsaki_kernels._triton.configs``. ``--targets`` prints designs that do not exist yet beside those that do.
+
+Every constant is in :data:`GPUS`, the constants after it and :data:`COMPILED`, each with its source. Times are those of
+the GPU; a slower host adds its own (compare the measured modes "eager" and "graph").
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import heapq
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from molsaki_kernels import aot
 from molsaki_kernels._triton import configs
 
 from .layer import write_csv
@@ -29,83 +36,215 @@ PREDICTED = "prediction"
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """Rates per second; the shares are of the peak, for head_dim 128 and long sequences."""
+    """Rates per second, times in seconds; the shares are of the peak, for head_dim 128 and long sequences."""
 
     name: str
     arch: str  # the name in configs
+    target: str  # the name in aot
     flops: float  # dense bf16
     memory: float  # bytes, peak
     l2: float  # bytes
     cache: float  # bytes the L2 holds
-    launch: float  # seconds from the start of a small kernel to that of the next, beyond its work
+    launch: float  # from the start of a small kernel to that of the next, beyond its work
     plain_forward: float
     plain_backward: float
     triton: float
+    clock: float  # cycles, those at which the peak holds
+    issue: float  # instructions per cycle and multiprocessor, of warps
+    port: float  # bytes per cycle from L2 to one multiprocessor
+    l2_trip: float  # a load that hits L2, until its value is used
+    memory_trip: float  # the same from memory
+
+    @property
+    def multiprocessors(self) -> int:
+        return configs.MULTIPROCESSORS[self.arch]
 
 
 GPUS = {
     # Vendors' datasheets for peaks (NVIDIA H100, H200 and A100 SXM; AMD Instinct MI300X). L2: read bandwidths that
     # microbenchmarks publish (Chips and Cheese: H100 5.5 to 5.7 TB/s, MI300X's Infinity Cache 11.9), an A100's from its
-    # 5,120 bytes per clock at two thirds. Plain shares: causal head_dim 128 curves of the papers of FlashAttention-3
-    # (arXiv 2407.08608, figures 5 and 6: about 0.65 and 0.55 on an H100) and FlashAttention-2 (arXiv 2307.08691); for
-    # the MI300X a guess. Triton's shares: a guess from its tutorial's kernel, which has no warp specialisation.
+    # 5,120 bytes per clock at two thirds. Latencies from the same and from "Dissecting the NVIDIA Hopper Architecture"
+    # (arXiv 2402.13499): about 270 cycles for L2 and 600 for memory on an idle H100, rounded up; every scheduler issues
+    # one instruction per cycle, and 64 bytes per cycle arrive from L2. A launch: 1.5 us, the duration that profilers
+    # report of an empty kernel. Plain shares on Hopper, for causal bf16 with 48 heads of 128 and batch 4:
+    # FlashAttention-3 reaches 667 TFLOP/s forward and 444 backward at 4,096 tokens (tritonbench#1267); with fewer
+    # heads, less: 600 and 440. On an A100: the paper of FlashAttention-2 (arXiv 2307.08691); for the MI300X a guess.
+    # Triton's shares: a guess from its tutorial's kernel, which has no warp specialisation.
     "H200": GPU(
         "H200",
         "sm90",
+        "cuda:90",
         flops=989e12,
         memory=4.8e12,
         l2=5.5e12,
         cache=60e6,
-        launch=3e-6,
-        plain_forward=0.65,
-        plain_backward=0.565,
+        launch=1.5e-6,
+        plain_forward=0.695,
+        plain_backward=0.51,
         triton=0.465,
+        clock=1.83e9,
+        issue=4,
+        port=64,
+        l2_trip=0.16e-6,
+        memory_trip=0.35e-6,
     ),
     "H100": GPU(
         "H100",
         "sm90",
+        "cuda:90",
         flops=989e12,
         memory=3.35e12,
         l2=5.5e12,
         cache=50e6,
-        launch=3e-6,
-        plain_forward=0.65,
-        plain_backward=0.565,
+        launch=1.5e-6,
+        plain_forward=0.695,
+        plain_backward=0.51,
         triton=0.465,
+        clock=1.83e9,
+        issue=4,
+        port=64,
+        l2_trip=0.16e-6,
+        memory_trip=0.35e-6,
     ),
     "A100": GPU(
         "A100",
         "sm80",
+        "cuda:80",
         flops=312e12,
         memory=2.04e12,
         l2=4.8e12,
         cache=40e6,
-        launch=3e-6,
+        launch=1.5e-6,
         plain_forward=0.62,
         plain_backward=0.55,
         triton=0.5,
+        clock=1.41e9,
+        issue=4,
+        port=64,
+        l2_trip=0.16e-6,
+        memory_trip=0.4e-6,
     ),
     "MI300X": GPU(
         "MI300X",
         "gfx942",
+        "hip:gfx942",
         flops=1307e12,
         memory=5.3e12,
         l2=11.9e12,
         cache=256e6,
-        launch=6e-6,
+        launch=4e-6,
         plain_forward=0.4,
         plain_backward=0.3,
         triton=0.3,
+        clock=2.1e9,
+        issue=4,
+        port=64,
+        l2_trip=0.25e-6,
+        memory_trip=0.7e-6,
     ),
 }
 MEMORY_SHARE = 0.875  # of the peak that a large copy reaches
-NARROW = {64: (0.75, 0.85)}  # head_dim -> plain and Triton against 128: as many exponentials for half of the products
+# Of plain attention's time per score at head_dim 128, the share that does not shrink with the width (exponentials,
+# masks): a third, so that 64-wide heads reach three quarters of the rate of 128-wide ones (both papers' figures).
+PER_SCORE = 1 / 3
+TRITON_NARROW = 0.85  # the same for the Triton kernels, as a rate at 64: more of their time is products
 RAMP = 600  # tokens: M / (M + RAMP) of the rate remains after diagonal tiles, filling and draining
 COLUMN_SHARE = 0.405  # the map's own products: short loops
 DKV_SHARE = 0.86  # of Triton's share: 32 rows at a time
 EAGER_BYTES = (66, 174)  # per weight, forward and both passes: counted per operator, each tensor read and written
-# Launches of plain attention: forward; in the backward the row sums, the kernel itself, and the conversion of dq.
+# Launches of plain attention: forward; in the backward the row sums, the kernel itself, and the conversion of dq. Each
+# is a kernel with its own ramp and the gap before it.
 PLAIN_LAUNCHES = (1, 3)
+PLAIN_LAUNCH = 3e-6
+LOOP_SHARE = 0.65  # of the peak that products reach while they run: that of Triton's long matrix products
+BARRIER = 27  # cycles of a barrier of 4 to 8 warps
+ONCE_BARRIERS = 4  # per search in the plan before the loop (counted in the PTX)
+ONCE_INSTRUCTIONS = 150  # per warp and search
+
+# Registers per thread and bytes of shared memory of the map's kernels, and the instructions of a warp in one trip of
+# their loop: ``python -m molsaki_kernels.aot --target cuda:90`` with Triton 3.6 at commit c81408b (map_fold,
+# map_dq_tables: a later design, see MAPS) and cuobjdump -sass, by head_dim up to 64 and up to 128. Other targets are
+# taken to be alike.
+COMPILED = {
+    ("map_partials", 64): (253, 35072, 520),
+    ("map_partials", 128): (250, 50304, 500),
+    ("map_partials_wide", 64): (249, 51456, 520),  # more than 64 key tokens
+    ("map_partials_wide", 128): (255, 100608, 571),
+    ("map_reduce", 64): (168, 512, 150),
+    ("map_reduce", 128): (168, 512, 150),
+    ("map_dlse", 64): (96, 12288, 783),
+    ("map_dlse", 128): (103, 24576, 849),
+    ("map_dq", 64): (145, 14336, 823),
+    ("map_dq", 128): (213, 26624, 862),
+    ("map_dk", 64): (202, 41216, 1192),
+    ("map_dk", 128): (174, 41088, 639),
+    ("map_dk_add", 64): (40, 0, 60),
+    ("map_dk_add", 128): (64, 0, 60),
+    ("map_fold", 64): (142, 32768, 700),
+    ("map_fold", 128): (128, 57344, 770),
+    ("map_dq_tables", 64): (128, 21632, 511),
+    ("map_dq_tables", 128): (122, 38016, 504),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One trip of a program's loop."""
+
+    loads: int  # dependent trips to L2; 0 where the pipeline's cp.async run ahead
+    barriers: int
+    flops: float
+    bytes: float  # from L2
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The programs of a launch."""
+
+    compiled: tuple[int, int, int]  # registers, shared memory, instructions per trip
+    warps: int
+    trips: tuple[float, ...]  # of the loop, in order of launch; those of one head
+    heads: int  # how often the launch repeats them
+    searches: int  # in the plan, before the loop; each is a dependent trip to L2
+    memory_loads: int  # dependent trips to memory, before and after it
+    loop: Loop
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.trips) * self.heads * self.loop.bytes
+
+    def seconds(self, gpu: GPU) -> float:
+        """The time of all programs, of which as many run side by side as registers and shared memory allow.
+
+        A trip takes as long as its chain of loads, barriers and products, or as the multiprocessor needs for the trips
+        of all resident programs.
+        """
+        blocks = max(aot.occupancy(aot.TARGETS[gpu.target], self.warps, *self.compiled[:2])[0], 1)
+        resident = min(blocks, -(-len(self.trips) * self.heads // gpu.multiprocessors))
+        products = self.loop.flops * gpu.multiprocessors / (LOOP_SHARE * gpu.flops)
+        issue = self.warps / gpu.issue / gpu.clock  # of an instruction
+        chain = self.loop.loads * gpu.l2_trip + self.loop.barriers * BARRIER / gpu.clock + products
+        instructions = self.compiled[2] * issue
+        shared = max(products, instructions, self.loop.bytes / (gpu.port * gpu.clock))
+        trip = max(chain, resident * shared)
+        once = self.searches * (gpu.l2_trip + ONCE_BARRIERS * BARRIER / gpu.clock)
+        once = max(once, resident * self.searches * ONCE_INSTRUCTIONS * issue) + self.memory_loads * gpu.memory_trip
+        return makespan(tuple(once + n * trip for n in self.trips), self.heads, gpu.multiprocessors * blocks)
+
+
+@functools.lru_cache(maxsize=4096)
+def makespan(durations: tuple[float, ...], repeats: int, slots: int) -> float:
+    """The time until ``slots`` workers, each of which takes the next program when it is free, have done all."""
+    count = len(durations) * repeats
+    if count <= slots:
+        return max(durations)
+    if count > 2 * slots:
+        return sum(durations) * repeats / slots + max(durations) / 2
+    free = [0.0] * slots
+    for _ in range(repeats):
+        for duration in durations:
+            heapq.heapreplace(free, free[0] + duration)
+    return max(free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +257,17 @@ class Kernel:
     l2: float = 0.0  # bytes
     share: float = COLUMN_SHARE
     launches: int = 1
+    grid: Grid | None = None
+    launch: float | None = None  # seconds, instead of the GPU's
 
     def times(self, gpu: GPU) -> dict[str, float]:
         """Return the seconds of each possible limit."""
         return {
-            "launch": self.launches * gpu.launch,
+            "launch": self.launches * (gpu.launch if self.launch is None else self.launch),
             "products": self.flops / (self.share * gpu.flops),
             "memory": self.memory / (MEMORY_SHARE * gpu.memory),
-            "L2": self.l2 / gpu.l2,
+            "L2": max(self.l2, self.grid.bytes if self.grid else 0.0) / gpu.l2,
+            "programs": 0.0 if self.grid is None else self.grid.seconds(gpu),
         }
 
     def seconds(self, gpu: GPU) -> float:
@@ -134,7 +276,7 @@ class Kernel:
 
     def limit(self, gpu: GPU) -> str:
         times = self.times(gpu)
-        return max(times, key=times.get)
+        return max(times, key=lambda name: times[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,63 +294,172 @@ class Layer:
         return self.forward + (self.backward if backward else ())
 
 
-class Work:
-    """The bytes and FLOPs of every kernel for one shape; causal, bf16, evenly spread key tokens."""
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """How the map's kernels work; the fields are what changes between versions.
 
-    def __init__(self, shape: Shape, gpu: GPU) -> None:
+    Attributes:
+        tables: the step of each row, the ranges of each tile and the key tokens come from tables, computed once per
+            plan; else each program searches the plan.
+        one_fold: dlse and its folding into O are one kernel.
+        pipelined_dq: map_dq's gather of keys runs ahead of its use, and the map's gradient is spread over the rows by a
+            product.
+        full_waves: heads per program and splits of the rows fill whole waves.
+        preprocess: one kernel in place of flash-attn 4's preprocess computes dlse and writes the map's dq as the start
+            of its accumulator.
+    """
+
+    tables: bool = False
+    one_fold: bool = False
+    pipelined_dq: bool = False
+    full_waves: bool = False
+    preprocess: bool = False
+
+
+class FirstTiles:
+    """The tiles of commit c81408b, as far as they were changed since; the others are those of configs."""
+
+    map_forward, map_reduce, map_dk, map_dk_add = (
+        staticmethod(f) for f in (configs.map_forward, configs.map_reduce, configs.map_dk, configs.map_dk_add)
+    )
+    flash_forward, flash_dq = staticmethod(configs.flash_forward), staticmethod(configs.flash_dq)
+    num_tiles, row_splits = staticmethod(configs.num_tiles), staticmethod(configs.row_splits)
+
+    @staticmethod
+    def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> configs.MapTile:
+        return configs.MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
+
+    @staticmethod
+    def heads_per_program(arch: str, heads: int, programs: int) -> int:
+        groups = min(heads, -(-4 * configs.MULTIPROCESSORS[arch] // programs))
+        return -(-heads // groups)
+
+
+FIRST = Design()  # commit c81408b
+MAPS = Design(tables=True, one_fold=True, pipelined_dq=True, full_waves=True)
+PREPROCESS = dataclasses.replace(MAPS, preprocess=True)
+TODAY = FIRST
+
+
+class Work:
+    """The bytes, FLOPs and programs of every kernel for one shape; causal, bf16, evenly spread key tokens."""
+
+    def __init__(self, shape: Shape, gpu: GPU, design: Design | None = None, tiles: Any = configs) -> None:
         self.shape, self.gpu, self.dtype = shape, gpu, getattr(torch, shape.dtype)
+        self.design = TODAY if design is None else design
+        self.tiles = FirstTiles if self.design == FIRST else tiles
         self.size = self.dtype.itemsize
         rows = shape.batch * shape.tokens
         self.q = rows * shape.q_heads * shape.head_dim * self.size
         self.kv = rows * shape.kv_heads * shape.head_dim * self.size
         self.lse = rows * shape.q_heads * 4
         self.maps = shape.batch * shape.steps * shape.words * 4
+        self.scores = shape.batch * shape.q_heads * shape.tokens**2 / 2
         self.product = shape.batch * shape.q_heads * shape.tokens**2 * shape.head_dim  # half of the square
-        plain, triton = NARROW.get(shape.head_dim, (1.0, 1.0))
-        ramp = shape.tokens / (shape.tokens + RAMP)
-        self.plain_forward, self.plain_backward = (
-            share * plain * ramp for share in (gpu.plain_forward, gpu.plain_backward)
-        )
-        self.triton = gpu.triton * triton * ramp
+        self.ramp = shape.tokens / (shape.tokens + RAMP)
+        narrow = TRITON_NARROW if shape.head_dim <= 64 else 1.0
+        self.triton = gpu.triton * narrow * self.ramp
+        self.bucket = 64 if shape.head_dim <= 64 else 128
 
-    def kernel(self, name: str, flops: float, memory: float, l2: float = 0.0) -> Kernel:
+    def kernel(self, name: str, flops: float, memory: float, l2: float = 0.0, grid: Grid | None = None) -> Kernel:
         """Return one of the map's kernels. If q and the keys fit in half of the L2, it reads what the previous kernel
         left there."""
         if 4 * (self.q + self.kv) <= self.gpu.cache / 2:
             memory, l2 = 0.0, memory + l2
-        return Kernel(name, flops, memory, l2)
+        return Kernel(name, flops, memory, l2, grid=grid)
 
-    def plain(self) -> Layer:
-        """Return the fastest attention without a map: five products backward, dq summed with atomics."""
-        forward = Kernel("plain forward", 2 * self.product, 2 * self.q + 2 * self.kv, 0, self.plain_forward)
-        backward = Kernel(
-            "plain backward", 5 * self.product, 4 * self.q + 4 * self.kv, 0, self.plain_backward, PLAIN_LAUNCHES[1]
+    def plain(self, key_dim: int | None = None, value_dim: int | None = None) -> Layer:
+        """Return the fastest attention without a map: five products backward, dq summed with atomics.
+
+        ``key_dim`` is the width of q and k, ``value_dim`` that of v and O; both are the head dimension by default.
+        """
+        D = self.shape.head_dim
+        key_dim, value_dim = key_dim or D, value_dim or D
+        q, kv = (x * (key_dim + value_dim) / (2 * D) for x in (self.q, self.kv))
+        share_forward, flops_forward = self._plain(key_dim + value_dim, 2)
+        share_backward, flops_backward = self._plain(3 * key_dim + 2 * value_dim, 5)
+        forward, backward = (self.gpu.plain_forward * share_forward, self.gpu.plain_backward * share_backward)
+        launches = PLAIN_LAUNCHES
+        return Layer(
+            "fastest plain",
+            (Kernel("plain forward", flops_forward, 2 * q + 2 * kv, 0, forward, launches[0], launch=PLAIN_LAUNCH),),
+            (Kernel("plain backward", flops_backward, 4 * q + 4 * kv, 0, backward, launches[1], launch=PLAIN_LAUNCH),),
         )
-        return Layer("fastest plain", (forward,), (backward,))
+
+    def _plain(self, widths: int, products: int) -> tuple[float, float]:
+        """Return the share of the rate at head_dim 128, and the FLOPs, of products with these widths together."""
+        full = products * 128
+        time = (1 - PER_SCORE) * widths / full + PER_SCORE  # of a score, in that of head_dim 128
+        return self.ramp * widths / full / time, 2 * self.scores * widths
 
     def engine(self, lse_gradient: bool) -> Layer:
         """Return the fastest plain attention with the map's kernels, and ``fold`` unless its backward takes dlse."""
         plain = self.plain()
         name = "engine with dlse + map kernels" if lse_gradient else "engine + map kernels"
-        extra = (self.map_dlse(), *(() if lse_gradient else (self.fold(),)), *self.map_gradient())
+        if self.design.preprocess and lse_gradient:
+            extra = (self.preprocess(), *self.map_gradient()[1:])
+        elif lse_gradient:
+            extra = (self.map_dlse(), *self.map_gradient())
+        elif self.design.one_fold:
+            extra = (self.map_fold(), *self.map_gradient())
+        else:
+            extra = (self.map_dlse(), self.fold(), *self.map_gradient())
         return Layer(name, plain.forward + self.map_alone(), plain.backward + extra)
+
+    def widened(self, equal_widths: bool = False) -> Layer:
+        """Return attention with v widened by a column per word; ``equal_widths``: q and k are padded to v's width.
+
+        More words than fit beside v in 256 columns take further calls with the scores computed again.
+        """
+        s = self.shape
+        free = 256 - s.head_dim
+        forward: list[Kernel] = []
+        backward: list[Kernel] = []
+        column = s.batch * s.tokens * self.size
+        for first in range(0, s.words, free):
+            count = min(s.words - first, free)
+            beside = s.head_dim if first == 0 else 0
+            value_dim = -(-(beside + count) // 16) * 16
+            key_dim = s.head_dim
+            if equal_widths:  # as wide as the next template of PyTorch's flash attention
+                value_dim = key_dim = next(w for w in (64, 96, 128, 192, 256) if w >= max(value_dim, s.head_dim))
+            attention = self.plain(key_dim, value_dim)
+            tag = "" if first == 0 else f" {first}"
+            wide_v = column * s.kv_heads * (beside + value_dim)
+            padded = column * (s.q_heads + s.kv_heads) * (s.head_dim + key_dim) if equal_widths else 0.0
+            out = column * s.q_heads * 2 * beside
+            forward += [
+                self.kernel("widen v" + tag, 0, wide_v),
+                *([self.kernel("pad q and k" + tag, 0, padded)] if padded else []),
+                *(dataclasses.replace(k, name=k.name + " widened" + tag) for k in attention.forward),
+                *([self.kernel("narrow out" + tag, 0, out)] if beside else []),
+                self.kernel("word sums" + tag, 0, column * s.q_heads * count + self.maps),
+            ]
+            backward += [
+                self.kernel("widen dout" + tag, 0, column * s.q_heads * (beside + value_dim)),
+                *(dataclasses.replace(k, name=k.name + " widened" + tag) for k in attention.backward),
+            ]
+        name = "widened values, equal widths" if equal_widths else "widened values"
+        return Layer(name, tuple(forward), tuple(backward))
 
     def fused(self) -> Layer:
         forward = self.flash_forward()
         return Layer("fused", forward, (self.flash_dq(), self.map_dk(direct=False), self.flash_dkv()))
 
     def map_only(self) -> Layer:
-        return Layer("map alone", self.map_alone(), (self.map_dlse("map_dq", 2, 2), *self.map_gradient()[1:]))
+        return Layer("map alone", self.map_alone(), (self.map_dq("map_dq", 2), *self.map_gradient()[1:]))
 
     def eager(self) -> Layer:
         """Return eager attention: bound by the passes over the weights, one launch per operator."""
         s = self.shape
         weights = s.batch * s.q_heads * s.tokens**2
         forward, both = (bytes_ * weights for bytes_ in EAGER_BYTES)
+        share = self.ramp * (1.0 if s.head_dim > 64 else 0.75)
+        share_forward, share_backward = share * self.gpu.plain_forward, share * self.gpu.plain_backward
         return Layer(
             "eager",
-            (Kernel("eager forward", 4 * self.product, forward, 0, self.plain_forward, 20),),
-            (Kernel("eager backward", 8 * self.product, both - forward, 0, self.plain_backward, 30),),
+            (Kernel("eager forward", 4 * self.product, forward, 0, share_forward, 20),),
+            (Kernel("eager backward", 8 * self.product, both - forward, 0, share_backward, 30),),
         )
 
     def layers(self) -> list[Layer]:
@@ -218,82 +469,179 @@ class Work:
         """Return the pooling of values (Eq. 5), forward and backward; not part of the layers above."""
         return Kernel("values", 0, self.kv, launches=2), Kernel("values backward", 0, 2 * self.kv)
 
+    def visible(self, rows: int) -> list[float]:
+        """Return the key tokens that each tile of ``rows`` rows of one sequence sees."""
+        s = self.shape
+        return [s.words * min((t + 1) * rows, s.tokens) / s.tokens for t in range(-(-s.tokens // rows))]
+
     def columns(self, rows: int, block: int) -> tuple[float, float]:
         """Return, over all tiles of the batch, the pairs of row and key column of one head that tiles of ``rows`` x
         ``block`` touch, and the columns that they read."""
-        s = self.shape
-        touched, read = 0, 0.0
-        for tile in range(-(-s.tokens // rows)):
-            visible = s.words * min((tile + 1) * rows, s.tokens) / s.tokens
-            touched += rows * -(-visible // block) * block
-            read += visible
-        return s.batch * touched, s.batch * read
+        visible = self.visible(rows)
+        touched = sum(rows * -(-v // block) * block for v in visible)
+        return self.shape.batch * touched, self.shape.batch * sum(visible)
 
     def map_alone(self) -> tuple[Kernel, Kernel]:
         s = self.shape
-        tile = configs.map_forward(self.gpu.arch, self.dtype, s.head_dim, s.words)
-        tiles, blocks = configs.num_tiles(s.tokens, s.batch, False, tile.rows), -(-s.words // tile.columns)
-        groups = -(-s.q_heads // configs.heads_per_program(self.gpu.arch, s.q_heads, tiles * blocks))
+        tile = self.tiles.map_forward(self.gpu.arch, self.dtype, s.head_dim, s.words)
+        tiles, blocks = self.tiles.num_tiles(s.tokens, s.batch, False, tile.rows), -(-s.words // tile.columns)
+        compiled = COMPILED["map_partials_wide" if s.words > 64 else "map_partials", self.bucket]
+        # A program of the tile t and the block b exists if the tile sees a token of the block; it walks its heads.
+        seen = [v > b * tile.columns for v in self.visible(tile.rows) for b in range(blocks)]
+        per_program = self._heads_per_program(tiles * blocks, sum(seen) * s.batch, tile.warps, compiled)
+        groups = -(-s.q_heads // per_program)
         share = groups * (tiles + s.batch * s.steps) * s.words / 2 * 4  # half of the columns are hidden
         flops, keys = self._column_flops(tile.rows, tile.columns, 1), self._keys(tile)
         again = flops / (2 * s.head_dim + 4 * configs.STEP_BLOCK) / tile.columns * s.head_dim * self.size  # q per block
-        partials = self.kernel("map_partials", flops, self.q + self.lse + share, again + keys)
-        return partials, self.kernel("map_reduce", 0, share + self.maps)
+        area = tile.rows * tile.columns
+        loop = Loop(
+            loads=0 if tile.stages > 1 else 2,
+            barriers=8,
+            flops=area * (2 * s.head_dim + 4 * configs.STEP_BLOCK),
+            bytes=(tile.rows + tile.columns) * s.head_dim * self.size,
+        )
+        rounds = max(1.0, s.steps * tile.rows / s.tokens / configs.STEP_BLOCK)
+        trips = tuple(rounds * s.q_heads / groups for used in seen if used)
+        head = 3 if self.design.tables else 4  # (steps, step of each row, key tokens) then q and keys
+        grid = Grid(compiled, tile.warps, trips, groups * s.batch, head, 1, loop)
+        partials = self.kernel("map_partials", flops, self.q + self.lse + share, again + keys, grid)
+        reduce = self.tiles.map_reduce(groups, s.words)
+        # Per step and block of words: the plan, its tiles' partial sums one after the other, in rounds of groups.
+        passes = (s.tokens / s.steps / tile.rows + 1) * -(-groups // reduce.groups)
+        chains = passes * -(-min(s.words, reduce.words) // reduce.columns)
+        sums = Loop(1, 1, 0.0, 0.0)
+        programs = (float(chains),) * (s.steps * -(-s.words // reduce.words))
+        steps = Grid(COMPILED["map_reduce", self.bucket], reduce.warps, programs, s.batch, 3, 0, sums)
+        return partials, self.kernel("map_reduce", 0, share + self.maps, 0, steps)
+
+    def _heads_per_program(self, programs: int, used: int, warps: int, compiled: tuple[int, int, int]) -> int:
+        heads = self.shape.q_heads
+        if not self.design.full_waves:
+            return self.tiles.heads_per_program(self.gpu.arch, heads, programs)
+        blocks, _ = aot.occupancy(aot.TARGETS[self.gpu.target], warps, *compiled[:2])
+        slots = blocks * self.gpu.multiprocessors
+        waves = {n: -(-used * -(-heads // n) // slots) * (n + 1) for n in range(1, heads + 1)}
+        return min(waves, key=lambda n: waves[n])
 
     def flash_forward(self) -> tuple[Kernel, ...]:
         """Return the kernel with the map in its epilogue and the reduction; for many partial sums, the map alone."""
         s = self.shape
-        tile = configs.flash_forward(self.gpu.arch, self.dtype, s.head_dim, False)
-        slots = configs.num_tiles(s.tokens, s.batch, False, tile.rows) + s.batch * s.steps
+        tile = self.tiles.flash_forward(self.gpu.arch, self.dtype, s.head_dim, False)
+        slots = self.tiles.num_tiles(s.tokens, s.batch, False, tile.rows) + s.batch * s.steps
         bytes_ = 2 * self.q + 2 * self.kv + self.lse
         if s.q_heads * slots * s.words * 4 > self.q:
-            return Kernel("flash_forward", 2 * self.product, bytes_, 0, self.triton), *self.map_alone()
+            return self._flash("flash_forward", 2 * self.product, bytes_, 0, 1.0), *self.map_alone()
         share = s.q_heads * slots * s.words / 2 * 4
         epilogue = self._column_flops(tile.rows, tile.key_columns, 1) * self.triton / COLUMN_SHARE
         return (
-            Kernel("flash_forward", 2 * self.product + epilogue, bytes_ + share, self._keys(tile), self.triton),
+            self._flash("flash_forward", 2 * self.product + epilogue, bytes_ + share, self._keys(tile), 1.0),
             self.kernel("map_reduce", 0, share + self.maps),
         )
 
-    def map_dlse(self, name: str = "map_dlse", products: int = 1, passes: int = 1) -> Kernel:
-        tile = configs.map_dq(self.gpu.arch, self.dtype, self.shape.head_dim)
+    def _flash(self, name: str, flops: float, memory: float, l2: float, share: float) -> Kernel:
+        """Return a kernel of engine triton, with the ramp of plain attention's."""
+        return Kernel(name, flops, memory, l2, self.triton * share, launch=PLAIN_LAUNCH)
+
+    def _dq_tile(self, has_dq: bool) -> Any:
+        s = self.shape
+        if not has_dq and hasattr(self.tiles, "map_dlse"):
+            return self.tiles.map_dlse(self.gpu.arch, self.dtype, s.head_dim, s.words)
+        tile = self.tiles.map_dq(self.gpu.arch, self.dtype, s.head_dim)
+        if self.design.pipelined_dq and not hasattr(self.tiles, "map_dlse"):  # the tiles with which it was compiled
+            columns = 32 if has_dq or s.words <= 32 else 64
+            warps = 8 if has_dq and s.head_dim > 64 else 4
+            tile = dataclasses.replace(tile, columns=columns, warps=warps, stages=2)
+        return tile
+
+    def map_dq(self, name: str, passes: int) -> Kernel:
+        """Return map_dlse with one pass over q, or the kernel of dq with two, or three where it is added to."""
+        s, has_dq, new = self.shape, passes > 1, self.design.pipelined_dq
+        tile = self._dq_tile(has_dq)
         touched, _ = self.columns(tile.rows, tile.columns)
-        flops = 2 * products * touched * self.shape.q_heads * self.shape.head_dim
-        return self.kernel(name, flops, passes * self.q + 2 * self.lse, self._keys(tile))
+        products = 2 if has_dq else 1
+        flops = 2 * products * touched * s.q_heads * s.head_dim
+        area = tile.rows * tile.columns
+        loop = Loop(
+            loads=1 if new else 3,  # of the token, its key, the map's gradient, each from the one before
+            barriers=(33 if has_dq else 13) if new else 24,
+            flops=2 * products * area * s.head_dim + (4 * area * configs.STEP_BLOCK if new else 0),
+            bytes=tile.columns * s.head_dim * self.size,
+        )
+        trips = tuple(float(-(-v // tile.columns)) for v in self.visible(tile.rows))
+        searches = 1 if self.design.tables else 2 + -(-s.words // 128)
+        which = ("map_dq_tables" if has_dq else "map_fold") if new else ("map_dq" if has_dq else "map_dlse")
+        memory_loads = 2 if passes > 2 else 1
+        grid = Grid(COMPILED[which, self.bucket], tile.warps, trips, s.batch * s.q_heads, searches, memory_loads, loop)
+        return self.kernel(name, flops, passes * self.q + 2 * self.lse, self._keys(tile), grid)
+
+    def map_dlse(self) -> Kernel:
+        return self.map_dq("map_dlse", 1)
+
+    def map_fold(self) -> Kernel:
+        """Return dlse and its folding in one kernel: O and dO are read and written beside q."""
+        dlse = self.map_dlse()
+        assert dlse.grid is not None
+        grid = dataclasses.replace(dlse.grid, memory_loads=dlse.grid.memory_loads + 1)
+        return self.kernel("map_fold", dlse.flops, 5 * self.q + 2 * self.lse, 0, grid)
+
+    def preprocess(self) -> Kernel:
+        """Return dlse and dq in one pass over q, O and dO, less flash-attn 4's own preprocess and its zeroed dq."""
+        both = self.map_dq("map_dq", 2)
+        assert both.grid is not None
+        grid = dataclasses.replace(both.grid, memory_loads=3)
+        own = 2 * self.q + 2 * self.q  # what the package's preprocess reads and zeroes anyway: O, dO, float32 dq
+        return self.kernel("preprocess", both.flops, 3 * self.q + 2 * self.q + 2 * self.lse - own, 0, grid)
 
     def map_gradient(self) -> tuple[Kernel, ...]:
         """Return the kernels after an engine's backward; with a single split of the rows dk is added directly."""
         s = self.shape
         splits = self._splits()
         rows = s.batch * s.kv_heads * s.words * s.head_dim
-        add = self.kernel("map_dk_add", 0, splits * rows * 4 + 2 * rows * self.size)
-        return self.map_dlse("map_dq_add", 2, 3), self.map_dk(), *((add,) if splits > 1 else ())
+        loop = Loop(1, 0, 0.0, 0.0)
+        blocks = -(-s.words // self.tiles.map_dk_add(s.head_dim).columns)
+        grid = Grid(COMPILED["map_dk_add", self.bucket], 4, (1.0,) * (blocks * s.kv_heads), s.batch, 2, 1, loop)
+        add = self.kernel("map_dk_add", 0, splits * rows * 4 + 2 * rows * self.size, 0, grid)
+        return self.map_dq("map_dq_add", 3), self.map_dk(), *((add,) if splits > 1 else ())
 
     def map_dk(self, direct: bool = True) -> Kernel:
         s = self.shape
-        tile = configs.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
+        tile = self.tiles.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
         blocks = -(-s.words // tile.columns)
-        walked = sum(s.tokens * (1 - b * tile.columns / s.words) for b in range(blocks)) * s.batch * s.q_heads
+        rows = [s.tokens * (1 - b * tile.columns / s.words) for b in range(blocks)]
+        walked = sum(rows) * s.batch * s.q_heads
         splits = self._splits()
         result = s.batch * s.kv_heads * s.words * s.head_dim * (2 * self.size if direct and splits == 1 else 4 * splits)
         flops = 4 * walked * tile.columns * s.head_dim
-        return self.kernel("map_dk", flops, self.q + self.lse + result, walked * s.head_dim * self.size)
+        area = tile.rows * tile.columns
+        loop = Loop(
+            loads=2,  # the step of each row, then the map's gradient at it; q runs ahead
+            barriers=7,
+            flops=4 * area * s.head_dim,
+            bytes=tile.rows * s.head_dim * self.size,
+        )
+        group = s.q_heads // s.kv_heads
+        trips = tuple(-(-(-(-r // tile.rows) * group) // splits) * 1.0 for r in rows)
+        searches = 1 if self.design.tables else 2
+        grid = Grid(
+            COMPILED["map_dk", self.bucket], tile.warps, trips, s.batch * s.kv_heads * splits, 1 + searches, 1, loop
+        )
+        return self.kernel("map_dk", flops, self.q + self.lse + result, walked * s.head_dim * self.size, grid)
 
     def fold(self) -> Kernel:
         return self.kernel("fold", 0, 4 * self.q + self.lse)
 
     def flash_dq(self) -> Kernel:
         s = self.shape
-        tile = configs.flash_dq(self.gpu.arch, self.dtype, s.head_dim)
+        tile = self.tiles.flash_dq(self.gpu.arch, self.dtype, s.head_dim)
         touched, _ = self.columns(tile.rows, tile.key_columns)
         flops = 3 * self.product + 4 * touched * s.q_heads * s.head_dim
-        return Kernel("flash_dq", flops, 4 * self.q + 2 * self.kv + 2 * self.lse, self._keys(tile), self.triton)
+        return self._flash("flash_dq", flops, 4 * self.q + 2 * self.kv + 2 * self.lse, self._keys(tile), 1.0)
 
     def flash_dkv(self) -> Kernel:
         s = self.shape
         partial = self._splits() * s.batch * s.kv_heads * s.words * s.head_dim * 4
         bytes_ = 2 * self.q + 4 * self.kv + 2 * self.lse + partial
-        return Kernel("flash_dkv", 4 * self.product, bytes_, 0, self.triton * DKV_SHARE)
+        return self._flash("flash_dkv", 4 * self.product, bytes_, 0, DKV_SHARE)
 
     def _column_flops(self, rows: int, block: int, products: int) -> float:
         """Return FLOPs of the key columns' scores and the step sums: two products with a one-hot tile per weight."""
@@ -307,10 +655,25 @@ class Work:
 
     def _splits(self) -> int:
         s = self.shape
-        tile = configs.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
+        tile = self.tiles.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
         programs = s.batch * -(-s.words // tile.columns) * s.kv_heads
         limit = -(-s.tokens // tile.rows) * (s.q_heads // s.kv_heads)
-        return configs.row_splits(self.gpu.arch, programs, limit)
+        if self.design.full_waves:
+            blocks, _ = aot.occupancy(aot.TARGETS[self.gpu.target], tile.warps, *COMPILED["map_dk", self.bucket][:2])
+            return max(1, min(limit, 32, blocks * self.gpu.multiprocessors // programs))
+        splits: int = self.tiles.row_splits(self.gpu.arch, programs, limit)
+        return splits
+
+
+def widening_wins(shape: Shape, gpu: GPU, *, lse_gradient: bool, equal_widths: bool, design: Design = MAPS) -> bool:
+    """Return whether, by prediction, both passes are faster with widened values than with the map's kernels.
+
+    Args:
+        lse_gradient: the engine's backward takes dlse (flash-attn 4). equal_widths: it takes q, k and v of one width
+            only (PyTorch's flash attention, flash-attn 2).
+    """
+    work = Work(shape, gpu, design)
+    return work.widened(equal_widths).seconds(gpu, True) < work.engine(lse_gradient).seconds(gpu, True)
 
 
 def gpu_named(device: str) -> GPU | None:
@@ -373,12 +736,62 @@ def rounded(x: float) -> float:
     return float(f"{x:.4g}")
 
 
+# Shapes that have a target, with it: both passes over plain attention's.
+AIMS = (
+    (Shape(16, 256, 20, 5, 9, 3, 64, "bfloat16"), 1.25),
+    (Shape(2, 2048, 64, 16, 32, 32, 128, "bfloat16"), 1.10),
+    (Shape(1, 4096, 64, 32, 32, 32, 128, "bfloat16"), 1.05),
+    (Shape(1, 4096, 256, 32, 32, 32, 128, "bfloat16"), 1.07),
+    (Shape(1, 8192, 256, 64, 32, 32, 128, "bfloat16"), 1.05),
+    (Shape(1, 16384, 1024, 128, 32, 32, 128, "bfloat16"), 1.05),
+)
+
+
+def designs(shape: Shape, gpu: GPU) -> dict[str, Layer]:
+    """Return the layers that compete for a shape, by the names in the table of ``--targets``."""
+    return {
+        "first": Work(shape, gpu, FIRST).engine(False),
+        "first, dlse": Work(shape, gpu, FIRST).engine(True),
+        "maps": Work(shape, gpu, MAPS).engine(False),
+        "maps, dlse": Work(shape, gpu, MAPS).engine(True),
+        "preprocess": Work(shape, gpu, PREPROCESS).engine(True),
+        "widened": Work(shape, gpu, MAPS).widened(),
+        "widened, equal": Work(shape, gpu, MAPS).widened(equal_widths=True),
+    }
+
+
+def print_targets() -> None:
+    """Print each design against the targets, and the share of each of its kernels in plain attention's time."""
+    for name in ("H200", "H100"):
+        gpu = GPUS[name]
+        print(f"{name}: {PREDICTED}, not measured. Forward + backward over the fastest plain attention.")
+        columns = list(designs(AIMS[0][0], gpu))
+        print(f"{'':36s}{'plain us':>9s}{'target':>8s}" + "".join(f"{c:>16s}" for c in columns))
+        for shape, target in AIMS:
+            plain = Work(shape, gpu).plain().seconds(gpu, True)
+            found = designs(shape, gpu)
+            ratios = "".join(f"{found[c].seconds(gpu, True) / plain:16.2f}" for c in columns)
+            print(f"{shape.name:36s}{plain * 1e6:9.0f}{target:8.2f}{ratios}")
+        for shape, _ in AIMS:
+            plain = Work(shape, gpu).plain().seconds(gpu, True)
+            for c, layer in designs(shape, gpu).items():
+                parts = [(k.seconds(gpu), k.name) for k in layer.kernels(True)]
+                if len(parts) > 12:  # many groups of words
+                    continue
+                shares = ", ".join(f"{name} {100 * seconds / plain:.1f}" for seconds, name in parts)
+                print(f"  {shape.name}, {c}, percent of plain: {shares}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", default="H200", choices=GPUS)
     parser.add_argument("--csv", type=Path, help="write every record to this file")
     parser.add_argument("--only", default="", help="only shapes whose name contains this text")
+    parser.add_argument("--targets", action="store_true", help="print designs against the targets, and no records")
     arguments = parser.parse_args(argv)
+    if arguments.targets:
+        print_targets()
+        return
     shapes = [s for s in cuda_grid() if arguments.only in s.name]
     if not shapes:
         parser.error(f"--only: expected a part of a shape's name, got {arguments.only!r}")

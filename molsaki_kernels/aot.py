@@ -1,6 +1,6 @@
-"""Compile every kernel variant ahead of time and report registers, spills and shared memory; this needs no GPU.
+"""Compile every kernel variant ahead of time and report what it needs of a multiprocessor; this needs no GPU.
 
-    python -m molsaki_kernels.aot --target cuda:90 [--json] [--filter NAME] [--jobs N]
+    python -m molsaki_kernels.aot --target cuda:90 [cuda:80 ...] [--csv FILE] [--json] [--filter NAME] [--jobs N]
 
 The columns and their sources:
 
@@ -8,6 +8,12 @@ The columns and their sources:
     spills      registers spilled to memory: bytes of ptxas' spill stores / 4, or .vgpr_spill_count
     shared      bytes of shared memory per program, including the buffers of the software pipeline
     matrix      matrix instructions in the code: wgmma (Hopper), tcgen05 (Blackwell), mma, mfma (AMD) or none
+    products    how many of them; a loop's body counts once
+    copies      cp.async instructions, by which the pipeline loads tiles ahead of their use
+    warps       per program, as configured; so are the stages of the pipeline
+    blocks      programs that fit on a multiprocessor (a compute unit) at once, see :func:`occupancy`
+    resident    their warps, in percent of the most that a multiprocessor holds
+    limit       what limits the blocks: registers, shared, warps or blocks
 
 A variant fails if it
 
@@ -16,13 +22,16 @@ A variant fails if it
 - spills, with head dimension 64 or 128 and none of window, softcap, sinks, packing and one map per head,
 - should use wgmma on Hopper and does not.
 
-Each failure is printed, and the exit status is then 1. Triton caches compiled kernels, so a second run takes seconds.
+Each failure is printed, and the exit status is then 1. Triton caches compiled kernels, so a second run takes seconds. A
+launch on such a GPU, with the same Triton and Python sources, finds the variants of its dtype, head dimension and
+features in that cache, if pointers and strides are multiples of 16 and the numbers of heads are like the variant's.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures.process
+import csv
 import dataclasses
 import functools
 import importlib
@@ -34,7 +43,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,19 +66,51 @@ FEATURES = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "PACKED", "PER_HEAD")  # a
 
 @dataclasses.dataclass(frozen=True)
 class Target:
+    """A chip; the limits are those of one multiprocessor (NVIDIA) or compute unit (AMD).
+
+    Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; CDNA 3 ISA reference guide
+    and LLVM's AMDGPU subtargets.
+    """
+
     arch: str  # the name in configs
     backend: str
     chip: int | str  # Triton's name
     warp_size: int
     shared_limit: int  # bytes per program
+    shared: int  # bytes
+    shared_reserved: int  # bytes that each program takes in addition
+    warps: int
+    blocks: int
+    lane_registers: int  # of one of the four schedulers: 32-bit registers of each lane, for all of its warps together
 
 
+KB = 1024
 TARGETS = {
-    "cuda:80": Target("sm80", "cuda", 80, 32, 163 * 1024),
-    "cuda:90": Target("sm90", "cuda", 90, 32, 227 * 1024),
-    "cuda:100": Target("sm100", "cuda", 100, 32, 227 * 1024),
-    "hip:gfx942": Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
+    "cuda:80": Target("sm80", "cuda", 80, 32, 163 * KB, 164 * KB, KB, warps=64, blocks=32, lane_registers=512),
+    "cuda:89": Target("sm86", "cuda", 89, 32, 99 * KB, 100 * KB, KB, warps=48, blocks=24, lane_registers=512),
+    "cuda:90": Target("sm90", "cuda", 90, 32, 227 * KB, 228 * KB, KB, warps=64, blocks=32, lane_registers=512),
+    "cuda:100": Target("sm100", "cuda", 100, 32, 227 * KB, 228 * KB, KB, warps=64, blocks=32, lane_registers=512),
+    "cuda:120": Target("sm86", "cuda", 120, 32, 99 * KB, 100 * KB, KB, warps=48, blocks=24, lane_registers=512),
+    "hip:gfx942": Target("gfx942", "hip", "gfx942", 64, 64 * KB, 64 * KB, 0, warps=32, blocks=16, lane_registers=512),
 }
+SCHEDULERS = 4  # per multiprocessor; each holds a quarter of the warps and of the registers
+
+
+def occupancy(target: Target, warps: int, registers: int, shared: int) -> tuple[int, str]:
+    """The programs that fit on a multiprocessor at once, and what limits them.
+
+    Args:
+        warps: per program. registers: per thread. shared: bytes per program.
+    """
+    per_scheduler = target.lane_registers // (-(-max(registers, 1) // 8) * 8)  # warps; allocated in units of 8
+    limits = {
+        "registers": SCHEDULERS * per_scheduler // warps,
+        "shared": target.shared // max(shared + target.shared_reserved, 1),
+        "warps": target.warps // warps,
+        "blocks": target.blocks,
+    }
+    limit = min(limits, key=lambda name: limits[name])
+    return limits[limit], limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,22 +125,27 @@ class Report:
     shared: int | None = None
     wgmma: bool | None = None
     matrix: str | None = None  # matrix instructions: wgmma, tcgen05, mma, mfma or none
+    products: int | None = None
+    copies: int | None = None
     warps: int | None = None
     stages: int | None = None
+    blocks: int | None = None
+    resident: int | None = None  # percent
+    limit: str | None = None
     seconds: float = 0.0
     failures: tuple[str, ...] = ()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m molsaki_kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--target", required=True, choices=TARGETS)
+    parser.add_argument("--target", required=True, nargs="+", choices=TARGETS, help="one or several")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
     parser.add_argument("--filter", default="", metavar="NAME", help="only the variants whose name contains NAME")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiler processes")
     args = parser.parse_args(argv)
-    # These are for the compiler processes, which import Triton anew; Triton reads TRITON_INTERPRET at import.
+    # For the compiler processes, which import Triton anew; Triton reads this variable at import.
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, without a warning from every process
 
     begin = time.perf_counter()
     reports: list[Report] = []
@@ -111,25 +158,36 @@ def main(argv: list[str] | None = None) -> int:
     if not reports:
         print(f"no variant's name contains {args.filter!r}", file=sys.stderr)
         return 1
+    if args.csv:
+        write_csv(args.csv, reports)
     failed = sum(bool(r.failures) for r in reports)
     if args.json:
         print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
     else:
-        print(f"{len(reports)} variants for {args.target}, {failed} failed, {time.perf_counter() - begin:.0f} s")
+        counts = ", ".join(f"{sum(r.target == t for r in reports)} variants for {t}" for t in args.target)
+        print(f"{counts}, {failed} failed, {time.perf_counter() - begin:.0f} s")
     return int(failed > 0)
 
 
-def compile_all(target: str, name: str = "", jobs: int = 1) -> Iterator[Report]:
-    """Compile the variants whose name contains ``name`` in ``jobs`` new processes."""
+def compile_all(targets: Sequence[str], name: str = "", jobs: int = 1) -> Iterator[Report]:
+    """Compile the variants whose name contains ``name``, for all targets, in ``jobs`` new processes."""
     with _pool(jobs) as pool:
-        names = [n for n in pool.submit(variant_names, target).result() if name in n]
-        pending = [(n, pool.submit(compile_variant, target, n)) for n in names]
-        for n, future in pending:
+        variants = [(target, pool.submit(variant_names, target)) for target in targets]
+        chosen = [(target, n) for target, names in variants for n in names.result() if name in n]
+        pending = [(target, n, pool.submit(compile_variant, target, n)) for target, n in chosen]
+        for target, n, future in pending:
             try:
                 yield future.result()
             except concurrent.futures.process.BrokenProcessPool:
                 # A crash of the compiler ends its process and breaks the whole pool.
                 yield _compile_alone(target, n)
+
+
+def write_csv(path: Path, reports: Sequence[Report]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(r, c) for c in COLUMNS] for r in reports)
 
 
 def _compile_alone(target: str, name: str) -> Report:
@@ -168,14 +226,21 @@ def compile_variant(target: str, name: str) -> Report:
         lines = str(error).strip().splitlines() or [""]
         return dataclasses.replace(report, failures=(f"does not compile: {type(error).__name__}: {lines[-1]}",))
     registers, spills = _amd_usage(compiled) if chip.backend == "hip" else _nvidia_usage(compiled)
-    matrix = _matrix_instructions(compiled)
+    shared = compiled.metadata.shared
+    matrix, products = _matrix_instructions(compiled)
+    blocks, limit = occupancy(chip, variant.num_warps, registers, shared)
     report = dataclasses.replace(
         report,
         registers=registers,
         spills=spills,
-        shared=compiled.metadata.shared,
+        shared=shared,
         wgmma=matrix == "wgmma",
         matrix=matrix,
+        products=products,
+        copies=len(re.findall(r"\bcp\.async\.c[ag]\.", compiled.asm.get("ptx", ""))),
+        blocks=blocks,
+        resident=round(100 * blocks * variant.num_warps / chip.warps),
+        limit=limit,
         seconds=round(time.perf_counter() - begin, 2),
     )
     return dataclasses.replace(report, failures=tuple(_failures(report, variant, chip)))
@@ -226,19 +291,25 @@ def _amd_usage(compiled: Any) -> tuple[int, int]:
     return int(notes["vgpr_count"]), int(notes["vgpr_spill_count"])
 
 
-def _matrix_instructions(compiled: Any) -> str:
-    """The kind of matrix instructions in the code, or "none"."""
+def _matrix_instructions(compiled: Any) -> tuple[str, int]:
+    """The kind of matrix instructions in the code, or "none", and their number."""
     for form, mnemonic in (("ptx", "wgmma.mma"), ("ptx", "tcgen05.mma"), ("ptx", "mma.sync"), ("amdgcn", "v_mfma")):
-        if mnemonic in compiled.asm.get(form, ""):
-            return re.sub(r"v_|\..*", "", mnemonic)
-    return "none"
+        if count := compiled.asm.get(form, "").count(mnemonic):
+            return re.sub(r"v_|\..*", "", mnemonic), count
+    return "none", 0
+
+
+COLUMNS = (
+    *("target", "name", "registers", "spills", "shared", "matrix", "products", "copies", "warps", "stages"),
+    *("blocks", "resident", "limit"),
+)
 
 
 def _line(report: Report | None = None) -> str:
     """A report as a line of the table, or the table's header."""
-    columns = ("name", "registers", "spills", "shared", "matrix", "warps", "stages", "seconds")
+    columns = (*COLUMNS, "seconds")
     cells = columns if report is None else ["-" if (x := getattr(report, c)) is None else str(x) for c in columns]
-    return f"{cells[0]:<42}" + "".join(f"{cell:>10}" for cell in cells[1:])
+    return f"{cells[0]:<12}{cells[1]:<36}" + "".join(f"{cell:>10}" for cell in cells[2:])
 
 
 if __name__ == "__main__":

@@ -21,9 +21,19 @@ if TYPE_CHECKING:
     from typing import no_type_check as jit
     from typing import no_type_check as kernel
 else:
-    jit = triton.jit
+    _helpers = []
+
+    def jit(function):
+        helper = triton.jit(function)
+        _helpers.append(helper)
+        return helper
 
     def kernel(function):
         if triton.knobs.runtime.interpret:
             return triton.jit(function, do_not_specialize=RAGGED)
+        # Triton 3.6 leaves a helper's constants (LOG2E) out of its callers' cache key unless the helper has a key
+        # itself. Keys in a fixed order make that of a kernel the same in every process, whatever it launches first.
+        for helper in _helpers:
+            helper.cache_key  # noqa: B018
+        _helpers.clear()
         return Kernel(function, do_not_specialize=RAGGED)

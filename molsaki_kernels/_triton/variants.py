@@ -14,6 +14,10 @@ import triton
 from molsaki_kernels._triton.configs import FlashTile, MapTile
 from molsaki_kernels._triton.integers import next_power_of_2
 
+# Whether a launch gives every compile-time argument an empty list of attributes, and not only strings. Seen in Triton
+# 3.6 and 3.9; a wrong entry changes nothing but the cache key.
+EMPTY_ATTRS_OF_CONSTEXPRS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # The types of the kernels' arguments by name; all other arguments are int32.
@@ -62,7 +66,8 @@ class Variant:
     Attributes:
         kernel: a ``triton.JITFunction``.
         signature: type of each argument. constexprs: values of the compile-time arguments.
-        attrs: which pointers and strides are multiples of 16, as the launcher would find.
+        attrs: by the index of the argument, which pointers and strides are multiples of 16. It has the entries of a
+            launch, empty ones too, since they are part of Triton's cache key: a launch finds the compiled variant.
         wants_wgmma: the kernel should use Hopper's warp-group matrix instructions.
     """
 
@@ -77,8 +82,23 @@ class Variant:
 
     def compile(self, target: Any) -> Any:
         """Compile for a ``GPUTarget``, without a device."""
-        source = triton.compiler.ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
-        return triton.compile(source, target=target, options=dict(num_warps=self.num_warps, num_stages=self.num_stages))
+        return triton.compile(self.source(target), target=target, options=self.options)
+
+    def source(self, target: Any) -> Any:
+        """What is compiled for a ``GPUTarget``: together with ``options`` it determines Triton's cache key."""
+        attrs = self.attrs
+        if target.backend == "hip":  # a launch finds that tensors have less than 2 GiB
+            attrs = {(i,): a + [["tt.pointer_range", 32]] if self._is_pointer(i) else a for (i,), a in attrs.items()}
+        return triton.compiler.ASTSource(self.kernel, self.signature, self.constexprs, attrs)
+
+    def _is_pointer(self, index: int) -> bool:
+        return self.signature[self.kernel.arg_names[index]].startswith("*")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a launch. Triton 3.9 warns if ``enable_fp_fusion`` is its default instead of explicit."""
+        fusion = triton.knobs.language.default_fp_fusion
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=fusion)
 
 
 def variant(
@@ -92,13 +112,18 @@ def variant(
     stages: int = 1,
     wants_wgmma: bool = False,
 ) -> Variant:
-    """A variant whose arguments have the types that their names say; ``absent`` pointers are None."""
+    """A variant whose arguments have the types that their names say; ``absent`` pointers are None.
+
+    The numbers of heads are those of SmolLM2 (9 and 3 heads of 64) and of Llama 3 (32 and 8 heads of 128).
+    """
     constexprs = {**constexprs, **dict.fromkeys(absent)}
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], Any] = {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constexprs:
             signature[arg] = "constexpr"
+            if EMPTY_ATTRS_OF_CONSTEXPRS or isinstance(constexprs[arg], str):
+                attrs[(i,)] = []
             continue
         if arg in _TENSORS:
             signature[arg] = "*" + TYPES[dtype]
@@ -106,8 +131,11 @@ def variant(
             signature[arg] = "*" + _POINTERS[arg]
         else:
             signature[arg] = "fp32" if arg in _FLOATS else "i32"
-        if signature[arg][0] == "*" or arg.startswith("stride_"):
+        many_heads = arg == "heads" and constexprs["D"] >= 128
+        if signature[arg][0] == "*" or arg.startswith("stride_") or many_heads:
             attrs[(i,)] = [["tt.divisibility", 16]]
+        elif signature[arg] == "i32" and not kernel.params[i].do_not_specialize:
+            attrs[(i,)] = []
     return Variant(name, kernel, signature, constexprs, attrs, warps, stages, wants_wgmma)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+import torch
 
 from molsaki_kernels import aot
 
@@ -25,8 +29,13 @@ COMPILED = aot.Report(
     shared=65536,
     wgmma=True,
     matrix="wgmma",
+    products=24,
+    copies=8,
     warps=4,
     stages=2,
+    blocks=3,
+    resident=19,
+    limit="shared",
 )
 
 
@@ -45,14 +54,66 @@ def test_json_of_a_few_variants(tmp_path):
     for row in rows:
         assert row["target"] == "cuda:90" and 16 <= row["registers"] <= 255
         assert row["spills"] == 0 and row["shared"] <= 227 * 1024 and row["wgmma"] is False
+        assert row["products"] == row["copies"] == 0
+        assert row["blocks"] >= 4 and row["resident"] == round(100 * 4 * row["blocks"] / 64)
         assert row["failures"] == []
 
 
-def test_amd():
-    result = run("-m", "molsaki_kernels.aot", "--target", "hip:gfx942", "--filter", "fold-bf16-d64")
+def test_two_targets_and_a_csv(tmp_path):
+    path = tmp_path / "table.csv"
+    command = ["-m", "molsaki_kernels.aot", "--target", "hip:gfx942", "cuda:89", "--filter", "fold-bf16-d64"]
+    result = run(*command, "--csv", str(path))
     assert result.returncode == 0, result.stderr
-    header, row, *_ = (line.split() for line in result.stdout.splitlines())
-    assert row[0] == "fold-bf16-d64" and row[header.index("spills")] == "0"
+    header, *rows = (line.split() for line in result.stdout.splitlines())
+    assert [row[:2] for row in rows[:2]] == [["hip:gfx942", "fold-bf16-d64"], ["cuda:89", "fold-bf16-d64"]]
+    assert rows[0][header.index("spills")] == "0"
+    assert result.stdout.splitlines()[-1].startswith("1 variants for hip:gfx942, 1 variants for cuda:89, 0 failed")
+    with path.open() as file:
+        written = list(csv.DictReader(file))
+    assert [r["registers"] for r in written] == [row[header.index("registers")] for row in rows[:2]]
+
+
+@pytest.mark.parametrize(
+    "target, warps, registers, shared, blocks, limit",
+    [
+        # NVIDIA's occupancy calculator, computed by hand from the limits of each compute capability.
+        ("cuda:90", 8, 255, 100 * 1024, 1, "registers"),
+        ("cuda:90", 4, 213, 16 * 1024, 2, "registers"),
+        ("cuda:90", 4, 128, 16 * 1024, 4, "registers"),
+        ("cuda:90", 4, 129, 16 * 1024, 3, "registers"),  # allocated in units of 8 registers per thread
+        ("cuda:90", 4, 64, 56 * 1024, 4, "shared"),  # 57 KB with the reserved one
+        ("cuda:90", 4, 64, 57 * 1024, 3, "shared"),
+        ("cuda:90", 8, 32, 0, 8, "registers"),
+        ("cuda:90", 1, 16, 0, 32, "blocks"),
+        ("cuda:90", 2, 16, 0, 32, "warps"),
+        ("cuda:89", 8, 32, 0, 6, "warps"),
+        ("cuda:89", 8, 128, 99 * 1024, 1, "shared"),
+        ("hip:gfx942", 4, 256, 16 * 1024, 2, "registers"),
+        ("hip:gfx942", 4, 64, 32 * 1024, 2, "shared"),
+        ("hip:gfx942", 4, 64, 0, 8, "registers"),
+    ],
+)
+def test_occupancy(target, warps, registers, shared, blocks, limit):
+    assert aot.occupancy(aot.TARGETS[target], warps, registers, shared) == (blocks, limit)
+
+
+@pytest.mark.parametrize(
+    "capability, target",
+    [((8, 0), "cuda:80"), ((8, 9), "cuda:89"), ((9, 0), "cuda:90"), ((10, 0), "cuda:100"), ((12, 0), "cuda:120")],
+)
+def test_a_device_uses_the_tiles_that_its_target_compiles(capability, target, monkeypatch):
+    configs = pytest.importorskip("molsaki_kernels._triton.configs")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert configs._arch_of_device.__wrapped__(0) == aot.TARGETS[target].arch
+
+
+def test_a_launch_finds_the_compiled_variants():
+    """The cache keys of launches with SmolLM2's heads, with a driver that launches nothing."""
+    result = run("-m", "tests.helpers.launch_keys", TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert {"flash_forward-bf16-d64", "flash_dq-bf16-d64", "flash_dkv-bf16-d64", "fold-bf16-d64"} <= set(found)
 
 
 def test_nothing_to_compile():
@@ -79,6 +140,7 @@ def test_failures_end_in_a_failing_exit_status(monkeypatch, capsys):
         (dict(spills=8), dict(D=256), "cuda:90", None),
         (dict(shared=227 * 1024 + 1), dict(D=256, PACKED=True), "cuda:90", "232448"),
         (dict(shared=65537), dict(D=64), "hip:gfx942", "65536"),
+        (dict(shared=99 * 1024 + 1), dict(D=64), "cuda:89", "101376"),
         (dict(wgmma=False, matrix="mma"), dict(D=64), "cuda:90", "wgmma"),
         (dict(wgmma=False, matrix="mma"), dict(D=64), "cuda:80", None),
     ],
@@ -101,3 +163,29 @@ def test_a_variant_that_does_not_compile():
     )
     result = run("-c", script, TRITON_INTERPRET="0")
     assert result.stdout.startswith("does not compile: "), result.stderr
+
+
+def test_the_cache_keys_do_not_depend_on_the_order_of_launches():
+    """Else a cache that was filled in one order would not serve a process that launches in another."""
+    script = (
+        "import importlib, json, sys; from molsaki_kernels import aot;"
+        "modules = [importlib.import_module(f'molsaki_kernels._triton.{name}') for name in aot.MODULES];"
+        "kernels = {v.kernel.__name__: v.kernel for module in modules for v in module.variants('sm90')};"
+        "names = sorted(kernels, reverse=sys.argv[1] == 'reverse');"
+        "keys = {name: kernels[name].cache_key for name in names};"
+        "print(json.dumps(keys, sort_keys=True))"
+    )
+    forward, reverse = (run("-c", script, order, TRITON_INTERPRET="0") for order in ("forward", "reverse"))
+    assert len(json.loads(forward.stdout)) >= 8 and forward.stdout == reverse.stdout, forward.stderr
+
+
+def test_helpers_use_only_helpers_above_them():
+    """Their cache keys are computed when the next kernel is defined, see decorators.py."""
+    folder = Path(aot.__file__).parent / "_triton"
+    for path in folder.glob("*.py"):
+        functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+        decorated = {f.name: f.lineno for f in functions if f.decorator_list}
+        for f in functions:
+            if any(getattr(d, "id", "") == "jit" for d in f.decorator_list):
+                below = {n.id for n in ast.walk(f) if isinstance(n, ast.Name) and decorated.get(n.id, 0) > f.lineno}
+                assert not below, f"{path.name}: {f.name} uses {below}"
