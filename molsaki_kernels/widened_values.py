@@ -190,7 +190,7 @@ def split(
         (float64 for float64), those columns of the plan's map that belong to these words.
     """
     out = empty_out(wide, wide[..., :v_columns]).copy_(wide[..., :v_columns])
-    if wide.is_cuda and why_no_triton(wide.device, wide.dtype) is None:
+    if _uses_kernels(wide):
         from molsaki_kernels._triton.widened_map import word_sums
 
         return out, word_sums(wide, v_columns, num_words, cu_seqlens, steps, per_head)
@@ -220,7 +220,7 @@ def split_gradient(
     per_head: bool,
 ) -> Tensor:
     """Return dO' in the shape and layout of O' ``wide``, from the gradients of :func:`split`."""
-    if dmaps is not None and wide.is_cuda and why_no_triton(wide.device, wide.dtype) is None:
+    if dmaps is not None and _uses_kernels(wide):
         from molsaki_kernels._triton.widened_map import widened_dout
 
         dout = None if dout is None else with_contiguous_head_dim(dout)
@@ -243,6 +243,10 @@ def split_gradient(
     step = step_of_row(steps, cu_seqlens, wide)[:, None, :, None]
     dwide[..., v_columns:end] = per_row.take_along_dim(step, 2)
     return dwide
+
+
+def _uses_kernels(wide: Tensor) -> bool:
+    return wide.is_cuda and why_no_triton(wide.device, wide.dtype) is None
 
 
 def step_of_row(steps: Tensor, cu_seqlens: Tensor | None, x: Tensor) -> Tensor:

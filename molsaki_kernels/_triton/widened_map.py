@@ -113,7 +113,7 @@ def word_sums(
     H, (N, S) = wide.shape[1], steps.shape[:2]
     block = words_block(num_words)
     programs = N * S * triton.cdiv(num_words, block)
-    per_program = 1 if per_head else configs.heads_per_program(configs.arch_of(wide), H, programs)
+    per_program = 1 if per_head else heads_per_program(configs.arch_of(wide), H, programs)
     groups = triton.cdiv(H, per_program)
     shape = (N, H, S, num_words) if per_head else (groups, N, S, num_words)
     partial = torch.empty(shape, dtype=torch.float32, device=wide.device)
@@ -156,6 +156,13 @@ def widened_dout(
             num_warps=4, num_stages=1,
         )  # fmt: skip
     return dwide
+
+
+def heads_per_program(arch: str, heads: int, programs: int) -> int:
+    """Heads that a program sums: all, which saves a launch, where that leaves two programs per multiprocessor."""
+    groups = min(heads, triton.cdiv(2 * configs.MULTIPROCESSORS[arch], programs))
+    per_program: int = triton.cdiv(heads, groups)
+    return per_program
 
 
 def words_block(words: int) -> int:

@@ -253,6 +253,14 @@ def test_the_size_of_the_loss(engine, dtype, sizes):
             assert_within_budget(f"{name} {size}", got, exact, eager)
 
 
+@pytest.mark.parametrize("options", [{}, dict(packed=True, head_reduction="none", sinks=True)], ids=["batch", "packed"])
+def test_interpreted_kernels(monkeypatch, options):
+    """The sums and dO' by the Triton kernels, as on a GPU."""
+    monkeypatch.setattr(widened_values, "_uses_kernels", lambda wide: True)
+    for source in ("both", "maps", "out"):
+        compare("sdpa", "some empty", options, torch.float32, source=source)
+
+
 @pytest.mark.parametrize("engine", CPU_ENGINES)
 def test_autocast_only_casts_the_inputs(engine):
     (q, k, v), plan, _ = inputs("ragged", torch.float32)

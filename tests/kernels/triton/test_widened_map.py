@@ -7,7 +7,7 @@ import torch
 import triton
 
 from molsaki_kernels import StepPlan, widened_values
-from molsaki_kernels._triton import configs, widened_map
+from molsaki_kernels._triton import widened_map
 from tests.helpers.budget import assert_within_budget
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
@@ -52,7 +52,7 @@ def check_sums(wide, v_columns, W, cu, steps, per_head):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_word_sums(monkeypatch, dtype, packed, per_head):
     for heads, transposed, W in ((3, True, 5), (2, False, 8)):
-        monkeypatch.setattr(configs, "heads_per_program", lambda arch, H, programs, heads=heads: heads)
+        monkeypatch.setattr(widened_map, "heads_per_program", lambda arch, H, programs, heads=heads: heads)
         wide, cu, steps, _ = case(dtype, packed, W=W, transposed=transposed)
         check_sums(wide, 16, W, cu, steps, per_head)
 
