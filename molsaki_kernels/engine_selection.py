@@ -55,11 +55,12 @@ class Widened:
     head_dim: int
     words: int
     tokens: int  # of a sequence, the mean of packed ones
+    rows: int  # of all heads and sequences
     source: str
 
 
-# Not on a CPU: there the map of its own is always faster (docs/performance.md). CUDA: not measured; the row is as
-# narrow as the calls that it was predicted for. float16 is left out, because dA / Hq may leave its range.
+# Not on a CPU: there the map of its own is always faster (docs/performance.md). CUDA: not measured; the row holds the
+# calls that are limited by launches. float16 is left out, because dA / Hq may leave its range.
 WIDENED: tuple[Widened, ...] = (
     Widened(
         device="cuda",
@@ -68,8 +69,9 @@ WIDENED: tuple[Widened, ...] = (
         head_dim=64,
         words=32,  # 96 columns, a width that flash attention has a kernel for
         tokens=512,
-        source="prediction: 1.35 to 1.45 times plain attention in a CUDA graph, 1.73 with map kernels, at 16 sequences "
-        "of 256 tokens, 9 heads of 64 and 20 words",
+        rows=32768,
+        source="prediction (benchmarks.predict) for aten flash, over the time with map kernels: 0.83 to 0.98 at 4 x 256 "
+        "tokens with 9 to 32 heads of 64, 0.96 to 0.99 at 16 x 256 with 9, 1.06 with 32",
     ),
 )
 HEAD_DIMS = (64, 128, 256)
@@ -138,6 +140,7 @@ def prefers_widened(engine: str, request: AttentionRequest, plan: PlanTensors) -
             and request.head_dim <= row.head_dim
             and 0 < words <= row.words
             and request.length * request.batch <= row.tokens * sequences
+            and request.q_heads * request.length * request.batch <= row.rows
         ):
             return True
     return False

@@ -469,6 +469,7 @@ def test_auto():
         dict(length=513),
         dict(packed=True, batch=1, length=1100),
         dict(head_dim=128),
+        dict(q_heads=64, length=300),
         dict(dtype=torch.float16),
         dict(device=torch.device("cpu")),
     ):
