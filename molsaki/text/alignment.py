@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -154,12 +153,14 @@ def _check_offsets(text: str, offsets: list[Span], tokenizer: PreTrainedTokenize
     covered = bytearray(len(text))
     for start, stop in offsets:
         covered[start:stop] = b"\1" * (stop - start)
-    for i in (match.start() for match in re.finditer(b"\0", covered)):
+    i = covered.find(0)
+    while i >= 0:
         if unicodedata.category(text[i])[0] not in "CMZ":
             raise ValueError(
                 f"tokenizer: {name_of(tokenizer)} gives no token for {text[i]!r} at character {i} of {text[:80]!r}: "
                 "its offsets do not cover the text, so steps and words cannot be found"
             )
+        i = covered.find(0, i + 1)
 
 
 def _steps(tokens: Tokens, spans: list[Span], body: int) -> list[Span]:

@@ -6,7 +6,8 @@ import codecs
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,8 +16,6 @@ import numpy as np
 from molsaki.text.answers import same_answer
 
 Fields = dict[str, Any]  # the JSON object of a line
-# Where an example is: its file's number, the position of its line in bytes, the line's number; and the hash of its id.
-PLACE = np.dtype([("file", np.int16), ("offset", np.int64), ("line", np.int32), ("key", np.int64)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +37,23 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples of JSON lines files, read from disk on access; 22 bytes per example stay in memory.
+    """Examples of JSON lines files, read from disk on access; 14 bytes per example stay in memory.
 
     A slice is an `Examples` too. Reading from a file that has changed since it was opened is an error.
     """
 
-    def __init__(self, paths: Sequence[Path], places: np.ndarray[Any, Any]):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        files: np.ndarray[Any, Any],
+        offsets: np.ndarray[Any, Any],
+        lines: np.ndarray[Any, Any],
+    ):
         self._paths, self._states = paths, [_state(path) for path in paths]
-        self._places = places
+        self._files, self._offsets, self._lines = files, offsets, lines
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._lines)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -57,14 +62,14 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self._paths, self._places[index])
-        number, offset, line, _ = self._places[index].item()
+            return Examples(self._paths, self._files[index], self._offsets[index], self._lines[index])
+        number = int(self._files[index])
         path = self._paths[number]
         with path.open("rb") as file:
             if _state(file.fileno()) != self._states[number]:
                 raise ValueError(f"{path}: has changed since it was opened; run again")
-            file.seek(offset)
-            return _example(json.loads(file.readline()), str(path), str(line), False)
+            file.seek(self._offsets[index])
+            return _example(json.loads(file.readline()), str(path), str(self._lines[index]), False)
 
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Examples:
@@ -85,35 +90,33 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
             the wrong type, or two lines have the same id; the message names the file, the line and the field.
     """
     paths = [Path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
-    places = np.fromiter(_places(paths, rationale), PLACE)
-    found = Examples(paths, places)
-    _, firsts = np.unique(places["key"], return_index=True)
-    for second in np.setdiff1d(np.arange(len(places)), firsts)[:1]:
-        first = np.flatnonzero(places["key"] == places["key"][second])[0]
-        (file, _, line, _), (other, _, again, _) = places[first].item(), places[second].item()
-        there = str(line) if file == other else f"{line} of {paths[file]}"
-        raise ValueError(f"{paths[other]}:{again}: id {found[int(second)].id!r} is line {there}'s already")
-    return found
-
-
-def _places(paths: Sequence[Path], rationale: bool) -> Iterator[tuple[int, int, int, int]]:
-    """The place of every example, which is checked."""
-    for number, path in enumerate(paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        is_empty = True
-        with path.open("rb") as file:
+    files, offsets, lines, keys = array("h"), array("q"), array("i"), array("q")
+    for number, one in enumerate(paths):
+        if not one.is_file():
+            raise FileNotFoundError(f"{one}: no such file")
+        before = len(lines)
+        with one.open("rb") as file:
             offset = 3 * (file.read(3) == codecs.BOM_UTF8)
             file.seek(offset)
             for line_number, line in enumerate(file, 1):
                 if line.strip():
-                    where = f"{path}:{line_number}"
+                    where = f"{one}:{line_number}"
                     example = _example(_parse(line, where), where, str(line_number), rationale)
-                    yield number, offset, line_number, hash(example.id)
-                    is_empty = False
+                    files.append(number)
+                    offsets.append(offset)
+                    lines.append(line_number)
+                    keys.append(hash(example.id))
                 offset += len(line)
-        if is_empty:
-            raise ValueError(f"{path}: holds no examples")
+        if len(lines) == before:
+            raise ValueError(f"{one}: holds no examples")
+    found = Examples(paths, np.array(files), np.array(offsets), np.array(lines))
+    order = np.argsort(np.array(keys), kind="stable")
+    repeated = np.flatnonzero(np.diff(np.array(keys)[order]) == 0)
+    for at in repeated[order[repeated + 1].argsort()][:1]:
+        first, second = (int(number) for number in order[at : at + 2])
+        there = f"{lines[first]}" if files[first] == files[second] else f"{lines[first]} of {paths[files[first]]}"
+        raise ValueError(f"{paths[files[second]]}:{lines[second]}: id {found[second].id!r} is line {there}'s already")
+    return found
 
 
 def _state(file: Path | int) -> tuple[int, int]:
