@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 import triton
@@ -27,6 +28,7 @@ class MapTile:
     columns: int  # key tokens
     warps: int
     stages: int
+    resident: int = 1  # programs that fit a multiprocessor at once (compiled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +69,17 @@ def num_tiles(M: int, N: int, packed: bool, rows: int) -> int:
     return tiles
 
 
-def heads_per_program(arch: str, heads: int, programs: int) -> int:
-    """Heads per program of the map: as many as leave four programs per multiprocessor."""
-    groups = min(heads, triton.cdiv(4 * MULTIPROCESSORS[arch], programs))
-    per_program: int = triton.cdiv(heads, groups)
-    return per_program
+def heads_per_program(arch: str, heads: int, programs: float, resident: int = 1) -> int:
+    """Heads per program of the map, so that whole waves are filled: ``programs`` for each group of heads.
+
+    The time is the number of waves times that of a program: its heads, and about one more for what it loads once.
+    """
+
+    def time(per_program: int) -> float:
+        waves = programs * triton.cdiv(heads, per_program) / (resident * MULTIPROCESSORS[arch])
+        return math.ceil(waves) * (per_program + 1)
+
+    return min(range(1, heads + 1), key=time)
 
 
 def row_splits(arch: str, programs: int, max_splits: int) -> int:
@@ -110,8 +118,20 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
         return MapTile(rows=16, columns=16, warps=8, stages=1)
-    # Limited by bandwidth (a read of q, and at most a read and a write of dq): many small programs. 64 columns spill.
-    return MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
+    # Limited by bandwidth (a read of q, and at most a read and a write of dq) and by the latency of the gather of keys:
+    # loads run ahead, and many warps are resident.
+    stages = 1 if arch == "gfx942" else 2
+    if head_dim > 128:
+        return MapTile(rows=32, columns=32, warps=4, stages=1 if arch == "sm86" else stages)
+    return MapTile(rows=64, columns=32, warps=8 if head_dim > 64 and arch != "gfx942" else 4, stages=stages)
+
+
+def map_dlse(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
+    tile = map_dq(arch, dtype, head_dim)
+    if arch == "cpu" or dtype == torch.float32 or head_dim > 128 or arch == "gfx942":
+        return tile
+    # Without the accumulator of dq there is room for 64 key tokens, but not for the loop over heads beside them.
+    return dataclasses.replace(tile, columns=32 if key_tokens <= 32 else 64, warps=4)
 
 
 def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:

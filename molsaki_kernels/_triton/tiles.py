@@ -24,6 +24,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: its product with a small whole number is exact
 LN2_LOW = tl.constexpr(math.log(2) - 0.693359375)
+FAR = tl.constexpr(2**30)  # the position of a key token that is padding or past the end of its sequence
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -173,12 +174,12 @@ def is_visible(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.const
 
 
 @jit
-def is_key_token_visible(rows, token, word, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """:func:`is_visible` for key tokens; padding (word -1) is not visible, which costs no test with CAUSAL."""
+def is_key_token_visible(rows, token, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """:func:`is_visible` for key tokens; padding (position FAR) is not visible, which costs no test with CAUSAL."""
     if CAUSAL:
-        return is_visible(rows, tl.where(word >= 0, token, 2**30), window, CAUSAL, HAS_WINDOW)
+        return is_visible(rows, token, window, CAUSAL, HAS_WINDOW)
     else:
-        return is_visible(rows, token, window, CAUSAL, HAS_WINDOW) & (word >= 0)
+        return is_visible(rows, token, window, CAUSAL, HAS_WINDOW) & (token < FAR)
 
 
 @jit
@@ -266,19 +267,19 @@ def columns_in(tokens, words, C, first, last):
 
 @jit
 def load_columns(tokens, words, c, c_hi, length):
-    """Position and word of key tokens ``c``; the word is -1 for padding, past ``c_hi`` and past the sequence."""
+    """Position and word of key tokens ``c``; FAR and -1 for padding, past ``c_hi`` and past the sequence."""
     word = tl.load(words + c, mask=c < c_hi, other=-1).to(tl.int32)
     token = tl.load(tokens + c, mask=c < c_hi, other=0).to(tl.int32)
     inside = (word >= 0) & (token < length)
-    return tl.where(inside, token, 0), tl.where(inside, word, -1)
+    return tl.where(inside, token, FAR), tl.where(inside, word, -1)
 
 
 @jit
-def gather_keys(p_k, stride_km, token, word, D: tl.constexpr, BD: tl.constexpr):
-    """The key vectors of the key tokens: ``[BC, BD]``."""
+def gather_keys(p_k, stride_km, token, D: tl.constexpr, BD: tl.constexpr):
+    """The key vectors of the key tokens: ``[BC, BD]``, zeros for padding."""
     d = tl.arange(0, BD)
     p = p_k + token.to(tl.int64)[:, None] * stride_km + d[None, :]
-    return tl.load(p, mask=(word >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(p, mask=(token < FAR)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @jit
@@ -305,7 +306,7 @@ def dot_one_hot(x, e, acc):
 
 @jit
 def column_weights(
-    k, q, lse, token, word, rows, factor, inner, window,
+    k, q, lse, token, rows, factor, inner, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transposed weights of the key tokens ``[BC, BM]`` and their score tile.
@@ -313,7 +314,7 @@ def column_weights(
     Rows past the end have ``lse = inf``, so their weights are 0.
     """
     t = capped(dot(k, tl.trans(q), None, PRECISION), inner, HAS_SOFTCAP)  # [BC, BM]
-    visible = is_key_token_visible(rows[None, :], token[:, None], word[:, None], window, CAUSAL, HAS_WINDOW)  # [BC, BM]
+    visible = is_key_token_visible(rows[None, :], token[:, None], window, CAUSAL, HAS_WINDOW)  # [BC, BM]
     return weights(t, lse[None, :], factor, visible, q.dtype == tl.float32), t
 
 
@@ -332,9 +333,9 @@ def step_sums(
     for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
         c = c0 + tl.arange(0, BC)
         token, word = load_columns(tokens, words, c, c_hi, length)
-        k = gather_keys(p_k, stride_km, token, word, D, BD)
+        k = gather_keys(p_k, stride_km, token, D, BD)
         p, _ = column_weights(
-            k, q, lse, token, word, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+            k, q, lse, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
         )
         for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
             sums = dot_one_hot(p, one_hot(step - s0, BS, EXACT), tl.zeros([BC, BS], tl.float32))  # [BC, BS]
@@ -354,14 +355,32 @@ def column_gradient(
     for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
         c = c0 + tl.arange(0, BC)
         token, word = load_columns(tokens, words, c, c_hi, length)
-        k = gather_keys(p_k, stride_km, token, word, D, BD)  # [BC, BD]
-        t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
-        visible = is_key_token_visible(rows[:, None], token[None, :], word[None, :], window, CAUSAL, HAS_WINDOW)
-        visible = visible & (step >= 0)[:, None]  # [BM, BC]
-        g = tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=visible, other=0.0) * weight
-        ds = weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g
+        k = gather_keys(p_k, stride_km, token, D, BD)  # [BC, BD]
+        g = load_upstream(dmaps, step, word, W, weight)
+        ds, t = weighted_upstream(
+            q, k, lse, g, step, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+        )
         dlse -= tl.sum(ds, 1)
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
     return dq, dlse
+
+
+@jit
+def load_upstream(dmaps, step, word, W, weight):
+    """``g [BM, BC]``, the map's gradient of each row's step and key token's word times ``weight``; 0 outside both."""
+    inside = (step >= 0)[:, None] & (word >= 0)[None, :]
+    return tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0.0) * weight
+
+
+@jit
+def weighted_upstream(
+    q, k, lse, g, step, token, rows, factor, inner, window,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``P g [BM, BC]`` and the score tile. A row in no step has weights of 0, whatever its q and lse are."""
+    t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
+    visible = is_key_token_visible(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
+    visible = visible & (step >= 0)[:, None]
+    return weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g, t

@@ -18,12 +18,14 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # The types of the kernels' arguments by name; all other arguments are int32.
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks", "folded_out", "folded_dout")  # in the dtype
 _POINTERS = {
+    "block_table": "i32",
     "cu_seqlens": "i32",
     "delta": "fp32",
     "dlse": "fp32",
     "dmaps": "fp32",
     "dpooled": "fp32",
     "dsinks": "fp64",
+    "key_table": "i32",
     "lengths": "i64",
     "lse": "fp32",
     "maps": "fp32",
@@ -31,7 +33,9 @@ _POINTERS = {
     "pooled": "fp32",
     "step_of_row": "i32",
     "steps": "i64",
+    "tile_table": "i32",
     "tokens": "i64",
+    "word_table": "i32",
     "words": "i64",
 }
 _FLOATS = ("scale", "factor", "inner", "weight", "eps")

@@ -95,6 +95,11 @@ def _largest_head(major: int) -> str:
     return {9: "256", 10: "128, and 256", 11: "128, and 256"}.get(major, "128")
 
 
+def folds_dlse(inputs: AttentionInputs) -> bool:
+    """Return whether backward takes O' and dO'."""
+    return not _takes_dlse(inputs.q) and inputs.q.dtype != torch.float16
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and lse in float32."""
     q, sinks, cu_seqlens = inputs.q, inputs.sinks, inputs.cu_seqlens
@@ -140,9 +145,8 @@ def backward(
     if q.numel() == 0:
         return InputGradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     version, D, packed, M = _version(q.device), q.shape[3], cu_seqlens is not None, q.shape[2]
-    takes_dlse = version == 4 and not (D == 256 and _major(q.device) in (10, 11))
     with torch.cuda.device_of(q):
-        if dlse is not None and not takes_dlse:
+        if dlse is not None and not _takes_dlse(q):
             if q.dtype == torch.float16:
                 q, k, v, out, dout = append_dlse_column(q, k, v, out, dout, dlse)
             else:
@@ -176,6 +180,10 @@ def backward(
                 _interface(2)._flash_attn_backward(*tensors, *rest)
         dq, dk, dv = (_from_flash_layout(t, packed)[..., :D] for t in grads)
         return InputGradients(dq, dk, dv)
+
+
+def _takes_dlse(q: Tensor) -> bool:
+    return _version(q.device) == 4 and not (q.shape[3] == 256 and _major(q.device) in (10, 11))
 
 
 def _flash_layout(x: Tensor, packed: bool) -> Tensor:
