@@ -19,6 +19,10 @@ from torch import Tensor
 # more than 16 steps only if they average less than 8 tokens; then it takes another round.
 STEP_BLOCK = 16
 
+# Key tokens up to which the map's first backward pass keeps their positions, words and upstream gradient in registers
+# for all heads of a program.
+ONE_BLOCK = 32
+
 MULTIPROCESSORS = {"sm80": 108, "sm86": 84, "sm90": 132, "sm100": 148, "gfx942": 304, "cpu": 2}
 
 
@@ -82,10 +86,9 @@ def heads_per_program(arch: str, heads: int, programs: float, resident: int = 1)
     return min(range(1, heads + 1), key=time)
 
 
-def row_splits(arch: str, programs: int, max_splits: int) -> int:
-    """Splits of the rows in dk of the key tokens: enough for two programs per multiprocessor, at most 32 (memory)."""
-    wanted: int = triton.cdiv(2 * MULTIPROCESSORS[arch], programs)
-    return max(1, min(max_splits, 32, wanted))
+def row_splits(arch: str, programs: int, max_splits: int, resident: int = 2) -> int:
+    """Splits of the rows in dk of the key tokens: as many as fit the GPU at once, at most 32 (memory)."""
+    return max(1, min(max_splits, 32, resident * MULTIPROCESSORS[arch] // programs))
 
 
 def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
@@ -99,7 +102,7 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
     # The product is P^T [columns, rows]: 64 columns fill one warpgroup's wgmma, 128 two. The paper's examples have 13
     # to 40 words. Compiled: 64 rows with 64 columns of 128 dimensions spill under Triton 3.6; 128 columns need 8 warps.
     if key_tokens <= 64:
-        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2)
+        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2, resident=2)
     roomy = head_dim <= 64 or arch == "sm90"  # elsewhere the scores' operands are in registers too
     return MapTile(rows=64 if roomy else 32, columns=128, warps=8, stages=2)
 
@@ -118,32 +121,41 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
         return MapTile(rows=16, columns=16, warps=8, stages=1)
-    # Limited by bandwidth (a read of q, and at most a read and a write of dq) and by the latency of the gather of keys:
-    # loads run ahead, and many warps are resident.
-    stages = 1 if arch == "gfx942" else 2
+    # Limited by bandwidth (a read of q, a read and a write of dq) and by the latency of the gather of keys: loads run
+    # ahead, and many warps are resident (16 on Hopper).
     if head_dim > 128:
-        return MapTile(rows=32, columns=32, warps=4, stages=1 if arch == "sm86" else stages)
-    return MapTile(rows=64, columns=32, warps=8 if head_dim > 64 and arch != "gfx942" else 4, stages=stages)
+        return MapTile(rows=32, columns=32, warps=4, stages=1 if arch in ("gfx942", "sm86") else 2)
+    if arch == "gfx942":
+        return MapTile(rows=64, columns=32, warps=4, stages=1)
+    if arch in ("sm80", "sm86"):
+        return MapTile(rows=64, columns=16, warps=4, stages=2)  # compiled: 32 columns leave room for two programs
+    return MapTile(rows=64, columns=32, warps=8 if head_dim > 64 else 4, stages=2)
 
 
 def map_dlse(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
     tile = map_dq(arch, dtype, head_dim)
-    if arch == "cpu" or dtype == torch.float32 or head_dim > 128 or arch == "gfx942":
+    if arch in ("cpu", "gfx942") or dtype == torch.float32 or head_dim > 128:
         return tile
+    if arch in ("sm80", "sm86"):
+        return dataclasses.replace(tile, columns=16 if head_dim > 64 else 32, resident=4)
     # Without the accumulator of dq there is room for 64 key tokens, but not for the loop over heads beside them.
-    return dataclasses.replace(tile, columns=32 if key_tokens <= 32 else 64, warps=4)
+    return dataclasses.replace(tile, columns=32 if key_tokens <= ONE_BLOCK else 64, warps=4, resident=4)
 
 
 def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
     if arch == "cpu":
         return MapTile(rows=16, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return MapTile(rows=16, columns=16, warps=8, stages=1)
-    # The accumulator is [columns, head_dim] float32: 64 x 128 is 64 registers per thread in 4 warps.
+        return MapTile(rows=16, columns=16, warps=8, stages=1, resident=2)
+    # The accumulator is [columns, head_dim] float32: 64 x 128 is 32 registers per thread in 8 warps.
     if head_dim > 128:
         return MapTile(rows=32, columns=64, warps=8, stages=1 if arch in ("gfx942", "sm86") else 2)
-    # Compiled: 64 rows of 128 dimensions spill.
-    return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=1 if arch == "gfx942" else 2)
+    if arch == "gfx942":
+        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=1, resident=2)
+    # Compiled: 64 rows leave room for half as many warps, and those of 128 dimensions spill.
+    if head_dim > 64 and arch in ("sm90", "sm100"):
+        return MapTile(rows=32, columns=64, warps=8, stages=2, resident=2)
+    return MapTile(rows=32, columns=64, warps=4, stages=2, resident=3 if head_dim > 64 or arch == "sm90" else 2)
 
 
 def map_dk_add(head_dim: int) -> MapTile:

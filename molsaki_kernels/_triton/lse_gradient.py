@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton.decorators import jit, kernel
+from molsaki_kernels._triton.tiles import divide
 from molsaki_kernels._triton.variants import TYPES, Variant, variant
 
 VANISHED = tl.constexpr(1e-15)
@@ -35,8 +36,8 @@ def fold_rows(o, do, dlse, D: tl.constexpr, BD: tl.constexpr):
     do = tl.where(vanished, tiny, do)  # [rows, BD]
     n = do.to(tl.float32)
     a = tl.max(tl.abs(n), 1, keep_dims=True)
-    n /= a
-    return o.to(tl.float32) - dlse.to(tl.float32) / (a * tl.sum(n * n, 1, keep_dims=True)) * n, do
+    n = divide(n, a)
+    return o.to(tl.float32) - divide(dlse.to(tl.float32), a * tl.sum(n * n, 1, keep_dims=True)) * n, do
 
 
 @kernel

@@ -25,7 +25,7 @@ from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out, fold_rows
 from molsaki_kernels._triton.lse_gradient import tile as fold_tile
-from molsaki_kernels._triton.plan_tables import load_keys, load_tile, plan_tables
+from molsaki_kernels._triton.plan_tables import PlanTables, load_keys, load_tile, plan_tables, tiles_of_keys
 from molsaki_kernels._triton.tiles import (
     column_weights,
     dot,
@@ -35,7 +35,6 @@ from molsaki_kernels._triton.tiles import (
     one_hot,
     score_factors,
     score_flags,
-    steps_in,
     store_rows,
     weighted_upstream,
 )
@@ -249,6 +248,8 @@ def map_dk_kernel(
     tokens,  # (N, C)
     words,  # (N, C)
     step_of_row,  # (B, M) int32
+    block_table,  # (N, C / BC, 2), this and the next as in plan_tables; None: they are computed from the plan
+    key_table,  # (N, 2, C) or None
     partial,  # (splits, N, Hkv, C, D) float32, without the scale; None if DIRECT
     dk,  # (B, Hkv, M, D), added to in place if DIRECT, else None
     cu_seqlens,  # (N + 1,) or None
@@ -270,23 +271,19 @@ def map_dk_kernel(
         i_b = i_n * 0
         bos = tl.load(cu_seqlens + i_n).to(tl.int32)
         length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - bos
-    token, word = load_columns(tokens + i_n.to(tl.int64) * C, words + i_n.to(tl.int64) * C, c, C, length)
-
     # (tile, head) pairs with a row that is in a step and to which a key token of the block is visible, and this
     # program's share of them.
-    steps += i_n.to(tl.int64) * S * 2
-    s_lo, s_hi = steps_in(steps, S, 0, length)
-    first = length
-    last = bos * 0
-    if s_hi > 0:
-        first = tl.load(steps + 2 * s_lo).to(tl.int32)
-        last = tl.minimum(tl.load(steps + 2 * s_hi - 1).to(tl.int32), length)
-    if CAUSAL:
-        first = tl.maximum(first, tl.min(tl.where(word >= 0, token, length), 0))
-    if HAS_WINDOW:
-        last = tl.minimum(last, tl.max(tl.where(word >= 0, token + window, 0), 0))
-    lo = first // BM * group_size
-    hi = tl.cdiv(last, BM) * group_size
+    if block_table is None:
+        token, word = load_columns(tokens + i_n.to(tl.int64) * C, words + i_n.to(tl.int64) * C, c, C, length)
+        steps += i_n.to(tl.int64) * S * 2
+        lo, hi = tiles_of_keys(steps, S, token, word, length, window, BM, CAUSAL, HAS_WINDOW)
+    else:
+        token, word = load_keys(key_table, i_n, C, c, C)
+        p_tiles = block_table + tl.program_id(0).to(tl.int64) * 2
+        lo = tl.load(p_tiles)
+        hi = tl.load(p_tiles + 1)
+    lo *= group_size
+    hi *= group_size
     share = tl.cdiv(tl.maximum(hi - lo, 0), splits)
     lo += i_split * share
     hi = tl.minimum(lo + share, hi)
@@ -404,7 +401,7 @@ def map_dlse(
     config = configs.map_dlse(arch, q.dtype, D, C)
     tables = plan_tables(inputs, options, plan, config.rows)
     tiles = tables.tile_table.shape[0]
-    one_block = C <= config.columns and not options.per_head
+    one_block = C <= min(config.columns, configs.ONE_BLOCK) and not options.per_head
     heads_per_program = 1
     if one_block:
         heads_per_program = configs.heads_per_program(arch, Hq, tiles, config.resident)
@@ -477,7 +474,7 @@ def _gradients(
             BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK, **score_flags(q, options, cu_seqlens),
             PER_HEAD=options.per_head, ACCUMULATE=dlse is None, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    partial = dk_partials(dmaps, inputs, options, plan, tables.step_of_row, dk)
+    partial = dk_partials(dmaps, inputs, options, plan, tables.step_of_row, tables=tables, dk=dk)
     if partial is not None:
         config = configs.map_dk_add(D)
         with torch.cuda.device(q.get_device()):
@@ -495,6 +492,8 @@ def dk_partials(
     options: AttentionOptions,
     plan: PlanTensors,
     step_of_row: Tensor,
+    *,
+    tables: PlanTables | None = None,
     dk: Tensor | None = None,
 ) -> Tensor | None:
     """dk of the key tokens without the scale, one part per split of the rows: ``(splits, N, Hkv, C, D)`` float32.
@@ -509,14 +508,16 @@ def dk_partials(
     arch = configs.arch_of(q)
     config = configs.map_dk(arch, q.dtype, D, C)
     blocks = triton.cdiv(C, config.columns)
-    splits = configs.row_splits(arch, N * blocks * Hkv, triton.cdiv(M, config.rows) * (Hq // Hkv))
+    items = triton.cdiv(M, config.rows) * (Hq // Hkv)
+    splits = configs.row_splits(arch, N * blocks * Hkv, items, config.resident)
     target = dk if splits == 1 else None
     partial = q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32) if target is None else None
     factor, inner = score_factors(options.scale, options.softcap)
     with torch.cuda.device(q.get_device()):
         map_dk_kernel[(N * blocks, Hkv, splits)](
             q, k, inputs.lse.contiguous(), dmaps.float().contiguous(), plan.steps, plan.tokens, plan.word_of_token,
-            step_of_row, partial, target, cu_seqlens,
+            step_of_row, *((None, None) if tables is None else (tables.block_table, tables.key_table)), partial, target,
+            cu_seqlens,
             *q.stride()[:3], *k.stride()[:3], *(k if target is None else target).stride()[:3],
             options.scale, factor, inner, 1.0 if options.per_head else 1.0 / Hq, options.window or 0,
             M, N, S, C, W, splits, Hq, Hq // Hkv,

@@ -8,8 +8,8 @@ for all heads, layers and passes, and each is found by several dependent loads.
                                     steps [lo, hi) with a row in the tile, key tokens [lo, hi) visible to a row of it;
                                     lo >= hi for none, a length of 0 for a tile past the end of its sequence
     word_table (N, W / BW, 2)       the smallest range of key tokens that holds each block of words
-    block_table (N, C / BC, 2)      of each block of key tokens: the first of the tiles of KEY_ROWS rows that may add to
-                                    its gradient, and their number
+    block_table (N, C / BC, 2)      of each block of key tokens: the range of tiles of KEY_ROWS rows with a row in a step
+                                    that sees one of them
 
     key_table (N, 2, C)             the positions of the key tokens (FAR for padding and past the end) and their words (-1)
 
@@ -95,26 +95,35 @@ def plan_tables_kernel(
             length = M + i_n * 0
             if PACKED:
                 length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - tl.load(cu_seqlens + i_n).to(tl.int32)
-            s_lo, s_hi = steps_in(steps, S, 0, length)
-            first = length
-            last = i_n * 0
-            if s_hi > 0:
-                first = tl.load(steps + 2 * s_lo).to(tl.int32)
-                last = tl.minimum(tl.load(steps + 2 * s_hi - 1).to(tl.int32), length)
             c = block * BC + tl.arange(0, BC)
             token, word = load_columns(tokens, words, c, C, length)
             key_table += i_n.to(tl.int64) * 2 * C
             tl.store(key_table + c, token, mask=c < C)
             tl.store(key_table + C + c, word, mask=c < C)
-            if CAUSAL:
-                first = tl.maximum(first, tl.minimum(tl.min(token, 0), length))
-            if HAS_WINDOW:
-                last = tl.minimum(last, tl.max(tl.where(word >= 0, token + window, 0), 0))
-            last = tl.where(tl.max(word, 0) >= 0, last, 0)
-            lo = first // KEY_ROWS
+            lo, hi = tiles_of_keys(steps, S, token, word, length, window, KEY_ROWS, CAUSAL, HAS_WINDOW)
             p = block_table + (i_n.to(tl.int64) * blocks + block) * 2
             tl.store(p, lo)
-            tl.store(p + 1, tl.maximum(tl.cdiv(last, KEY_ROWS) - lo, 0))
+            tl.store(p + 1, hi)
+
+
+@jit
+def tiles_of_keys(
+    steps, S, token, word, length, window, ROWS: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """The tiles ``[lo, hi)`` of ROWS rows of one sequence with a row in a step that sees one of the key tokens."""
+    s_lo, s_hi = steps_in(steps, S, 0, length)
+    first = length
+    last = length * 0
+    if s_hi > 0:
+        first = tl.load(steps + 2 * s_lo).to(tl.int32)
+        last = tl.minimum(tl.load(steps + 2 * s_hi - 1).to(tl.int32), length)
+    if CAUSAL:
+        first = tl.maximum(first, tl.minimum(tl.min(token, 0), length))
+    if HAS_WINDOW:
+        last = tl.minimum(last, tl.max(tl.where(word >= 0, token + window, 0), 0))
+    last = tl.where(tl.max(word, 0) >= 0, last, 0)
+    lo = first // ROWS
+    return lo, tl.maximum(tl.cdiv(last, ROWS), lo)
 
 
 @jit

@@ -10,6 +10,7 @@ Addresses are 64 bit: every index is widened before it is multiplied by a stride
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from molsaki_kernels._triton.decorators import jit
 from molsaki_kernels.spec import AttentionOptions
 
+# Float32 divisions and exponentials as exact as the interpreter's. On NVIDIA GPUs ``/`` and ``tl.exp2`` of float32 are
+# approximations of about two units in the last place, which the error budget of float32 has to bear otherwise.
+EXACT_MATH = tl.constexpr(os.environ.get("MOLSAKI_EXACT_MATH") == "1")
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: its product with a small whole number is exact
@@ -121,6 +125,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @jit
+def divide(a, b):
+    """``a / b``, correctly rounded with EXACT_MATH."""
+    if EXACT_MATH:
+        return tl.math.div_rn(a, b)
+    else:
+        return a / b
+
+
+@jit
 def tanh(x):
     """Accurate to float32 rounding (Cephes): an odd polynomial near zero, where ``1 - 2 / (exp(2x) + 1)`` cancels."""
     z = x * x
@@ -129,7 +142,7 @@ def tanh(x):
     near = near * z + 1.33314422036e-1
     near = near * z - 3.33332819422e-1
     near = near * z * x + x
-    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    far = 1.0 - divide(2.0, tl.exp2(x * (2.0 * LOG2E)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, near, far)
 
 
@@ -147,7 +160,13 @@ def exp(x):
     """Accurate to float32 rounding for x <= 88; ``exp2(x log2(e))`` has the rounding error of the product."""
     x = tl.maximum(x, -150.0)
     n = tl.floor(x * LOG2E + 0.5)
-    return tl.exp2(n) * tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
+    fraction = tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
+    if EXACT_MATH:
+        # 2^n by its exponent bits, 0 where it is no normal float32: one approximation fewer.
+        bits = tl.where(n < -126.0, 0, (n.to(tl.int32) + 127) << 23)
+        return fraction * bits.to(tl.float32, bitcast=True)
+    else:
+        return tl.exp2(n) * fraction
 
 
 @jit
