@@ -422,11 +422,16 @@ def _flat_plan(plan: PlanTensors) -> tuple[Any, ...]:
 
 def _call_of(flat: tuple[Any, ...]) -> tuple[AttentionInputs, AttentionOptions, PlanTensors, str, str]:
     engine, map_engine = flat[14:]
-    return AttentionInputs(*flat[:5]), AttentionOptions(*flat[5:10]), PlanTensors(*flat[10:14], keep=False), engine, map_engine
+    plan = _plan_of(*flat[10:14])
+    return AttentionInputs(*flat[:5]), AttentionOptions(*flat[5:10]), plan, engine, map_engine
 
 
 def _map_call_of(flat: tuple[Any, ...]) -> tuple[MapInputs, AttentionOptions, PlanTensors, str]:
-    return MapInputs(*flat[:4]), AttentionOptions(*flat[4:9]), PlanTensors(*flat[9:13], keep=False), flat[13]
+    return MapInputs(*flat[:4]), AttentionOptions(*flat[4:9]), _plan_of(*flat[9:13]), flat[13]
+
+
+def _plan_of(steps: Tensor, tokens: Tensor, word_of_token: Tensor, num_words: int) -> PlanTensors:
+    return PlanTensors(steps, tokens, word_of_token, num_words, keep=False)
 
 
 def _gradient_strides(x: Tensor, engine: str) -> tuple[int, ...]:

@@ -79,8 +79,8 @@ def heads_per_program(arch: str, heads: int, programs: float, resident: int = 1)
     The time is the number of waves times that of a program: its heads, and about one more for what it loads once.
     """
 
-    def time(per_program: int) -> float:
-        waves = programs * triton.cdiv(heads, per_program) / (resident * MULTIPROCESSORS[arch])
+    def time(per_program: int) -> int:
+        waves: float = programs * triton.cdiv(heads, per_program) / (resident * MULTIPROCESSORS[arch])
         return math.ceil(waves) * (per_program + 1)
 
     return min(range(1, heads + 1), key=time)

@@ -6,6 +6,10 @@
     dq[i]     = scale sum_c dS[i, c] k[token(c)]
     dk[token] = scale sum_{h, i} dS[i, c] q[i]   summed over the query heads h of the key head
 
+:func:`map_dlse_kernel`: dlse alone, and O' and dO' with it folded into them (:mod:`lse_gradient`), before the attention's
+own backward. A program owns one tile of rows; it loops over its heads where one block holds all key tokens, and over
+the blocks of key tokens of one head otherwise. Either loop has loads whose addresses are known ahead, so that they
+overlap the products of the iteration before.
 :func:`map_dq_kernel`: a program owns one tile of rows of one head and loops over the key tokens visible to it.
 :func:`map_dk_kernel`: a program owns one block of key tokens of one key head and loops over its split of the rows of
 every head of the group. Few key tokens give few programs; therefore the rows are split, and each split writes its own
@@ -99,7 +103,7 @@ def map_dlse_kernel(
     levels would keep twice the registers."""
     # With CAUSAL the last tiles see the most key tokens. They start first, so that short ones run at the end.
     i_g = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
-    i_n, m0, bos, length, s_lo, s_hi, c_lo, c_hi = load_tile(tile_table, i_g)
+    i_n, m0, bos, length, s_lo, s_hi, c_lo, c_hi = load_tile(tile_table, i_g, M, BM, PACKED)
     if m0 >= length:
         return
     i_b = (i_n * 0 if PACKED else i_n).to(tl.int64)
@@ -185,10 +189,10 @@ def map_dq_kernel(
     PER_HEAD: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_g = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
-    i_n, m0, bos, length, s_lo, s_hi, c_lo, c_hi = load_tile(tile_table, i_g)
+    i_n, m0, bos, length, s_lo, s_hi, c_lo, c_hi = load_tile(tile_table, i_g, M, BM, PACKED)
     if m0 >= length:
         return
-    if ACCUMULATE:
+    if ACCUMULATE:  # noqa: SIM102  # a compile-time condition around one of run time
         if c_lo >= c_hi:
             return
     head = tl.program_id(1)
@@ -401,7 +405,7 @@ def map_dlse(
     config = configs.map_dlse(arch, q.dtype, D, C)
     tables = plan_tables(inputs, options, plan, config.rows)
     tiles = tables.tile_table.shape[0]
-    one_block = C <= min(config.columns, configs.ONE_BLOCK) and not options.per_head
+    one_block = min(config.columns, configs.ONE_BLOCK) >= C and not options.per_head
     heads_per_program = 1
     if one_block:
         heads_per_program = configs.heads_per_program(arch, Hq, tiles, config.resident)
@@ -537,7 +541,8 @@ def variants(arch: str) -> list[Variant]:
         tile = configs.map_dq(arch, case.dtype, D)
         flags = dict(BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK, PER_HEAD=case.per_head)
         wgmma = tile.rows >= 64
-        for kind, accumulate, absent in (("dq", False, ()), ("dq_add", True, ("dlse",))):
+        for kind, accumulate in (("dq", False), ("dq_add", True)):
+            absent: tuple[str, ...] = ("dlse",) if accumulate else ()
             if kind == "dq" or not case.feature:
                 kind_flags = flags | dict(ACCUMULATE=accumulate)
                 found.append(

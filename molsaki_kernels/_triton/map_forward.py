@@ -64,7 +64,7 @@ def map_partials_kernel(
     i_g = i // blocks
     i_c = i % blocks
     i_group = tl.program_id(1)
-    i_n, m0, bos, length, s_lo, s_hi, c_lo, c_hi = load_tile(tile_table, i_g)
+    i_n, m0, bos, length, s_lo, s_hi, c_lo, c_hi = load_tile(tile_table, i_g, M, BM, PACKED)
     # Stage 2 reads the key tokens that are visible to some row of the tile.
     if (i_c * BC >= c_hi) | (i_c * BC + BC <= c_lo):
         return

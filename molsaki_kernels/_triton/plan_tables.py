@@ -8,10 +8,10 @@ for all heads, layers and passes, and each is found by several dependent loads.
                                     steps [lo, hi) with a row in the tile, key tokens [lo, hi) visible to a row of it;
                                     lo >= hi for none, a length of 0 for a tile past the end of its sequence
     word_table (N, W / BW, 2)       the smallest range of key tokens that holds each block of words
-    block_table (N, C / BC, 2)      of each block of key tokens: the range of tiles of KEY_ROWS rows with a row in a step
-                                    that sees one of them
-
-    key_table (N, 2, C)             the positions of the key tokens (FAR for padding and past the end) and their words (-1)
+    block_table (N, C / BC, 2)      of each block of key tokens: the range of tiles of KEY_ROWS rows that have a row in a
+                                    step which sees one of them
+    key_table (N, 2, C)             the positions of the key tokens and their words; FAR and -1 for padding and past the
+                                    end of the sequence
 
 All are int32.
 """
@@ -149,19 +149,21 @@ def load_keys(key_table, i_n, C, c, c_hi):
 
 
 @jit
-def load_tile(tile_table, i_g):
+def load_tile(tile_table, i_g, M, ROWS: tl.constexpr, PACKED: tl.constexpr):
     """Tile ``i_g`` -> sequence, first row, start and length of the sequence, steps [lo, hi), key tokens [lo, hi)."""
     p = tile_table + i_g.to(tl.int64) * TILE_FIELDS
-    return (
-        tl.load(p),
-        tl.load(p + 1),
-        tl.load(p + 2),
-        tl.load(p + 3),
-        tl.load(p + 4),
-        tl.load(p + 5),
-        tl.load(p + 6),
-        tl.load(p + 7),
-    )
+    if PACKED:
+        i_n = tl.load(p)
+        m0 = tl.multiple_of(tl.load(p + 1), ROWS)
+        bos = tl.load(p + 2)
+        length = tl.load(p + 3)
+    else:
+        tiles = tl.cdiv(M, ROWS)
+        i_n = i_g // tiles
+        m0 = i_g % tiles * ROWS
+        bos = i_n * 0
+        length = bos + M
+    return i_n, m0, bos, length, tl.load(p + 4), tl.load(p + 5), tl.load(p + 6), tl.load(p + 7)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -353,9 +353,7 @@ def step_sums(
         c = c0 + tl.arange(0, BC)
         token, word = load_columns(tokens, words, c, c_hi, length)
         k = gather_keys(p_k, stride_km, token, D, BD)
-        p, _ = column_weights(
-            k, q, lse, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
-        )
+        p, _ = column_weights(k, q, lse, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
         for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
             sums = dot_one_hot(p, one_hot(step - s0, BS, EXACT), tl.zeros([BC, BS], tl.float32))  # [BC, BS]
             s = s0 + tl.arange(0, BS)

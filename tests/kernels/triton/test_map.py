@@ -8,9 +8,9 @@ from triton.runtime import interpreter
 
 import molsaki_kernels as mk
 from molsaki_kernels import engine_selection
+from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out
 from molsaki_kernels._triton.map_backward import add_map_gradients, map_backward, map_dlse
 from molsaki_kernels._triton.map_forward import map_forward
-from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out
 from molsaki_kernels.attention import sdpa
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.kernel_cases import FAR_STRIDES, Case, check_map, far_copy, make, map_kernels, map_oracle, oracle

@@ -124,7 +124,9 @@ def test_not_kept_in_an_operator_nor_for_inference_tensors(computed):
 
 def test_operators_do_not_keep_tables(monkeypatch):
     seen = []
-    monkeypatch.setattr(module._plan_cache, "cached_on_device", lambda plan, *rest: seen.append(plan.keep) or rest[-1]())
+    monkeypatch.setattr(
+        module._plan_cache, "cached_on_device", lambda plan, *rest: seen.append(plan.keep) or rest[-1]()
+    )
     case = Case("schema", M=20)
     x = make(case)
     lse = torch.zeros(x.q.shape[:3])
