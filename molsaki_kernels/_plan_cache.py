@@ -8,17 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from molsaki_kernels.spec import PlanTensors
 
 T = TypeVar("T")
-# A plan's tokens -> {everything else the value depends on: (the value, the plan's other tensors)}
+MOST_ENTRIES = 64  # of one plan; more are needed only where cu_seqlens is a new tensor in every layer
+# A plan's tokens -> {everything else the value depends on: (the value, the other tensors that it depends on)}
 _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def cached(plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
-    """Return ``compute()``, or its result for the same unchanged plan and ``key`` from an earlier call.
+def cached(
+    plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T], cu_seqlens: Tensor | None = None
+) -> T:
+    """Return ``compute()``, or its result for the same unchanged tensors and ``key`` from an earlier call.
 
     The result must not hold a view of the plan's tokens, which would keep the plan alive.
     """
@@ -26,9 +31,11 @@ def cached(plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T
     key = (
         id(steps),
         id(words),
+        id(cu_seqlens),
         None if tokens.is_inference() else tokens._version,  # inference tensors have no version
         None if steps.is_inference() else steps._version,
         None if words.is_inference() else words._version,
+        None if cu_seqlens is None or cu_seqlens.is_inference() else cu_seqlens._version,
         plan.num_words,
         *key,
     )
@@ -37,6 +44,29 @@ def cached(plan: PlanTensors, key: tuple[Hashable, ...], compute: Callable[[], T
         results = _cache[tokens] = {}
     result = results.get(key)
     if result is None:
-        result = results[key] = (compute(), steps, words)  # holding steps and words reserves their ids
+        if len(results) >= MOST_ENTRIES:
+            results.clear()
+        result = results[key] = (compute(), steps, words, cu_seqlens)  # holding the tensors reserves their ids
     value: T = result[0]
     return value
+
+
+def cached_on_device(
+    plan: PlanTensors, cu_seqlens: Tensor | None, key: tuple[Hashable, ...], compute: Callable[[], T]
+) -> T:
+    """:func:`cached`, for tensors that ``compute`` fills on the plan's device without waiting for it.
+
+    They are computed in every call, and not kept, where their memory could belong to a CUDA graph or a replay of the
+    graph could change the plan unseen: while a graph is captured and in operators, which compiled code calls, also in
+    the warm-up of ``torch.compile(mode="reduce-overhead")``. Nor are they kept for inference tensors, whose changes
+    cannot be seen. A kept tensor is used on the stream that computed it only.
+    """
+    tensors = (plan.tokens, plan.steps, plan.word_of_token, *(() if cu_seqlens is None else (cu_seqlens,)))
+    stream = 0
+    if not plan.keep or any(t.is_inference() for t in tensors):
+        return compute()
+    if plan.tokens.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return compute()
+        stream = torch.cuda.current_stream(plan.tokens.device).cuda_stream
+    return cached(plan, (stream, *key), compute, cu_seqlens)

@@ -182,18 +182,23 @@ def _gradients_with_map(
     map_engine: str,
 ) -> InputGradients:
     """Compute the gradients by an engine that does not compute the map: the map's gradient passes through dlse."""
-    dout, dlse = gradients.dout, gradients.dlse
     fused = gradients.dmaps is not None and (engine, map_engine) == (flash_attn.NAME, "triton")
     if fused and flash_attn.why_not_fused(inputs, options, plan) is None:
         return flash_attn.backward_with_map(gradients, inputs, outputs, options, plan)
+    dlse = gradients.dlse
+    dout = torch.zeros_like(outputs.out) if gradients.dout is None else gradients.dout
+    passed, folds = (OutputGradients(dout, dlse), outputs), getattr(ENGINES[engine], "folds_dlse", None)
     map_gradient = None
     if gradients.dmaps is not None:
         map_inputs = inputs.map_inputs(outputs.lse)
         map_gradient = MAP_ENGINES[map_engine].Gradient(gradients.dmaps, map_inputs, options, plan)
-        dlse = map_gradient.dlse if dlse is None else map_gradient.dlse + dlse
-    if dout is None:
-        dout = torch.zeros_like(outputs.out)
-    result = ENGINES[engine].backward(OutputGradients(dout, dlse), inputs, outputs, options, plan)
+        if folds is not None and folds(inputs):
+            folded_out, folded_dout, dlse = map_gradient.fold(outputs.out, dout, dlse)
+            passed = OutputGradients(folded_dout), AttentionOutputs(folded_out, outputs.lse)
+        else:
+            dlse = map_gradient.dlse if dlse is None else map_gradient.dlse + dlse
+            passed = OutputGradients(dout, dlse), outputs
+    result = ENGINES[engine].backward(passed[0], inputs, passed[1], options, plan)
     # Folding dlse replaces a vanished dO by tiny numbers, which leave a trace in dv.
     dv = torch.zeros_like(inputs.v) if gradients.dout is None else result.dv
     if map_gradient is not None:
@@ -535,11 +540,16 @@ def _flat_plan(plan: PlanTensors) -> tuple[Any, ...]:
 
 def _call_of(flat: tuple[Any, ...]) -> tuple[AttentionInputs, AttentionOptions, PlanTensors, str, str]:
     engine, map_engine = flat[14:]
-    return AttentionInputs(*flat[:5]), AttentionOptions(*flat[5:10]), PlanTensors(*flat[10:14]), engine, map_engine
+    plan = _plan_of(*flat[10:14])
+    return AttentionInputs(*flat[:5]), AttentionOptions(*flat[5:10]), plan, engine, map_engine
 
 
 def _map_call_of(flat: tuple[Any, ...]) -> tuple[MapInputs, AttentionOptions, PlanTensors, str]:
-    return MapInputs(*flat[:4]), AttentionOptions(*flat[4:9]), PlanTensors(*flat[9:13]), flat[13]
+    return MapInputs(*flat[:4]), AttentionOptions(*flat[4:9]), _plan_of(*flat[9:13]), flat[13]
+
+
+def _plan_of(steps: Tensor, tokens: Tensor, word_of_token: Tensor, num_words: int) -> PlanTensors:
+    return PlanTensors(steps, tokens, word_of_token, num_words, keep=False)
 
 
 def _gradient_strides(x: Tensor, engine: str) -> tuple[int, ...]:

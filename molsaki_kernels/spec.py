@@ -112,12 +112,15 @@ class PlanTensors:
     Attributes:
         steps: ``(N, S, 2)`` int64. tokens, word_of_token: ``(N, C)`` int64.
         num_words: W.
+        keep: whether tensors derived from the plan may be kept on its device for later calls; not inside an operator,
+            whose memory may belong to a CUDA graph.
     """
 
     steps: Tensor
     tokens: Tensor
     word_of_token: Tensor
     num_words: int
+    keep: bool = True
 
     def is_empty(self, q: Tensor) -> bool:
         """Return whether there is no query, key token, step or word, so that the map and its gradient are zero."""

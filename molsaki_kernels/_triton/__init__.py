@@ -9,8 +9,9 @@ Imports go in one direction: a file imports only files from the lines above its 
     configs                                   tile sizes per architecture, dtype and shape
     tiles                                     jit helpers that several kernels share
     variants                                  descriptions of kernels for ahead-of-time compilation
-    map_forward, map_backward                 the map alone
     lse_gradient, value_pooling               kernels that need no scores
+    plan_tables                               what depends on a plan alone
+    map_forward, map_backward                 the map alone
     attention_forward, attention_backward     the fused kernels, which share the map's second stages
 
 A kernel's file has the maths with shapes as its docstring, then the kernels, then the launcher, then the variants that

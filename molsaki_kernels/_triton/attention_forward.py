@@ -23,6 +23,7 @@ from molsaki_kernels._triton.tiles import (
     LOG2E,
     capped,
     columns_in,
+    divide,
     dot,
     exp,
     is_visible,
@@ -148,7 +149,7 @@ def flash_forward_kernel(
         b_lse = row_max / unit + tl.log(row_sum)
     b_lse = tl.where(rows < length, b_lse, float("inf"))
     p_out = out + i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + offset * stride_om + d[None, :]
-    store_rows(p_out, acc / row_sum[:, None], rows, length, D, BD)
+    store_rows(p_out, divide(acc, row_sum[:, None]), rows, length, D, BD)
     p_lse = lse + (i_b.to(tl.int64) * tl.num_programs(1) + i_h) * M + bos + rows
     tl.store(p_lse, b_lse, mask=rows < length)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 # more than 16 steps only if they average less than 8 tokens; then it takes another round.
 STEP_BLOCK = 16
 
+# Key tokens up to which the map's first backward pass keeps their positions, words and upstream gradient in registers
+# for all heads of a program.
+ONE_BLOCK = 32
+
 MULTIPROCESSORS = {"sm80": 108, "sm86": 84, "sm90": 132, "sm100": 148, "gfx942": 304, "cpu": 2}
 
 
@@ -28,6 +33,7 @@ class MapTile:
     columns: int  # key tokens
     warps: int
     stages: int
+    resident: int = 1  # programs that fit a multiprocessor at once (compiled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +73,24 @@ def num_tiles(M: int, N: int, packed: bool, rows: int) -> int:
     return M // rows + N if packed else N * cdiv(M, rows)
 
 
-def heads_per_program(arch: str, heads: int, programs: int) -> int:
-    """Heads per program of the map: as many as leave four programs per multiprocessor."""
-    groups = min(heads, cdiv(4 * MULTIPROCESSORS[arch], programs))
-    return cdiv(heads, groups)
+@functools.lru_cache
+def heads_per_program(arch: str, heads: int, programs: float, resident: int = 1) -> int:
+    """Heads per program of the map, so that whole waves are filled: ``programs`` for each group of heads.
+
+    The time is the number of waves times that of a program: its heads, and about one more for what it loads once.
+    """
+
+    def time(per_program: int) -> int:
+        waves: float = programs * cdiv(heads, per_program) / (resident * MULTIPROCESSORS[arch])
+        return math.ceil(waves) * (per_program + 1)
+
+    return min(range(1, heads + 1), key=time)
 
 
-def row_splits(arch: str, programs: int, max_splits: int) -> int:
-    """Splits of the rows in dk of the key tokens: enough for two programs per multiprocessor, at most 32 (memory)."""
-    wanted = cdiv(2 * MULTIPROCESSORS[arch], programs)
-    return max(1, min(max_splits, 32, wanted))
+@functools.lru_cache
+def row_splits(arch: str, programs: int, max_splits: int, resident: int = 2) -> int:
+    """Splits of the rows in dk of the key tokens: as many as fit the GPU at once, at most 32 (memory)."""
+    return max(1, min(max_splits, 32, resident * MULTIPROCESSORS[arch] // programs))
 
 
 @functools.lru_cache
@@ -91,7 +105,7 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
     # The product is P^T [columns, rows]: 64 columns fill one warpgroup's wgmma, 128 two. The paper's examples have 13
     # to 40 words. Compiled: 64 rows with 64 columns of 128 dimensions spill under Triton 3.6; 128 columns need 8 warps.
     if key_tokens <= 64:
-        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2)
+        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2, resident=2)
     roomy = head_dim <= 64 or arch == "sm90"  # elsewhere the scores' operands are in registers too
     return MapTile(rows=64 if roomy else 32, columns=128, warps=8, stages=2)
 
@@ -112,8 +126,26 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
         return MapTile(rows=16, columns=16, warps=8, stages=1)
-    # Limited by bandwidth (a read of q, and at most a read and a write of dq): many small programs. 64 columns spill.
-    return MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
+    # Limited by bandwidth (a read of q, a read and a write of dq) and by the latency of the gather of keys: loads run
+    # ahead, and many warps are resident (16 on Hopper).
+    if head_dim > 128:
+        return MapTile(rows=32, columns=32, warps=4, stages=1 if arch in ("gfx942", "sm86") else 2)
+    if arch == "gfx942":
+        return MapTile(rows=64, columns=32, warps=4, stages=1)
+    if arch in ("sm80", "sm86"):
+        return MapTile(rows=64, columns=16, warps=4, stages=2)  # compiled: 32 columns leave room for two programs
+    return MapTile(rows=64, columns=32, warps=8 if head_dim > 64 else 4, stages=2)
+
+
+@functools.lru_cache
+def map_dlse(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
+    tile = map_dq(arch, dtype, head_dim)
+    if arch in ("cpu", "gfx942") or dtype == torch.float32 or head_dim > 128:
+        return tile
+    if arch in ("sm80", "sm86"):
+        return dataclasses.replace(tile, columns=16 if head_dim > 64 else 32, resident=4)
+    # Without the accumulator of dq there is room for 64 key tokens, but not for the loop over heads beside them.
+    return dataclasses.replace(tile, columns=32 if key_tokens <= ONE_BLOCK else 64, warps=4, resident=4)
 
 
 @functools.lru_cache
@@ -121,12 +153,16 @@ def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> Map
     if arch == "cpu":
         return MapTile(rows=16, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return MapTile(rows=16, columns=16, warps=8, stages=1)
-    # The accumulator is [columns, head_dim] float32: 64 x 128 is 64 registers per thread in 4 warps.
+        return MapTile(rows=16, columns=16, warps=8, stages=1, resident=2)
+    # The accumulator is [columns, head_dim] float32: 64 x 128 is 32 registers per thread in 8 warps.
     if head_dim > 128:
         return MapTile(rows=32, columns=64, warps=8, stages=1 if arch in ("gfx942", "sm86") else 2)
-    # Compiled: 64 rows of 128 dimensions spill.
-    return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=1 if arch == "gfx942" else 2)
+    if arch == "gfx942":
+        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=1, resident=2)
+    # Compiled: 64 rows leave room for half as many warps, and those of 128 dimensions spill.
+    if head_dim > 64 and arch in ("sm90", "sm100"):
+        return MapTile(rows=32, columns=64, warps=8, stages=2, resident=2)
+    return MapTile(rows=32, columns=64, warps=4, stages=2, resident=3 if head_dim > 64 or arch == "sm90" else 2)
 
 
 @functools.lru_cache

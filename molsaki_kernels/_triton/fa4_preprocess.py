@@ -21,12 +21,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import jit, kernel
+from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.map_backward import dk_partials, map_dk_add_kernel
 from molsaki_kernels._triton.tiles import (
     LOG2E,
@@ -205,7 +205,7 @@ def fa4_preprocess(
     factor, _ = score_factors(options.scale, None)
     step_of_row = q.new_empty((B, M), dtype=torch.int32)
     packed = cu_seqlens is not None
-    tiles = M // shape.rows + N if packed else N * triton.cdiv(M, shape.rows)
+    tiles = M // shape.rows + N if packed else N * cdiv(M, shape.rows)
     with torch.cuda.device(q.get_device()):
         fa4_preprocess_kernel[(tiles, Hq)](
             q, k, out, dout, inputs.lse.contiguous(), dlse, dmaps.float().contiguous(), plan.steps, plan.tokens,
@@ -213,7 +213,7 @@ def fa4_preprocess(
             *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], *dout.stride()[:3],
             factor, 1.0 if options.per_head else 1.0 / Hq, options.window or 0, M, N, S, C, W, Hq, Hq // k.shape[1],
             dpsum.shape[-1],
-            D=D, BD=triton.next_power_of_2(shape.width), BM=shape.rows, BC=COLUMNS, BS=configs.STEP_BLOCK,
+            D=D, BD=next_power_of_2(shape.width), BM=shape.rows, BC=COLUMNS, BS=configs.STEP_BLOCK,
             WIDTH=shape.width, GROUPS=shape.warp_groups, ROW_GROUPS=shape.row_groups, CAUSAL=options.causal,
             HAS_WINDOW=options.window is not None, PACKED=packed, PER_HEAD=options.per_head,
             num_warps=WARPS, num_stages=1,
@@ -233,10 +233,10 @@ def add_key_tokens(
     D = q.shape[3]
     config = configs.map_dk_add(D)
     with torch.cuda.device(q.get_device()):
-        map_dk_add_kernel[(N * triton.cdiv(C, config.columns), dk.shape[1])](
+        map_dk_add_kernel[(N * cdiv(C, config.columns), dk.shape[1])](
             partial, plan.tokens, plan.word_of_token, dk, cu_seqlens, *dk.stride()[:3],
             options.scale, dk.shape[2], N, C, partial.shape[0],
-            D=D, BD=triton.next_power_of_2(D), BC=config.columns, PACKED=cu_seqlens is not None,
+            D=D, BD=next_power_of_2(D), BC=config.columns, PACKED=cu_seqlens is not None,
             num_warps=config.warps, num_stages=1,
         )  # fmt: skip
 
@@ -248,7 +248,7 @@ def variants(arch: str) -> list[Variant]:
         shape = accumulator(D, causal=True, windowed=False)
         assert shape is not None
         flags = dict(
-            D=D, BD=triton.next_power_of_2(D), BM=shape.rows, BC=COLUMNS, BS=configs.STEP_BLOCK, WIDTH=shape.width,
+            D=D, BD=next_power_of_2(D), BM=shape.rows, BC=COLUMNS, BS=configs.STEP_BLOCK, WIDTH=shape.width,
             GROUPS=shape.warp_groups, ROW_GROUPS=shape.row_groups, CAUSAL=True, HAS_WINDOW=False, PACKED=packed,
             PER_HEAD=False,
         )  # fmt: skip

@@ -7,7 +7,8 @@ For each row i of out, dout (B, H, M, D) and dlse (B, H, M), with D[i] = rowsum(
 
 In a row with a < 1e-15, dO has no usable direction. It is replaced first by the constant 1e-20, which is too small to
 change dP and dv. After the division by a, |n|^2 lies between 1 and the head dimension, and no square leaves the range
-of float32. The kernel is elementwise and needs one pass; a program owns a tile of rows of one head.
+of float32. The kernel is elementwise and needs one pass; a program owns a tile of rows of one head. Where dlse is the
+map's, :mod:`map_backward` folds it in the pass that computes it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,27 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from molsaki_kernels._triton.decorators import kernel
+from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.integers import cdiv, next_power_of_2
+from molsaki_kernels._triton.tiles import divide
 from molsaki_kernels._triton.variants import TYPES, Variant, variant
 
 VANISHED = tl.constexpr(1e-15)
 TINY = tl.constexpr(1e-20)
 TILE_ELEMENTS = 4096  # per tile: 32 floats per thread in 4 warps, for each of O and dO
+
+
+@jit
+def fold_rows(o, do, dlse, D: tl.constexpr, BD: tl.constexpr):
+    """``O' [rows, BD]`` in float32 and ``dO'`` in dO's dtype, of O, dO ``[rows, BD]`` and dlse ``[rows, 1]``."""
+    # The constant is rounded to dO's dtype, because the backward multiplies by the rounded number.
+    tiny = tl.where(tl.arange(0, BD)[None, :] < D, TINY, 0.0).to(do.dtype)
+    vanished = tl.max(tl.abs(do.to(tl.float32)), 1, keep_dims=True) < VANISHED
+    do = tl.where(vanished, tiny, do)  # [rows, BD]
+    n = do.to(tl.float32)
+    a = tl.max(tl.abs(n), 1, keep_dims=True)
+    n = divide(n, a)
+    return o.to(tl.float32) - divide(dlse.to(tl.float32), a * tl.sum(n * n, 1, keep_dims=True)) * n, do
 
 
 @kernel
@@ -46,20 +61,13 @@ def fold_kernel(
     do = tl.load(dout + i_b * stride_db + i_h * stride_dh + rows * stride_dm + d, mask=mask, other=0.0)
     dl = tl.load(dlse + i_b * stride_lb + i_h * stride_lh + rows * stride_lm, mask=rows < M, other=0.0)  # [BM, 1]
 
-    # The constant is rounded to dO's dtype, because the backward multiplies by the rounded number.
-    tiny = tl.where(d < D, TINY, 0.0).to(do.dtype)
-    vanished = tl.max(tl.abs(do.to(tl.float32)), 1, keep_dims=True) < VANISHED
-    do = tl.where(vanished, tiny, do)  # [BM, BD]
-    n = do.to(tl.float32)
-    a = tl.max(tl.abs(n), 1, keep_dims=True)
-    n /= a
-    o = o.to(tl.float32) - dl.to(tl.float32) / (a * tl.sum(n * n, 1, keep_dims=True)) * n
+    o, do = fold_rows(o, do, dl, D, BD)
     tl.store(folded_out + i_b * stride_fob + i_h * stride_foh + rows * stride_fom + d, o.to(out.dtype.element_ty), mask)
     tl.store(folded_dout + i_b * stride_fdb + i_h * stride_fdh + rows * stride_fdm + d, do, mask)
 
 
 def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
-    """O' and the matching dO, in the dtypes and layouts of ``out`` and ``dout``.
+    """O' and the matching dO', in the dtypes of ``out`` and ``dout`` and both in the layout of ``out``.
 
     Args:
         out: ``(B, H, M, D)`` in bfloat16 or float32, any strides with a contiguous last dimension.
@@ -72,7 +80,8 @@ def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor,
         raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
     B, H, M, D = out.shape
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # the gradient of a sum is one number, expanded
-    folded_out, folded_dout = torch.empty_like(out), torch.empty_like(dout)
+    # cuDNN's plans do not depend on the strides of dO: it has to have those that it had when the plan was built.
+    folded_out, folded_dout = torch.empty_like(out), torch.empty_like(out, dtype=dout.dtype)
     if out.numel() == 0:
         return folded_out, folded_dout
     rows, columns = tile(D)

@@ -26,6 +26,8 @@ from torch import Tensor
 from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.integers import cdiv
+from molsaki_kernels._triton.plan_tables import PlanTables, load_keys, load_tile, plan_tables, tokens_of_words
+from molsaki_kernels._triton.plan_tables import variants as plan_table_variants
 from molsaki_kernels._triton.tiles import (
     column_weights,
     dot_one_hot,
@@ -33,12 +35,9 @@ from molsaki_kernels._triton.tiles import (
     gather_keys,
     load_columns,
     load_rows,
-    locate,
     one_hot,
     score_factors,
     score_flags,
-    step_of,
-    steps_in,
 )
 from molsaki_kernels._triton.variants import Variant, cases, variant
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
@@ -49,46 +48,33 @@ def map_partials_kernel(
     q,  # (B, Hq, M, D)
     k,  # (B, Hkv, M, D)
     lse,  # (B, Hq, M) float32
-    steps,  # (N, S, 2)
-    tokens,  # (N, C)
-    words,  # (N, C)
+    step_of_row,  # (B, M), this and the next two as in plan_tables
+    tile_table,  # (tiles, 8)
+    key_table,  # (N, 2, C)
     partial,  # (groups, num_slots, C) float32
-    cu_seqlens,  # (N + 1,) or None
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_km,
-    factor, inner, window, M, N, S, C, num_slots, heads, group_size, heads_per_program,
+    factor, inner, window, M, S, C, num_slots, heads, group_size, heads_per_program,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(C, BC)
-    i_g = tl.program_id(0) // blocks
-    i_c = tl.program_id(0) % blocks
+    # With CAUSAL the last tiles see the most key tokens. They start first, so that short ones run at the end.
+    i = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
+    i_g = i // blocks
+    i_c = i % blocks
     i_group = tl.program_id(1)
-    i_n, i_b, i_t, bos, length = locate(i_g, cu_seqlens, M, N, BM, PACKED)
-    m0 = i_t * BM
-    if m0 >= length:
+    i_n, m0, bos, length, s_lo, s_hi, c_lo, c_hi = load_tile(tile_table, i_g, M, BM, PACKED)
+    # Stage 2 reads the key tokens that are visible to some row of the tile.
+    if (i_c * BC >= c_hi) | (i_c * BC + BC <= c_lo):
         return
-    steps += i_n.to(tl.int64) * S * 2
-    s_lo, s_hi = steps_in(steps, S, m0, tl.minimum(m0 + BM, length))
-    if s_hi == 0:
-        return
+    i_b = i_n * 0 if PACKED else i_n
 
     c = i_c * BC + tl.arange(0, BC)
-    tokens += i_n.to(tl.int64) * C
-    words += i_n.to(tl.int64) * C
-    token, word = load_columns(tokens, words, c, C, length)
-    # Stage 2 reads the key tokens that are visible to some row of the tile.
-    wanted = word >= 0
-    if CAUSAL:
-        wanted = wanted & (token <= m0 + BM - 1)
-    if HAS_WINDOW:
-        wanted = wanted & (token > m0 - window)
-    if tl.max(wanted.to(tl.int32), 0) == 0:
-        return
-
+    token, _word = load_keys(key_table, i_n, C, c, C)
     rows = m0 + tl.arange(0, BM)
     d = tl.arange(0, BD)
-    step = step_of(steps, S, rows, s_lo, s_hi, BS)
+    step = tl.load(step_of_row + i_b.to(tl.int64) * M + bos + rows, mask=rows < length, other=-1)
     h_lo = i_group * heads_per_program
     h_hi = tl.minimum(h_lo + heads_per_program, heads)
     p_q = q + i_b.to(tl.int64) * stride_qb + (bos + rows).to(tl.int64)[:, None] * stride_qm + d[None, :]
@@ -102,10 +88,10 @@ def map_partials_kernel(
         sums = tl.zeros([BC, BS], tl.float32)
         for i_h in tl.range(h_lo, h_hi):
             b_q = load_rows(p_q + tl.cast(i_h, tl.int64) * stride_qh, rows, length, D, BD, True)  # [BM, BD]
-            b_k = gather_keys(p_k + tl.cast(i_h // group_size, tl.int64) * stride_kh, stride_km, token, word, D, BD)
+            b_k = gather_keys(p_k + tl.cast(i_h // group_size, tl.int64) * stride_kh, stride_km, token, D, BD)
             b_lse = tl.load(p_lse + tl.cast(i_h, tl.int64) * M, mask=rows < length, other=float("inf"))
             p, _ = column_weights(
-                b_k, b_q, b_lse, token, word, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+                b_k, b_q, b_lse, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
             )
             sums = dot_one_hot(p, e, sums)
         s = s0 + tl.arange(0, BS)
@@ -119,6 +105,7 @@ def map_reduce_kernel(
     steps,  # (N, S, 2)
     tokens,  # (N, C)
     words,  # (N, C)
+    word_table,  # (N, W / BW, 2), as in plan_tables, or None
     maps,  # (N, heads_out, S, W) float32
     cu_seqlens,  # (N + 1,) or None
     weight, window, M, S, C, W, groups, num_slots,
@@ -143,7 +130,12 @@ def map_reduce_kernel(
     t_hi = tl.where(stop > start, (stop - 1) // ROWS + 1, t_lo)
     tokens += i_n.to(tl.int64) * C
     words += i_n.to(tl.int64) * C
-    c_lo, c_hi = tokens_of_words(words, C, w0, w0 + BW)
+    if word_table is None:
+        c_lo, c_hi = tokens_of_words(words, C, w0, w0 + BW)
+    else:
+        p_range = word_table + (i_n.to(tl.int64) * blocks + w0 // BW) * 2
+        c_lo = tl.load(p_range)
+        c_hi = tl.load(p_range + 1)
 
     w = w0 + tl.arange(0, BW)
     i_g = tl.arange(0, BG)
@@ -174,20 +166,6 @@ def load_steps_scalar(p):
     return tl.load(p).to(tl.int32), tl.load(p + 1).to(tl.int32)
 
 
-@jit
-def tokens_of_words(words, C, w_lo, w_hi):
-    """The smallest range ``[lo, hi)`` of key tokens that holds every token of words ``[w_lo, w_hi)``."""
-    lo = w_lo * 0 + C
-    hi = w_lo * 0
-    for c0 in tl.range(0, C, 128, num_stages=1):
-        c = c0 + tl.arange(0, 128)
-        word = tl.load(words + c, mask=c < C, other=-1).to(tl.int32)
-        hit = (word >= w_lo) & (word < w_hi)
-        lo = tl.minimum(lo, tl.min(tl.where(hit, c, C), 0))
-        hi = tl.maximum(hi, tl.max(tl.where(hit, c + 1, 0), 0))
-    return lo, hi
-
-
 def map_forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> Tensor:
     """The map ``(N, S, W)`` float32, or ``(N, Hq, S, W)`` with ``options.per_head``."""
     q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
@@ -198,21 +176,23 @@ def map_forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors)
     C = plan.tokens.shape[1]
     arch = configs.arch_of(q)
     config = configs.map_forward(arch, q.dtype, D, C)
+    tables = plan_tables(inputs, options, plan, config.rows)
     tiles = configs.num_tiles(M, N, cu_seqlens is not None, config.rows)
     blocks = cdiv(C, config.columns)
-    heads_per_program = 1 if options.per_head else configs.heads_per_program(arch, Hq, tiles * blocks)
+    programs = tiles * (blocks + 1) / 2 if options.causal else tiles * blocks  # that see a key token
+    heads_per_program = 1 if options.per_head else configs.heads_per_program(arch, Hq, programs, config.resident)
     groups = cdiv(Hq, heads_per_program)
     partial = q.new_empty((groups, tiles + N * S, C), dtype=torch.float32)
     factor, inner = score_factors(options.scale, options.softcap)
     with torch.cuda.device(q.get_device()):
         map_partials_kernel[(tiles * blocks, groups)](
-            q, k, inputs.lse.contiguous(), plan.steps, plan.tokens, plan.word_of_token, partial, cu_seqlens,
+            q, k, inputs.lse.contiguous(), tables.step_of_row, tables.tile_table, tables.key_table, partial,
             *q.stride()[:3], *k.stride()[:3],
-            factor, inner, options.window or 0, M, N, S, C, tiles + N * S, Hq, Hq // k.shape[1], heads_per_program,
+            factor, inner, options.window or 0, M, S, C, tiles + N * S, Hq, Hq // k.shape[1], heads_per_program,
             BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK, **score_flags(q, options, cu_seqlens),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return reduce_partials(partial, inputs, options, plan, config.rows)
+    return reduce_partials(partial, inputs, options, plan, config.rows, tables)
 
 
 def new_maps(q: Tensor, options: AttentionOptions, plan: PlanTensors) -> Tensor:
@@ -223,7 +203,12 @@ def new_maps(q: Tensor, options: AttentionOptions, plan: PlanTensors) -> Tensor:
 
 
 def reduce_partials(
-    partial: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, rows: int
+    partial: Tensor,
+    inputs: MapInputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+    rows: int,
+    tables: PlanTables | None = None,
 ) -> Tensor:
     """Stage 2: the map from ``partial (groups, slots, C)``, which was computed with tiles of ``rows`` rows."""
     Hq, M = inputs.q.shape[1:3]
@@ -234,7 +219,8 @@ def reduce_partials(
     config = configs.map_reduce(groups, C)
     with torch.cuda.device(partial.get_device()):
         map_reduce_kernel[(N * S * cdiv(W, config.words), Hq if options.per_head else 1)](
-            partial, plan.steps, plan.tokens, plan.word_of_token, maps, inputs.cu_seqlens,
+            partial, plan.steps, plan.tokens, plan.word_of_token, None if tables is None else tables.word_table,
+            maps, inputs.cu_seqlens,
             1.0 if options.per_head else 1.0 / Hq, options.window or 0, M, S, C, W, groups, partial.shape[1],
             ROWS=rows, BG=config.groups, BC=config.columns, BW=config.words,
             CAUSAL=options.causal, HAS_WINDOW=options.window is not None, PACKED=inputs.cu_seqlens is not None,
@@ -244,8 +230,8 @@ def reduce_partials(
 
 
 def variants(arch: str) -> list[Variant]:
-    """The variants that :mod:`molsaki_kernels.aot` compiles."""
-    found = []
+    """The variants that :mod:`molsaki_kernels.aot` compiles, those of the plan's tables too."""
+    found = plan_table_variants(arch)
     for case in cases():
         if not case.has_map or case.sinks or case.per_head:
             continue

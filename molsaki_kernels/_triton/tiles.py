@@ -10,6 +10,7 @@ Addresses are 64 bit: every index is widened before it is multiplied by a stride
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -21,10 +22,14 @@ from molsaki_kernels._triton.decorators import jit
 from molsaki_kernels._triton.integers import next_power_of_2
 from molsaki_kernels.spec import AttentionOptions
 
+# Float32 divisions and exponentials as exact as the interpreter's. On NVIDIA GPUs ``/`` and ``tl.exp2`` of float32 are
+# approximations of about two units in the last place, which the error budget of float32 has to bear otherwise.
+EXACT_MATH = tl.constexpr(os.environ.get("MOLSAKI_EXACT_MATH") == "1")
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: its product with a small whole number is exact
 LN2_LOW = tl.constexpr(math.log(2) - 0.693359375)
+FAR = tl.constexpr(2**30)  # the position of a key token that is padding or past the end of its sequence
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -121,6 +126,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @jit
+def divide(a, b):
+    """``a / b``, correctly rounded with EXACT_MATH."""
+    if EXACT_MATH:
+        return tl.math.div_rn(a, b)
+    else:
+        return a / b
+
+
+@jit
 def tanh(x):
     """Accurate to float32 rounding (Cephes): an odd polynomial near zero, where ``1 - 2 / (exp(2x) + 1)`` cancels."""
     z = x * x
@@ -129,7 +143,7 @@ def tanh(x):
     near = near * z + 1.33314422036e-1
     near = near * z - 3.33332819422e-1
     near = near * z * x + x
-    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    far = 1.0 - divide(2.0, tl.exp2(x * (2.0 * LOG2E)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, near, far)
 
 
@@ -147,7 +161,13 @@ def exp(x):
     """Accurate to float32 rounding for x <= 88; ``exp2(x log2(e))`` has the rounding error of the product."""
     x = tl.maximum(x, -150.0)
     n = tl.floor(x * LOG2E + 0.5)
-    return tl.exp2(n) * tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
+    fraction = tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
+    if EXACT_MATH:
+        # 2^n by its exponent bits, 0 where it is no normal float32: one approximation fewer.
+        bits = tl.where(n < -126.0, 0, (n.to(tl.int32) + 127) << 23)
+        return fraction * bits.to(tl.float32, bitcast=True)
+    else:
+        return tl.exp2(n) * fraction
 
 
 @jit
@@ -174,12 +194,12 @@ def is_visible(rows, columns, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.const
 
 
 @jit
-def is_key_token_visible(rows, token, word, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """:func:`is_visible` for key tokens; padding (word -1) is not visible, which costs no test with CAUSAL."""
+def is_key_token_visible(rows, token, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """:func:`is_visible` for key tokens; padding (position FAR) is not visible, which costs no test with CAUSAL."""
     if CAUSAL:
-        return is_visible(rows, tl.where(word >= 0, token, 2**30), window, CAUSAL, HAS_WINDOW)
+        return is_visible(rows, token, window, CAUSAL, HAS_WINDOW)
     else:
-        return is_visible(rows, token, window, CAUSAL, HAS_WINDOW) & (word >= 0)
+        return is_visible(rows, token, window, CAUSAL, HAS_WINDOW) & (token < FAR)
 
 
 @jit
@@ -267,19 +287,19 @@ def columns_in(tokens, words, C, first, last):
 
 @jit
 def load_columns(tokens, words, c, c_hi, length):
-    """Position and word of key tokens ``c``; the word is -1 for padding, past ``c_hi`` and past the sequence."""
+    """Position and word of key tokens ``c``; FAR and -1 for padding, past ``c_hi`` and past the sequence."""
     word = tl.load(words + c, mask=c < c_hi, other=-1).to(tl.int32)
     token = tl.load(tokens + c, mask=c < c_hi, other=0).to(tl.int32)
     inside = (word >= 0) & (token < length)
-    return tl.where(inside, token, 0), tl.where(inside, word, -1)
+    return tl.where(inside, token, FAR), tl.where(inside, word, -1)
 
 
 @jit
-def gather_keys(p_k, stride_km, token, word, D: tl.constexpr, BD: tl.constexpr):
-    """The key vectors of the key tokens: ``[BC, BD]``."""
+def gather_keys(p_k, stride_km, token, D: tl.constexpr, BD: tl.constexpr):
+    """The key vectors of the key tokens: ``[BC, BD]``, zeros for padding."""
     d = tl.arange(0, BD)
     p = p_k + token.to(tl.int64)[:, None] * stride_km + d[None, :]
-    return tl.load(p, mask=(word >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(p, mask=(token < FAR)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @jit
@@ -306,7 +326,7 @@ def dot_one_hot(x, e, acc):
 
 @jit
 def column_weights(
-    k, q, lse, token, word, rows, factor, inner, window,
+    k, q, lse, token, rows, factor, inner, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transposed weights of the key tokens ``[BC, BM]`` and their score tile.
@@ -314,7 +334,7 @@ def column_weights(
     Rows past the end have ``lse = inf``, so their weights are 0.
     """
     t = capped(dot(k, tl.trans(q), None, PRECISION), inner, HAS_SOFTCAP)  # [BC, BM]
-    visible = is_key_token_visible(rows[None, :], token[:, None], word[:, None], window, CAUSAL, HAS_WINDOW)  # [BC, BM]
+    visible = is_key_token_visible(rows[None, :], token[:, None], window, CAUSAL, HAS_WINDOW)  # [BC, BM]
     return weights(t, lse[None, :], factor, visible, q.dtype == tl.float32), t
 
 
@@ -333,10 +353,8 @@ def step_sums(
     for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
         c = c0 + tl.arange(0, BC)
         token, word = load_columns(tokens, words, c, c_hi, length)
-        k = gather_keys(p_k, stride_km, token, word, D, BD)
-        p, _ = column_weights(
-            k, q, lse, token, word, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
-        )
+        k = gather_keys(p_k, stride_km, token, D, BD)
+        p, _ = column_weights(k, q, lse, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION)
         for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
             sums = dot_one_hot(p, one_hot(step - s0, BS, EXACT), tl.zeros([BC, BS], tl.float32))  # [BC, BS]
             s = s0 + tl.arange(0, BS)
@@ -355,14 +373,32 @@ def column_gradient(
     for c0 in tl.range(c_lo, c_hi, BC, num_stages=1):
         c = c0 + tl.arange(0, BC)
         token, word = load_columns(tokens, words, c, c_hi, length)
-        k = gather_keys(p_k, stride_km, token, word, D, BD)  # [BC, BD]
-        t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
-        visible = is_key_token_visible(rows[:, None], token[None, :], word[None, :], window, CAUSAL, HAS_WINDOW)
-        visible = visible & (step >= 0)[:, None]  # [BM, BC]
-        g = tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=visible, other=0.0) * weight
-        ds = weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g
+        k = gather_keys(p_k, stride_km, token, D, BD)  # [BC, BD]
+        g = load_upstream(dmaps, step, word, W, weight)
+        ds, t = weighted_upstream(
+            q, k, lse, g, step, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
+        )
         dlse -= tl.sum(ds, 1)
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
     return dq, dlse
+
+
+@jit
+def load_upstream(dmaps, step, word, W, weight):
+    """``g [BM, BC]``, the map's gradient of each row's step and key token's word times ``weight``; 0 outside both."""
+    inside = (step >= 0)[:, None] & (word >= 0)[None, :]
+    return tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0.0) * weight
+
+
+@jit
+def weighted_upstream(
+    q, k, lse, g, step, token, rows, factor, inner, window,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``P g [BM, BC]`` and the score tile. A row in no step has weights of 0, whatever its q and lse are."""
+    t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
+    visible = is_key_token_visible(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
+    visible = visible & (step >= 0)[:, None]
+    return weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g, t

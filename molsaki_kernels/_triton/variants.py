@@ -38,6 +38,7 @@ _TENSORS = (
 )  # in the dtype
 _POINTERS = {
     "accum": "fp32",
+    "block_table": "i32",
     "cu_seqlens": "i32",
     "delta": "fp32",
     "dlse": "fp32",
@@ -45,6 +46,7 @@ _POINTERS = {
     "dpooled": "fp32",
     "dpsum": "fp32",
     "dsinks": "fp64",
+    "key_table": "i32",
     "lengths": "i64",
     "lse": "fp32",
     "lse_log2": "fp32",
@@ -53,7 +55,9 @@ _POINTERS = {
     "pooled": "fp32",
     "step_of_row": "i32",
     "steps": "i64",
+    "tile_table": "i32",
     "tokens": "i64",
+    "word_table": "i32",
     "words": "i64",
 }
 _FLOATS = ("scale", "factor", "inner", "weight", "eps")

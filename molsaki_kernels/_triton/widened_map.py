@@ -12,12 +12,12 @@ PyTorch, so no float atomics. One program of ``widened_dout`` owns a tile of row
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import kernel
+from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.tiles import locate
 from molsaki_kernels._triton.variants import TYPES, Variant, variant
 
@@ -112,14 +112,14 @@ def word_sums(
     """
     H, (N, S) = wide.shape[1], steps.shape[:2]
     block = words_block(num_words)
-    programs = N * S * triton.cdiv(num_words, block)
+    programs = N * S * cdiv(num_words, block)
     per_program = 1 if per_head else heads_per_program(configs.arch_of(wide), H, programs)
-    groups = triton.cdiv(H, per_program)
+    groups = cdiv(H, per_program)
     shape = (N, H, S, num_words) if per_head else (groups, N, S, num_words)
     partial = torch.empty(shape, dtype=torch.float32, device=wide.device)
     strides = (partial.stride(1), partial.stride(0)) if per_head else (partial.stride(0), partial.stride(1))
     with torch.cuda.device(wide.get_device()):
-        word_sums_kernel[(N * S, triton.cdiv(num_words, block), groups)](
+        word_sums_kernel[(N * S, cdiv(num_words, block), groups)](
             wide, steps, partial, cu_seqlens, *wide.stride()[:3], *strides, S, num_words, v_columns, H, per_program,
             1.0 if per_head else 1.0 / H,
             BM=SUM_ROWS, BW=block, PACKED=cu_seqlens is not None, num_warps=1, num_stages=1,
@@ -160,20 +160,20 @@ def widened_dout(
 
 def heads_per_program(arch: str, heads: int, programs: int) -> int:
     """Heads that a program sums: all, which saves a launch, where that leaves two programs per multiprocessor."""
-    groups = min(heads, triton.cdiv(2 * configs.MULTIPROCESSORS[arch], programs))
-    per_program: int = triton.cdiv(heads, groups)
+    groups = min(heads, cdiv(2 * configs.MULTIPROCESSORS[arch], programs))
+    per_program: int = cdiv(heads, groups)
     return per_program
 
 
 def words_block(words: int) -> int:
     """Columns of words that a program holds at once."""
-    block: int = min(64, max(16, triton.next_power_of_2(words)))
+    block: int = min(64, max(16, next_power_of_2(words)))
     return block
 
 
 def v_block(v_columns: int) -> int:
     """Columns of dO that a program copies at once."""
-    block: int = min(128, max(16, triton.next_power_of_2(v_columns)))
+    block: int = min(128, max(16, next_power_of_2(v_columns)))
     return block
 
 

@@ -127,6 +127,11 @@ def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
     return one_group and (request.head_dim, value_dim) in PAIRS_4
 
 
+def folds_dlse(inputs: AttentionInputs) -> bool:
+    """Return whether backward takes O' and dO'."""
+    return not _takes_dlse(inputs.q) and inputs.q.dtype != torch.float16
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and lse in float32."""
     q, sinks, cu_seqlens = inputs.q, inputs.sinks, inputs.cu_seqlens
@@ -172,9 +177,8 @@ def backward(
     if q.numel() == 0:
         return InputGradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     version, D, packed, M = version_of(q.device), q.shape[3], cu_seqlens is not None, q.shape[2]
-    takes_dlse = version == 4 and not (D == 256 and _major(q.device) in (10, 11))
     with torch.cuda.device_of(q):
-        if dlse is not None and not takes_dlse:
+        if dlse is not None and not _takes_dlse(q):
             if q.dtype == torch.float16:
                 q, k, v, out, dout = append_dlse_column(q, k, v, out, dout, dlse)
             else:
@@ -290,6 +294,10 @@ def _replace_preprocess(interface: Any) -> None:
 
     preprocess.replaced_by_molsaki = True  # type: ignore[attr-defined]
     interface._bwd_preprocess = preprocess
+
+
+def _takes_dlse(q: Tensor) -> bool:
+    return version_of(q.device) == 4 and not (q.shape[3] == 256 and _major(q.device) in (10, 11))
 
 
 def _flash_layout(x: Tensor, packed: bool) -> Tensor:

@@ -24,6 +24,10 @@ class Engine(Protocol):
             map is computed from lse by one of :data:`molsaki_kernels.attention_map.MAP_ENGINES`, ``backward`` gets its
             gradient as part of dlse, and the plan is ignored.
         DIFFERENTIABLE: autograd differentiates ``forward``, lse included, and ``backward`` is never called.
+
+    An engine that folds dlse into out (``lse_gradient.py``) may also have ``folds_dlse(inputs) -> bool``. Where it
+    returns True and the map has a gradient, ``backward`` gets O' and dO' in place of out and dout, and no dlse: the
+    map's implementation may fold in the pass that computes dlse.
     """
 
     NAME: str

@@ -93,6 +93,11 @@ def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
     return value_dim == request.head_dim
 
 
+def folds_dlse(inputs: AttentionInputs) -> bool:
+    """Return whether backward takes O' and dO': on CUDA, where they are as wide as O."""
+    return inputs.q.device.type != "cpu" and inputs.q.dtype != torch.float16
+
+
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and lse in float32 (float64 for float64)."""
     q = inputs.q

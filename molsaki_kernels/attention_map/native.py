@@ -12,7 +12,7 @@ from molsaki_kernels._native.build import why_not as unavailable
 from molsaki_kernels._native.plan_arrays import plan_arrays
 from molsaki_kernels._native.structs import MapCall, Plan
 from molsaki_kernels._workspace import workspace
-from molsaki_kernels.attention_map.protocol import both_phases
+from molsaki_kernels.attention_map.protocol import MapGradient, both_phases
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 from molsaki_kernels.strides import with_contiguous_head_dim
 
@@ -51,7 +51,7 @@ def forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> 
     return maps
 
 
-class Gradient:
+class Gradient(MapGradient):
     """The map's gradient in two phases.
 
     Args:

@@ -8,19 +8,32 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from molsaki_kernels.attention.lse_gradient import fold_dlse_into_out
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
 
 class MapGradient(Protocol):
     """The gradient of the map, in two phases.
 
-    The first phase (the constructor) computes dlse, which the attention's own backward needs. The second,
-    :meth:`add_to`, adds the key columns' part to the dq and dk that this backward returned.
+    The first phase gives :attr:`dlse`, which the attention's own backward needs, or folds it into O for a backward that
+    ignores it. The second, :meth:`add_to`, adds the key columns' part to the dq and dk that this backward returned.
+
+    Attributes:
+        dlse: ``(B, Hq, M)`` float32 (float64 for float64 inputs).
     """
 
-    @property
-    def dlse(self) -> Tensor:
-        """``(B, Hq, M)`` float32 (float64 for float64 inputs)."""
+    dlse: Tensor
+
+    def fold(self, out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return O' and dO' with :attr:`dlse`, and ``dlse`` if given, folded into them, and the sum of the two.
+
+        An implementation that can do so in the pass that computes dlse overrides this.
+
+        Args:
+            out, dout: ``(B, Hq, M, D)``, not float16; see :func:`fold_dlse_into_out`.
+        """
+        total = self.dlse if dlse is None else self.dlse + dlse
+        return *fold_dlse_into_out(out, dout, total), total
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
         """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""

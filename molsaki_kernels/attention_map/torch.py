@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from molsaki_kernels._workspace import workspace
-from molsaki_kernels.attention_map.protocol import both_phases
+from molsaki_kernels.attention_map.protocol import MapGradient, both_phases
 from molsaki_kernels.attention_map.torch_blocks import Block, BlockedSequences, blocked_sequences
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
@@ -59,7 +59,7 @@ def forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> 
     return maps
 
 
-class Gradient:
+class Gradient(MapGradient):
     """The map's gradient in two phases: dlse and dk of the key tokens first, dq in :meth:`add_to`.
 
     dS is kept for the second phase where it is small, and recomputed otherwise.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from molsaki_kernels._triton.support import why_no_triton
+from molsaki_kernels.attention_map.protocol import MapGradient
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 from molsaki_kernels.strides import with_contiguous_head_dim
 
@@ -23,20 +26,32 @@ def forward(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors) -> 
     return map_forward(_prepared(inputs), options, plan)
 
 
-class Gradient:
+class Gradient(MapGradient):
     """The map's gradient in two phases; the second recomputes the weights, which costs less than storing them."""
 
     def __init__(self, dmaps: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors):
+        self._call = dmaps, _prepared(inputs), options, plan
+
+    @functools.cached_property
+    def dlse(self) -> Tensor:  # type: ignore[override]  # computed when it is first read, which fold need not do
+        """``(B, Hq, M)`` float32."""
         from molsaki_kernels._triton.map_backward import map_dlse
 
-        self._arguments = (dmaps, _prepared(inputs), options, plan)
-        self.dlse = map_dlse(*self._arguments)
+        return map_dlse(*self._call)[0]
+
+    def fold(self, out: Tensor, dout: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute O', dO' and dlse in one pass."""
+        from molsaki_kernels._triton.map_backward import map_dlse
+
+        total, folded_out, folded_dout = map_dlse(*self._call, dlse=dlse, out=out, dout=dout)
+        assert folded_out is not None and folded_dout is not None
+        return folded_out, folded_dout, total
 
     def add_to(self, dq: Tensor, dk: Tensor) -> None:
         """Add to dq ``(B, Hq, M, D)`` and dk ``(B, Hkv, M, D)`` in place."""
-        from molsaki_kernels._triton.map_backward import map_backward
+        from molsaki_kernels._triton.map_backward import add_map_gradients
 
-        map_backward(*self._arguments, dq=dq, dk=dk)
+        add_map_gradients(*self._call, dq, dk)
 
 
 def backward(

@@ -80,6 +80,8 @@ def spans(length: int, kind: str, rng: random.Random) -> tuple[list, list]:
         return [(0, length)], [[t] for t in tokens]
     if kind == "rows":  # every row a step
         return [(t, t + 1) for t in tokens], [[0], tokens[-2:-1]] if length > 2 else [[0]]
+    if kind == "dense":  # more steps and key tokens than a kernel takes at once
+        return [(t, t + 1) for t in tokens], [[t] for t in tokens]
     if kind == "no_steps":
         return [], [[0]]
     if kind == "no_words":

@@ -8,8 +8,11 @@ from triton.runtime import interpreter
 
 import molsaki_kernels as mk
 from molsaki_kernels import engine_selection
-from molsaki_kernels._triton.map_backward import map_backward, map_dlse
+from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out
+from molsaki_kernels._triton.map_backward import add_map_gradients, map_backward, map_dlse
 from molsaki_kernels._triton.map_forward import map_forward
+from molsaki_kernels.attention import sdpa
+from tests.helpers.budget import assert_within_budget
 from tests.helpers.kernel_cases import FAR_STRIDES, Case, check_map, far_copy, make, map_kernels, map_oracle, oracle
 
 CASES = [
@@ -35,6 +38,8 @@ CASES = [
     *(Case(f"rows_{M}", M=M) for M in (1, 17, 63)),
     *(Case(f"plan_{plan}", plan=plan, M=50) for plan in ("whole", "rows", "no_steps", "no_words")),
     Case("plan_middle", plan="middle", M=130, B=2),
+    Case("plan_dense", plan="dense", M=50, D=16, Hq=3, Hkv=3, window=40),
+    Case("plan_dense_heads", plan="dense", lengths=(20, 0, 1, 36), D=16, per_head=True),
 ]
 
 
@@ -73,13 +78,11 @@ def test_adds_to_gradients_in_place(case, launched, monkeypatch):
     dq, dk, dlse = map_backward(*arguments)
     sum_q, sum_k = x.dout.clone(), torch.ones_like(x.k)
     names = launches(monkeypatch)
-    same_q, same_k, again = map_backward(*arguments, dq=sum_q, dk=sum_k)
+    add_map_gradients(*arguments, sum_q, sum_k)
     assert names == launched
-    assert same_q is sum_q and same_k is sum_k
     torch.testing.assert_close(sum_q, x.dout + dq)
     torch.testing.assert_close(sum_k, 1 + dk)
-    assert torch.equal(dlse, again)
-    assert torch.equal(dlse, map_dlse(*arguments))
+    torch.testing.assert_close(dlse, map_dlse(*arguments)[0])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_adds_to_gradients_in_place(case, launched, monkeypatch):
         pytest.param(
             "sdpa",
             ["map_partials_kernel", "map_reduce_kernel"],
-            ["map_dq_kernel", "map_dq_kernel", "map_dk_kernel"],
+            ["map_dlse_kernel", "map_dq_kernel", "map_dk_kernel"],
             id="sdpa",
         ),
         pytest.param(
@@ -106,19 +109,90 @@ def test_adds_to_gradients_in_place(case, launched, monkeypatch):
     ],
 )
 def test_launches_of_a_layer(engine, forward, backward, monkeypatch):
-    """At the sizes of the paper, the number of launches decides the time: an additional kernel must be intended."""
+    """At the sizes of the paper, the number of launches decides the time: an additional kernel must be intended.
+
+    The plan's tables are computed once for all layers."""
     monkeypatch.setattr(engine_selection, "choose_map_engine", lambda engine, q, options: "triton")
     x = make(Case("launches", M=20, B=4))
     q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
     lse = torch.full(q.shape[:3], 3.0).requires_grad_()
     names = launches(monkeypatch)
-    if engine is None:
-        maps = mk.stepwise_map(q, k, lse, x.plan)
+    for layer in range(2):
+        if engine is None:
+            maps = mk.stepwise_map(q, k, lse, x.plan)
+        else:
+            maps = mk.stepwise_attention(q, k, v, x.plan, engine=engine)[1]
+        tables = ["plan_tables_kernel"] if layer == 0 and engine != "triton" else []
+        assert names == tables + forward
+        torch.autograd.grad(maps, (q, k), x.dmaps)
+        assert names == tables + forward + backward
+        names.clear()
+
+
+FOLD_CASES = [
+    Case("fold", M=70, B=2, layout="transposed"),
+    Case("fold_whole", plan="whole", M=40, dtype=torch.bfloat16),
+    Case("fold_dense", plan="dense", M=40, D=16, window=30),
+    Case("fold_heads", M=40, per_head=True),
+    Case("fold_packed", lengths=(17, 0, 40, 1), Hq=7, dtype=torch.bfloat16),
+    Case("fold_full", M=40, causal=False, softcap=2.0),
+    Case("fold_middle", plan="middle", M=130, Hq=5),
+    Case("fold_d80", D=80, M=20),
+    *(Case(f"fold_{plan}", plan=plan, M=20) for plan in ("rows", "no_steps", "no_words")),
+    Case("fold_one_row", M=1),
+]
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["", "with a gradient of lse"])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in FOLD_CASES])
+def test_dlse_is_folded_in_the_pass_that_computes_it(case, add):
+    x = make(case)
+    lse = oracle(case, x, torch.float64, "out")["lse"].float()
+    arguments = x.dmaps, x.map_inputs(lse), case.options(), x.plan_tensors()
+    out, dout = torch.randn_like(x.q), x.dout.clone()
+    dout[:, :, ::2] = 0
+    given = x.dlse if add else None
+    before = x.dlse.clone()
+    dlse, folded_out, folded_dout = map_dlse(*arguments, dlse=given, out=out, dout=dout)
+    assert torch.equal(x.dlse, before)
+    exact, eager = (map_oracle(case, x, lse, dtype)["dlse"] for dtype in (torch.float64, case.dtype))
+    if add:
+        exact, eager = exact + x.dlse, eager + x.dlse
+    if exact.any():
+        assert_within_budget("dlse", dlse, exact, eager)
     else:
-        maps = mk.stepwise_attention(q, k, v, x.plan, engine=engine)[1]
-    assert names == forward
-    torch.autograd.grad(maps, (q, k), x.dmaps)
-    assert names == forward + backward
+        assert not dlse.any()
+    wanted = fold_dlse_into_out(out, dout, dlse)
+    assert torch.equal(folded_out, wanted[0]) and torch.equal(folded_dout, wanted[1])
+    assert folded_out.stride() == folded_dout.stride() == out.stride()
+    if not add:
+        alone, nothing, _ = map_dlse(*arguments)
+        assert torch.equal(alone, dlse) and nothing is None
+
+
+@pytest.mark.parametrize("source", ["both", "map"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_an_engine_that_folds(source, sinks, monkeypatch):
+    """The whole layer: the engine's backward gets O' and dO' in place of a gradient of lse."""
+    monkeypatch.setattr(engine_selection, "choose_map_engine", lambda engine, q, options: "triton")
+    monkeypatch.setattr(sdpa, "folds_dlse", lambda inputs: True)
+    case = Case("engine_folds", M=40, B=2, sinks=sinks)
+    x = make(case)
+    leaves = {"dq": x.q, "dk": x.k, "dv": x.v} | ({"dsinks": x.sinks} if sinks else {})
+    for t in leaves.values():
+        t.requires_grad_()
+    names = launches(monkeypatch)
+    out, maps = mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine="sdpa", sinks=x.sinks, **case.keywords())
+    loss = (maps * x.dmaps).sum() + ((out * x.dout).sum() if source == "both" else 0)
+    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    assert names[-3:] == ["map_dlse_kernel", "map_dq_kernel", "map_dk_kernel"] or "map_dk_add_kernel" in names
+    assert "fold_kernel" not in names
+    exact, eager = (oracle(case, x, dtype, source) for dtype in (torch.float64, torch.float32))
+    for key, value in found.items():
+        if exact[key].any():
+            assert_within_budget(key, value, exact[key], eager[key])
+        else:
+            assert not value.any()
 
 
 def test_results_are_bitwise_reproducible():
@@ -150,5 +224,5 @@ def test_flat_index_past_int32(tmp_path, strides):
     options, plan = case.options(), x.plan_tensors()
     assert torch.equal(map_forward(far, options, plan), map_forward(near, options, plan))
     expected = map_backward(x.dmaps, near, options, plan)
-    found = map_backward(x.dmaps, far, options, plan, dq=dq, dk=dk)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    add_map_gradients(x.dmaps, far, options, plan, dq, dk)
+    assert torch.equal(dq, expected[0]) and torch.equal(dk, expected[1])

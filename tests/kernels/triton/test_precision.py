@@ -1,10 +1,13 @@
-"""Whether float32 products may be TF32, by each of PyTorch's switches."""
+"""Whether float32 products may be TF32, by each of PyTorch's switches, and exact float32 divisions and exponentials."""
 
 import pytest
 import torch
+import triton.language as tl
 
+from molsaki_kernels._triton import tiles
 from molsaki_kernels._triton.tiles import score_flags
 from molsaki_kernels.spec import AttentionOptions
+from tests.helpers.kernel_cases import Case, check_fused, check_map
 
 
 def allow_tf32():
@@ -50,3 +53,16 @@ def test_tf32_only_if_asked(switch):
         torch.backends.fp32_precision = everything
         torch.backends.cuda.matmul.fp32_precision = products
     assert precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_math(exact, monkeypatch):
+    """Both settings of MOLSAKI_EXACT_MATH are within the budget."""
+    monkeypatch.setattr(tiles, "EXACT_MATH", tl.constexpr(exact))
+    for case in (
+        Case(f"exact_{exact}", M=40),
+        Case(f"exact_softcap_{exact}", M=33, softcap=2.0, sinks=True),
+        Case(f"exact_window_{exact}", M=33, window=7, scale=0.5),
+    ):
+        check_map(case)
+        check_fused(case)
