@@ -182,6 +182,10 @@ COMPILED = {
     ("map_dk_add", 128): (64, 0, 60),
     ("map_fold", 64): (142, 32768, 700),
     ("map_fold", 128): (128, 57344, 770),
+    ("map_fold_one", 64): (128, 24832, 245),  # at most 32 key tokens
+    ("map_fold_one", 128): (128, 49408, 309),
+    ("map_dk_tables", 64): (136, 24704, 613),
+    ("map_dk_tables", 128): (127, 41088, 505),
     ("map_dq_tables", 64): (128, 21632, 511),
     ("map_dq_tables", 128): (122, 38016, 504),
 }
@@ -319,11 +323,19 @@ class Design:
 class FirstTiles:
     """The tiles of commit c81408b, as far as they were changed since; the others are those of configs."""
 
-    map_forward, map_reduce, map_dk, map_dk_add = (
-        staticmethod(f) for f in (configs.map_forward, configs.map_reduce, configs.map_dk, configs.map_dk_add)
-    )
+    map_forward, map_reduce = staticmethod(configs.map_forward), staticmethod(configs.map_reduce)
+    map_dk_add, num_tiles = staticmethod(configs.map_dk_add), staticmethod(configs.num_tiles)
     flash_forward, flash_dq = staticmethod(configs.flash_forward), staticmethod(configs.flash_dq)
-    num_tiles, row_splits = staticmethod(configs.num_tiles), staticmethod(configs.row_splits)
+
+    @staticmethod
+    def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
+        if head_dim > 128:
+            return configs.MapTile(rows=32, columns=64, warps=8, stages=1 if arch == "gfx942" else 2)
+        return configs.MapTile(64 if head_dim <= 64 else 32, 64, warps=4, stages=1 if arch == "gfx942" else 2)
+
+    @staticmethod
+    def row_splits(arch: str, programs: int, max_splits: int) -> int:
+        return max(1, min(max_splits, 32, -(-2 * configs.MULTIPROCESSORS[arch] // programs)))
 
     @staticmethod
     def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> configs.MapTile:
@@ -569,7 +581,9 @@ class Work:
         )
         trips = tuple(float(-(-v // tile.columns)) for v in self.visible(tile.rows))
         searches = 1 if self.design.tables else 2 + -(-s.words // 128)
-        which = ("map_dq_tables" if has_dq else "map_fold") if new else ("map_dq" if has_dq else "map_dlse")
+        which = "map_dq" if has_dq else "map_dlse"
+        if new:
+            which = "map_dq_tables" if has_dq else "map_fold" if tile.columns > 32 else "map_fold_one"
         memory_loads = 2 if passes > 2 else 1
         grid = Grid(COMPILED[which, self.bucket], tile.warps, trips, s.batch * s.q_heads, searches, memory_loads, loop)
         return self.kernel(name, flops, passes * self.q + 2 * self.lse, self._keys(tile), grid)
@@ -603,9 +617,19 @@ class Work:
         add = self.kernel("map_dk_add", 0, splits * rows * 4 + 2 * rows * self.size, 0, grid)
         return self.map_dq("map_dq_add", 3), self.map_dk(), *((add,) if splits > 1 else ())
 
-    def map_dk(self, direct: bool = True) -> Kernel:
+    def _dk(self) -> tuple[Any, tuple[int, int, int]]:
+        """Return the tile of map_dk and how it was compiled."""
         s = self.shape
         tile = self.tiles.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
+        if not self.design.pipelined_dq:
+            return tile, COMPILED["map_dk", self.bucket]
+        if not hasattr(self.tiles, "map_dlse"):
+            tile = dataclasses.replace(tile, rows=32, warps=8 if s.head_dim > 64 else 4)
+        return tile, COMPILED["map_dk_tables", self.bucket]
+
+    def map_dk(self, direct: bool = True) -> Kernel:
+        s = self.shape
+        tile, compiled = self._dk()
         blocks = -(-s.words // tile.columns)
         rows = [s.tokens * (1 - b * tile.columns / s.words) for b in range(blocks)]
         walked = sum(rows) * s.batch * s.q_heads
@@ -622,9 +646,7 @@ class Work:
         group = s.q_heads // s.kv_heads
         trips = tuple(-(-(-(-r // tile.rows) * group) // splits) * 1.0 for r in rows)
         searches = 1 if self.design.tables else 2
-        grid = Grid(
-            COMPILED["map_dk", self.bucket], tile.warps, trips, s.batch * s.kv_heads * splits, 1 + searches, 1, loop
-        )
+        grid = Grid(compiled, tile.warps, trips, s.batch * s.kv_heads * splits, 1 + searches, 1, loop)
         return self.kernel("map_dk", flops, self.q + self.lse + result, walked * s.head_dim * self.size, grid)
 
     def fold(self) -> Kernel:
@@ -655,11 +677,11 @@ class Work:
 
     def _splits(self) -> int:
         s = self.shape
-        tile = self.tiles.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
+        tile, compiled = self._dk()
         programs = s.batch * -(-s.words // tile.columns) * s.kv_heads
         limit = -(-s.tokens // tile.rows) * (s.q_heads // s.kv_heads)
         if self.design.full_waves:
-            blocks, _ = aot.occupancy(aot.TARGETS[self.gpu.target], tile.warps, *COMPILED["map_dk", self.bucket][:2])
+            blocks, _ = aot.occupancy(aot.TARGETS[self.gpu.target], tile.warps, *compiled[:2])
             return max(1, min(limit, 32, blocks * self.gpu.multiprocessors // programs))
         splits: int = self.tiles.row_splits(self.gpu.arch, programs, limit)
         return splits

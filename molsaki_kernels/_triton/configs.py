@@ -99,9 +99,13 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
         # Full float32 products run on the vector units and hold whole operand rows in registers, so tiles are small.
+        if arch == "sm86" and head_dim > 64:
+            return MapTile(rows=16, columns=32, warps=8, stages=1)  # compiled: 32 rows in 4 warps spill 163 at 128
         return MapTile(rows=32, columns=32, warps=4, stages=1)
     if arch == "gfx942" or head_dim > 128:
         return MapTile(rows=32, columns=64, warps=4, stages=1 if arch in ("gfx942", "sm86") else 2)
+    if arch == "sm86" and key_tokens <= 64:
+        return MapTile(rows=32, columns=64, warps=4, stages=2)  # compiled: 64 rows of 64 dimensions spill 4
     # The product is P^T [columns, rows]: 64 columns fill one warpgroup's wgmma, 128 two. The paper's examples have 13
     # to 40 words. Compiled: 64 rows with 64 columns of 128 dimensions spill under Triton 3.6; 128 columns need 8 warps.
     if key_tokens <= 64:

@@ -301,12 +301,13 @@ def test_instructions_bound_the_kernels():
 
 @pytest.mark.parametrize("design", [predict.FIRST, predict.MAPS, predict.PREPROCESS])
 def test_predictions_of_designs(design):
-    """A later design is no slower than the first; each takes longer for more tokens."""
+    """A later design is no slower than the first, but for map_dk's 8 warps, which issue more instructions (at 1,024 key
+    tokens, half a percent of a layer); each takes longer for more tokens."""
     gpu = predict.GPUS["H100"]
     for shape, _ in predict.AIMS:
         for lse_gradient in (False, True):
             seconds = predict.Work(shape, gpu, design).engine(lse_gradient).seconds(gpu, True)
-            assert seconds <= predict.Work(shape, gpu, predict.FIRST).engine(lse_gradient).seconds(gpu, True)
+            assert seconds <= 1.005 * predict.Work(shape, gpu, predict.FIRST).engine(lse_gradient).seconds(gpu, True)
             longer = dataclasses.replace(shape, tokens=2 * shape.tokens, steps=2 * shape.steps)
             assert predict.Work(longer, gpu, design).engine(lse_gradient).seconds(gpu, True) > seconds
 
