@@ -27,7 +27,6 @@ from torch import Tensor
 from molsaki_kernels._triton import configs
 from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.integers import cdiv, next_power_of_2
-from molsaki_kernels._triton.map_backward import dk_partials, map_dk_add_kernel
 from molsaki_kernels._triton.tiles import (
     LOG2E,
     dot,
@@ -192,7 +191,7 @@ def fa4_preprocess(
         arrays: dpsum, lse_log2 and the accumulator of dq as flash-attn 4 allocates them, contiguous.
 
     Returns:
-        The step of each row, ``(B, M)`` int32, for :func:`map_backward.dk_partials`.
+        The step of each row, ``(B, M)`` int32, for :func:`map_backward.add_dk`.
     """
     q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
     out, dout, dlse = gradients
@@ -219,26 +218,6 @@ def fa4_preprocess(
             num_warps=WARPS, num_stages=1,
         )  # fmt: skip
     return step_of_row
-
-
-def add_key_tokens(
-    dmaps: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, step_of_row: Tensor, dk: Tensor
-) -> None:
-    """Add the map's dk of the key tokens to dk ``(B, Hkv, M, D)`` in place."""
-    partial = dk_partials(dmaps, inputs, options, plan, step_of_row, dk)
-    if partial is None:
-        return
-    q, cu_seqlens = inputs.q, inputs.cu_seqlens
-    N, C = plan.tokens.shape
-    D = q.shape[3]
-    config = configs.map_dk_add(D)
-    with torch.cuda.device(q.get_device()):
-        map_dk_add_kernel[(N * cdiv(C, config.columns), dk.shape[1])](
-            partial, plan.tokens, plan.word_of_token, dk, cu_seqlens, *dk.stride()[:3],
-            options.scale, dk.shape[2], N, C, partial.shape[0],
-            D=D, BD=next_power_of_2(D), BC=config.columns, PACKED=cu_seqlens is not None,
-            num_warps=config.warps, num_stages=1,
-        )  # fmt: skip
 
 
 def variants(arch: str) -> list[Variant]:

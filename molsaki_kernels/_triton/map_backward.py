@@ -463,8 +463,7 @@ def _gradients(
     """Add to dk, and write dq and dlse or, without dlse, add to dq."""
     q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
     Hq, M, D = q.shape[1:]
-    N, S = plan.steps.shape[:2]
-    C, W = plan.tokens.shape[1], plan.num_words
+    S, C, W = plan.steps.shape[1], plan.tokens.shape[1], plan.num_words
     config = configs.map_dq(configs.arch_of(q), q.dtype, D)
     tables = plan_tables(inputs, options, plan, config.rows)
     factor, inner = score_factors(options.scale, options.softcap)
@@ -478,16 +477,33 @@ def _gradients(
             BM=config.rows, BC=config.columns, BS=configs.STEP_BLOCK, **score_flags(q, options, cu_seqlens),
             PER_HEAD=options.per_head, ACCUMULATE=dlse is None, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    partial = dk_partials(dmaps, inputs, options, plan, tables.step_of_row, tables=tables, dk=dk)
-    if partial is not None:
-        config = configs.map_dk_add(D)
-        with torch.cuda.device(q.get_device()):
-            map_dk_add_kernel[(N * cdiv(C, config.columns), k.shape[1])](
-                partial, plan.tokens, plan.word_of_token, dk, cu_seqlens, *dk.stride()[:3],
-                options.scale, k.shape[2], N, C, partial.shape[0],
-                D=D, BD=next_power_of_2(D), BC=config.columns, PACKED=cu_seqlens is not None,
-                num_warps=config.warps, num_stages=1,
-            )  # fmt: skip
+    add_dk(dmaps, inputs, options, plan, tables.step_of_row, dk, tables=tables)
+
+
+def add_dk(
+    dmaps: Tensor,
+    inputs: MapInputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+    step_of_row: Tensor,
+    dk: Tensor,
+    *,
+    tables: PlanTables | None = None,
+) -> None:
+    """Add the key tokens' part to dk ``(B, Hkv, M, D)`` in place."""
+    partial = dk_partials(dmaps, inputs, options, plan, step_of_row, tables=tables, dk=dk)
+    if partial is None:
+        return
+    N, C = plan.tokens.shape
+    D = inputs.q.shape[3]
+    config = configs.map_dk_add(D)
+    with torch.cuda.device(dk.get_device()):
+        map_dk_add_kernel[(N * cdiv(C, config.columns), dk.shape[1])](
+            partial, plan.tokens, plan.word_of_token, dk, inputs.cu_seqlens, *dk.stride()[:3],
+            options.scale, dk.shape[2], N, C, partial.shape[0],
+            D=D, BD=next_power_of_2(D), BC=config.columns, PACKED=inputs.cu_seqlens is not None,
+            num_warps=config.warps, num_stages=1,
+        )  # fmt: skip
 
 
 def dk_partials(

@@ -251,6 +251,7 @@ def backward_with_map(
     flash-attn 4's preprocess is replaced by a kernel that also starts the accumulator of dq with the map's.
     """
     from molsaki_kernels._triton import fa4_preprocess
+    from molsaki_kernels._triton.map_backward import add_dk
 
     dmaps, packed = gradients.dmaps, inputs.cu_seqlens is not None
     assert dmaps is not None
@@ -273,7 +274,7 @@ def backward_with_map(
         found = backward(upstream, inputs, outputs, options, plan)
     finally:
         _preprocess.fill = None
-    fa4_preprocess.add_key_tokens(dmaps, map_inputs, options, plan, steps[0], found.dk)
+    add_dk(dmaps, map_inputs, options, plan, steps[0], found.dk)
     return found
 
 
