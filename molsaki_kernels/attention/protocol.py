@@ -26,8 +26,8 @@ class Engine(Protocol):
         DIFFERENTIABLE: autograd differentiates ``forward``, lse included, and ``backward`` is never called.
 
     An engine that folds dlse into out (``lse_gradient.py``) may also have ``folds_dlse(inputs) -> bool``. Where it
-    returns True and the map has a gradient, ``backward`` gets O' and dO' in place of out and dout, and no dlse: the map's
-    implementation may fold in the pass that computes dlse.
+    returns True and the map has a gradient, ``backward`` gets O' and dO' in place of out and dout, and no dlse: the
+    map's implementation may fold in the pass that computes dlse.
     """
 
     NAME: str
