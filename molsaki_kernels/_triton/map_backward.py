@@ -7,8 +7,8 @@
     dk[token] = scale sum_{h, i} dS[i, c] q[i]   summed over the query heads h of the key head
 
 :func:`map_dlse_kernel`: dlse alone, and O' and dO' with it folded into them (:mod:`lse_gradient`), before the
-attention's own backward. A program owns one tile of rows; it loops over its heads where one block holds all key tokens, and over
-the blocks of key tokens of one head otherwise. Either loop has loads whose addresses are known ahead, so that they
+attention's own backward. A program owns one tile of rows. It loops over its heads where one block holds all key tokens,
+and over the blocks of key tokens of one head otherwise. The addresses in either loop are known ahead, so that loads
 overlap the products of the iteration before.
 :func:`map_dq_kernel`: a program owns one tile of rows of one head and loops over the key tokens visible to it.
 :func:`map_dk_kernel`: a program owns one block of key tokens of one key head and loops over its split of the rows of

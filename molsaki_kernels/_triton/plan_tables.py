@@ -8,8 +8,8 @@ for all heads, layers and passes, and each is found by several dependent loads.
                                     steps [lo, hi) with a row in the tile, key tokens [lo, hi) visible to a row of
                                     it; lo >= hi for none, a length of 0 for a tile past the end of its sequence
     word_table (N, W / BW, 2)       the smallest range of key tokens that holds each block of words
-    block_table (N, C / BC, 2)      of each block of key tokens: the range of tiles of KEY_ROWS rows that have a row in a
-                                    step which sees one of them
+    block_table (N, C / BC, 2)      of each block of key tokens: the range of tiles of KEY_ROWS rows that have a row in
+                                    a step which sees one of them
     key_table (N, 2, C)             the positions of the key tokens and their words; FAR and -1 for padding and past the
                                     end of the sequence
 
