@@ -35,8 +35,8 @@ def proposed(records: Iterable[dict], source: str, mode: str = "eager") -> list[
             key = r["arch"], r["pass"] == "forward+backward", padded_head_dim(r["head_dim"])
             shapes = ratios[key][r["tokens"]]
             engine = r["contender"].removeprefix(PREFIX).partition(" (")[0]  # sdpa, or sdpa (cuDNN)
-            ratios = shapes.setdefault(r["shape"], {})
-            ratios[engine] = min(float(r["over_plain"]), ratios.get(engine, float("inf")))
+            of_shape = shapes.setdefault(r["shape"], {})
+            of_shape[engine] = min(float(r["over_plain"]), of_shape.get(engine, float("inf")))
     found: list[Measured] = []
     for (arch, backward, head_dim), lengths in sorted(ratios.items()):
         starts = sorted(lengths)
