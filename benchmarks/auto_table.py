@@ -34,7 +34,9 @@ def proposed(records: Iterable[dict], source: str, mode: str = "eager") -> list[
         if r["contender"].startswith(PREFIX) and r.get("mode", "eager") == mode and r["over_plain"]:
             key = r["arch"], r["pass"] == "forward+backward", padded_head_dim(r["head_dim"])
             shapes = ratios[key][r["tokens"]]
-            shapes.setdefault(r["shape"], {})[r["contender"].removeprefix(PREFIX)] = float(r["over_plain"])
+            engine = r["contender"].removeprefix(PREFIX).partition(" (")[0]  # sdpa, or sdpa (cuDNN)
+            of_shape = shapes.setdefault(r["shape"], {})
+            of_shape[engine] = min(float(r["over_plain"]), of_shape.get(engine, float("inf")))
     found: list[Measured] = []
     for (arch, backward, head_dim), lengths in sorted(ratios.items()):
         starts = sorted(lengths)

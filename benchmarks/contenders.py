@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
-from molsaki_kernels.attention import flex
+from molsaki_kernels.attention import flex, sdpa
 
 from .shapes import Inputs, Shape
 
@@ -25,11 +26,15 @@ SLOW_TO_BUILD = ("Flex", "flex")  # compiles for every shape, half a minute for 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """``run(inputs)`` returns out, ``(out, map)`` or the map; ``kind`` is "plain", "map", "map alone" or "eager"."""
+    """``run(inputs)`` returns out, ``(out, map)`` or the map; ``kind`` is "plain", "map", "map alone" or "eager".
+
+    ``cudnn``: whether engine sdpa takes cuDNN; None leaves it to the engine, which takes it after thousands of calls.
+    """
 
     name: str
     kind: str
     run: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]]
+    cudnn: bool | None = None
 
 
 def contenders(device: torch.device, shape: Shape) -> list[Contender]:
@@ -57,6 +62,24 @@ def with_lse(inputs: Inputs) -> Inputs:
 
 def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
     """Run one forward, or one forward and backward; return the result and the gradients of the leaves."""
+    with contextlib.nullcontext() if contender.cudnn is None else engine_sdpa_takes(contender.cudnn):
+        return _step(contender, inputs, backward)
+
+
+@contextlib.contextmanager
+def engine_sdpa_takes(cudnn: bool) -> Iterator[None]:
+    """Have engine sdpa call cuDNN, or aten's flash attention, whatever it has counted."""
+    before = sdpa.CUDNN_PAYS, torch.backends.cuda.cudnn_sdp_enabled()
+    sdpa.CUDNN_PAYS = 0.0
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    try:
+        yield
+    finally:
+        sdpa.CUDNN_PAYS = before[0]
+        torch.backends.cuda.enable_cudnn_sdp(before[1])
+
+
+def _step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
     if not backward:
         with torch.no_grad():
             return contender.run(inputs), None
@@ -70,7 +93,7 @@ def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, 
 
 
 def _plain(device: torch.device, shape: Shape) -> list[Contender]:
-    def sdpa(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
+    def plain(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
         def run(x: Inputs) -> Tensor:
             with sdpa_kernel(backend):
                 grouped = x.q.shape[1] != x.k.shape[1]
@@ -79,13 +102,13 @@ def _plain(device: torch.device, shape: Shape) -> list[Contender]:
         return run
 
     if device.type == "cpu":
-        found = [Contender(CPU_FLASH, "plain", sdpa(SDPBackend.FLASH_ATTENTION))]
+        found = [Contender(CPU_FLASH, "plain", plain(SDPBackend.FLASH_ATTENTION))]
         if mk.engines()["native"].ready:
             found.append(Contender(NATIVE_ALONE, "plain", _native_alone(shape.batch)))
         return found
     found = [
-        Contender("sdpa, cuDNN", "plain", sdpa(SDPBackend.CUDNN_ATTENTION)),
-        Contender("sdpa, aten flash", "plain", sdpa(SDPBackend.FLASH_ATTENTION)),
+        Contender("sdpa, cuDNN", "plain", plain(SDPBackend.CUDNN_ATTENTION)),
+        Contender("sdpa, aten flash", "plain", plain(SDPBackend.FLASH_ATTENTION)),
         Contender("FlexAttention", "plain", _flex()),
     ]
     for name, module in (("flash-attn 4", "flash_attn.cute"), ("flash-attn 2", "flash_attn")):
@@ -122,7 +145,11 @@ def _with_map(device: torch.device) -> list[Contender]:
 
     others = {"eager", "triton" if device.type == "cpu" else "native"}  # the interpreter is not measured
     names = [name for name, status in mk.engines().items() if status.ready and name not in others]
-    return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
+    found = [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 and "sdpa" in names:
+        found = [dataclasses.replace(c, cudnn=False) if c.name == "molsaki, sdpa" else c for c in found]
+        found.append(Contender("molsaki, sdpa (cuDNN)", "map", ours("sdpa"), cudnn=True))
+    return found
 
 
 def _native_alone(batch: int) -> Callable[[Inputs], Tensor]:

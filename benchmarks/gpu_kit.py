@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
 import ctypes
 import hashlib
@@ -195,7 +196,14 @@ def prune(cache: Path, keys: set[str]) -> None:
 
 
 def pack(target: Path, home: Path, names: list[str]) -> None:
-    with tarfile.open(target, "w:xz", preset=6) as archive:
+    """Write folders of ``home`` as a tar.xz, by the program xz if it is there, which uses every processor."""
+    with contextlib.ExitStack() as stack:
+        if shutil.which("xz"):
+            file = stack.enter_context(target.open("wb"))
+            process = stack.enter_context(subprocess.Popen(["xz", "-6", "-T0"], stdin=subprocess.PIPE, stdout=file))
+            archive = stack.enter_context(tarfile.open(fileobj=process.stdin, mode="w|"))
+        else:
+            archive = stack.enter_context(tarfile.open(target, "w:xz", preset=6))
         for name in names:
             if (home / name).exists():
                 archive.add(home / name, name, filter=lambda file: None if "__pycache__" in file.name else file)

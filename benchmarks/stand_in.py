@@ -125,7 +125,10 @@ class _OnDevice(TorchDispatchMode):
             kwargs["device"] = torch.device("cuda", 0)
             with self.fake:
                 return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
+            return _no_value()
 
 
 class _Nothing:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from molsaki_kernels import ops, stepwise_attention
+from molsaki_kernels.attention import sdpa
 from molsaki_kernels.spec import AttentionRequest
 from tests.helpers.hardware_cases import FEATURES, long_inputs, walk
 from tests.helpers.kernel_cases import Case, Inputs, check, make, oracle
@@ -125,13 +126,13 @@ def test_no_row_has_an_upstream_gradient(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_layouts_of_the_upstream_gradient(engine):
+def test_two_layouts_of_the_upstream_gradient(engine, monkeypatch):
     """One process, one shape, dO laid out as (B, M, H, D) and as (B, H, M, D) in turns; not the deterministic mode.
 
     cuDNN keeps a plan for each shape and looks at the strides of q, k and v only: if dO's were those of the first call,
-    the second would have wrong gradients and no error. Each layout comes twice, because an engine may change its kernel
-    when it sees a length again.
+    the second would have wrong gradients and no error. Engine sdpa takes aten in the first call and then cuDNN.
     """
+    monkeypatch.setattr(sdpa, "CUDNN_PAYS", 1.0)
     case = dataclasses.replace(CASE, M=512, device=DEVICE)
     x = make(case)
     need(engine, case, x)
@@ -140,6 +141,16 @@ def test_two_layouts_of_the_upstream_gradient(engine):
     for i, dout in enumerate([heads_inside, heads_inside, heads_outside, heads_outside, heads_inside, heads_outside]):
         x.dout = dout
         check(f"{engine} dO's strides {tuple(dout.stride())}, call {i}", run(engine, case, x), exact, eager)
+
+
+@pytest.mark.parametrize("name", ["default", "full", "sinks", "heads", "transposed", "slice", "group_of_seven", "d80"])
+def test_sdpa_on_cudnn(name, monkeypatch):
+    """From the first call on; the other tests' shapes never repay a plan, so that aten serves them."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("cuDNN is taken on Hopper and later")
+    monkeypatch.setattr(sdpa, "CUDNN_PAYS", 0.0)
+    compare("sdpa", dataclasses.replace(NAMED[name], dtype=BF16), modes=(False,))
+    assert sdpa._plans.keys
 
 
 @pytest.mark.parametrize("engine", ENGINES)
