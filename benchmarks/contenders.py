@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
-from molsaki_kernels.attention import flex, sdpa
+from molsaki_kernels.attention import flash_attn, flex, sdpa
 
 from .shapes import Inputs, Shape
 
@@ -28,13 +28,13 @@ SLOW_TO_BUILD = ("Flex", "flex")  # compiles for every shape, half a minute for 
 class Contender:
     """``run(inputs)`` returns out, ``(out, map)`` or the map; ``kind`` is "plain", "map", "map alone" or "eager".
 
-    ``cudnn``: whether engine sdpa takes cuDNN; None leaves it to the engine, which takes it after thousands of calls.
+    ``setting`` is a context in which both passes run.
     """
 
     name: str
     kind: str
     run: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]]
-    cudnn: bool | None = None
+    setting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def contenders(device: torch.device, shape: Shape) -> list[Contender]:
@@ -62,7 +62,7 @@ def with_lse(inputs: Inputs) -> Inputs:
 
 def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
     """Run one forward, or one forward and backward; return the result and the gradients of the leaves."""
-    with contextlib.nullcontext() if contender.cudnn is None else engine_sdpa_takes(contender.cudnn):
+    with contender.setting():
         return _step(contender, inputs, backward)
 
 
@@ -77,6 +77,16 @@ def engine_sdpa_takes(cudnn: bool) -> Iterator[None]:
     finally:
         sdpa.CUDNN_PAYS = before[0]
         torch.backends.cuda.enable_cudnn_sdp(before[1])
+
+
+@contextlib.contextmanager
+def own_preprocess() -> Iterator[None]:
+    """Have engine flash_attn write the map's gradient into flash-attn 4's accumulator of dq."""
+    before, flash_attn.FUSE = flash_attn.FUSE, True
+    try:
+        yield
+    finally:
+        flash_attn.FUSE = before
 
 
 def _step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
@@ -140,15 +150,27 @@ def _flex() -> Callable[[Inputs], Tensor]:
 
 
 def _with_map(device: torch.device) -> list[Contender]:
-    def ours(engine: str) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
-        return lambda x: mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine=engine)
+    def ours(engine: str, map_engine: str = "auto") -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+        return lambda x: mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine=engine, map_engine=map_engine)
 
     others = {"eager", "triton" if device.type == "cpu" else "native"}  # the interpreter is not measured
     names = [name for name, status in mk.engines().items() if status.ready and name not in others]
-    found = [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 and "sdpa" in names:
-        found = [dataclasses.replace(c, cudnn=False) if c.name == "molsaki, sdpa" else c for c in found]
-        found.append(Contender("molsaki, sdpa (cuDNN)", "map", ours("sdpa"), cudnn=True))
+    if device.type == "cpu":
+        return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
+    found = []
+    for name in names:  # each way of computing the map by its name, since "auto" chooses by the shape
+        settings = {"": contextlib.nullcontext}
+        if name == "sdpa":  # left to itself, the engine takes cuDNN only after thousands of calls
+            settings = {"": lambda: engine_sdpa_takes(False), " (cuDNN)": lambda: engine_sdpa_takes(True)}
+            if torch.cuda.get_device_capability(device)[0] < 9:
+                del settings[" (cuDNN)"]
+        for text, setting in settings.items():
+            own_map = "auto" if name == "triton" else "triton"
+            found.append(Contender(f"molsaki, {name}{text}", "map", ours(name, own_map), setting))
+            if name in ("sdpa", "flash_attn"):
+                found.append(Contender(f"molsaki, {name}{text}, widened", "map", ours(name, "widened"), setting))
+        if name == "flash_attn" and flash_attn.version_of(device) == 4:
+            found.append(Contender("molsaki, flash_attn (own preprocess)", "map", ours(name, "triton"), own_preprocess))
     return found
 
 

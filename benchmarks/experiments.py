@@ -6,6 +6,8 @@
 tables: the map and its gradient alone, with the plan's steps and key tokens as they come, with one step that holds
     every row, and with the key tokens in runs of 32. What the last two save bounds what precomputed step ranges and a
     faster gather can save.
+tiles: the map and its gradient alone, with twice or half as many warps in a kernel. More warps hide more latency and
+    execute more instructions; which of the two counts is predicted only.
 host: the host's time to submit one forward and backward of the paper's regime, per contender. The GPU is faster than
     the host there.
 
@@ -16,17 +18,20 @@ Which plain attention is fastest, and how the implementations compare in a CUDA 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan
+from molsaki_kernels._triton import configs
 
 from .contenders import SLOW_TO_BUILD, contenders, step, with_lse
 from .layer import describe, read_records, write_csv
@@ -37,6 +42,7 @@ LONG = Shape(1, 4096, 256, 32, 32, 32, 128, "bfloat16")
 PAPER = Shape(16, 256, 20, 5, 9, 3, 64, "bfloat16")
 # Both engines compute in bfloat16 and round differently. Results of a wrong mask or layout differ by about 1.
 LIMIT = 0.03
+SIZES = {"map_dk": (LONG.words,), "map_dq": ()}  # what its tile depends on besides architecture, dtype and head_dim
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.what == "flash4":
         return int(not flash4_agrees())
     device, records = torch.device("cuda"), []
-    for experiment in (tables, host):
+    for experiment in (tables, tiles, host):
         for what, seconds in experiment(device).items():
             record = {
                 "experiment": experiment.__name__,
@@ -127,6 +133,26 @@ def tables(device: torch.device) -> dict[str, float]:
             torch.autograd.grad(maps, (inputs.q, inputs.k, inputs.lse), dmaps)
 
         found[name] = median(call)
+    return found
+
+
+def tiles(device: torch.device) -> dict[str, float]:
+    inputs = with_lse(LONG.inputs(device))
+
+    def call() -> None:
+        maps = mk.stepwise_map(inputs.q, inputs.k, inputs.lse, inputs.plan)
+        torch.autograd.grad(maps, (inputs.q, inputs.k, inputs.lse), inputs.dmaps)
+
+    found = {"as configured": median(call)}
+    for kernel in ("map_dk", "map_dq"):
+        usual = getattr(configs, kernel)
+        warps = {4: 8, 8: 4}[usual(configs.arch_of(inputs.q), inputs.q.dtype, LONG.head_dim, *SIZES[kernel]).warps]
+
+        def other(*arguments: object, usual: Callable = usual, warps: int = warps) -> configs.MapTile:
+            return dataclasses.replace(usual(*arguments), warps=warps)
+
+        with mock.patch.object(configs, kernel, other):
+            found[f"{kernel} with {warps} warps"] = median(call)
     return found
 
 

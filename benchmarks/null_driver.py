@@ -212,6 +212,7 @@ def _as_on_cuda(chip: int) -> list[Any]:
         mock.patch.object(engine_selection, "choose_pooling_engine", _choose_triton(value_pooling.POOLING_ENGINES)),
         mock.patch.object(attention.lse_gradient, "fold_dlse_into_out", lse_gradient.fold_dlse_into_out),
         mock.patch.object(sdpa, "fold_dlse_into_out", lse_gradient.fold_dlse_into_out),
+        mock.patch.object(sdpa, "folds_dlse", lambda inputs: inputs.q.dtype != torch.float16),
     ]
 
 

@@ -350,7 +350,7 @@ class FirstTiles:
 FIRST = Design()  # commit c81408b
 MAPS = Design(tables=True, one_fold=True, pipelined_dq=True, full_waves=True)
 PREPROCESS = dataclasses.replace(MAPS, preprocess=True)
-TODAY = FIRST
+TODAY = MAPS
 
 
 class Work:

@@ -34,7 +34,8 @@ def batch(head_dim: int, plan: StepPlan, options: dict) -> None:
     lse = torch.randn(3, 4, 130, device="cuda").add_(9).requires_grad_()
     stepwise_map(q, k, lse, plan, engine="triton", **options).square().sum().backward()
     fold_dlse_into_out(out.detach(), torch.randn_like(out), torch.randn(3, 4, 130, device="cuda"))
-    differentiate(*stepwise_attention(q, k, v, plan, engine="sdpa"))
+    for map_engine in ("triton", "widened"):
+        differentiate(*stepwise_attention(q, k, v, plan, engine="sdpa", map_engine=map_engine))
 
 
 def packed() -> None:

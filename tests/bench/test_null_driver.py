@@ -55,7 +55,7 @@ for chip in (90, 80):
 assert driver._active is None
 """
     fused = "flash_forward_kernel map_reduce_kernel flash_dq_kernel map_dk_kernel flash_dkv_kernel"
-    beside = "map_partials_kernel map_reduce_kernel map_dq_kernel fold_kernel map_dq_kernel map_dk_kernel"
+    beside = "plan_tables_kernel map_partials_kernel map_reduce_kernel map_dlse_kernel map_dq_kernel map_dk_kernel"
     assert run(source, tmp_path) == [fused, f"{beside} map_dk_add_kernel", "pool_tiles_kernel add_tiles_kernel"] * 2
     assert not list(tmp_path.iterdir())
 
