@@ -531,7 +531,7 @@ class Work:
         if not self.design.full_waves:
             return self.tiles.heads_per_program(self.gpu.arch, heads, programs)
         blocks, _ = aot.occupancy(aot.TARGETS[self.gpu.target], warps, *compiled[:2])
-        slots = blocks * self.gpu.multiprocessors
+        slots = max(blocks, 1) * self.gpu.multiprocessors
         waves = {n: -(-used * -(-heads // n) // slots) * (n + 1) for n in range(1, heads + 1)}
         return min(waves, key=lambda n: waves[n])
 

@@ -48,6 +48,25 @@ from molsaki_kernels.strides import with_contiguous_head_dim
 
 
 @jit
+def upstream_of_steps(dmaps, s0, S, step, word, W, weight, g, BS: tl.constexpr, EXACT: tl.constexpr):
+    """``g [BM, BC]`` plus the map's gradient of steps ``[s0, s0 + BS)`` in their rows, times ``weight``.
+
+    The BS x BC numbers are read once and spread over the rows by a one-hot product, which costs far fewer loads and
+    addresses than reading them for each row.
+    """
+    s = s0 + tl.arange(0, BS)
+    p = dmaps + s.to(tl.int64)[:, None] * W + word[None, :]
+    b_g = tl.load(p, mask=(s < S)[:, None] & (word >= 0)[None, :], other=0.0) * weight  # [BS, BC]
+    e = one_hot(step - s0, BS, EXACT)  # [BM, BS]
+    if EXACT:
+        return dot(e, b_g, g, "ieee")
+    else:
+        high = b_g.to(tl.bfloat16)
+        g = dot(e, high, g, "ieee")
+        return dot(e, (b_g - high.to(tl.float32)).to(tl.bfloat16), g, "ieee")
+
+
+@jit
 def stream_key_tokens(
     q, lse, dq, step, rows, p_k, stride_km, key_table, i_n, s_lo, s_hi, c_lo, c_hi, dmaps, S, C, W,
     weight, factor, inner, window,
@@ -221,25 +240,6 @@ def map_dq_kernel(
     if ACCUMULATE:
         b_dq += load_rows(p_dq, rows, length, D, BD, True).to(tl.float32)
     store_rows(p_dq, b_dq, rows, length, D, BD)
-
-
-@jit
-def upstream_of_steps(dmaps, s0, S, step, word, W, weight, g, BS: tl.constexpr, EXACT: tl.constexpr):
-    """``g [BM, BC]`` plus the map's gradient of steps ``[s0, s0 + BS)`` in their rows, times ``weight``.
-
-    The BS x BC numbers are read once and spread over the rows by a one-hot product, which costs far fewer loads and
-    addresses than reading them for each row.
-    """
-    s = s0 + tl.arange(0, BS)
-    p = dmaps + s.to(tl.int64)[:, None] * W + word[None, :]
-    b_g = tl.load(p, mask=(s < S)[:, None] & (word >= 0)[None, :], other=0.0) * weight  # [BS, BC]
-    e = one_hot(step - s0, BS, EXACT)  # [BM, BS]
-    if EXACT:
-        return dot(e, b_g, g, "ieee")
-    else:
-        high = b_g.to(tl.bfloat16)
-        g = dot(e, high, g, "ieee")
-        return dot(e, (b_g - high.to(tl.float32)).to(tl.bfloat16), g, "ieee")
 
 
 @kernel

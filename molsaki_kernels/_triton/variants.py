@@ -135,7 +135,7 @@ def variant(
             signature[arg] = "*" + _POINTERS[arg]
         else:
             signature[arg] = "fp32" if arg in _FLOATS else "i32"
-        many_heads = arg == "heads" and constexprs["D"] >= 128
+        many_heads = arg == "heads" and constexprs.get("D", 0) >= 128
         if signature[arg][0] == "*" or arg.startswith("stride_") or many_heads:
             attrs[(i,)] = [["tt.divisibility", 16]]
         elif signature[arg] == "i32" and not kernel.params[i].do_not_specialize:

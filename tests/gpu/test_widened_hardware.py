@@ -24,8 +24,8 @@ from tests.gpu.test_engines_hardware import (
     need,
     run,
 )
-from tests.helpers.budget import error
-from tests.helpers.kernel_cases import WORST, Case, check, make
+from tests.helpers.budget import error, record
+from tests.helpers.kernel_cases import Case, check, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -41,7 +41,7 @@ def check_widened(name, found, exact, eager, dtype):
         allowed = 2 * error(eager["maps"], exact["maps"]) + torch.finfo(dtype).eps / 4
         got = error(found["maps"], exact["maps"])
         assert found["maps"].isfinite().all() and got <= allowed, f"{name}: maps {got:.2e}, {allowed:.2e}"
-        WORST.setdefault(name, {})["maps"] = got / allowed
+        record(f"{name}: maps", dtype, got, allowed)
         found, exact, eager = ({k: v for k, v in x.items() if k != "maps"} for x in (found, exact, eager))
     check(name, found, exact, eager)
 

@@ -46,11 +46,11 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_json_of_a_few_variants(tmp_path):
     """In an environment that interprets kernels, with an empty cache."""
-    command = ["-m", "molsaki_kernels.aot", *ARGUMENTS, "--json", "--filter", "fold-bf16", "--jobs", "2"]
+    command = ["-m", "molsaki_kernels.aot", *ARGUMENTS, "--json", "--filter", "map_dk_add-bf16", "--jobs", "2"]
     result = run(*command, TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    assert {"fold-bf16-d64", "fold-bf16-d128"} <= {row["name"] for row in rows}
+    assert {"map_dk_add-bf16-d64", "map_dk_add-bf16-d128"} <= {row["name"] for row in rows}
     for row in rows:
         assert row["target"] == "cuda:90" and 16 <= row["registers"] <= 255
         assert row["spills"] == 0 and row["shared"] <= 227 * 1024 and row["wgmma"] is False
@@ -61,11 +61,11 @@ def test_json_of_a_few_variants(tmp_path):
 
 def test_two_targets_and_a_csv(tmp_path):
     path = tmp_path / "table.csv"
-    command = ["-m", "molsaki_kernels.aot", "--target", "hip:gfx942", "cuda:89", "--filter", "fold-bf16-d64"]
+    command = ["-m", "molsaki_kernels.aot", "--target", "hip:gfx942", "cuda:89", "--filter", "map_dk_add-bf16-d64"]
     result = run(*command, "--csv", str(path))
     assert result.returncode == 0, result.stderr
     header, *rows = (line.split() for line in result.stdout.splitlines())
-    assert [row[:2] for row in rows[:2]] == [["hip:gfx942", "fold-bf16-d64"], ["cuda:89", "fold-bf16-d64"]]
+    assert [row[:2] for row in rows[:2]] == [["hip:gfx942", "map_dk_add-bf16-d64"], ["cuda:89", "map_dk_add-bf16-d64"]]
     assert rows[0][header.index("spills")] == "0"
     assert result.stdout.splitlines()[-1].startswith("1 variants for hip:gfx942, 1 variants for cuda:89, 0 failed")
     with path.open() as file:

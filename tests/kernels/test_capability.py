@@ -69,12 +69,12 @@ def test_auto_on_a_gpu_that_is_too_old(gpu, dtype):
     with FakeTensorMode():
         q = torch.empty(1, 4, 100, 64, dtype=dtype, device=CUDA)
     gpu((7, 5))
-    inputs = AttentionInputs(q, q, q)
-    assert engine_selection.choose_engine("auto", inputs, OPTIONS) == "eager"
+    call = AttentionInputs(q, q, q).request(OPTIONS)
+    assert engine_selection.choose_engine("auto", call) == "eager"
     assert engine_selection.choose_map_engine("auto", q, OPTIONS) == "torch"
     if dtype == torch.float16:
         with pytest.raises(ValueError, match="'sdpa' cannot serve this call .*8.0 .Ampere. or later, not 7.5"):
-            engine_selection.choose_engine("sdpa", inputs, OPTIONS)
+            engine_selection.choose_engine("sdpa", call)
 
 
 def test_selection_compiles():
