@@ -363,6 +363,25 @@ def step_sums(
 
 
 @jit
+def load_upstream(dmaps, step, word, W, weight):
+    """``g [BM, BC]``, the map's gradient of each row's step and key token's word times ``weight``; 0 outside both."""
+    inside = (step >= 0)[:, None] & (word >= 0)[None, :]
+    return tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0.0) * weight
+
+
+@jit
+def weighted_upstream(
+    q, k, lse, g, step, token, rows, factor, inner, window,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``P g [BM, BC]`` and the score tile. A row in no step has weights of 0, whatever its q and lse are."""
+    t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
+    visible = is_key_token_visible(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
+    visible = visible & (step >= 0)[:, None]
+    return weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g, t
+
+
+@jit
 def column_gradient(
     q, lse, dq, step, rows, length, c_lo, c_hi, p_k, stride_km, tokens, words, dmaps, W, weight, factor, inner, window,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -383,22 +402,3 @@ def column_gradient(
             ds *= 1.0 - t * t
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
     return dq, dlse
-
-
-@jit
-def load_upstream(dmaps, step, word, W, weight):
-    """``g [BM, BC]``, the map's gradient of each row's step and key token's word times ``weight``; 0 outside both."""
-    inside = (step >= 0)[:, None] & (word >= 0)[None, :]
-    return tl.load(dmaps + step.to(tl.int64)[:, None] * W + word[None, :], mask=inside, other=0.0) * weight
-
-
-@jit
-def weighted_upstream(
-    q, k, lse, g, step, token, rows, factor, inner, window,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``P g [BM, BC]`` and the score tile. A row in no step has weights of 0, whatever its q and lse are."""
-    t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
-    visible = is_key_token_visible(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
-    visible = visible & (step >= 0)[:, None]
-    return weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g, t
