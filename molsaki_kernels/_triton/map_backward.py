@@ -384,7 +384,8 @@ def map_dlse(
     Args:
         dlse: ``(B, Hq, M)``, to which the map's is added, in a new tensor.
         out, dout: ``(B, Hq, M, D)`` in bfloat16 or float32, into which dlse is folded in the same pass (see
-            :mod:`lse_gradient`); both results have the layout of ``out``.
+            :mod:`lse_gradient`); both results have the layout of ``out``, or are contiguous if its last dimension is
+            not.
     """
     q, k = inputs.q, inputs.k
     add = dlse is not None
@@ -397,7 +398,8 @@ def map_dlse(
         return dlse, *((None, None) if out is None or dout is None else fold_dlse_into_out(out, dout, dlse))
     folded_out = folded_dout = None
     if out is not None and dout is not None:
-        dout = with_contiguous_head_dim(dout)  # the gradient of a sum is one number, expanded
+        # out has the layout of q; the gradient of a sum is one number, expanded.
+        out, dout = with_contiguous_head_dim(out), with_contiguous_head_dim(dout)
         folded_out, folded_dout = torch.empty_like(out), torch.empty_like(out, dtype=dout.dtype)
     Hq, M, D = q.shape[1:]
     S, C, W = plan.steps.shape[1], plan.tokens.shape[1], plan.num_words
