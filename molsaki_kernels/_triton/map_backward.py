@@ -449,8 +449,14 @@ def add_map_gradients(
     dmaps: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, dq: Tensor, dk: Tensor
 ) -> None:
     """Add to dq and dk in place: each sum is computed in float32 and rounded once."""
-    if not plan.is_empty(inputs.q):
-        _gradients(dmaps, inputs, options, plan, dq, dk, None)
+    if plan.is_empty(inputs.q):
+        return
+    # An engine may return them in the layout of q and k, which is any.
+    to_dq, to_dk = with_contiguous_head_dim(dq), with_contiguous_head_dim(dk)
+    _gradients(dmaps, inputs, options, plan, to_dq, to_dk, None)
+    for x, to_x in ((dq, to_dq), (dk, to_dk)):
+        if to_x is not x:
+            x.copy_(to_x)
 
 
 def _gradients(
