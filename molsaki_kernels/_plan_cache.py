@@ -28,17 +28,10 @@ def cached(
     The result must not hold a view of the plan's tokens, which would keep the plan alive.
     """
     tokens, steps, words = plan.tokens, plan.steps, plan.word_of_token
-    key = (
-        id(steps),
-        id(words),
-        id(cu_seqlens),
-        None if tokens.is_inference() else tokens._version,  # inference tensors have no version
-        None if steps.is_inference() else steps._version,
-        None if words.is_inference() else words._version,
-        None if cu_seqlens is None or cu_seqlens.is_inference() else cu_seqlens._version,
-        plan.num_words,
-        *key,
-    )
+    states = (_state(tokens), _state(steps), _state(words), 0 if cu_seqlens is None else _state(cu_seqlens))
+    if None in states:
+        return compute()
+    key = (id(steps), id(words), id(cu_seqlens), *states, plan.num_words, *key)
     results: dict[tuple[Hashable, ...], Any] | None = _cache.get(tokens)
     if results is None:
         results = _cache[tokens] = {}
@@ -49,6 +42,13 @@ def cached(
         result = results[key] = (compute(), steps, words, cu_seqlens)  # holding the tensors reserves their ids
     value: T = result[0]
     return value
+
+
+def _state(x: Tensor) -> Hashable:
+    """Return what differs after ``x`` was changed in place, or None if that cannot be known without waiting for it."""
+    if not x.is_inference():
+        return x._version
+    return tuple(x.flatten().tolist()) if x.is_cpu else None  # inference tensors have no version
 
 
 def cached_on_device(

@@ -110,16 +110,13 @@ def columns(inputs: AttentionInputs, plan: PlanTensors, chosen: Widths) -> Colum
         if torch.cuda.is_current_stream_capturing():  # a replay has to use the plan's values at that time
             return _columns(q, cu_seqlens, plan, chosen)
         stream = torch.cuda.current_stream(q.device).cuda_stream
-    version = None
-    if cu_seqlens is not None and not cu_seqlens.is_inference():
-        version = cu_seqlens._version
-    key = (NAME, id(cu_seqlens), version, q.shape[0], q.shape[2], q.shape[3], q.dtype, chosen, stream)
+    key = (NAME, q.shape[0], q.shape[2], q.shape[3], q.dtype, chosen, stream)
 
-    def compute() -> tuple[Columns, Tensor | None]:
+    def compute() -> Columns:
         with torch.inference_mode(False):  # a later call may need gradients
-            return _columns(q, cu_seqlens, plan, chosen), cu_seqlens  # holding cu_seqlens reserves its id
+            return _columns(q, cu_seqlens, plan, chosen)
 
-    return cached(plan, key, compute)[0]
+    return cached(plan, key, compute, cu_seqlens)
 
 
 def _columns(q: Tensor, cu_seqlens: Tensor | None, plan: PlanTensors, chosen: Widths) -> Columns:

@@ -21,6 +21,7 @@ from molsaki_kernels._triton.decorators import jit, kernel
 from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.tiles import divide
 from molsaki_kernels._triton.variants import TYPES, Variant, variant
+from molsaki_kernels.strides import with_contiguous_head_dim
 
 VANISHED = tl.constexpr(1e-15)
 TINY = tl.constexpr(1e-20)
@@ -67,10 +68,11 @@ def fold_kernel(
 
 
 def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
-    """O' and the matching dO', in the dtypes of ``out`` and ``dout`` and both in the layout of ``out``.
+    """O' and the matching dO', in the dtypes of ``out`` and ``dout`` and both in the layout of ``out``, contiguous if
+    its last dimension is not.
 
     Args:
-        out: ``(B, H, M, D)`` in bfloat16 or float32, any strides with a contiguous last dimension.
+        out: ``(B, H, M, D)`` in bfloat16 or float32, any strides.
         dout: the same, any strides. dlse: ``(B, H, M)``, any strides.
 
     Raises:
@@ -79,7 +81,8 @@ def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor,
     if torch.float16 in (out.dtype, dout.dtype):
         raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
     B, H, M, D = out.shape
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # the gradient of a sum is one number, expanded
+    # out has the layout of q; the gradient of a sum is one number, expanded.
+    out, dout = with_contiguous_head_dim(out), with_contiguous_head_dim(dout)
     # cuDNN's plans do not depend on the strides of dO: it has to have those that it had when the plan was built.
     folded_out, folded_dout = torch.empty_like(out), torch.empty_like(out, dtype=dout.dtype)
     if out.numel() == 0:

@@ -384,7 +384,8 @@ def map_dlse(
     Args:
         dlse: ``(B, Hq, M)``, to which the map's is added, in a new tensor.
         out, dout: ``(B, Hq, M, D)`` in bfloat16 or float32, into which dlse is folded in the same pass (see
-            :mod:`lse_gradient`); both results have the layout of ``out``.
+            :mod:`lse_gradient`); both results have the layout of ``out``, or are contiguous if its last dimension is
+            not.
     """
     q, k = inputs.q, inputs.k
     add = dlse is not None
@@ -397,7 +398,8 @@ def map_dlse(
         return dlse, *((None, None) if out is None or dout is None else fold_dlse_into_out(out, dout, dlse))
     folded_out = folded_dout = None
     if out is not None and dout is not None:
-        dout = with_contiguous_head_dim(dout)  # the gradient of a sum is one number, expanded
+        # out has the layout of q; the gradient of a sum is one number, expanded.
+        out, dout = with_contiguous_head_dim(out), with_contiguous_head_dim(dout)
         folded_out, folded_dout = torch.empty_like(out), torch.empty_like(out, dtype=dout.dtype)
     Hq, M, D = q.shape[1:]
     S, C, W = plan.steps.shape[1], plan.tokens.shape[1], plan.num_words
@@ -447,8 +449,14 @@ def add_map_gradients(
     dmaps: Tensor, inputs: MapInputs, options: AttentionOptions, plan: PlanTensors, dq: Tensor, dk: Tensor
 ) -> None:
     """Add to dq and dk in place: each sum is computed in float32 and rounded once."""
-    if not plan.is_empty(inputs.q):
-        _gradients(dmaps, inputs, options, plan, dq, dk, None)
+    if plan.is_empty(inputs.q):
+        return
+    # An engine may return them in the layout of q and k, which is any.
+    to_dq, to_dk = with_contiguous_head_dim(dq), with_contiguous_head_dim(dk)
+    _gradients(dmaps, inputs, options, plan, to_dq, to_dk, None)
+    for x, to_x in ((dq, to_dq), (dk, to_dk)):
+        if to_x is not x:
+            x.copy_(to_x)
 
 
 def _gradients(

@@ -20,6 +20,7 @@ from molsaki_kernels._triton.decorators import kernel
 from molsaki_kernels._triton.integers import cdiv, next_power_of_2
 from molsaki_kernels._triton.tiles import locate
 from molsaki_kernels._triton.variants import TYPES, Variant, variant
+from molsaki_kernels.strides import with_contiguous_head_dim
 
 SUM_ROWS = 32  # rows loaded at once: with 32 words 32 numbers per thread of a warp, and steps average 10 to 100 rows
 DOUT_ROWS = 32
@@ -107,9 +108,10 @@ def word_sums(
     """The map ``(N, S, num_words)`` or ``(N, Hq, S, num_words)`` float32.
 
     Args:
-        wide: O' ``(B, Hq, M, columns)``, any strides with a contiguous last dimension.
+        wide: O' ``(B, Hq, M, columns)``, any strides.
         steps: ``(N, S, 2)`` int64, contiguous. cu_seqlens: ``(N + 1,)`` int32, or None.
     """
+    wide = with_contiguous_head_dim(wide)
     H, (N, S) = wide.shape[1], steps.shape[:2]
     block = words_block(num_words)
     programs = N * S * cdiv(num_words, block)
@@ -145,7 +147,8 @@ def widened_dout(
         dmaps: ``(N, [Hq,] S, W)`` float32. The others as in :func:`word_sums`.
     """
     (_, H, M, columns), (N, S) = wide.shape, steps.shape[:2]
-    dwide, dmaps = torch.empty_like(wide), dmaps.contiguous()
+    # wide has the layout of q, which need not be that of a kernel.
+    dwide, dmaps = torch.empty_like(with_contiguous_head_dim(wide)), dmaps.contiguous()
     packed, W = cu_seqlens is not None, dmaps.shape[-1]
     with torch.cuda.device(wide.get_device()):
         widened_dout_kernel[(configs.num_tiles(M, N, packed, DOUT_ROWS), H)](
@@ -155,7 +158,7 @@ def widened_dout(
             BM=DOUT_ROWS, BV=v_block(v_columns), BE=words_block(columns - v_columns), BS=STEPS, PACKED=packed,
             num_warps=4, num_stages=1,
         )  # fmt: skip
-    return dwide
+    return dwide if wide.stride(-1) == 1 else torch.empty_like(wide).copy_(dwide)
 
 
 def heads_per_program(arch: str, heads: int, programs: int) -> int:

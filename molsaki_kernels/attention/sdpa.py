@@ -71,7 +71,10 @@ def why_not(request: AttentionRequest) -> str | None:
     if request.options.softcap is not None:
         return "PyTorch's flash attention has no softcap"
     if request.device.type == "cpu":
-        return "the CPU flash operator gives NaN at a scale of 0" if request.options.scale == 0 else None
+        # A causal mask is applied before a negative scale makes +inf of it.
+        if request.options.scale == 0 or (request.options.scale < 0 and request.options.causal):
+            return f"the CPU flash operator gives NaN at a scale of {request.options.scale:g}"
+        return None
     if request.device.type != "cuda":
         return f"no flash attention for {request.device.type} tensors"
     if (reason := why_too_old(request.device)) is not None:

@@ -504,6 +504,15 @@ def test_scale_of_zero():
         compare(engine, "ragged", dict(scale=0.0), torch.float32)
 
 
+@pytest.mark.usefixtures("cpu_map")
+def test_negative_scale():
+    """The CPU flash operator masks the scores before it scales them."""
+    with pytest.raises(ValueError, match="scale of -0.3"):
+        compare("sdpa", "ragged", dict(scale=-0.3), torch.float32)
+    for engine, options in (("auto", {}), ("eager", {}), ("sdpa", dict(causal=False))):
+        compare(engine, "ragged", dict(scale=-0.3) | options, torch.float32)
+
+
 def test_auto_selects_sdpa_for_the_bfloat16_forward_with_amx(monkeypatch):
     if build.why_not():
         pytest.skip(build.why_not())

@@ -101,6 +101,27 @@ def test_inference_mode_plan():
         check(plan_of())
 
 
+@pytest.mark.usefixtures("cpu_map")
+@pytest.mark.parametrize("options", [{}, {"engine": "sdpa", "map_engine": "widened"}], ids=["auto", "widened"])
+def test_an_inference_mode_plan_changed_in_place(options):
+    """Inference tensors have no version that would tell."""
+    with torch.inference_mode():
+        plan = plan_of()
+        q, k, v = inputs()
+        for change in (plan.tokens, plan.steps[:, 0], plan.word_of_token):
+            stepwise_attention(q, k, v, plan, **options)
+            change[:, 0] = 1
+            maps = stepwise_attention(q, k, v, plan, **options)[1]
+            torch.testing.assert_close(maps, reference.stepwise_attention(q, k, v, plan)[1])
+
+
+def test_an_unknown_state_is_not_kept():
+    """Whether an inference tensor on a GPU was changed is not known without waiting for it."""
+    with torch.inference_mode():
+        x = torch.zeros(3, device="meta")
+    assert plan_cache._state(x) is None
+
+
 def test_blocks_that_are_not_kept(monkeypatch):
     monkeypatch.setattr(torch_blocks, "LARGEST_KEPT", 0)
     for options in ({}, {"window": 4}, {"causal": False}):

@@ -170,6 +170,20 @@ def test_dlse_is_folded_in_the_pass_that_computes_it(case, add):
         assert torch.equal(alone, dlse) and nothing is None
 
 
+def test_folding_into_an_out_without_a_contiguous_head_dim():
+    """out has the layout of q, which may be any."""
+    case = Case("fold_strided", M=40)
+    x = make(case)
+    lse = oracle(case, x, torch.float64, "out")["lse"].float()
+    arguments = x.dmaps, x.map_inputs(lse), case.options(), x.plan_tensors()
+    out, dout = torch.randn_like(x.q), x.dout.clone()
+    dout[:, :, ::2] = 0
+    dlse, *wanted = map_dlse(*arguments, out=out, dout=dout)
+    strided = out.mT.contiguous().mT
+    for found in (map_dlse(*arguments, out=strided, dout=dout)[1:], fold_dlse_into_out(strided, dout, dlse)):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("source", ["both", "map"])
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 def test_an_engine_that_folds(source, sinks, monkeypatch):
@@ -193,6 +207,18 @@ def test_an_engine_that_folds(source, sinks, monkeypatch):
             assert_within_budget(key, value, exact[key], eager[key])
         else:
             assert not value.any()
+
+
+def test_gradients_without_a_contiguous_head_dim():
+    """Engine "eager" returns dq and dk in the layouts of q and k, which may be any."""
+    case = Case("strided", M=40, D=16)
+    x = make(case)
+    x = dataclasses.replace(x, **{name: getattr(x, name).mT.contiguous().mT.requires_grad_() for name in ("q", "k")})
+    out, maps = mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine="eager", map_engine="triton", **case.keywords())
+    found = torch.autograd.grad((out * x.dout).sum() + (maps * x.dmaps).sum(), (x.q, x.k))
+    exact, eager = (oracle(case, x, dtype, "both") for dtype in (torch.float64, torch.float32))
+    for key, value in zip(("dq", "dk"), found, strict=True):
+        assert_within_budget(key, value, exact[key], eager[key])
 
 
 def test_results_are_bitwise_reproducible():

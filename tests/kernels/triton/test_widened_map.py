@@ -86,3 +86,16 @@ def test_wide_blocks():
     arguments = (dout, dmaps, wide, 136, cu, steps, False)
     exact = in_pytorch(widened_values.split_gradient, *arguments)
     torch.testing.assert_close(widened_map.widened_dout(*arguments).cpu(), exact.float())
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_columns_that_are_not_contiguous(per_head):
+    """O' has the layout of q where it is as wide, and q may have any."""
+    wide, cu, steps, g = case(torch.float32, False)
+    strided = wide.mT.contiguous().mT
+    sums = (widened_map.word_sums(x, 16, 5, cu, steps, per_head) for x in (wide, strided))
+    assert torch.equal(*sums)
+    dmaps = torch.randn(len(steps), *((3,) if per_head else ()), steps.shape[1], 5, generator=g).to(DEVICE)
+    dout = torch.randn(*wide.shape[:3], 16, generator=g).to(DEVICE)
+    found, wanted = (widened_map.widened_dout(dout, dmaps, x, 16, cu, steps, per_head) for x in (strided, wide))
+    assert torch.equal(found, wanted) and found.stride() == strided.stride()
