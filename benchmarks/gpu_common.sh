@@ -24,10 +24,7 @@ unset TRITON_INTERPRET
 COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || cat "$KIT/$SCRIPT/commit" 2>/dev/null || echo unknown)}
 export COMMIT
 
-# Of the benchmark: expect no time to compile kernels.
-COMPILED=()
-# shellcheck disable=SC2034 # the scripts use it
-[ ! -d "$KIT/$SCRIPT" ] || COMPILED=(--compiled)
+COMPILED=() # of the benchmark: --compiled where the kit was unpacked, to expect no time to compile kernels
 
 RUN=("$PYTHON" -m) # in front of a module and its arguments
 case $REHEARSE in
@@ -85,8 +82,8 @@ part() {
 machine() {
   date -u +"date %Y-%m-%dT%H:%M:%SZ"
   echo "commit $COMMIT${REHEARSE:+, a rehearsal without a GPU: no number means anything}"
-  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv 2>/dev/null
-  "$PYTHON" -c 'import platform, torch, triton
+  timeout 20 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv 2>/dev/null
+  timeout 60 "$PYTHON" -c 'import platform, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
 print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no CUDA device")'
 }
@@ -95,13 +92,15 @@ begin() {
   : >"$OUT/status.txt"
   machine 2>&1 | tee "$OUT/machine.txt"
   if [ -z "$REHEARSE" ]; then
-    if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    if ! timeout 60 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
       say "no CUDA device"
       exit 2
     fi
-    "$PYTHON" -m benchmarks.gpu_kit unpack "$SCRIPT" --kit "$KIT" --home "$KIT_HOME" 2>&1 | tee -a "$OUT/status.txt"
+    timeout 90 "$PYTHON" -m benchmarks.gpu_kit unpack "$SCRIPT" --kit "$KIT" --home "$KIT_HOME" 2>&1 | tee -a "$OUT/status.txt"
   fi
   KERNELS_BEFORE=$(kernels_in_cache)
+  # shellcheck disable=SC2034 # the scripts use it
+  [ "$KERNELS_BEFORE" -eq 0 ] || COMPILED=(--compiled)
   keep
 }
 
@@ -111,7 +110,7 @@ kernels_in_cache() { find "$TRITON_CACHE_DIR" -name '*.cubin' 2>/dev/null | wc -
 finish() {
   say "kernels compiled in this run, because the kit did not hold them: $(($(kernels_in_cache) - KERNELS_BEFORE))"
   if [ -s "$OUT/shares.csv" ]; then
-    "$PYTHON" -m tests.helpers.budget "$OUT/shares.csv" | tee "$LOGS/shares.txt" | tail -n 40
+    timeout 20 "$PYTHON" -m tests.helpers.budget "$OUT/shares.csv" | tee "$LOGS/shares.txt" | tail -n 40
   fi
   say "end: $SECONDS s"
   keep

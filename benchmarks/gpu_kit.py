@@ -216,7 +216,11 @@ def unpack(half: str, kit: Path, home: Path) -> list[str]:
         return [f"kit: {folder} is not there; kernels are compiled as they are needed (make gpu-kit)"]
     home.mkdir(parents=True, exist_ok=True)
     lines = []
-    if half == "first":
+    alone = half == "second" and not (home / TRITON).exists()  # the first script did not run on this machine
+    if alone and not (kit / "first").is_dir():
+        lines.append("kit: the compiled Triton kernels came with the first script; here every kernel is compiled anew")
+    if half == "first" or (alone and (kit / "first").is_dir()):
+        folder = kit / "first"
         facts = json.loads((folder / "facts.json").read_text())
         extract(folder / "triton.tar.xz", home)
         broken = remove_broken_launchers(home / TRITON)
@@ -229,13 +233,14 @@ def unpack(half: str, kit: Path, home: Path) -> list[str]:
             lines.append(f"kit: {broken} launchers do not load here and are built anew")
         if (folder / "flash4.1").exists():
             shutil.copy(folder / "flash4.1", home)
-    elif (folder / "flash4.2").exists():
+    folder = kit / half
+    if half == "second" and (folder / "flash4.2").exists():
         first = next((file for file in (home / "flash4.1", kit / "first/flash4.1") if file.exists()), None)
         if first is None:
-            return ["kit: the first half of flash-attn 4 is not on this machine; it came with the first script"]
+            return [*lines, "kit: the first half of flash-attn 4 is not on this machine; it came with the first script"]
         data = first.read_bytes() + (folder / "flash4.2").read_bytes()
         if hashlib.sha256(data).hexdigest() != (folder / "flash4.sha256").read_text().strip():
-            return ["kit: the halves of flash-attn 4 are not of one kit"]
+            return [*lines, "kit: the halves of flash-attn 4 are not of one kit"]
         whole = home / "flash4.tar.xz"
         whole.write_bytes(data)
         extract(whole, home)
@@ -245,8 +250,8 @@ def unpack(half: str, kit: Path, home: Path) -> list[str]:
 
 
 def extract(archive: Path, home: Path) -> None:
-    """Unpack with the program tar if it is there, which uses several processors to read xz."""
-    if shutil.which("tar"):
+    """Unpack with the programs tar and xz if they are there, which use several processors."""
+    if shutil.which("tar") and shutil.which("xz"):  # tar reads xz by the program xz, which small images lack
         subprocess.run(
             ["tar", "-xf", str(archive), "-C", str(home)], check=True, env=os.environ | {"XZ_DEFAULTS": "-T0"}
         )

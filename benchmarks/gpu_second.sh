@@ -26,13 +26,29 @@ FIRST=${FIRST:-$KIT_HOME/first}
 SITE=$KIT_HOME/flash-attn-4
 export PYTHONPATH=$PYTHONPATH:$SITE:$SITE/nvidia_cutlass_dsl/dsl_packages
 
-first_failed() { grep -qE '^(triton|engines|models|others|memcheck): (failed|stopped)' "$FIRST/status.txt" 2>/dev/null; }
+# Print the tests that failed in the first run, in the order in which they failed.
+# After a fault in a kernel all later tests of the process fail, so the first names matter.
+failed_tests() {
+  if [ -d "$KIT_HOME/logs-first" ]; then
+    cat "$KIT_HOME"/logs-first/*.log
+  elif [ -f "$FIRST/logs.tar.gz" ]; then
+    tar -xzOf "$FIRST/logs.tar.gz"
+  fi 2>/dev/null | awk '
+    /^tests\/[^ ]*::/ { if ($2 ~ /^(FAILED|ERROR|Fatal)/) print $1 }
+    /^(FAILED|ERROR) tests\/[^ ]*::/ { print $2 }' | awk '!seen[$0]++'
+}
+
+# Whether a test failed or crashed its process. A part that was stopped at its limit, or that ran no test, did not fail.
+first_failed() {
+  local ending='failed \(exit status (1|1[0-9][0-9])\)'
+  [ -n "$(failed_tests)" ] || grep -qE "^((triton|engines|models|others): $ending|memcheck: failed)" "$FIRST/status.txt" 2>/dev/null
+}
 
 again() {
   local names
-  mapfile -t names < <(cat "$KIT_HOME"/logs-first/*.log 2>/dev/null | sed -nE 's/^FAILED ([^ ]+).*/\1/p' | sort -u | head -n 8)
+  mapfile -t names < <(failed_tests | head -n 8)
   if [ "${#names[@]}" -eq 0 ]; then
-    say "again: no failed test is named in $KIT_HOME/logs-first"
+    say "again: no failed test is named in $KIT_HOME/logs-first or $FIRST/logs.tar.gz"
     return 0
   fi
   limited 90 again "$PYTHON" -m pytest -v --tb=long -p no:cacheprovider "${names[@]}" || true
@@ -77,14 +93,14 @@ ncu() {
     say "ncu: skipped, it is not on this machine"
     return 0
   fi
-  names=$("$PYTHON" -m benchmarks.gpu_kit slowest "$FIRST/kernels.csv")
+  names=$(timeout 20 "$PYTHON" -m benchmarks.gpu_kit slowest "$FIRST/kernels.csv")
   # Each kernel is replayed about twenty times per launch. The clocks are left alone.
   limited 60 ncu "$program" --clock-control none --target-processes all --kernel-name "regex:^($names)" \
     --launch-count 8 --force-overwrite --export "$LOGS/ncu" --section SpeedOfLight --section LaunchStats \
     --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
     "$PYTHON" -m benchmarks.layer --device cuda --once --passes forward+backward --contenders "molsaki, sdpa" \
     --only "1x4096 H32/32 D128 W256" || return 1
-  "$program" --import "$LOGS/ncu.ncu-rep" --page details --csv >"$OUT/ncu.csv"
+  timeout 20 "$program" --import "$LOGS/ncu.ncu-rep" --page details --csv >"$OUT/ncu.csv"
 }
 
 racecheck() { sanitizer racecheck 40; }

@@ -432,7 +432,10 @@ def describe(device: torch.device) -> dict[str, str]:
         triton = __import__("triton").__version__
     else:
         name, triton = f"{_processor()}, {torch.get_num_threads()} threads", ""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "device": name,
         "arch": arch_of(device),

@@ -709,7 +709,12 @@ def predicted(shape: Shape, gpu: GPU | None, contender: str, kind: str, backward
         return None
     work = Work(shape, gpu)
     plain = work.plain().seconds(gpu, backward)
-    if kind == "map":
+    if "own preprocess" in contender:
+        work = Work(shape, gpu, PREPROCESS)
+    if kind == "map" and "widened" in contender:
+        # Which engines take v wider than q and k differs by width (widened_values.py); one width is the usual case.
+        layer = work.widened(equal_widths=True)
+    elif kind == "map":
         lse_gradient = "flash_attn" in contender or "flex" in contender  # of flash_attn, version 4
         layer = work.fused() if "triton" in contender else work.engine(lse_gradient)
     else:

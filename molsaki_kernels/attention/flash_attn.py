@@ -36,10 +36,11 @@ from molsaki_kernels.spec import (
     AttentionOutputs,
     AttentionRequest,
     InputGradients,
+    MapInputs,
     OutputGradients,
     PlanTensors,
 )
-from molsaki_kernels.strides import empty_out
+from molsaki_kernels.strides import empty_out, with_contiguous_head_dim
 
 NAME = "flash_attn"
 COMPUTES_MAP = False
@@ -256,7 +257,8 @@ def backward_with_map(
     dmaps, packed = gradients.dmaps, inputs.cu_seqlens is not None
     assert dmaps is not None
     upstream = OutputGradients(torch.zeros_like(outputs.out) if gradients.dout is None else gradients.dout)
-    map_inputs = inputs.map_inputs(outputs.lse)
+    q, k = with_contiguous_head_dim(inputs.q), with_contiguous_head_dim(inputs.k)
+    map_inputs = MapInputs(q, k, outputs.lse, inputs.cu_seqlens)
     shape = fa4_preprocess.accumulator(inputs.q.shape[3], options.causal, options.window is not None)
     dlse = None if gradients.dlse is None else gradients.dlse.float().contiguous()
     steps: list[Tensor] = []
@@ -303,7 +305,7 @@ def _takes_dlse(q: Tensor) -> bool:
 
 def _flash_layout(x: Tensor, packed: bool) -> Tensor:
     """Return ``x (B, H, M, D)`` in flash-attn's layout, ``(B, M, H, D)`` or packed ``(total, H, D)``."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = with_contiguous_head_dim(x)
     return x[0].transpose(0, 1) if packed else x.transpose(1, 2)
 
 

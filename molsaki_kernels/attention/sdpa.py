@@ -38,7 +38,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
-from molsaki_kernels.strides import match_strides
+from molsaki_kernels.strides import match_strides, with_contiguous_head_dim
 
 NAME = "sdpa"
 COMPUTES_MAP = False
@@ -279,6 +279,7 @@ def _flops(inputs: AttentionInputs, options: AttentionOptions) -> float:
 
 
 def _cuda_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    inputs = _cuda_inputs(inputs)
     q, k, v = inputs.q, inputs.k, inputs.v
     if _use_cudnn(inputs, options, backward=False):
         result = aten._scaled_dot_product_cudnn_attention(
@@ -295,7 +296,9 @@ def _cuda_forward(inputs: AttentionInputs, options: AttentionOptions) -> tuple[T
 def _cuda_backward(
     dout: Tensor, inputs: AttentionInputs, outputs: AttentionOutputs, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out, lse = inputs.q, inputs.k, inputs.v, outputs.out, outputs.lse
+    inputs = _cuda_inputs(inputs)
+    dout, out = with_contiguous_head_dim(dout), with_contiguous_head_dim(outputs.out)
+    q, k, v, lse = inputs.q, inputs.k, inputs.v, outputs.lse
     if _use_cudnn(inputs, options, backward=True):
         state = torch.empty((), dtype=torch.int64, device=q.device)  # of the unused dropout: never read
         M = q.shape[2]
@@ -315,6 +318,14 @@ def _cuda_backward(
         dout, q, k, v, out, lse, bounds, bounds, M, M, 0.0, options.causal, state, unused, **rest
     )
     return _from_flash_layout(dq, packed), _from_flash_layout(dk, packed), _from_flash_layout(dv, packed)
+
+
+def _cuda_inputs(inputs: AttentionInputs) -> AttentionInputs:
+    """Return inputs as the CUDA operators take them: q, k and v with a contiguous last dimension."""
+    if inputs.q.stride(-1) == inputs.k.stride(-1) == inputs.v.stride(-1) == 1:
+        return inputs
+    q, k, v = (with_contiguous_head_dim(x) for x in (inputs.q, inputs.k, inputs.v))
+    return AttentionInputs(q, k, v, inputs.sinks, inputs.cu_seqlens)
 
 
 def _flash_layout(x: Tensor, packed: bool) -> Tensor:

@@ -160,3 +160,30 @@ def test_limits_add_up():
         total = next(line for line in text.splitlines() if line.startswith("TOTAL_SECONDS="))
         assert int(total.split(":-")[1].rstrip("}")) <= most
     assert sys.executable
+
+
+def test_second_measures_if_the_tests_were_only_stopped(run):
+    run("first", "test_engines=sleep", TESTS_SECONDS="5")
+    result = run("second")
+    assert "again" not in result.parts() and result.parts()["bench"].startswith("passed")
+
+
+def test_second_runs_the_first_failed_tests_again(run, tmp_path):
+    """In the order in which they failed, also from the packed logs of another machine."""
+    logs, first = tmp_path / "logs", tmp_path / "copied"
+    logs.mkdir()
+    first.mkdir()
+    (logs / "triton.log").write_text(
+        "tests/kernels/a.py::test_z[1] PASSED [ 5%]\n"
+        "tests/kernels/a.py::test_y[torch.bfloat16-64] FAILED [ 10%]\n"
+        "tests/kernels/a.py::test_b ERROR [ 20%]\n"
+        "FAILED tests/kernels/a.py::test_b - AssertionError\n"
+        "tests/kernels/a.py::test_c Fatal Python error: Aborted\n"
+    )
+    (first / "status.txt").write_text("triton: failed (exit status 134), 9 s\n")
+    subprocess.run(["tar", "-czf", first / "logs.tar.gz", "-C", logs, "."], check=True)
+    result = run("second", FIRST=str(first))
+    call = next(call for call in result.calls if call.startswith("-m pytest"))
+    names = [word.split("::")[1] for word in call.split() if "::" in word]
+    assert names == ["test_y[torch.bfloat16-64]", "test_b", "test_c"]
+    assert "bench" not in result.parts()

@@ -32,6 +32,7 @@ class Operators:
         assert dropout == 0 and debug is False and max_q == max_k
         assert window_size_left is None or (causal and window_size_right == 0)
         window = None if window_size_left is None else window_size_left + 1
+        assert all(t.stride(-1) == 1 for t in (q, k, v))
         q, k, v = (_heads_first(t, cum_q) for t in (q, k, v))
         out, lse = _attend(q, k, v, dict(scale=scale, causal=causal, window=window), cum_q)
         return (*_as_flash(cum_q, out), lse if cum_q is None else lse[0], None, None, None)
@@ -42,6 +43,7 @@ class Operators:
     ):  # fmt: skip
         self.calls.append("flash backward")
         window = None if window_size_left is None else window_size_left + 1
+        assert all(t.stride(-1) == 1 for t in (dout, q, k, v, out))
         dout, q, k, v, out = (_heads_first(t, cum_q) for t in (dout, q, k, v, out))
         lse = lse if cum_q is None else lse[None]
         options = dict(scale=scale, causal=causal, window=window)
@@ -65,6 +67,7 @@ class Operators:
         return _differentiate(dout, q, k, v, out, lse[..., 0], dict(scale=scale, causal=causal))
 
     def _plan(self, name, q, k, v, *others):
+        assert all(t.stride(-1) == 1 for t in (q, k, v, *others))
         key = (name, *((t.shape, t.stride()) for t in (q, k, v)))
         strides = tuple(t.stride() for t in others)
         assert self.plans.setdefault(key, strides) == strides, "the plan was built for other strides"

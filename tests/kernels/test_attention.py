@@ -61,9 +61,9 @@ def inputs(plan_name: str, dtype, groups=2, packed=False, sinks=False, dim=16, l
     batch, M = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
 
     def tensor(heads):
-        shape = (batch, M, heads, dim) if layout == "bmhd" else (batch, heads, M, dim)
-        x = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-        return x.transpose(1, 2) if layout == "bmhd" else x
+        sizes = dict(b=batch, h=heads, m=M, d=dim)
+        x = torch.randn([sizes[name] for name in layout], generator=g, dtype=torch.float64).to(dtype)
+        return x.permute([layout.index(name) for name in "bhmd"])
 
     Hkv = 2
     tensors = [tensor(Hkv * groups), tensor(Hkv), tensor(Hkv)]
@@ -163,7 +163,7 @@ def test_plans(plan_name, engine, packed):
 
 @pytest.mark.usefixtures("cpu_map")
 @pytest.mark.parametrize("groups", [1, 2, 7])
-@pytest.mark.parametrize("layout", ["bhmd", "bmhd"])
+@pytest.mark.parametrize("layout", ["bhmd", "bmhd", "bhdm"])
 @pytest.mark.parametrize("dim", [16, 80])
 def test_shapes(groups, layout, dim):
     for engine in ready_engines():

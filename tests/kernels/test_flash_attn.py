@@ -97,7 +97,7 @@ def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
     assert all(forward[key].data_ptr() == backward[key].data_ptr() for key in "qkv")
 
 
-@pytest.mark.parametrize("name, layout", [("2", "bmhd"), ("4", "bhmd")])
+@pytest.mark.parametrize("name, layout", [("2", "bmhd"), ("4", "bhmd"), ("2", "bhdm"), ("4", "bhdm")])
 def test_triton_map_is_added_to_its_gradients(machine, monkeypatch, name, layout):
     """The interpreted map kernels add to dq and dk as they are: transposed, packed, or a slice of wider tensors."""
     machine(*MACHINES[name])

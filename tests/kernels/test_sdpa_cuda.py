@@ -51,6 +51,7 @@ def test_features(hopper, monkeypatch, feature, pays):
         compare("sdpa", "ragged", FEATURES[feature], torch.bfloat16)
     compare("sdpa", "ragged", FEATURES[feature], torch.float32, layout="bmhd")
     compare("sdpa", "ragged", FEATURES[feature], torch.float32, source="maps", layout="bmhd")
+    compare("sdpa", "ragged", FEATURES[feature], torch.bfloat16, layout="bhdm")
     allowed = not {"packed", "window"} & FEATURES[feature].keys()
     assert any("cudnn" in name for name in hopper.calls) == (allowed and pays < 1e30)
     assert any("flash" in name for name in hopper.calls) == (not allowed or pays > 0)
