@@ -78,6 +78,7 @@ def test_order_of_the_package(monkeypatch, width):
 
 CASES = [
     Case("default", M=130, B=2, D=64, dtype=BF16),
+    Case("columns", M=70, D=64, dtype=BF16, layout="columns"),
     Case("wide", M=70, D=128, Hq=4, Hkv=2, dtype=BF16),
     Case("one_group", M=100, D=96, dtype=BF16),
     Case("narrow", M=50, D=32, dtype=FP16, causal=False),
