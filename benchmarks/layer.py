@@ -266,7 +266,8 @@ def resources(
 def prediction(shape: Shape, device: str, name: str, kind: str, backward: bool) -> tuple[float, float] | None:
     """Return seconds, and the ratio to the fastest plain attention; None for a device unknown to ``predict.py``."""
     try:
-        from .predict import gpu_named, predicted
+        from .predict import predicted
+        from .roofline import gpu_named
     except ImportError:  # it reads the configs of the Triton kernels
         return None
     return predicted(shape, gpu_named(device), name, kind, backward)
@@ -416,7 +417,8 @@ def stage(name: str, before: Sequence[str]) -> str:
 def predicted_kernels(shape: Shape, device: str, contender: str) -> dict[str, float]:
     """Return the predicted seconds of each of the project's kernels; empty for a device unknown to ``predict.py``."""
     try:
-        from .predict import Work, gpu_named
+        from .predict import Work
+        from .roofline import gpu_named
     except ImportError:  # it reads the configs of the Triton kernels
         return {}
     gpu = gpu_named(device)

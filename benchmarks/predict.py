@@ -2,23 +2,17 @@
 
     python -m benchmarks.predict [--gpu H200] [--csv FILE] [--only TEXT] [--targets]
 
-The time of a launch is a fixed time to start and drain, plus the longest of: its products at a share of the tensor
-cores' peak, its bytes from memory, its bytes from L2, and the time that its programs need on the multiprocessors. The
-last one is the sum of the waves: programs that fit on the GPU at once (registers and shared memory, as ``aot.py``
-reports them) run side by side, and each takes as long as its chain of dependent loads, barriers and products, or as its
-share of the multiprocessor's throughput, whichever is longer. The tiles, groups and splits are those of
+The time of a launch is modelled in ``roofline.py``. The tiles, groups and splits are those of
 ``molsaki_kernels._triton.configs``. ``--targets`` prints designs that do not exist yet beside those that do.
 
-Every constant is in :data:`GPUS`, the constants after it and :data:`COMPILED`, each with its source. Times are those of
-the GPU; a slower host adds its own (compare the measured modes "eager" and "graph").
+Every constant has its source beside it: :data:`roofline.GPUS`, the constants here and there, :data:`COMPILED`. Times
+are those of the GPU; a slower host adds its own (compare the measured modes "eager" and "graph").
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import heapq
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,273 +23,52 @@ from molsaki_kernels import aot
 from molsaki_kernels._triton import configs
 
 from .layer import write_csv
+from .roofline import COLUMN_SHARE, GPU, GPUS, Grid, Kernel, Layer, Loop
 from .shapes import Shape, cuda_grid
 
 PREDICTED = "prediction"
 
 
-@dataclasses.dataclass(frozen=True)
-class GPU:
-    """Rates per second, times in seconds; the shares are of the peak, for head_dim 128 and long sequences."""
-
-    name: str
-    arch: str  # the name in configs
-    target: str  # the name in aot
-    flops: float  # dense bf16
-    memory: float  # bytes, peak
-    l2: float  # bytes
-    cache: float  # bytes the L2 holds
-    launch: float  # from the start of a small kernel to that of the next, beyond its work
-    plain_forward: float
-    plain_backward: float
-    triton: float
-    clock: float  # cycles, those at which the peak holds
-    issue: float  # instructions per cycle and multiprocessor, of warps
-    port: float  # bytes per cycle from L2 to one multiprocessor
-    l2_trip: float  # a load that hits L2, until its value is used
-    memory_trip: float  # the same from memory
-
-    @property
-    def multiprocessors(self) -> int:
-        return configs.MULTIPROCESSORS[self.arch]
-
-
-GPUS = {
-    # Vendors' datasheets for peaks (NVIDIA H100, H200 and A100 SXM; AMD Instinct MI300X). L2: read bandwidths that
-    # microbenchmarks publish (Chips and Cheese: H100 5.5 to 5.7 TB/s, MI300X's Infinity Cache 11.9), an A100's from its
-    # 5,120 bytes per clock at two thirds. Latencies from the same and from "Dissecting the NVIDIA Hopper Architecture"
-    # (arXiv 2402.13499): about 270 cycles for L2 and 600 for memory on an idle H100, rounded up; every scheduler issues
-    # one instruction per cycle, and 64 bytes per cycle arrive from L2. A launch: 1.5 us, the duration that profilers
-    # report of an empty kernel. Plain shares on Hopper, for causal bf16 with 48 heads of 128 and batch 4:
-    # FlashAttention-3 reaches 667 TFLOP/s forward and 444 backward at 4,096 tokens (tritonbench#1267); with fewer
-    # heads, less: 600 and 440. On an A100: the paper of FlashAttention-2 (arXiv 2307.08691); for the MI300X a guess.
-    # Triton's shares: a guess from its tutorial's kernel, which has no warp specialisation.
-    "H200": GPU(
-        "H200",
-        "sm90",
-        "cuda:90",
-        flops=989e12,
-        memory=4.8e12,
-        l2=5.5e12,
-        cache=60e6,
-        launch=1.5e-6,
-        plain_forward=0.695,
-        plain_backward=0.51,
-        triton=0.465,
-        clock=1.83e9,
-        issue=4,
-        port=64,
-        l2_trip=0.16e-6,
-        memory_trip=0.35e-6,
-    ),
-    "H100": GPU(
-        "H100",
-        "sm90",
-        "cuda:90",
-        flops=989e12,
-        memory=3.35e12,
-        l2=5.5e12,
-        cache=50e6,
-        launch=1.5e-6,
-        plain_forward=0.695,
-        plain_backward=0.51,
-        triton=0.465,
-        clock=1.83e9,
-        issue=4,
-        port=64,
-        l2_trip=0.16e-6,
-        memory_trip=0.35e-6,
-    ),
-    "A100": GPU(
-        "A100",
-        "sm80",
-        "cuda:80",
-        flops=312e12,
-        memory=2.04e12,
-        l2=4.8e12,
-        cache=40e6,
-        launch=1.5e-6,
-        plain_forward=0.62,
-        plain_backward=0.55,
-        triton=0.5,
-        clock=1.41e9,
-        issue=4,
-        port=64,
-        l2_trip=0.16e-6,
-        memory_trip=0.4e-6,
-    ),
-    "MI300X": GPU(
-        "MI300X",
-        "gfx942",
-        "hip:gfx942",
-        flops=1307e12,
-        memory=5.3e12,
-        l2=11.9e12,
-        cache=256e6,
-        launch=4e-6,
-        plain_forward=0.4,
-        plain_backward=0.3,
-        triton=0.3,
-        clock=2.1e9,
-        issue=4,
-        port=64,
-        l2_trip=0.25e-6,
-        memory_trip=0.7e-6,
-    ),
-}
-MEMORY_SHARE = 0.875  # of the peak that a large copy reaches
 # Of plain attention's time per score at head_dim 128, the share that does not shrink with the width (exponentials,
 # masks): a third, so that 64-wide heads reach three quarters of the rate of 128-wide ones (both papers' figures).
 PER_SCORE = 1 / 3
 TRITON_NARROW = 0.85  # the same for the Triton kernels, as a rate at 64: more of their time is products
 RAMP = 600  # tokens: M / (M + RAMP) of the rate remains after diagonal tiles, filling and draining
-COLUMN_SHARE = 0.405  # the map's own products: short loops
 DKV_SHARE = 0.86  # of Triton's share: 32 rows at a time
 EAGER_BYTES = (66, 174)  # per weight, forward and both passes: counted per operator, each tensor read and written
 # Launches of plain attention: forward; in the backward the row sums, the kernel itself, and the conversion of dq. Each
 # is a kernel with its own ramp and the gap before it.
 PLAIN_LAUNCHES = (1, 3)
 PLAIN_LAUNCH = 3e-6
-LOOP_SHARE = 0.65  # of the peak that products reach while they run: that of Triton's long matrix products
-BARRIER = 27  # cycles of a barrier of 4 to 8 warps
-ONCE_BARRIERS = 4  # per search in the plan before the loop (counted in the PTX)
-ONCE_INSTRUCTIONS = 150  # per warp and search
 
-# Registers per thread and bytes of shared memory of the map's kernels, and the instructions of a warp in one trip of
-# their loop: ``python -m molsaki_kernels.aot --target cuda:90`` with Triton 3.6 at commit c81408b (map_fold,
-# map_dq_tables: a later design, see MAPS) and cuobjdump -sass, by head_dim up to 64 and up to 128. Other targets are
-# taken to be alike.
+# Registers per thread and bytes of shared memory of the map's kernels, the instructions of a warp in one trip of their
+# loop, and the warps of a program, for which alone the instructions hold: ``python -m molsaki_kernels.aot --target
+# cuda:90`` with Triton 3.6 and cuobjdump -sass, by head_dim up to 64 and up to 128. Commit c81408b; map_fold,
+# map_dk_tables and map_dq_tables (see MAPS): a78a560. Other targets are taken to be alike.
 COMPILED = {
-    ("map_partials", 64): (253, 35072, 520),
-    ("map_partials", 128): (250, 50304, 500),
-    ("map_partials_wide", 64): (249, 51456, 520),  # more than 64 key tokens
-    ("map_partials_wide", 128): (255, 100608, 571),
-    ("map_reduce", 64): (168, 512, 150),
-    ("map_reduce", 128): (168, 512, 150),
-    ("map_dlse", 64): (96, 12288, 783),
-    ("map_dlse", 128): (103, 24576, 849),
-    ("map_dq", 64): (145, 14336, 823),
-    ("map_dq", 128): (213, 26624, 862),
-    ("map_dk", 64): (202, 41216, 1192),
-    ("map_dk", 128): (174, 41088, 639),
-    ("map_dk_add", 64): (40, 0, 60),
-    ("map_dk_add", 128): (64, 0, 60),
-    ("map_fold", 64): (142, 32768, 700),
-    ("map_fold", 128): (128, 57344, 770),
-    ("map_fold_one", 64): (128, 24832, 245),  # at most 32 key tokens
-    ("map_fold_one", 128): (128, 49408, 309),
-    ("map_dk_tables", 64): (136, 24704, 613),
-    ("map_dk_tables", 128): (127, 41088, 505),
-    ("map_dq_tables", 64): (128, 21632, 511),
-    ("map_dq_tables", 128): (122, 38016, 504),
+    ("map_partials", 64): (253, 35072, 520, 4),
+    ("map_partials", 128): (250, 50304, 500, 4),
+    ("map_partials_wide", 64): (249, 51456, 520, 8),  # more than 64 key tokens
+    ("map_partials_wide", 128): (255, 100608, 571, 8),
+    ("map_reduce", 64): (168, 512, 150, 4),
+    ("map_reduce", 128): (168, 512, 150, 4),
+    ("map_dlse", 64): (96, 12288, 783, 4),
+    ("map_dlse", 128): (103, 24576, 849, 4),
+    ("map_dq", 64): (145, 14336, 823, 4),
+    ("map_dq", 128): (213, 26624, 862, 4),
+    ("map_dk", 64): (202, 41216, 1192, 4),
+    ("map_dk", 128): (174, 41088, 639, 4),
+    ("map_dk_add", 64): (40, 0, 60, 4),
+    ("map_dk_add", 128): (64, 0, 60, 4),
+    ("map_fold", 64): (145, 32768, 736, 4),
+    ("map_fold", 128): (128, 57344, 778, 4),
+    ("map_fold_one", 64): (128, 24832, 245, 4),  # at most 32 key tokens
+    ("map_fold_one", 128): (128, 49408, 309, 4),
+    ("map_dk_tables", 64): (136, 24704, 613, 4),
+    ("map_dk_tables", 128): (174, 41088, 646, 4),
+    ("map_dq_tables", 64): (127, 21632, 483, 4),
+    ("map_dq_tables", 128): (128, 38016, 475, 8),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """One trip of a program's loop."""
-
-    loads: int  # dependent trips to L2; 0 where the pipeline's cp.async run ahead
-    barriers: int
-    flops: float
-    bytes: float  # from L2
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The programs of a launch."""
-
-    compiled: tuple[int, int, int]  # registers, shared memory, instructions per trip
-    warps: int
-    trips: tuple[float, ...]  # of the loop, in order of launch; those of one head
-    heads: int  # how often the launch repeats them
-    searches: int  # in the plan, before the loop; each is a dependent trip to L2
-    memory_loads: int  # dependent trips to memory, before and after it
-    loop: Loop
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.trips) * self.heads * self.loop.bytes
-
-    def seconds(self, gpu: GPU) -> float:
-        """The time of all programs, of which as many run side by side as registers and shared memory allow.
-
-        A trip takes as long as its chain of loads, barriers and products, or as the multiprocessor needs for the trips
-        of all resident programs.
-        """
-        blocks = max(aot.occupancy(aot.TARGETS[gpu.target], self.warps, *self.compiled[:2])[0], 1)
-        resident = min(blocks, -(-len(self.trips) * self.heads // gpu.multiprocessors))
-        products = self.loop.flops * gpu.multiprocessors / (LOOP_SHARE * gpu.flops)
-        issue = self.warps / gpu.issue / gpu.clock  # of an instruction
-        chain = self.loop.loads * gpu.l2_trip + self.loop.barriers * BARRIER / gpu.clock + products
-        instructions = self.compiled[2] * issue
-        shared = max(products, instructions, self.loop.bytes / (gpu.port * gpu.clock))
-        trip = max(chain, resident * shared)
-        once = self.searches * (gpu.l2_trip + ONCE_BARRIERS * BARRIER / gpu.clock)
-        once = max(once, resident * self.searches * ONCE_INSTRUCTIONS * issue) + self.memory_loads * gpu.memory_trip
-        return makespan(tuple(once + n * trip for n in self.trips), self.heads, gpu.multiprocessors * blocks)
-
-
-@functools.lru_cache(maxsize=4096)
-def makespan(durations: tuple[float, ...], repeats: int, slots: int) -> float:
-    """The time until ``slots`` workers, each of which takes the next program when it is free, have done all."""
-    count = len(durations) * repeats
-    if count <= slots:
-        return max(durations)
-    if count > 2 * slots:
-        return sum(durations) * repeats / slots + max(durations) / 2
-    free = [0.0] * slots
-    for _ in range(repeats):
-        for duration in durations:
-            heapq.heapreplace(free, free[0] + duration)
-    return max(free)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """The work of one launch, and its predicted time on a GPU."""
-
-    name: str
-    flops: float
-    memory: float  # bytes
-    l2: float = 0.0  # bytes
-    share: float = COLUMN_SHARE
-    launches: int = 1
-    grid: Grid | None = None
-    launch: float | None = None  # seconds, instead of the GPU's
-
-    def times(self, gpu: GPU) -> dict[str, float]:
-        """Return the seconds of each possible limit."""
-        return {
-            "launch": self.launches * (gpu.launch if self.launch is None else self.launch),
-            "products": self.flops / (self.share * gpu.flops),
-            "memory": self.memory / (MEMORY_SHARE * gpu.memory),
-            "L2": max(self.l2, self.grid.bytes if self.grid else 0.0) / gpu.l2,
-            "programs": 0.0 if self.grid is None else self.grid.seconds(gpu),
-        }
-
-    def seconds(self, gpu: GPU) -> float:
-        launch, *work = self.times(gpu).values()
-        return launch + max(work)
-
-    def limit(self, gpu: GPU) -> str:
-        times = self.times(gpu)
-        return max(times, key=lambda name: times[name])
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One implementation of a layer: its kernels, forward and backward."""
-
-    name: str
-    forward: tuple[Kernel, ...]
-    backward: tuple[Kernel, ...]
-
-    def seconds(self, gpu: GPU, backward: bool) -> float:
-        return sum(k.seconds(gpu) for k in self.kernels(backward))
-
-    def kernels(self, backward: bool) -> tuple[Kernel, ...]:
-        return self.forward + (self.backward if backward else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +113,10 @@ class FirstTiles:
     @staticmethod
     def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> configs.MapTile:
         return configs.MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
+
+    @staticmethod
+    def map_dlse(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
+        return FirstTiles.map_dq(arch, dtype, head_dim)
 
     @staticmethod
     def heads_per_program(arch: str, heads: int, programs: int) -> int:
@@ -526,7 +303,7 @@ class Work:
         steps = Grid(COMPILED["map_reduce", self.bucket], reduce.warps, programs, s.batch, 3, 0, sums)
         return partials, self.kernel("map_reduce", 0, share + self.maps, 0, steps)
 
-    def _heads_per_program(self, programs: int, used: int, warps: int, compiled: tuple[int, int, int]) -> int:
+    def _heads_per_program(self, programs: int, used: int, warps: int, compiled: tuple[int, int, int, int]) -> int:
         heads = self.shape.q_heads
         if not self.design.full_waves:
             return self.tiles.heads_per_program(self.gpu.arch, heads, programs)
@@ -556,14 +333,9 @@ class Work:
 
     def _dq_tile(self, has_dq: bool) -> Any:
         s = self.shape
-        if not has_dq and hasattr(self.tiles, "map_dlse"):
+        if not has_dq:
             return self.tiles.map_dlse(self.gpu.arch, self.dtype, s.head_dim, s.words)
-        tile = self.tiles.map_dq(self.gpu.arch, self.dtype, s.head_dim)
-        if self.design.pipelined_dq and not hasattr(self.tiles, "map_dlse"):  # the tiles with which it was compiled
-            columns = 32 if has_dq or s.words <= 32 else 64
-            warps = 8 if has_dq and s.head_dim > 64 else 4
-            tile = dataclasses.replace(tile, columns=columns, warps=warps, stages=2)
-        return tile
+        return self.tiles.map_dq(self.gpu.arch, self.dtype, s.head_dim)
 
     def map_dq(self, name: str, passes: int) -> Kernel:
         """Return map_dlse with one pass over q, or the kernel of dq with two, or three where it is added to."""
@@ -617,15 +389,11 @@ class Work:
         add = self.kernel("map_dk_add", 0, splits * rows * 4 + 2 * rows * self.size, 0, grid)
         return self.map_dq("map_dq_add", 3), self.map_dk(), *((add,) if splits > 1 else ())
 
-    def _dk(self) -> tuple[Any, tuple[int, int, int]]:
+    def _dk(self) -> tuple[Any, tuple[int, int, int, int]]:
         """Return the tile of map_dk and how it was compiled."""
         s = self.shape
         tile = self.tiles.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
-        if not self.design.pipelined_dq:
-            return tile, COMPILED["map_dk", self.bucket]
-        if not hasattr(self.tiles, "map_dlse"):
-            tile = dataclasses.replace(tile, rows=32, warps=8 if s.head_dim > 64 else 4)
-        return tile, COMPILED["map_dk_tables", self.bucket]
+        return tile, COMPILED["map_dk_tables" if self.design.pipelined_dq else "map_dk", self.bucket]
 
     def map_dk(self, direct: bool = True) -> Kernel:
         s = self.shape
@@ -696,11 +464,6 @@ def widening_wins(shape: Shape, gpu: GPU, *, lse_gradient: bool, equal_widths: b
     """
     work = Work(shape, gpu, design)
     return work.widened(equal_widths).seconds(gpu, True) < work.engine(lse_gradient).seconds(gpu, True)
-
-
-def gpu_named(device: str) -> GPU | None:
-    """Return the GPU whose name is part of a device's name as PyTorch reports it."""
-    return next((gpu for name, gpu in GPUS.items() if name in device), None)
 
 
 def predicted(shape: Shape, gpu: GPU | None, contender: str, kind: str, backward: bool) -> tuple[float, float] | None:

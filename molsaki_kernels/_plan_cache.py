@@ -39,7 +39,9 @@ def cached(
     if result is None:
         if len(results) >= MOST_ENTRIES:
             results.clear()
-        result = results[key] = (compute(), steps, words, cu_seqlens)  # holding the tensors reserves their ids
+        # Holding the tensors reserves their ids; ``tokens`` has its own, and held here would never be freed.
+        held = [x for x in (steps, words, cu_seqlens) if x is not tokens]
+        result = results[key] = (compute(), held)
     value: T = result[0]
     return value
 

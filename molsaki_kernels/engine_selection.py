@@ -70,8 +70,8 @@ WIDENED: tuple[Widened, ...] = (
         words=32,  # 96 columns, a width that flash attention has a kernel for
         tokens=512,
         rows=32768,
-        source="prediction (benchmarks.predict) for aten flash, over the time with map kernels: 0.83 to 0.98 at "
-        "4 x 256 tokens with 9 to 32 heads of 64, 0.96 to 0.99 at 16 x 256 with 9, 1.06 with 32",
+        source="prediction (benchmarks.predict) for aten flash, over the time with map kernels: 0.85 to 0.98 at "
+        "4 x 256 tokens with 9 to 32 heads of 64, 0.97 to 1.00 at 16 x 256 with 9, 1.06 with 32",
     ),
 )
 HEAD_DIMS = (64, 128, 256)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from molsaki_kernels import widened_values
-from molsaki_kernels.attention import ENGINES, flash_attn, sdpa
+from molsaki_kernels.attention import ENGINES, sdpa
 from molsaki_kernels.attention.sinks import sinks_gradient
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.direct_call import runs_untraced, without_autocast
@@ -142,9 +142,7 @@ def _attention(
         if maps is None:
             lse = lse.contiguous()
             maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
-        q, v = inputs.q, inputs.v
-        strides = dense_strides(q) if q.shape[3] == v.shape[3] else out_strides(q, v.shape[3])
-        promised = match_strides(out, strides)
+        promised = match_strides(out, out_strides(inputs.q, inputs.v.shape[3]))
         return outputs if promised is out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
 
 
@@ -182,23 +180,25 @@ def _gradients_with_map(
     map_engine: str,
 ) -> InputGradients:
     """Compute the gradients by an engine that does not compute the map: the map's gradient passes through dlse."""
-    fused = gradients.dmaps is not None and (engine, map_engine) == (flash_attn.NAME, "triton")
-    if fused and flash_attn.why_not_fused(inputs, options, plan) is None:
-        return flash_attn.backward_with_map(gradients, inputs, outputs, options, plan)
+    module: Any = ENGINES[engine]  # two of its functions are optional
+    may_fuse = gradients.dmaps is not None and map_engine == "triton" and hasattr(module, "why_not_fused")
+    if may_fuse and module.why_not_fused(inputs, options, plan) is None:
+        fused: InputGradients = module.backward_with_map(gradients, inputs, outputs, options, plan)
+        return fused
     dlse = gradients.dlse
     dout = torch.zeros_like(outputs.out) if gradients.dout is None else gradients.dout
-    passed, folds = (OutputGradients(dout, dlse), outputs), getattr(ENGINES[engine], "folds_dlse", None)
+    upstream, attention = OutputGradients(dout, dlse), outputs
     map_gradient = None
     if gradients.dmaps is not None:
         map_inputs = inputs.map_inputs(outputs.lse)
         map_gradient = MAP_ENGINES[map_engine].Gradient(gradients.dmaps, map_inputs, options, plan)
-        if folds is not None and folds(inputs):
+        if hasattr(module, "folds_dlse") and module.folds_dlse(inputs):
             folded_out, folded_dout, dlse = map_gradient.fold(outputs.out, dout, dlse)
-            passed = OutputGradients(folded_dout), AttentionOutputs(folded_out, outputs.lse)
+            upstream, attention = OutputGradients(folded_dout), AttentionOutputs(folded_out, outputs.lse)
         else:
             dlse = map_gradient.dlse if dlse is None else map_gradient.dlse + dlse
-            passed = OutputGradients(dout, dlse), outputs
-    result = ENGINES[engine].backward(passed[0], inputs, passed[1], options, plan)
+            upstream = OutputGradients(dout, dlse)
+    result: InputGradients = module.backward(upstream, inputs, attention, options, plan)
     # Folding dlse replaces a vanished dO by tiny numbers, which leave a trace in dv.
     dv = torch.zeros_like(inputs.v) if gradients.dout is None else result.dv
     if map_gradient is not None:

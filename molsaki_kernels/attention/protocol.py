@@ -28,6 +28,10 @@ class Engine(Protocol):
     An engine that folds dlse into out (``lse_gradient.py``) may also have ``folds_dlse(inputs) -> bool``. Where it
     returns True and the map has a gradient, ``backward`` gets O' and dO' in place of out and dout, and no dlse: the
     map's implementation may fold in the pass that computes dlse.
+
+    An engine whose backward can take the key columns of the Triton map in its own passes may have
+    ``why_not_fused(inputs, options, plan) -> str | None``, the reason why it cannot in a call, and
+    ``backward_with_map``, which has the arguments of ``backward`` and is called in its place, with dmaps.
     """
 
     NAME: str

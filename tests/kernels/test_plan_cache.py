@@ -9,6 +9,7 @@ import torch
 from molsaki_kernels import StepPlan, reference, stepwise_attention, stepwise_map
 from molsaki_kernels import _plan_cache as plan_cache
 from molsaki_kernels.attention_map import torch_blocks
+from molsaki_kernels.spec import PlanTensors
 
 
 def plan_of(words=((1,), (4, 5))):
@@ -81,6 +82,17 @@ def test_entries_are_freed_with_their_plan():
     check(plan)
     assert len(plan_cache._cache) == before + 1
     del plan
+    gc.collect()
+    assert len(plan_cache._cache) == before
+
+
+def test_a_plan_whose_tensors_are_one_object_is_freed():
+    numbers = torch.zeros(1, 1, dtype=torch.int64)
+    before = len(plan_cache._cache)
+    plan = PlanTensors(torch.zeros(1, 1, 2, dtype=torch.int64), numbers, numbers, 1)
+    assert plan_cache.cached(plan, ("kept",), lambda: 5) == plan_cache.cached(plan, ("kept",), lambda: 6) == 5
+    assert len(plan_cache._cache) == before + 1
+    del plan, numbers
     gc.collect()
     assert len(plan_cache._cache) == before
 
