@@ -28,7 +28,13 @@ def cached(
     The result must not hold a view of the plan's tokens, which would keep the plan alive.
     """
     tokens, steps, words = plan.tokens, plan.steps, plan.word_of_token
-    states = (_state(tokens), _state(steps), _state(words), 0 if cu_seqlens is None else _state(cu_seqlens))
+    # Written out, since every layer of every step comes here.
+    states = (
+        _contents(tokens) if tokens.is_inference() else tokens._version,
+        _contents(steps) if steps.is_inference() else steps._version,
+        _contents(words) if words.is_inference() else words._version,
+        0 if cu_seqlens is None else _contents(cu_seqlens) if cu_seqlens.is_inference() else cu_seqlens._version,
+    )
     if None in states:
         return compute()
     key = (id(steps), id(words), id(cu_seqlens), *states, plan.num_words, *key)
@@ -46,11 +52,12 @@ def cached(
     return value
 
 
-def _state(x: Tensor) -> Hashable:
-    """Return what differs after ``x`` was changed in place, or None if that cannot be known without waiting for it."""
-    if not x.is_inference():
-        return x._version
-    return tuple(x.flatten().tolist()) if x.is_cpu else None  # inference tensors have no version
+def _contents(x: Tensor) -> Hashable:
+    """Return what differs after an inference tensor, which has no version, was changed in place.
+
+    None if that cannot be known without waiting for its device.
+    """
+    return tuple(x.flatten().tolist()) if x.is_cpu else None
 
 
 def cached_on_device(

@@ -142,7 +142,8 @@ def _attention(
         if maps is None:
             lse = lse.contiguous()
             maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
-        promised = match_strides(out, out_strides(inputs.q, inputs.v.shape[3]))
+        q, value_dim = inputs.q, inputs.v.shape[3]
+        promised = match_strides(out, dense_strides(q) if q.shape[3] == value_dim else out_strides(q, value_dim))
         return outputs if promised is out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
 
 

@@ -19,10 +19,8 @@ def dense_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def out_strides(q: Tensor, value_dim: int) -> tuple[int, ...]:
-    """Return the strides of out ``(B, Hq, M, value_dim)`` in the layout of ``q``, without gaps."""
-    B, H, M, D = q.shape
-    if value_dim == D:
-        return dense_strides(q)
+    """Return the strides of out ``(B, Hq, M, value_dim)``, of another width than ``q``, in q's layout without gaps."""
+    B, H, M, _ = q.shape
     if not q.is_contiguous() and q.transpose(1, 2).is_contiguous():
         return M * H * value_dim, value_dim, H * value_dim, 1
     return H * M * value_dim, M * value_dim, value_dim, 1

@@ -18,6 +18,7 @@ from molsaki_kernels.attention_map import torch as torch_map
 from molsaki_kernels.attention_map import torch_blocks
 from molsaki_kernels.spec import AttentionOutputs
 from tests.helpers.budget import assert_within_budget, error
+from tests.helpers.compiled import assert_compiles_alike
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -423,14 +424,7 @@ def test_compile(dynamic):
         out, maps = mk.stepwise_attention(q, k, v, plan, window=30)
         return out.square().sum() + maps.square().sum() + mk.pool_values(v).square().sum()
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    results = []
-    for function in (layer, compiled):
-        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-        value = function(*leaves, plan)
-        results.append((value, *torch.autograd.grad(value, leaves)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_compiles_alike(layer, (q, k, v), plan, dynamic=dynamic)
 
 
 def test_compile_of_bfloat16_without_gradients():

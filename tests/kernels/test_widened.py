@@ -22,6 +22,7 @@ from molsaki_kernels.attention import ENGINES, flash_attn, flex, sdpa
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest, PlanTensors
 from tests.helpers import flash_attn_stand_ins as stand_ins
 from tests.helpers.budget import assert_within_budget, error
+from tests.helpers.compiled import assert_compiles_alike
 from tests.helpers.tiny import one_thread  # noqa: F401
 from tests.kernels.test_attention import DTYPES, FEATURES, PLANS, inputs, run, serves
 from tests.kernels.test_flash_attn import MACHINES, machine  # noqa: F401
@@ -284,14 +285,7 @@ def test_compile(engine, dynamic):
         out, maps = widened(q, k, v, plan, window=30, engine=engine)
         return out.square().sum() + maps.square().sum()
 
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    results = []
-    for function in (layer, compiled):
-        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-        value = function(*leaves, plan)
-        results.append((value, *torch.autograd.grad(value, leaves)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_compiles_alike(layer, (q, k, v), plan, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("packed", [False, True])
