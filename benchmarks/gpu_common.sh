@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Functions of gpu_first.sh and gpu_second.sh, which source this file. See README.md beside it.
+# Functions of gpu_first.sh, gpu_second.sh and gpu_steps.sh, which source this file. See README.md beside it.
 #
 # Everything that a script writes goes to $OUT at once: machine.txt, status.txt (a line per part with its seconds),
 # CSVs, and logs.tar.gz, packed again after each part: at most eight files. $KIT_HOME/first keeps the first script's
@@ -73,9 +73,9 @@ keep() {
   return 0
 }
 
-# part FUNCTION: run a part of the script
+# part FUNCTION [ARGUMENTS...]: run a part of the script
 part() {
-  "$1" || failed=1
+  "$@" || failed=1
   keep
 }
 
@@ -83,7 +83,7 @@ machine() {
   date -u +"date %Y-%m-%dT%H:%M:%SZ"
   echo "commit $COMMIT${REHEARSE:+, a rehearsal without a GPU: no number means anything}"
   timeout 20 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv 2>/dev/null
-  timeout 60 "$PYTHON" -c 'import platform, torch, triton
+  timeout 120 "$PYTHON" -c 'import platform, torch, triton
 print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
 print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no CUDA device")'
 }
@@ -92,11 +92,11 @@ begin() {
   : >"$OUT/status.txt"
   machine 2>&1 | tee "$OUT/machine.txt"
   if [ -z "$REHEARSE" ]; then
-    if ! timeout 60 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    if ! timeout 120 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
       say "no CUDA device"
       exit 2
     fi
-    timeout 90 "$PYTHON" -m benchmarks.gpu_kit unpack "$SCRIPT" --kit "$KIT" --home "$KIT_HOME" 2>&1 | tee -a "$OUT/status.txt"
+    [ "$SCRIPT" = steps ] || timeout 90 "$PYTHON" -m benchmarks.gpu_kit unpack "$SCRIPT" --kit "$KIT" --home "$KIT_HOME" 2>&1 | tee -a "$OUT/status.txt"
   fi
   KERNELS_BEFORE=$(kernels_in_cache)
   # shellcheck disable=SC2034 # the scripts use it
@@ -119,13 +119,24 @@ finish() {
   exit "$failed"
 }
 
-# suite NAME SECONDS ARGUMENTS...: run a part of the gpu tests in one process
+# suite NAME SECONDS PROCESSES ARGUMENTS...: run a part of the gpu tests, in several processes if pytest-xdist is there.
+# A process in which a kernel failed ends, and another goes on (tests/conftest.py).
 suite() {
-  local name=$1 seconds=$2
-  shift 2
+  local name=$1 seconds=$2 processes=()
+  if [ -z "$REHEARSE" ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    processes=(-n "$3" --max-worker-restart 40)
+  fi
+  shift 3
   # A test file that needs a missing package must not prevent the others from running.
   limited "$seconds" "$name" "${RUN[@]}" pytest -v --durations=15 --tb=short -p no:cacheprovider \
-    --continue-on-collection-errors "$@"
+    --continue-on-collection-errors "${processes[@]}" "$@"
+}
+
+# together NAME...: wait for the suites that were started in the background
+together() {
+  local one status=0
+  for one in "$@"; do wait "$one" || status=1; done
+  return "$status"
 }
 
 tool() { # the path of one of NVIDIA's programs, or nothing

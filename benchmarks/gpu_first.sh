@@ -31,21 +31,21 @@ small() { limited "$SMALL_SECONDS" small "${RUN[@]}" benchmarks.small_cases; }
 memcheck() { sanitizer memcheck "$MEMCHECK_SECONDS"; }
 
 tests() {
-  local one status=0 running=() others wide="not torch.float16" # bfloat16 and float32 only
+  local status=0 running=() others wide="not torch.float16" # bfloat16 and float32 only
   export MOLSAKI_ERROR_SHARES=$OUT/shares.csv
   set -m # otherwise background processes ignore the interrupt after which pytest prints its summary
-  suite triton "$TESTS_SECONDS" -m "gpu and not memory" -k "$wide and not long" \
+  suite triton "$TESTS_SECONDS" 4 -m "gpu and not memory" -k "$wide and not long" \
     tests/gpu/test_triton_hardware.py tests/kernels/triton & running+=($!)
-  suite engines "$TESTS_SECONDS" -m "gpu and not memory" -k "(sdpa or triton) and not long and $wide" \
+  suite engines "$TESTS_SECONDS" 5 -m "gpu and not memory" -k "(sdpa or triton) and not long and $wide" \
     tests/gpu/test_engines_hardware.py & running+=($!)
-  suite models "$TESTS_SECONDS" -m "gpu and not memory" -k "bfloat16 and (Llama or Gemma2 or GptOss)" \
+  suite models "$TESTS_SECONDS" 2 -m "gpu and not memory" -k "bfloat16 and (Llama or Gemma2 or GptOss)" \
     tests/gpu/test_models_hardware.py & running+=($!)
   mapfile -t others < <(find tests/gpu -name 'test_*.py' | grep -vE '/test_(triton|engines|models)_hardware.py' | sort)
   if [ "${#others[@]}" -gt 0 ]; then
-    suite others "$TESTS_SECONDS" -m "gpu and not memory" -k "$wide and not flash_attn and not flex and not long" \
+    suite others "$TESTS_SECONDS" 3 -m "gpu and not memory" -k "$wide and not flash_attn and not flex and not long" \
       "${others[@]}" & running+=($!)
   fi
-  for one in "${running[@]}"; do wait "$one" || status=1; done
+  together "${running[@]}" || status=1
   set +m
   unset MOLSAKI_ERROR_SHARES
   return "$status"

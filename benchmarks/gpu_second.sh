@@ -4,10 +4,10 @@
 #
 #   benchmarks/gpu_second.sh
 #
-# It reads what the first wrote in $KIT_HOME/first. If a test failed there, it runs those tests again, alone, with long
-# tracebacks and under memcheck, and measures nothing. Otherwise:
-# 1. flash-attn 4: unpack its second half, compare small cases with PyTorch's attention, run the engine's tests
-# 2. long sequences; bitwise repeats
+# It reads what the first wrote in $KIT_HOME/first. If a test failed there, it first runs those tests again, alone, with
+# long tracebacks and under memcheck. Then:
+# 1. flash-attn 4: unpack its second half, compare small cases with PyTorch's attention
+# 2. in processes that run at once: the engine's tests, long sequences, bitwise repeats
 # 3. the benchmark with flash-attn 4; the experiments
 # 4. Nsight Compute on the kernels that the first run found slowest against their predictions
 # 5. racecheck; the tests that need most of the memory
@@ -35,6 +35,7 @@ failed_tests() {
     tar -xzOf "$FIRST/logs.tar.gz"
   fi 2>/dev/null | awk '
     /^tests\/[^ ]*::/ { if ($2 ~ /^(FAILED|ERROR|Fatal)/) print $1 }
+    /^\[gw[0-9]+\].* (FAILED|ERROR) tests\/[^ ]*::/ { print $NF }
     /^(FAILED|ERROR) tests\/[^ ]*::/ { print $2 }' | awk '!seen[$0]++'
 }
 
@@ -51,28 +52,30 @@ again() {
     say "again: no failed test is named in $KIT_HOME/logs-first or $FIRST/logs.tar.gz"
     return 0
   fi
-  limited 90 again "$PYTHON" -m pytest -v --tb=long -p no:cacheprovider "${names[@]}" || true
+  limited 50 again "$PYTHON" -m pytest -v --tb=long -p no:cacheprovider "${names[@]}" || true
   local program
   program=$(tool compute-sanitizer)
-  [ -z "$program" ] || PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 120 again-memcheck \
+  [ -z "$program" ] || PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 50 again-memcheck \
     "$program" --tool memcheck "$PYTHON" -m pytest -v --tb=long -p no:cacheprovider "${names[0]}"
 }
 
 flash4() { limited 30 flash4 "${RUN[@]}" benchmarks.experiments flash4; }
 
-flash4_tests() {
-  suite flash4-tests 60 -m "gpu and not memory" -k "flash_attn and not long and not torch.float32" \
-    tests/gpu/test_engines_hardware.py
-}
-
-long() {
-  suite long 45 -m "gpu and not memory" -k "test_long and not flex" \
-    tests/gpu/test_engines_hardware.py tests/gpu/test_triton_hardware.py
-}
-
-repeats() {
-  suite repeats 30 -m "gpu and not memory" -k "(bitwise or two_layouts) and not flex" \
-    tests/gpu/test_engines_hardware.py tests/gpu/test_triton_hardware.py
+tests() {
+  local status=0 running=() files=(tests/gpu/test_engines_hardware.py tests/gpu/test_triton_hardware.py)
+  export MOLSAKI_ERROR_SHARES=$OUT/shares.csv
+  set -m # otherwise background processes ignore the interrupt after which pytest prints its summary
+  if [ "$1" = flash4 ]; then
+    suite flash4-tests 75 5 -m "gpu and not memory" -k "flash_attn and not long and not torch.float32" \
+      tests/gpu/test_engines_hardware.py tests/gpu/test_widened_hardware.py & running+=($!)
+    suite preprocess 75 4 -m gpu tests/gpu/test_fa4_preprocess_hardware.py & running+=($!)
+  fi
+  suite long 75 2 -m "gpu and not memory" -k "test_long and not flex" "${files[@]}" & running+=($!)
+  suite repeats 75 2 -m "gpu and not memory" -k "(bitwise or two_layouts) and not flex" "${files[@]}" & running+=($!)
+  together "${running[@]}" || status=1
+  set +m
+  unset MOLSAKI_ERROR_SHARES
+  return "$status"
 }
 
 bench() {
@@ -106,28 +109,26 @@ ncu() {
 racecheck() { sanitizer racecheck 40; }
 
 memory() {
-  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True suite memory 60 -m "gpu and memory" -k "triton" tests/gpu
+  export MOLSAKI_ERROR_SHARES=$OUT/shares.csv
+  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True suite memory 60 1 -m "gpu and memory" -k "triton" tests/gpu
 }
 
 begin
 if first_failed && [ -z "$REHEARSE" ]; then
-  say "a test of the first run failed: it is run again, and nothing is measured"
+  say "a test of the first run failed: it is run again first. Report no timings of an engine whose tests failed"
   part again
-  finish
 fi
-export MOLSAKI_ERROR_SHARES=$OUT/shares.csv
+flash4=missing
 if "$PYTHON" -c 'import flash_attn.cute.interface' 2>"$LOGS/flash4-import.log"; then
+  flash4=flash4
   part flash4
-  part flash4_tests
 else
   say "flash-attn 4: skipped, it does not import ($(tail -n 1 "$LOGS/flash4-import.log"))"
 fi
-part long
-part repeats
-unset MOLSAKI_ERROR_SHARES
+part tests "$flash4"
 part bench
 part experiments
 part ncu
 part racecheck
-MOLSAKI_ERROR_SHARES=$OUT/shares.csv part memory
+part memory
 finish

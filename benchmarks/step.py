@@ -4,8 +4,8 @@
                               [--contenders 'NAME; NAME'] [--measure time memory profile] [--compile] [--seconds S]
                               [--dtype float32|bfloat16]
 
-``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher`` and ``1b`` are
-random Llamas. Contenders:
+``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher``, ``smollm2-135m``
+and ``1b`` are random Llamas. Contenders:
 
 - ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward that encodes the question once;
 - ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att; "time over dss" is the cost;
@@ -23,6 +23,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import os
 import re
@@ -59,6 +60,7 @@ from molsaki_kernels import StepPlan, pool_values
 
 from .layer import describe, read_records, write_csv
 from .measure import memory_status, ratio
+from .roofline import gpu_named
 
 RANDOM = {
     "1b": dict(
@@ -68,6 +70,14 @@ RANDOM = {
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=128256,
+    ),
+    "smollm2-135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
     ),
     "small": dict(
         hidden_size=576,
@@ -145,6 +155,7 @@ class Batch:
 
 
 BATCHES = [Batch(4, 256, 20, 5), Batch(4, 256, 20, 5, ragged=True), Batch(1, 1024, 50, 10)]
+CUDA_BATCHES = [Batch(16, 256, 20, 5), Batch(4, 1024, 50, 10), Batch(1, 8192, 400, 64)]
 
 
 def main() -> None:
@@ -168,7 +179,7 @@ def main() -> None:
     names = arguments.contenders.split(";") if arguments.contenders else CONTENDERS
     machine = describe(device)
     records = read_records(arguments.csv)
-    for batch in BATCHES:
+    for batch in CUDA_BATCHES if device.type == "cuda" else BATCHES:
         if batch.name.startswith(arguments.shape):
             student, dtype = arguments.student or arguments.model, arguments.dtype or default_dtype(device)
             setup = Setup(arguments.model, student, batch, arguments.compile, str(device), dtype)
@@ -197,10 +208,10 @@ class Setup:
         """Load what contender ``name`` needs; return its step, which returns the loss."""
         torch.manual_seed(0)
         device, config = torch.device(self.device), _config("dss" if name.startswith("dss") else "molsaki")
-        student = load(self.student).to(device).train()
+        student = load(self.student, device).train()
         examples = self.batch.examples(student.config.vocab_size)
         needs_teacher = name in ("eager", "molsaki, live teacher")
-        teacher = load(self.teacher).to(device).eval().requires_grad_(False) if needs_teacher else None
+        teacher = load(self.teacher, device).eval().requires_grad_(False) if needs_teacher else None
         if name == "eager":
             loss, parameters = eager_loss(student, teacher, config, examples, device)
         else:
@@ -219,12 +230,14 @@ class Setup:
         return step
 
 
-def load(name: str) -> PreTrainedModel:
+def load(name: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a model in float32: one of `RANDOM` or a folder."""
     if name in RANDOM:
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**RANDOM[name], tie_word_embeddings=True, max_position_embeddings=2048))
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        config = LlamaConfig(**RANDOM[name], tie_word_embeddings=True, max_position_embeddings=8192)
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
 
 
 def _config(objective: str) -> DistillConfig:
@@ -351,12 +364,23 @@ def measured(measure: str, setup: Setup, names: list[str], seconds: float, machi
 
 def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
     """Yield seconds per step and ratios, and the loss, by which one sees that the contenders compute the same."""
-    steps = {name: setup.step(name) for name in names}
-    for name, step in steps.items():
-        yield name, "loss", step().item()
-    times = timed(steps, torch.device(setup.device), seconds)
+    steps, device = {}, torch.device(setup.device)
     for name in names:
-        yield name, "seconds", statistics.median(times[name])
+        try:
+            steps[name] = setup.step(name)
+            yield name, "loss", steps[name]().item()
+        except torch.OutOfMemoryError as reason:  # the others are measured all the same
+            print(f"{setup.batch.name}: {name} does not fit in memory: {str(reason).splitlines()[0]}")
+            steps.pop(name, None)
+            torch.cuda.empty_cache()
+    times = timed(steps, device, seconds)
+    work = model_flops(setup)
+    for name in times:
+        median = statistics.median(times[name])
+        yield name, "seconds", median
+        yield name, "tokens a second", setup.batch.size * setup.batch.tokens / median
+        if device.type == "cuda" and (gpu := gpu_named(torch.cuda.get_device_name(device))) is not None:
+            yield name, "model FLOP utilization", work / median / gpu.flops
         yield name, "steps timed", len(times[name])
         if "dss" in times and name != "dss":
             yield name, "time over dss", ratio(times[name], times["dss"])
@@ -367,12 +391,34 @@ def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tup
             yield name, "times faster than eager", ratio(times["eager"], times[name])
 
 
+def model_flops(setup: Setup) -> float:
+    """Return the FLOPs that a step of the student cannot avoid: the question once, the head on labelled tokens only.
+
+    A multiply and an add are two, forward and backward are three times the forward, attention is causal. The same for
+    every contender, so that what a contender computes beyond it lowers its utilization. The teacher is not counted.
+    """
+    config, batch = load_config(setup.student), setup.batch
+    answer, question = 4, int(0.4 * batch.tokens)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size // heads
+    projections = config.hidden_size * width * 2 * (heads + kv_heads) + 3 * config.hidden_size * config.intermediate_size
+    tokens, labelled = batch.tokens + answer, batch.tokens - question + answer
+    attention = 2 * heads * width * (batch.tokens**2 + (question + answer) ** 2 - question**2)  # half of the square
+    layer = 2 * projections * tokens + attention
+    forward = config.num_hidden_layers * layer + 2 * config.hidden_size * config.vocab_size * labelled
+    return 3 * batch.size * forward
+
+
 def measure_memory(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
     """Yield the peak MiB of a step: beyond what is allocated between steps, and in total."""
     del seconds
     eager = None
     for name in sorted(names, key=lambda name: name != "eager"):
-        above, whole = peak_memory(setup, name)
+        try:
+            above, whole = peak_memory(setup, name)
+        except torch.OutOfMemoryError:
+            print(f"{setup.batch.name}: {name} does not fit in memory")
+            continue
         yield name, "peak MiB of a step", above
         yield name, "peak MiB with weights and optimizer", whole
         if name == "eager":
@@ -453,6 +499,7 @@ def _part(event: Any, vocabulary: int) -> str:
 def peak_memory(setup: Setup, name: str) -> tuple[float, float]:
     """Return the peak MiB of one step: beyond what is allocated between steps, and in total."""
     if setup.device.startswith("cuda"):
+        gc.collect()  # the model before, whose hooks refer to it
         step = setup.step(name)
         step()
         torch.cuda.reset_peak_memory_stats()

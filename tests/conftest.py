@@ -7,7 +7,9 @@ and Triton are imported.
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +25,24 @@ if not torch.cuda.is_available():
 # tqdm's lock is shared with forked processes. A process that is killed while it holds the lock would block all others.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0  # no monitor thread, which could hold the lock at a fork
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """Ends a process of ``pytest -n`` after a fault in a CUDA kernel, after which every CUDA call of it would fail.
+
+    pytest-xdist then reports the test as crashed and starts another process.
+    """
+    outcome = yield
+    if call.excinfo is None or "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        capture.suspend_global_capture()
+        print(f"fault in {item.nodeid}:", outcome.get_result().longreprtext, sep="\n", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

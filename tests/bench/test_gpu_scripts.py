@@ -1,4 +1,4 @@
-"""Tests the two scripts for a GPU machine without one: their order, time limits, early end, and what they leave behind.
+"""Tests the scripts for a GPU machine without one: their order, time limits, early end, and what they leave behind.
 
 The scripts run with a stand-in for Python that succeeds, fails or waits as a test wants. What their Python commands do
 on a machine without a GPU is tested in ``test_gpu_kit.py``.
@@ -122,7 +122,8 @@ def test_second_measures_after_a_first_run_that_passed(run):
     result = run("second")
     assert result.code == 0, result.output
     names = list(result.parts())
-    assert names.index("flash4") < names.index("flash4-tests") < names.index("long") < names.index("bench")
+    tests = [names.index(name) for name in ("flash4-tests", "preprocess", "long", "repeats")]
+    assert names.index("flash4") < min(tests) and max(tests) < names.index("bench")
     assert len(result.files) <= 8
 
 
@@ -130,16 +131,33 @@ def test_second_skips_flash_attn_4_where_it_does_not_import(run):
     result = run("second", "flash_attn.cute=1")
     assert result.parts()["flash-attn 4"].startswith("skipped")
     assert not any("flash4" in call for call in result.calls) and result.parts()["bench"].startswith("passed")
+    assert "flash4-tests" not in result.parts() and result.parts()["long"].startswith("passed")
 
 
-def test_second_measures_nothing_after_a_failed_test(run):
+def test_second_runs_failed_tests_again_before_it_measures(run):
     run("first", "test_engines=1")
     result = run("second")
     assert any("a test of the first run failed" in line for line in result.status)
-    assert "bench" not in result.parts() and "again" in result.parts()
+    names = list(result.parts())
+    assert names.index("again") < names.index("bench")
 
 
-@pytest.mark.parametrize("name", ["first", "second"])
+def test_steps(run):
+    result = run("steps", "--compile=1")
+    parts = result.parts()
+    assert parts["smollm2-135m"].startswith("passed") and parts["1b"].startswith("passed")
+    assert result.code == 1 and parts["compiled"].startswith("failed")
+
+
+def test_tests_run_in_several_processes(run):
+    """If pytest-xdist is there."""
+    calls = [call for call in run("first").calls if call.startswith("-m pytest")]
+    assert len(calls) >= 4 and all(" -n " in call for call in calls)
+    calls = [call for call in run("first", "xdist=1").calls if call.startswith("-m pytest")]
+    assert len(calls) >= 4 and not any(" -n " in call for call in calls)
+
+
+@pytest.mark.parametrize("name", ["first", "second", "steps"])
 def test_a_rehearsal_runs_every_command_on_the_stand_in(run, name):
     result = run(name, REHEARSE="dry")
     assert result.code == 0, result.output
@@ -155,7 +173,7 @@ def test_scripts_are_valid_bash(script):
 
 def test_limits_add_up():
     """The scripts' own limits leave room for the ten minutes that a call may take elsewhere."""
-    for name, most in (("first", 360), ("second", 300)):
+    for name, most in (("first", 360), ("second", 300), ("steps", 120)):
         text = (BENCHMARKS / f"gpu_{name}.sh").read_text()
         total = next(line for line in text.splitlines() if line.startswith("TOTAL_SECONDS="))
         assert int(total.split(":-")[1].rstrip("}")) <= most
@@ -176,6 +194,7 @@ def test_second_runs_the_first_failed_tests_again(run, tmp_path):
     (logs / "triton.log").write_text(
         "tests/kernels/a.py::test_z[1] PASSED [ 5%]\n"
         "tests/kernels/a.py::test_y[torch.bfloat16-64] FAILED [ 10%]\n"
+        "[gw3] [ 15%] FAILED tests/kernels/a.py::test_x[2] \n"
         "tests/kernels/a.py::test_b ERROR [ 20%]\n"
         "FAILED tests/kernels/a.py::test_b - AssertionError\n"
         "tests/kernels/a.py::test_c Fatal Python error: Aborted\n"
@@ -185,5 +204,4 @@ def test_second_runs_the_first_failed_tests_again(run, tmp_path):
     result = run("second", FIRST=str(first))
     call = next(call for call in result.calls if call.startswith("-m pytest"))
     names = [word.split("::")[1] for word in call.split() if "::" in word]
-    assert names == ["test_y[torch.bfloat16-64]", "test_b", "test_c"]
-    assert "bench" not in result.parts()
+    assert names == ["test_y[torch.bfloat16-64]", "test_x[2]", "test_b", "test_c"]
