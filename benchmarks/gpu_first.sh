@@ -6,9 +6,9 @@
 #
 # 1. versions; unpack the kit; does its cache of compiled kernels fit this machine
 # 2. every kernel once, on small cases. If this fails, the script ends at once with exit status 3
-# 3. the same under compute-sanitizer's memcheck
-# 4. correctness, in processes that run at once: Triton kernels, engines, models
-# 5. alone: the shapes that decide, against every plain attention and eager; the time of each of our kernels
+# 3. correctness, in processes that run at once: Triton kernels, engines, models; the small cases under
+#    compute-sanitizer's memcheck
+# 4. alone: the shapes that decide, against every plain attention and eager; the time of each of our kernels
 #
 # Exit status: 0 if every part passed, 1 if one failed or was stopped, 2 without a CUDA device, 3 as above. Do not report
 # timings of a run whose tests failed.
@@ -19,7 +19,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 SCRIPT=first
 TOTAL_SECONDS=${TOTAL_SECONDS:-345}
 SMALL_SECONDS=${SMALL_SECONDS:-45}
-MEMCHECK_SECONDS=${MEMCHECK_SECONDS:-45}
 TESTS_SECONDS=${TESTS_SECONDS:-150}
 BENCH_SECONDS=${BENCH_SECONDS:-100}
 KERNELS_SECONDS=${KERNELS_SECONDS:-30}
@@ -27,8 +26,6 @@ KERNELS_SECONDS=${KERNELS_SECONDS:-30}
 source benchmarks/gpu_common.sh
 
 small() { limited "$SMALL_SECONDS" small "${RUN[@]}" benchmarks.small_cases; }
-
-memcheck() { sanitizer memcheck "$MEMCHECK_SECONDS"; }
 
 tests() {
   local status=0 running=() others wide="not torch.float16" # bfloat16 and float32 only
@@ -45,6 +42,7 @@ tests() {
     suite others "$TESTS_SECONDS" 3 -m "gpu and not memory" -k "$wide and not flash_attn and not flex and not long" \
       "${others[@]}" & running+=($!)
   fi
+  sanitizer memcheck "$TESTS_SECONDS" & running+=($!)
   together "${running[@]}" || status=1
   set +m
   unset MOLSAKI_ERROR_SHARES
@@ -72,7 +70,6 @@ if ! small; then
   exit 3
 fi
 say "kernels compiled for the small cases: $(($(kernels_in_cache) - KERNELS_BEFORE)) (0 if the kit fits this machine)"
-part memcheck
 part tests
 part bench
 part kernels

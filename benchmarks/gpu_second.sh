@@ -7,10 +7,10 @@
 # It reads what the first wrote in $KIT_HOME/first. If a test failed there, it first runs those tests again, alone, with
 # long tracebacks and under memcheck. Then:
 # 1. flash-attn 4: unpack its second half, compare small cases with PyTorch's attention
-# 2. in processes that run at once: the engine's tests, long sequences, bitwise repeats
+# 2. in processes that run at once: the engine's tests, long sequences, bitwise repeats, float16, racecheck
 # 3. the benchmark with flash-attn 4; the experiments
 # 4. Nsight Compute on the kernels that the first run found slowest against their predictions
-# 5. racecheck; the tests that need most of the memory
+# 5. the tests that need most of the memory
 #
 # Exit status: 0 if every part passed, 1 if one failed or was stopped, 2 without a CUDA device.
 # shellcheck disable=SC2329 # part calls functions by their names
@@ -72,6 +72,11 @@ tests() {
   fi
   suite long 75 2 -m "gpu and not memory" -k "test_long and not flex" "${files[@]}" & running+=($!)
   suite repeats 75 2 -m "gpu and not memory" -k "(bitwise or two_layouts) and not flex" "${files[@]}" & running+=($!)
+  if [ -z "$REHEARSE" ]; then # the kit does not hold these kernels
+    suite float16 75 6 -m "gpu and not memory" -k "torch.float16 and not flash_attn and not flex and not long" \
+      tests/gpu & running+=($!)
+  fi
+  sanitizer racecheck 75 & running+=($!)
   together "${running[@]}" || status=1
   set +m
   unset MOLSAKI_ERROR_SHARES
@@ -106,8 +111,6 @@ ncu() {
   timeout 20 "$program" --import "$LOGS/ncu.ncu-rep" --page details --csv >"$OUT/ncu.csv"
 }
 
-racecheck() { sanitizer racecheck 40; }
-
 memory() {
   export MOLSAKI_ERROR_SHARES=$OUT/shares.csv
   PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True suite memory 60 1 -m "gpu and memory" -k "triton" tests/gpu
@@ -129,6 +132,5 @@ part tests "$flash4"
 part bench
 part experiments
 part ncu
-part racecheck
 part memory
 finish

@@ -122,7 +122,7 @@ def test_second_measures_after_a_first_run_that_passed(run):
     result = run("second")
     assert result.code == 0, result.output
     names = list(result.parts())
-    tests = [names.index(name) for name in ("flash4-tests", "preprocess", "long", "repeats")]
+    tests = [names.index(name) for name in ("flash4-tests", "preprocess", "long", "repeats", "float16")]
     assert names.index("flash4") < min(tests) and max(tests) < names.index("bench")
     assert len(result.files) <= 8
 
