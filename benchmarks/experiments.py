@@ -8,6 +8,8 @@ tables: the map and its gradient alone, with the plan's steps and key tokens as 
     faster gather can save.
 tiles: the map and its gradient alone, with twice or half as many warps in a kernel. More warps hide more latency and
     execute more instructions; which of the two counts is predicted only.
+plans: what cuDNN takes for the first call of a shape beyond that of the second, in which it builds its plan
+    (``sdpa.CUDNN_PAYS``): forward, then forward and backward.
 host: the host's time to submit one forward and backward of the paper's regime, per contender. The GPU is faster than
     the host there.
 
@@ -28,6 +30,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.what == "flash4":
         return int(not flash4_agrees())
     device, records = torch.device("cuda"), []
-    for experiment in (tables, tiles, host):
+    for experiment in (plans, tables, tiles, host):
         for what, seconds in experiment(device).items():
             record = {
                 "experiment": experiment.__name__,
@@ -109,6 +112,27 @@ def small_case(
     out, maps = mk.stepwise_attention(q, k, v, plan, cu_seqlens=bounds, engine=engine)
     upstream = rows(q_heads), torch.randn(maps.shape, generator=generator).to("cuda")
     return out, maps, *torch.autograd.grad((out, maps), (q, k, v), upstream)
+
+
+def plans(device: torch.device) -> dict[str, float]:
+    """Return medians over new lengths, in this order, so that the first pays for loading cuDNN."""
+    found: dict[str, list[float]] = {}
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        for rows in (512, 520, 528, 536, 544):
+            q, k, v, dout = (torch.randn(2, 8, rows, 64, device=device, dtype=torch.bfloat16) for _ in range(4))
+            for name, backward in (("cuDNN's plan, forward", False), ("cuDNN's plans, forward and backward", True)):
+                leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
+                seconds = []
+                for _ in range(2):
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+                    if backward:
+                        torch.autograd.grad(out, leaves, dout)
+                    torch.cuda.synchronize()
+                    seconds.append(time.perf_counter() - begin)
+                found.setdefault(name, []).append(seconds[0] - seconds[1])
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def tables(device: torch.device) -> dict[str, float]:

@@ -401,7 +401,7 @@ def model_flops(setup: Setup) -> float:
     answer, question = 4, int(0.4 * batch.tokens)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = config.hidden_size // heads
-    projections = config.hidden_size * width * 2 * (heads + kv_heads) + 3 * config.hidden_size * config.intermediate_size
+    projections = config.hidden_size * (width * 2 * (heads + kv_heads) + 3 * config.intermediate_size)
     tokens, labelled = batch.tokens + answer, batch.tokens - question + answer
     attention = 2 * heads * width * (batch.tokens**2 + (question + answer) ** 2 - question**2)  # half of the square
     layer = 2 * projections * tokens + attention
