@@ -11,7 +11,7 @@ from torch import Tensor
 from molsaki_kernels import StepPlan, pool_values, stepwise_attention, stepwise_map
 from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out
 
-# A multiple of 16 rows in all heads: with others, one of the kernels of PyTorch's flash attention (that combines splits)
+# A multiple of 16 rows in all heads: with others, a kernel of PyTorch's flash attention (which combines splits of keys)
 # writes up to 15 floats past the end of its log-sum-exp, which only memcheck sees: PyTorch allocates 512 bytes at once.
 M = 132
 STEPS = [[(0, 9), (9, 50), (60, M)], [(3, 4)], []]
