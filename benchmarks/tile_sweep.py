@@ -104,7 +104,7 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
         found += tiles((64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4), resident=2)
         if few:
             found += [{"heads": heads} for heads in (1, 2, 3, 5, 9)]
-            found += tiles((64, 64, 4, 1), (32, 64, 4, 2), (128, 64, 4, 2), (64, 64, 8, 2), heads=1)
+            found += tiles((64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), heads=1)
             found += tiles((32, 64, 4, 2), heads=3)
         else:
             found += [{"heads": heads} for heads in (1, 4, 8, 16)] + [{"resident": 2}, {"stages": 3}, {"stages": 1}]
@@ -128,9 +128,9 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
         found += tiles((128, 32, 32, 8, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3))
         found += tiles((128, 128, 32, 8, 2), (64, 64, 32, 8, 2))
     elif kernel == "flash_dkv":
-        found += [{"stages": n} for n in (1, 2, 3, 4)]
-        found += tiles((128, 64, 16, 8, 2), (128, 64, 16, 8, 1), (128, 64, 16, 8, 3), (128, 32, 16, 8, 2))
-        found += tiles((64, 64, 16, 4, 2), (64, 64, 16, 4, 3), (64, 32, 16, 4, 3), (64, 64, 16, 8, 2))
+        found += [{"stages": n} for n in (2, 3, 4)]
+        found += tiles((128, 64, 16, 8, 2), (128, 64, 16, 8, 3), (128, 32, 16, 8, 2), (64, 64, 16, 4, 2))
+        found += tiles((64, 32, 16, 4, 2), (64, 32, 16, 4, 3), (64, 64, 16, 8, 2), (64, 64, 16, 8, 3))
     unique: dict[Candidate, None] = {}
     for fields in found:
         differing = {name: n for name, n in fields.items() if getattr(tile, name, None) != n}
