@@ -481,13 +481,14 @@ def table(results: dict[tuple[str, str], list[dict]]) -> list[str]:
     lines = []
     for (kernel, shape), rows in results.items():
         good = sorted((r for r in rows if r["us"] and r["error"] is None), key=lambda r: r["us"])
-        for row in [rows[0], *good[:3]]:
+        for row in [rows[0], *(row for row in good[:3] if row is not rows[0])]:
             tile = " ".join(f"{name}={row[name]}" for name in FIELDS if row.get(name) is not None)
-            mark = "now " if row is rows[0] and row not in good[:1] else "best" if row in good[:1] else "    "
+            mark = ("now," if row is rows[0] else "    ") + (" best" if row is good[0] else "     ")
             if row["us"] is not None:
                 lines.append(
-                    f"{kernel:14s}{shape:34s}{mark} {row['us']:9.2f} us x{row['ratio']:.3f} diff {row['difference'] or 0:.0e}"
-                    f" regs {row['registers']} spills {row['spills']} blocks {row['blocks']}  {tile}"
+                    f"{kernel:14s}{shape:36s}{mark} {row['us']:9.2f} us x{row['ratio']:.3f}"
+                    f" diff {row['difference'] or 0:.0e} registers {row['registers']} spills {row['spills']}"
+                    f" blocks {row['blocks']}  {tile}"
                 )
     return lines
 
