@@ -80,8 +80,8 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
 
     few, large = shape.words <= 32, shape.head_dim > 64
     found: list[dict[str, int]] = [{}]
-    # map_dq, map_dlse and map_dk load in two levels (key_table or step, then keys and gradient). Compiled: with 2 stages
-    # the first level is not prefetched, and the second is waited for right after its start; with 3 the first is
+    # map_dq, map_dlse and map_dk load in two levels (key_table or step, then keys and gradient). Compiled: with 2
+    # stages the first level is not prefetched, and the second is waited for right after its start; with 3 the first is
     # prefetched; only from 5 on is a whole block of the second in flight during the products.
     if kernel == "map_dq":
         found += tiles((64, 32, 4, 2), (64, 32, 8, 3), (64, 32, 8, 5), (64, 32, 4, 3), (64, 32, 4, 5), (64, 32, 8, 2))
@@ -99,7 +99,8 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
             found += tiles((32, 32, 4, 2), (64, 32, 4, 3), heads=3)
         else:
             found += tiles((64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (64, 64, 8, 5),
-                           (128, 64, 8, 3), (128, 64, 8, 5), (128, 32, 8, 3), (128, 32, 8, 5), (32, 64, 4, 5))  # fmt: skip
+                           (128, 64, 8, 3), (128, 64, 8, 5), (128, 32, 8, 3), (128, 32, 8, 5),
+                           (32, 64, 4, 5))  # fmt: skip
     elif kernel == "map_partials":
         found += tiles((64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4), resident=2)
         if few:
