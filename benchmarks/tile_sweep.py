@@ -481,7 +481,7 @@ def table(results: dict[tuple[str, str], list[dict]]) -> list[str]:
         good = sorted((r for r in rows if r["us"] and r["error"] is None), key=lambda r: r["us"])
         for row in [rows[0], *(row for row in good[:3] if row is not rows[0])]:
             tile = " ".join(f"{name}={row[name]}" for name in FIELDS if row.get(name) is not None)
-            mark = ("now," if row is rows[0] else "    ") + (" best" if row is good[0] else "     ")
+            mark = ("now," if row is rows[0] else "    ") + (" best" if good and row is good[0] else "     ")
             if row["us"] is not None:
                 lines.append(
                     f"{kernel:14s}{shape:36s}{mark} {row['us']:9.2f} us x{row['ratio']:.3f}"
