@@ -107,16 +107,16 @@ class FirstTiles:
         return configs.MapTile(64 if head_dim <= 64 else 32, 64, warps=4, stages=1 if arch == "gfx942" else 2)
 
     @staticmethod
-    def row_splits(arch: str, programs: int, max_splits: int) -> int:
+    def row_splits(arch: str, programs: int, max_splits: int, rows: int) -> int:
         return max(1, min(max_splits, 32, -(-2 * configs.MULTIPROCESSORS[arch] // programs)))
 
     @staticmethod
-    def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> configs.MapTile:
+    def map_dq(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
         return configs.MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
 
     @staticmethod
     def map_dlse(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
-        return FirstTiles.map_dq(arch, dtype, head_dim)
+        return FirstTiles.map_dq(arch, dtype, head_dim, key_tokens)
 
     @staticmethod
     def heads_per_program(arch: str, heads: int, programs: int) -> int:
@@ -335,7 +335,7 @@ class Work:
         s = self.shape
         if not has_dq:
             return self.tiles.map_dlse(self.gpu.arch, self.dtype, s.head_dim, s.words)
-        return self.tiles.map_dq(self.gpu.arch, self.dtype, s.head_dim)
+        return self.tiles.map_dq(self.gpu.arch, self.dtype, s.head_dim, s.words)
 
     def map_dq(self, name: str, passes: int) -> Kernel:
         """Return map_dlse with one pass over q, or the kernel of dq with two, or three where it is added to."""
@@ -448,10 +448,10 @@ class Work:
         tile, compiled = self._dk()
         programs = s.batch * -(-s.words // tile.columns) * s.kv_heads
         limit = -(-s.tokens // tile.rows) * (s.q_heads // s.kv_heads)
+        rows, resident = s.tokens * (s.q_heads // s.kv_heads), ()
         if self.design.full_waves:
-            blocks, _ = aot.occupancy(aot.TARGETS[self.gpu.target], tile.warps, *compiled[:2])
-            return max(1, min(limit, 32, blocks * self.gpu.multiprocessors // programs))
-        splits: int = self.tiles.row_splits(self.gpu.arch, programs, limit)
+            resident = (aot.occupancy(aot.TARGETS[self.gpu.target], tile.warps, *compiled[:2])[0],)
+        splits: int = self.tiles.row_splits(self.gpu.arch, programs, limit, rows, *resident)
         return splits
 
 

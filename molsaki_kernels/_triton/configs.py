@@ -2,7 +2,8 @@
 
 Nothing is timed at run time. ``arch`` is "sm80", "sm86" (8.6, 8.9 and 12.x: 99 KB of shared memory per block), "sm90",
 "sm100", "gfx942" (64 KB) or "cpu" (Triton's interpreter). Comments give the reasons. Where one says "compiled", it
-relies on the registers and spills that ``python -m molsaki_kernels.aot`` reports. No size was measured on a GPU yet.
+relies on the registers and spills that ``python -m molsaki_kernels.aot`` reports; "measured" is the time of the kernel
+alone on an H200 (``python -m benchmarks.tile_sweep``, benchmarks/results/tiles-h200.csv). Only sm90 was measured.
 """
 
 from __future__ import annotations
@@ -88,9 +89,15 @@ def heads_per_program(arch: str, heads: int, programs: float, resident: int = 1)
 
 
 @functools.lru_cache
-def row_splits(arch: str, programs: int, max_splits: int, resident: int = 2) -> int:
-    """Splits of the rows in dk of the key tokens: as many as fit the GPU at once, at most 32 (memory)."""
-    return max(1, min(max_splits, 32, resident * MULTIPROCESSORS[arch] // programs))
+def row_splits(arch: str, programs: int, max_splits: int, rows: int, resident: int = 2) -> int:
+    """Splits of the rows in dk of the key tokens: as many as fit the GPU at once, at most 32 (memory).
+
+    More where a program has more than 400 of its ``rows`` (those of all heads of a group), up to four times as many:
+    with causality the first key tokens have the most rows, and small programs balance that. Measured: 0.75 of the time
+    at 1 x 4,096 tokens with 256 key tokens, 32 heads of 128.
+    """
+    at_once = resident * MULTIPROCESSORS[arch]
+    return max(1, min(max_splits, 32, max(at_once // programs, min(rows // 400, 4 * at_once // programs))))
 
 
 @functools.lru_cache
@@ -107,11 +114,13 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
     if arch == "sm86" and key_tokens <= 64:
         return MapTile(rows=32, columns=64, warps=4, stages=2)  # compiled: 64 rows of 64 dimensions spill 4
     # The product is P^T [columns, rows]: 64 columns fill one warpgroup's wgmma, 128 two. The paper's examples have 13
-    # to 40 words. Compiled: 64 rows with 64 columns of 128 dimensions spill under Triton 3.6; 128 columns need 8 warps.
+    # to 40 words. Measured: 64 x 64 in 4 warps takes 0.82 to 0.91 of the time of 64 x 128 in 8, and 0.83 of 32 x 64.
+    if arch == "sm90":  # compiled: two stages spill with 128 dimensions (and take 0.95 of the time of one)
+        return MapTile(rows=64, columns=64, warps=4, stages=2 if head_dim <= 64 else 1, resident=2)
+    # Compiled: 64 rows with 64 columns of 128 dimensions spill under Triton 3.6; 128 columns need 8 warps.
     if key_tokens <= 64:
         return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2, resident=2)
-    roomy = head_dim <= 64 or arch == "sm90"  # elsewhere the scores' operands are in registers too
-    return MapTile(rows=64 if roomy else 32, columns=128, warps=8, stages=2)
+    return MapTile(rows=64 if head_dim <= 64 else 32, columns=128, warps=8, stages=2)
 
 
 @functools.lru_cache
@@ -125,7 +134,7 @@ def map_reduce(groups: int, key_tokens: int) -> ReduceTile:
 
 
 @functools.lru_cache
-def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
+def map_dq(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
     if arch == "cpu":
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
@@ -138,18 +147,25 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int) -> MapTile:
         return MapTile(rows=64, columns=32, warps=4, stages=1)
     if arch in ("sm80", "sm86"):
         return MapTile(rows=64, columns=16, warps=4, stages=2)  # compiled: 32 columns leave room for two programs
-    return MapTile(rows=64, columns=32, warps=8 if head_dim > 64 else 4, stages=2)
+    # Measured: 4 warps take 0.65 to 0.73 of the time of 8, and 0.74 without a pipeline where there is one block.
+    one_block = arch == "sm90" and key_tokens <= ONE_BLOCK
+    return MapTile(
+        rows=64, columns=32, warps=8 if head_dim > 64 and arch != "sm90" else 4, stages=1 if one_block else 2
+    )
 
 
 @functools.lru_cache
 def map_dlse(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> MapTile:
-    tile = map_dq(arch, dtype, head_dim)
+    tile = map_dq(arch, dtype, head_dim, key_tokens)
     if arch in ("cpu", "gfx942") or dtype == torch.float32 or head_dim > 128:
         return tile
     if arch in ("sm80", "sm86"):
         return dataclasses.replace(tile, columns=16 if head_dim > 64 else 32, resident=4)
     # Without the accumulator of dq there is room for 64 key tokens, but not for the loop over heads beside them.
-    return dataclasses.replace(tile, columns=32 if key_tokens <= ONE_BLOCK else 64, warps=4, resident=4)
+    if key_tokens <= ONE_BLOCK:
+        return dataclasses.replace(tile, columns=32, warps=4, stages=2, resident=4)
+    # Measured: without a pipeline 0.64 to 0.71 of the time with one, whose loop starts by waiting for the copies.
+    return dataclasses.replace(tile, columns=64, warps=4, stages=1 if arch == "sm90" else 2, resident=4)
 
 
 @functools.lru_cache
@@ -166,7 +182,7 @@ def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> Map
     # Compiled: 64 rows leave room for half as many warps, and those of 128 dimensions spill. On Hopper 8 warps would
     # keep twice as many resident at 128 dimensions, but execute 1.6 times the instructions (predicted: 73 us, not 47).
     if head_dim > 64:
-        return MapTile(rows=32, columns=64, warps=4, stages=2, resident=2 if arch == "sm90" else 3)
+        return MapTile(rows=32, columns=64, warps=4, stages=2, resident=3)
     return MapTile(rows=32, columns=64, warps=4, stages=2, resident=3 if arch == "sm90" else 2)
 
 
@@ -196,9 +212,14 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
         # polynomial spills in 4 warps, and so does everything on Blackwell.
         if softcap or arch == "sm100":
             return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=3)
-        return FlashTile(rows=128, columns=64, key_columns=64, warps=4, stages=3)
+        # 64 key columns would fill a warpgroup's wgmma, but Triton 3.6's assembler then gives the product that sums the
+        # rows of a step wrong descriptors, and the map is wrong (docs/faults.md). 32 are as fast (measured).
+        return FlashTile(rows=128, columns=64, key_columns=32, warps=4, stages=3)
     if head_dim <= 128:
         # 8 warps are two warpgroups of 64 rows; 128 key columns so that each has 64 of them too (64 in all spill).
+        # Measured: 128 columns take 0.72 to 0.85 of the time of 64 columns and two stages, 64 and three 0.81 to 0.93.
+        if arch == "sm90":
+            return FlashTile(rows=128, columns=64 if softcap else 128, key_columns=128, warps=8, stages=3)
         return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=2)
     # Compiled: 64 columns spill seven times as much.
     return FlashTile(rows=128, columns=32, key_columns=32, warps=8, stages=2)
@@ -214,11 +235,13 @@ def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "gfx942":
         return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=1)
     if head_dim <= 64:
+        if arch == "sm90":  # measured: 0.76 of the time of 128 rows in 8 warps at 16 x 256 tokens
+            return FlashTile(rows=64, columns=64, key_columns=32, warps=4, stages=2)
         return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=1 if arch == "sm86" else 3)
     if arch in ("sm80", "sm86"):
         return FlashTile(rows=64, columns=32, key_columns=16, warps=8, stages=2 if head_dim <= 128 else 1)
-    if head_dim <= 128:
-        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=2)
+    if head_dim <= 128:  # measured: a third stage takes 0.76 to 0.86 of the time
+        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=3 if arch == "sm90" else 2)
     return FlashTile(rows=64, columns=32, key_columns=32, warps=8, stages=2)
 
 
@@ -236,11 +259,15 @@ def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if head_dim <= 64:
         # 64 rows at a time spill 8 bytes on sm80, where the accumulators share registers with the operands.
         columns = 32 if arch in ("sm80", "sm86") else 64
+        if arch == "sm90":  # measured: 0.92 of the time of 128 rows in 8 warps at 16 x 256 tokens
+            return FlashTile(rows=64, columns=64, key_columns=16, warps=4, stages=2)
         return FlashTile(rows=128, columns=columns, key_columns=16, warps=8, stages=1 if arch == "sm86" else 2)
     if head_dim <= 128:
         # dk and dv are 128 x 128 float32 each: 128 registers per thread in 8 warps. Compiled: two 128 x 64 score tiles
         # beside them (64 registers) just fit under Triton 3.6 and spill under 3.9.
         if arch in ("sm80", "sm86"):
             return FlashTile(rows=64, columns=32, key_columns=16, warps=8, stages=2)
+        if arch == "sm90":  # measured: 0.79 to 0.85 of the time of 32 columns
+            return FlashTile(rows=128, columns=64, key_columns=16, warps=8, stages=3)
         return FlashTile(rows=128, columns=32, key_columns=16, warps=8, stages=3)
     return FlashTile(rows=64, columns=32 if arch in ("sm90", "sm100") else 16, key_columns=16, warps=8, stages=1)

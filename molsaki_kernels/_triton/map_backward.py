@@ -472,7 +472,7 @@ def _gradients(
     q, k, cu_seqlens = inputs.q, inputs.k, inputs.cu_seqlens
     Hq, M, D = q.shape[1:]
     S, C, W = plan.steps.shape[1], plan.tokens.shape[1], plan.num_words
-    config = configs.map_dq(configs.arch_of(q), q.dtype, D)
+    config = configs.map_dq(configs.arch_of(q), q.dtype, D, C)
     tables = plan_tables(inputs, options, plan, config.rows)
     factor, inner = score_factors(options.scale, options.softcap)
     with torch.cuda.device(q.get_device()):
@@ -537,7 +537,7 @@ def dk_partials(
     config = configs.map_dk(arch, q.dtype, D, C)
     blocks = cdiv(C, config.columns)
     items = cdiv(M, config.rows) * (Hq // Hkv)
-    splits = configs.row_splits(arch, N * blocks * Hkv, items, config.resident)
+    splits = configs.row_splits(arch, N * blocks * Hkv, items, M * (Hq // Hkv), config.resident)
     target = dk if splits == 1 else None
     partial = q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32) if target is None else None
     factor, inner = score_factors(options.scale, options.softcap)
@@ -562,10 +562,10 @@ def variants(arch: str) -> list[Variant]:
         if not case.has_map or case.sinks:
             continue
         name, D = case.name, case.head_dim
-        tile = configs.map_dq(arch, case.dtype, D)
-        flags = dict(BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK, PER_HEAD=case.per_head)
-        wgmma = tile.rows >= 64
-        for kind, accumulate in (("dq", False), ("dq_add", True)):
+        for kind, accumulate, one_block in (("dq", False, False), ("dq_add", True, False), ("dq_add_one", True, True)):
+            tile = configs.map_dq(arch, case.dtype, D, 16 if one_block else 256)
+            flags = dict(BM=tile.rows, BC=tile.columns, BS=configs.STEP_BLOCK, PER_HEAD=case.per_head)
+            wgmma = tile.rows >= 64
             absent: tuple[str, ...] = ("dlse",) if accumulate else ()
             if kind == "dq" or not case.feature:
                 kind_flags = flags | dict(ACCUMULATE=accumulate)

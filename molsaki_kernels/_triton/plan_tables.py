@@ -215,7 +215,7 @@ def variants(arch: str) -> list[Variant]:
     """The variants that :mod:`molsaki_kernels.aot` compiles."""
     found = []
     for name, window, packed in (("", False, False), ("-window", True, False), ("-packed", False, True)):
-        rows = configs.map_dq(arch, torch.bfloat16, 128).rows
+        rows = configs.map_dq(arch, torch.bfloat16, 128, 256).rows
         keys = configs.map_dk(arch, torch.bfloat16, 128, 256)
         flags = dict(BM=rows, BS=configs.STEP_BLOCK, BW=64, BC=keys.columns, KEY_ROWS=keys.rows)
         flags |= dict(CAUSAL=True, HAS_WINDOW=window, PACKED=packed)
