@@ -340,7 +340,8 @@ class _SASS:
             state[register] = value
 
     def evaluate(self, operation: str, operands: list[str], state: _State) -> dict[str, Value] | None:
-        name = operation.removeprefix("U") if operation not in ("UNDEF",) else operation
+        operation = re.sub(r"\.(SPILL|FILL)$", "", operation)
+        name = operation.removeprefix("U")
         symbols = self.symbols
         results = [operands[0]]
         rest = operands[1:]
@@ -374,12 +375,12 @@ class _SASS:
             return {target: total, **{x: carry[0] for x in results[1:] if not x.endswith("T")}}
         if carries:
             return None
-        if name in ("MOV", "MOV.64"):
-            return {target: values[0]} if name == "MOV" else None
+        if name == "MOV":
+            return {target: values[0]}
         if name in ("IMAD.MOV.U32", "IMAD.U32", "IMAD.MOV") and values[0] == values[1] == ZERO:
             return {target: values[2]}
-        if name == "R2R" or operation == "R2UR":
-            return {target: values[-1]} if values[-1].symbol == 0 or rest[-1].startswith("R") else None
+        if operation == "R2UR":
+            return {target: values[-1]}
         if operation == "S2UR" or operation == "S2R":
             return {target: ZERO} if rest[0] == "SR_CgaCtaId" else None
         if name == "LEA" and len(values) == 3:
@@ -398,10 +399,14 @@ class _SASS:
         return None
 
     def pair(self, state: _State, operand: str) -> Value:
-        if re.fullmatch(r"UR\d+", operand):
-            return self.join(self.read(state, operand), self.read(state, _next(operand)))
-        value = self.read(state, operand)
-        return Value(value.symbol, value.offset - (LOW + 1) & LONG) if operand.startswith("-") else value
+        """The value of a uniform register and the next one, or of a number."""
+        register = operand.removeprefix("-")
+        value = self.read(state, register)
+        if register != "URZ" and register.startswith("UR"):
+            value = self.join(value, self.read(state, _next(register)))
+        if register == operand:
+            return value
+        return self.symbols.value("minus", value) if value.symbol else Value(0, -value.offset & LONG)
 
 
 def _next(register: str) -> str:
@@ -409,19 +414,25 @@ def _next(register: str) -> str:
 
 
 def _sets(instruction: _Instruction) -> Iterator[str]:
-    """The registers that an instruction may set, for any width of its result."""
-    width = 128 if "GMMA" in instruction.operation else 4
+    """The registers that an instruction may set."""
     if re.match(r"ST|RED\b|RED\.|BAR|BRA|EXIT|WARP|DEPBAR|LDGSTS|UTMA|SYNCS|CALL|RET|NOP", instruction.operation):
         return
     for position, operand in enumerate(instruction.operands):
         if re.fullmatch(r"U?P\d", operand):
             yield operand
         elif position == 0 and (match := re.fullmatch(r"(U?R)(\d+)", operand)):
-            uniform = match[1] == "UR"
-            count = (2 if re.search(r"\.(64|128|WIDE)", instruction.operation) else 1) if uniform else width
-            yield from (f"{match[1]}{int(match[2]) + i}" for i in range(count))
+            yield from (f"{match[1]}{int(match[2]) + i}" for i in range(_width(instruction.operation)))
         else:
             return
+
+
+def _width(operation: str) -> int:
+    """The number of registers that a result has, at most."""
+    if match := re.match(r"[A-Z]GMMA\.\d+x(\d+)x", operation):
+        return int(match[1]) // 2
+    if re.search(r"MMA|LDSM|\.128", operation):
+        return 4
+    return 2 if re.search(r"\.64|WIDE|F64|^D[A-Z]|CS2R", operation) else 1
 
 
 def _target(instruction: _Instruction) -> int | None:
