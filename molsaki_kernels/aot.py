@@ -20,7 +20,9 @@ A variant fails if it
 - does not compile,
 - needs more shared memory than the chip has,
 - spills, with head dimension 64 or 128 and none of window, softcap, sinks, packing and one map per head,
-- should use wgmma on Hopper and does not.
+- should use wgmma on Hopper and does not,
+- has wgmma with a descriptor that ptxas computed wrongly, so that the product reads other memory: see
+  :mod:`molsaki_kernels._triton.descriptors`.
 
 Each failure is printed, and the exit status is then 1. Triton caches compiled kernels, so a second run takes seconds. A
 launch on such a GPU, with the same Triton and Python sources, finds the variants of its dtype, head dimension and
@@ -216,6 +218,8 @@ def compile_variant(target: str, name: str) -> Report:
     """Compile one variant and inspect the result."""
     from triton.backends.compiler import GPUTarget
 
+    from molsaki_kernels._triton.descriptors import wrong_descriptors
+
     chip = TARGETS[target]
     variant = _variants(chip.arch)[name]
     report = Report(name, variant.kernel.__name__, target, warps=variant.num_warps, stages=variant.num_stages)
@@ -243,7 +247,10 @@ def compile_variant(target: str, name: str) -> Report:
         limit=limit,
         seconds=round(time.perf_counter() - begin, 2),
     )
-    return dataclasses.replace(report, failures=tuple(_failures(report, variant, chip)))
+    failures = _failures(report, variant, chip)
+    if matrix == "wgmma" and (wrong := wrong_descriptors(compiled.asm["ptx"], _cuobjdump(compiled, "-sass"))):
+        failures.append(f"{len(wrong)} wgmma descriptors are wrong, ptxas miscompiled it: {wrong[0]}")
+    return dataclasses.replace(report, failures=tuple(failures))
 
 
 def _failures(report: Report, variant: Variant, chip: Target) -> list[str]:
@@ -260,15 +267,18 @@ def _failures(report: Report, variant: Variant, chip: Target) -> list[str]:
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int]:
     """Registers and spilled registers per thread."""
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", _cuobjdump(compiled, "-res-usage"))
+    return int(registers), _spilled_bytes(compiled) // 4 if int(stack) else 0
+
+
+def _cuobjdump(compiled: Any, option: str) -> str:
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    return int(registers), _spilled_bytes(compiled) // 4 if int(stack) else 0
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _spilled_bytes(compiled: Any) -> int:
