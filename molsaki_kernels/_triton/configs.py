@@ -214,7 +214,7 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
             return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=3)
         # 64 key columns would fill a warpgroup's wgmma, but Triton 3.6's assembler then gives the product that sums the
         # rows of a step wrong descriptors, and the map is wrong (docs/faults.md). 32 are as fast (measured).
-        return FlashTile(rows=128, columns=64, key_columns=32, warps=4, stages=3)
+        return FlashTile(rows=128, columns=64, key_columns=16, warps=4, stages=3)
     if head_dim <= 128:
         # 8 warps are two warpgroups of 64 rows; 128 key columns so that each has 64 of them too (64 in all spill).
         # Measured: 128 columns take 0.72 to 0.85 of the time of 64 columns and two stages, 64 and three 0.81 to 0.93.
