@@ -1,10 +1,11 @@
-"""Checks that ptxas computed the descriptors of wgmma, the shared-memory operands of Hopper's products, as the PTX says.
+"""Checks that ptxas computed the descriptors of wgmma, the shared-memory operands of Hopper's products, as in the PTX.
 
-Some versions of ptxas start a descriptor from a register that was never set, and the product then reads other memory,
-without any error. Both codes are evaluated, and each product of the PTX is compared with its counterpart in the SASS.
+ptxas of Triton 3.6 starts some descriptors from a register that holds something else or was never set; the product then
+reads other memory, without any error. Both codes are evaluated, and each product of the PTX is compared with its
+counterpart in the SASS.
 
 A value is a symbol plus a constant; symbol 0 is zero, so a value of it is a known number. What cannot be evaluated is a
-symbol of its own: a loop's counter, loaded data. The SASS is followed along its branches; where they meet with different
+symbol of its own: a loop's counter, loaded data. The SASS is followed along its branches; where they meet with other
 values, a new symbol begins. Two rules, for each operand of each product:
 
 - a number in the PTX is the same number in the SASS,
@@ -331,13 +332,29 @@ class _SASS:
         address, guard, operation, operands = instruction
         if not operands:
             return
-        results = self.evaluate(operation, operands, state)
+        if match := re.match(r"(LD|ST)L(\.64|\.128)?\b", operation):
+            results = self.spill(match[1], _width(operation), operands, state)
+        else:
+            results = self.evaluate(operation, operands, state)
         if results is None:  # not followed: new symbols for all the registers that it may set
-            results = {register: self.symbols.value("set", address, register, bits=32) for register in _sets(instruction)}
+            results = {x: self.symbols.value("set", address, x, bits=32) for x in _sets(instruction)}
         for register, value in results.items():
             if guard and state.get(register) != value:
                 value = self.symbols.value("guarded", address, register, bits=32)
             state[register] = value
+
+    def spill(self, direction: str, width: int, operands: list[str], state: _State) -> dict[str, Value] | None:
+        """A load from the stack or a store to it."""
+        register, place = operands if direction == "LD" else operands[::-1]
+        match = re.fullmatch(r"\[R1(?:\+(0x[0-9a-f]+))?\]", place)
+        if not match or register == "RZ":
+            return None
+        start = int(match[1] or "0", 0)
+        registers = [f"R{int(register[1:]) + i}" for i in range(width)]
+        slots = [f"stack {start + 4 * i}" for i in range(width)]
+        if direction == "LD":
+            return {x: state[y] for x, y in zip(registers, slots, strict=True)} if set(slots) <= state.keys() else None
+        return {y: self.read(state, x) for x, y in zip(registers, slots, strict=True)}
 
     def evaluate(self, operation: str, operands: list[str], state: _State) -> dict[str, Value] | None:
         operation = re.sub(r"\.(SPILL|FILL)$", "", operation)
