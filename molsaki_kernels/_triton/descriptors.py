@@ -42,6 +42,7 @@ class Symbols:
     def __init__(self) -> None:
         self.numbers: dict[tuple[object, ...], int] = {}
         self.bits: dict[int, int] = {0: 0}  # of the symbol's value
+        self.terms: dict[int, frozenset[Value]] = {}  # of an exclusive disjunction
         self.unset: set[int] = set()  # built from a register that was never set
 
     def value(self, *key: object, bits: int = 64) -> Value:
@@ -94,6 +95,19 @@ class Symbols:
             return Value(0, x.offset | y.offset)
         low = x.offset & -x.offset  # the lowest bit of the number; a smaller value is disjoint from it
         return Value(y.symbol, x.offset + y.offset) if self.limit(y) < low else self.value("or", x, y)
+
+    def exclusive_disjunction(self, x: Value, y: Value) -> Value:
+        """ptxas swaps two registers by three of them."""
+        if not x.symbol and not y.symbol:
+            return Value(0, x.offset ^ y.offset)
+        terms: frozenset[Value] = frozenset()
+        for value in (x, y):
+            terms ^= self.terms.get(value.symbol, {value}) if not value.offset else {value}
+        if len(terms) < 2:
+            return next(iter(terms), ZERO)
+        result = self.value("xor", *sorted(terms), bits=32)
+        self.terms[result.symbol] = terms
+        return result
 
 
 ZERO = Value(0, 0)
@@ -408,9 +422,9 @@ class _SASS:
             return {target: symbols.shift_left(values[0], values[1], LOW)}
         if name == "SGXT.U32" and not values[1].symbol:
             return {target: symbols.low_bits(values[0], values[1].offset)}
-        if name == "LOP3.LUT" and values[2] == ZERO and rest[3] in ("0xc0", "0xfc"):
-            operator = symbols.conjunction if rest[3] == "0xc0" else symbols.disjunction
-            return {target: operator(values[0], values[1])}
+        operators = {"0xc0": symbols.conjunction, "0xfc": symbols.disjunction, "0x3c": symbols.exclusive_disjunction}
+        if name == "LOP3.LUT" and values[2] == ZERO and rest[3] in operators:
+            return {target: operators[rest[3]](values[0], values[1])}
         if name in ("LOP3.LUT", "SEL"):
             return {target: symbols.value(name, *values, bits=32)}
         return None

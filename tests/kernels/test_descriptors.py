@@ -110,6 +110,10 @@ def test_wrong_ones(right, wrong, message):
         ("UIADD3 UR4, UR10, 0xc000, URZ", "UMOV UR3, 0xc000\nUIADD3 UR4, UR10, UR3, URZ"),
         ("MOV R40, UR12", "MOV R40, UR12\nSTL [R1+0x8], R40\nMOV R40, RZ\nLDL R40, [R1+0x8]"),
         ("MOV R40, UR12", "MOV R40, UR12\nLDS.128 R36, [UR10]\nMOV R41, RZ"),
+        (  # a swap
+            "UIADD3.64 UR22, UR18, 0x4, URZ",
+            "\n".join(f"ULOP3.LUT UR{x}, UR18, UR19, URZ, 0x3c, !UPT" for x in (18, 19, 18, 18, 19, 18)),
+        ),
         ("UP0, UR26, 0x20", "UP0, UR26, 0x10, URZ\nUIADD3 UR22, UP0, UR22, 0x10"),
     ],
 )
