@@ -408,8 +408,14 @@ class _SASS:
             return None
         if name == "MOV":
             return {target: values[0]}
-        if name in ("IMAD.MOV.U32", "IMAD.U32", "IMAD.MOV") and values[0] == values[1] == ZERO:
-            return {target: values[2]}
+        if re.fullmatch(r"IMAD(\.MOV|\.IADD|\.SHL)?(\.U32|\.X)?", name) and len(values) >= 3:
+            x, y = values[:2]
+            if x.symbol and y != Value(0, 1) or y.symbol:
+                return None
+            total = x if x.symbol else Value(0, x.offset * y.offset & LOW)
+            for term in values[2:4] if name == "IMAD.X" else values[2:3]:
+                total = symbols.add(total, term, LOW)
+            return {target: total}
         if operation == "R2UR":
             return {target: values[-1]}
         if operation == "S2UR" or operation == "S2R":
