@@ -418,6 +418,8 @@ class _SASS:
             return {target: total}
         if operation == "R2UR":
             return {target: values[-1]}
+        if operation == "CS2R":
+            return {target: ZERO, _next(target): ZERO} if rest[0] == "SRZ" else None
         if operation == "S2UR" or operation == "S2R":
             return {target: ZERO} if rest[0] == "SR_CgaCtaId" else None
         if name == "LEA" and len(values) == 3:
