@@ -3,6 +3,7 @@
 Imports go in one direction: a file imports only files from the lines above its own.
 
     support                                   whether this machine can run Triton; imports no Triton
+    descriptors                               whether ptxas computed the descriptors of wgmma rightly; imports no Triton
     integers                                  integer functions of the launchers
     launch                                    a short way from a kernel's arguments to its launch
     decorators                                ``@jit`` for helpers, ``@kernel`` for kernels

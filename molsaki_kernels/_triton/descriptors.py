@@ -1,10 +1,11 @@
-"""Checks that ptxas computed the descriptors of wgmma, the shared-memory operands of Hopper's products, as the PTX says.
+"""Checks that ptxas computed the descriptors of wgmma, the shared-memory operands of Hopper's products, as in the PTX.
 
-Some versions of ptxas start a descriptor from a register that was never set, and the product then reads other memory,
-without any error. Both codes are evaluated, and each product of the PTX is compared with its counterpart in the SASS.
+ptxas of Triton 3.6 starts some descriptors from a register that holds something else or was never set; the product then
+reads other memory, without any error. Both codes are evaluated, and each product of the PTX is compared with its
+counterpart in the SASS.
 
 A value is a symbol plus a constant; symbol 0 is zero, so a value of it is a known number. What cannot be evaluated is a
-symbol of its own: a loop's counter, loaded data. The SASS is followed along its branches; where they meet with different
+symbol of its own: a loop's counter, loaded data. The SASS is followed along its branches; where they meet with other
 values, a new symbol begins. Two rules, for each operand of each product:
 
 - a number in the PTX is the same number in the SASS,
@@ -41,6 +42,7 @@ class Symbols:
     def __init__(self) -> None:
         self.numbers: dict[tuple[object, ...], int] = {}
         self.bits: dict[int, int] = {0: 0}  # of the symbol's value
+        self.terms: dict[int, frozenset[Value]] = {}  # of an exclusive disjunction
         self.unset: set[int] = set()  # built from a register that was never set
 
     def value(self, *key: object, bits: int = 64) -> Value:
@@ -93,6 +95,19 @@ class Symbols:
             return Value(0, x.offset | y.offset)
         low = x.offset & -x.offset  # the lowest bit of the number; a smaller value is disjoint from it
         return Value(y.symbol, x.offset + y.offset) if self.limit(y) < low else self.value("or", x, y)
+
+    def exclusive_disjunction(self, x: Value, y: Value) -> Value:
+        """ptxas swaps two registers by three of them."""
+        if not x.symbol and not y.symbol:
+            return Value(0, x.offset ^ y.offset)
+        terms: frozenset[Value] = frozenset()
+        for value in (x, y):
+            terms ^= self.terms.get(value.symbol, {value}) if not value.offset else {value}
+        if len(terms) < 2:
+            return next(iter(terms), ZERO)
+        result = self.value("xor", *sorted(terms), bits=32)
+        self.terms[result.symbol] = terms
+        return result
 
 
 ZERO = Value(0, 0)
@@ -331,13 +346,29 @@ class _SASS:
         address, guard, operation, operands = instruction
         if not operands:
             return
-        results = self.evaluate(operation, operands, state)
+        if match := re.match(r"(LD|ST)L(\.64|\.128)?\b", operation):
+            results = self.spill(match[1], _width(operation), operands, state)
+        else:
+            results = self.evaluate(operation, operands, state)
         if results is None:  # not followed: new symbols for all the registers that it may set
-            results = {register: self.symbols.value("set", address, register, bits=32) for register in _sets(instruction)}
+            results = {x: self.symbols.value("set", address, x, bits=32) for x in _sets(instruction)}
         for register, value in results.items():
             if guard and state.get(register) != value:
                 value = self.symbols.value("guarded", address, register, bits=32)
             state[register] = value
+
+    def spill(self, direction: str, width: int, operands: list[str], state: _State) -> dict[str, Value] | None:
+        """A load from the stack or a store to it."""
+        register, place = operands if direction == "LD" else operands[::-1]
+        match = re.fullmatch(r"\[R1(?:\+(0x[0-9a-f]+))?\]", place)
+        if not match or register == "RZ":
+            return None
+        start = int(match[1] or "0", 0)
+        registers = [f"R{int(register[1:]) + i}" for i in range(width)]
+        slots = [f"stack {start + 4 * i}" for i in range(width)]
+        if direction == "LD":
+            return {x: state[y] for x, y in zip(registers, slots, strict=True)} if set(slots) <= state.keys() else None
+        return {y: self.read(state, x) for x, y in zip(registers, slots, strict=True)}
 
     def evaluate(self, operation: str, operands: list[str], state: _State) -> dict[str, Value] | None:
         operation = re.sub(r"\.(SPILL|FILL)$", "", operation)
@@ -377,10 +408,18 @@ class _SASS:
             return None
         if name == "MOV":
             return {target: values[0]}
-        if name in ("IMAD.MOV.U32", "IMAD.U32", "IMAD.MOV") and values[0] == values[1] == ZERO:
-            return {target: values[2]}
+        if re.fullmatch(r"IMAD(\.MOV|\.IADD|\.SHL)?(\.U32|\.X)?", name) and len(values) >= 3:
+            x, y = values[:2]
+            if x.symbol and y != Value(0, 1) or y.symbol:
+                return None
+            total = x if x.symbol else Value(0, x.offset * y.offset & LOW)
+            for term in values[2:4] if name == "IMAD.X" else values[2:3]:
+                total = symbols.add(total, term, LOW)
+            return {target: total}
         if operation == "R2UR":
             return {target: values[-1]}
+        if operation == "CS2R":
+            return {target: ZERO, _next(target): ZERO} if rest[0] == "SRZ" else None
         if operation == "S2UR" or operation == "S2R":
             return {target: ZERO} if rest[0] == "SR_CgaCtaId" else None
         if name == "LEA" and len(values) == 3:
@@ -391,9 +430,9 @@ class _SASS:
             return {target: symbols.shift_left(values[0], values[1], LOW)}
         if name == "SGXT.U32" and not values[1].symbol:
             return {target: symbols.low_bits(values[0], values[1].offset)}
-        if name == "LOP3.LUT" and values[2] == ZERO and rest[3] in ("0xc0", "0xfc"):
-            operator = symbols.conjunction if rest[3] == "0xc0" else symbols.disjunction
-            return {target: operator(values[0], values[1])}
+        operators = {"0xc0": symbols.conjunction, "0xfc": symbols.disjunction, "0x3c": symbols.exclusive_disjunction}
+        if name == "LOP3.LUT" and values[2] == ZERO and rest[3] in operators:
+            return {target: operators[rest[3]](values[0], values[1])}
         if name in ("LOP3.LUT", "SEL"):
             return {target: symbols.value(name, *values, bits=32)}
         return None
