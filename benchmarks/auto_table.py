@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from molsaki_kernels.attention import ENGINES
 from molsaki_kernels.engine_selection import Measured, padded_head_dim
 
 from .layer import read_records
@@ -31,10 +32,10 @@ def proposed(records: Iterable[dict], source: str, mode: str = "eager") -> list[
     """
     ratios: dict[tuple, dict[int, dict[str, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
-        if r["contender"].startswith(PREFIX) and r.get("mode", "eager") == mode and r["over_plain"]:
+        engine = r["contender"].removeprefix(PREFIX).removesuffix(" (cuDNN)")
+        if engine in ENGINES and r["contender"] != engine and r.get("mode", "eager") == mode and r["over_plain"]:
             key = r["arch"], r["pass"] == "forward+backward", padded_head_dim(r["head_dim"])
             shapes = ratios[key][r["tokens"]]
-            engine = r["contender"].removeprefix(PREFIX).partition(" (")[0]  # sdpa, or sdpa (cuDNN)
             of_shape = shapes.setdefault(r["shape"], {})
             of_shape[engine] = min(float(r["over_plain"]), of_shape.get(engine, float("inf")))
     found: list[Measured] = []

@@ -434,8 +434,8 @@ def describe(device: torch.device) -> dict[str, str]:
         triton = __import__("triton").__version__
     else:
         name, triton = f"{_processor()}, {torch.get_num_threads()} threads", ""
-    commit = ""
-    if shutil.which("git"):
+    commit = os.environ.get("COMMIT", "")  # of a copy without its history
+    if not commit and shutil.which("git"):
         command = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
@@ -446,7 +446,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "triton": triton,
         "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
         "python": platform.python_version(),
-        "commit": commit or os.environ.get("COMMIT", "unknown"),
+        "commit": commit or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 

@@ -68,6 +68,10 @@ COMPILED = {
     ("map_dk_tables", 128): (174, 41088, 646, 4),
     ("map_dq_tables", 64): (127, 21632, 483, 4),
     ("map_dq_tables", 128): (128, 38016, 475, 8),
+    # Commit f4b8eb8, the tiles that an H200 chose: of sm90 only.
+    ("map_partials_one_stage", 128): (248, 34816, 494, 4),
+    ("map_dq_4_warps", 64): (127, 21632, 483, 4),
+    ("map_dq_4_warps", 128): (164, 38016, 517, 4),
 }
 
 
@@ -96,9 +100,17 @@ class Design:
 class FirstTiles:
     """The tiles of commit c81408b, as far as they were changed since; the others are those of configs."""
 
-    map_forward, map_reduce = staticmethod(configs.map_forward), staticmethod(configs.map_reduce)
+    map_reduce = staticmethod(configs.map_reduce)
     map_dk_add, num_tiles = staticmethod(configs.map_dk_add), staticmethod(configs.num_tiles)
     flash_forward, flash_dq = staticmethod(configs.flash_forward), staticmethod(configs.flash_dq)
+
+    @staticmethod
+    def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
+        if arch != "sm90" or head_dim > 128:
+            return configs.map_forward(arch, dtype, head_dim, key_tokens)
+        if key_tokens <= 64:
+            return configs.MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2, resident=2)
+        return configs.MapTile(rows=64, columns=128, warps=8, stages=2)
 
     @staticmethod
     def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
@@ -274,7 +286,10 @@ class Work:
         s = self.shape
         tile = self.tiles.map_forward(self.gpu.arch, self.dtype, s.head_dim, s.words)
         tiles, blocks = self.tiles.num_tiles(s.tokens, s.batch, False, tile.rows), -(-s.words // tile.columns)
-        compiled = COMPILED["map_partials_wide" if s.words > 64 else "map_partials", self.bucket]
+        which = "map_partials_wide" if tile.columns > 64 else "map_partials"
+        if tile.stages == 1 and tile.columns == 64 and self.gpu.arch == "sm90":
+            which = "map_partials_one_stage"
+        compiled = COMPILED[which, self.bucket]
         # A program of the tile t and the block b exists if the tile sees a token of the block; it walks its heads.
         seen = [v > b * tile.columns for v in self.visible(tile.rows) for b in range(blocks)]
         per_program = self._heads_per_program(tiles * blocks, sum(seen) * s.batch, tile.warps, compiled)
@@ -356,6 +371,8 @@ class Work:
         which = "map_dq" if has_dq else "map_dlse"
         if new:
             which = "map_dq_tables" if has_dq else "map_fold" if tile.columns > 32 else "map_fold_one"
+            if has_dq and self.gpu.arch == "sm90":
+                which = "map_dq_4_warps"
         memory_loads = 2 if passes > 2 else 1
         grid = Grid(COMPILED[which, self.bucket], tile.warps, trips, s.batch * s.q_heads, searches, memory_loads, loop)
         return self.kernel(name, flops, passes * self.q + 2 * self.lse, self._keys(tile), grid)

@@ -42,7 +42,7 @@ from molsaki_kernels.spec import (
     PlanTensors,
 )
 
-from .layer import kernels_of
+from . import layer
 from .shapes import Shape
 
 SHAPES = [
@@ -63,7 +63,7 @@ WARM_UP = 0.6  # of the limit, at most
 FIELDS = ("rows", "columns", "key_columns", "warps", "stages", "resident", "heads", "splits")
 COLUMNS = (
     *("kernel", "shape", *FIELDS, "configured", "us", "fastest_us", "ratio", "difference", "registers", "spills"),
-    *("shared", "blocks", "limit", "programs", "error", "card"),
+    *("shared", "blocks", "limit", "programs", "error"),
 )
 Candidate = tuple[tuple[str, int], ...]  # what differs from the configured tile
 
@@ -214,8 +214,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{kernel:14s} {shape.name:36s} {len(candidates(kernel, shape))}")
         print(f"{sum(len(candidates(*each)) for each in todo)} in all, {len(compilations(todo))} to compile")
         return 0
-    card = torch.cuda.get_device_name()
-    real = "stand-in" not in card
+    machine = layer.describe(torch.device("cuda"))
+    real = "stand-in" not in machine["device"]
     late: set[tuple] = set()
     cases: dict[str, Case] = {}
     flush = torch.ones(FLUSH // 4, device="cuda")
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
                 cases.pop(next(iter(cases)))
             cases[shape.name] = Case(shape)
         try:
-            rows = sweep(kernel, cases[shape.name], flush, late, card, real, left)
+            rows = sweep(kernel, cases[shape.name], flush, late, machine, real, left)
         except Exception as reason:  # the other kernels are measured all the same
             print(f"{kernel} {shape.name}: {_first_line(reason)}", flush=True)
             continue
@@ -258,13 +258,13 @@ def order(shapes: list[Shape], kernels: list[str]) -> list[tuple[str, Shape]]:
 
 
 def sweep(
-    kernel: str, case: Case, flush: Tensor, late: set[tuple], card: str, real: bool, left: Callable[[], float]
+    kernel: str, case: Case, flush: Tensor, late: set[tuple], machine: dict, real: bool, left: Callable[[], float]
 ) -> list[dict]:
     """Return a row per candidate of a kernel and shape."""
     rows, launches, expected = [], [], None
     for candidate in candidates(kernel, case.shape):
         row = dict.fromkeys(COLUMNS) | {"kernel": kernel, "shape": case.shape.name, "configured": int(not candidate)}
-        row |= {"card": card} | describe(kernel, case.shape, candidate)
+        row |= machine | describe(kernel, case.shape, candidate)
         rows.append(row)
         launches.append(None)
         if candidate and compile_key(kernel, case.shape, candidate) in late:
@@ -320,7 +320,7 @@ def kernel_times(launches: list[Launch], kernel: str, flush: Tensor) -> list[lis
                 flush.sum()
                 launch.again()
         torch.cuda.synchronize()
-    found = [seconds * 1e6 for name, seconds in kernels_of(profile.events()) if name == f"{kernel}_kernel"]
+    found = [seconds * 1e6 for name, seconds in layer.kernels_of(profile.events()) if name == f"{kernel}_kernel"]
     if len(found) == ROUNDS * len(launches):
         return [found[i :: len(launches)][1:] for i in range(len(launches))]
     print(f"{kernel}: the profiler saw {len(found)} launches of {ROUNDS * len(launches)}; events instead", flush=True)
@@ -377,7 +377,7 @@ def configured(kernel: str, candidate: Candidate) -> Iterator[None]:
 
 def _usual(kernel: str, shape: Shape) -> configs.MapTile | configs.FlashTile:
     arch, dtype = "sm90", torch.bfloat16
-    more = {"map_dq": (), "flash_forward": (False,), "flash_dq": (), "flash_dkv": ()}.get(kernel, (shape.words,))
+    more = {"flash_forward": (False,), "flash_dq": (), "flash_dkv": ()}.get(kernel, (shape.words,))
     return getattr(configs, CONFIG.get(kernel, kernel))(arch, dtype, shape.head_dim, *more)
 
 
@@ -468,7 +468,7 @@ def append(path: Path | None, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -157,7 +157,7 @@ def stepwise_attention(
     name = engine_selection.choose_engine(engine, request, map_engine)
     tensors = PlanTensors(plan.steps, plan.tokens, plan.word_of_token, plan.num_words)
     own = map_engine == "auto" and ENGINES[name].COMPUTES_MAP
-    map_name = "" if own else engine_selection.choose_map(map_engine, name, q, request, tensors)
+    map_name = "" if own else engine_selection.choose_map(map_engine, q, request)
     outputs = ops.run_attention(inputs, options, tensors, name, map_name)
     out, maps, lse = outputs.out, outputs.maps, outputs.lse
     assert maps is not None

@@ -17,13 +17,14 @@ from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import has_amx
 from molsaki_kernels.attention import ENGINES, flash_attn
 from molsaki_kernels.attention_map import MAP_ENGINES
-from molsaki_kernels.spec import AttentionOptions, AttentionRequest, PlanTensors
+from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 from molsaki_kernels.value_pooling import POOLING_ENGINES
 
-# Default order by device. CPU: measured (docs/performance.md). CUDA: provisional, nothing was measured there yet.
-# flash-attn 4 is first on Hopper because its backward takes the gradient of lse: one pass over O and dO less than with
-# cuDNN, which is as fast otherwise by the figures its authors publish. Elsewhere flash_attn and flex, which support
-# nothing that triton and eager lack, are used only when they are asked for.
+# Default order by device. CPU: measured (docs/performance.md). CUDA: by the time of the kernels at 4,096 tokens and
+# more on an H200 (layer-h200.csv and kernels-h200.csv in benchmarks/results); other GPUs were not measured.
+# flash-attn 4 is first on Hopper: it is as fast as cuDNN or faster, and its backward takes the gradient of lse, which
+# saves a pass over O and dO. Elsewhere flash_attn and flex, which support nothing that triton and eager lack, are used
+# only when they are asked for.
 HOPPER = "cuda, sm90 with flash-attn 4"
 DEFAULT_ORDER = {
     "cpu": ("native", "sdpa", "eager"),
@@ -45,39 +46,31 @@ class Measured:
     source: str  # the CSV in benchmarks/results
 
 
-@dataclasses.dataclass(frozen=True)
-class Widened:
-    """The calls whose map "auto" computes by widened values (``widened_values.py``), up to these sizes."""
-
-    device: str
-    engines: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    head_dim: int
-    words: int
-    tokens: int  # of a sequence, the mean of packed ones
-    rows: int  # of all heads and sequences
-    source: str
-
-
-# Not on a CPU: there the map of its own is always faster (docs/performance.md). CUDA: not measured; the row holds the
-# calls that are limited by launches. float16 is left out, because dA / Hq may leave its range.
-WIDENED: tuple[Widened, ...] = (
-    Widened(
-        device="cuda",
-        engines=("sdpa", "flash_attn"),
-        dtypes=(torch.bfloat16,),
-        head_dim=64,
-        words=32,  # 96 columns, a width that flash attention has a kernel for
-        tokens=512,
-        rows=32768,
-        source="prediction (benchmarks.predict) for aten flash, over the time with map kernels: 0.85 to 0.98 at "
-        "4 x 256 tokens with 9 to 32 heads of 64, 0.97 to 1.00 at 16 x 256 with 9, 1.06 with 32",
-    ),
-)
 HEAD_DIMS = (64, 128, 256)
 FEATURES = ("full", "window", "softcap", "sinks", "packed")
 
-MEASURED: tuple[Measured, ...] = ()  # nothing was measured on CUDA yet
+# From python -m benchmarks.auto_table benchmarks/results/layer-h200.csv, head dimension 64 only: with 128 the times of
+# mode "eager" are the host's up to 4,096 tokens, and the host works while other kernels of a model run.
+MEASURED: tuple[Measured, ...] = (
+    Measured(
+        arch="sm90",
+        backward=False,
+        head_dim=64,
+        tokens=(256, 512),
+        features=(),
+        engines=("triton", "sdpa"),
+        source="layer-h200.csv",
+    ),
+    Measured(
+        arch="sm90",
+        backward=True,
+        head_dim=64,
+        tokens=(256, 512),
+        features=(),
+        engines=("triton", "sdpa", "flash_attn"),
+        source="layer-h200.csv",
+    ),
+)
 
 
 def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "auto") -> str:
@@ -103,16 +96,17 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
     raise ValueError(f"engine: {engine!r} cannot serve this call ({listed})")
 
 
-def choose_map(map_engine: str, engine: str, q: Tensor, request: AttentionRequest, plan: PlanTensors) -> str:
+def choose_map(map_engine: str, q: Tensor, request: AttentionRequest) -> str:
     """Return how the map is computed: "widened", or beside an engine that does not compute it one of
     :data:`MAP_ENGINES`.
+
+    "auto" never takes "widened": wherever it was measured, the map of its own is faster, on a CPU (docs/performance.md)
+    and on an H200, where widened values took 1.5 to 1.9 times as long at 16 x 256 tokens and 4 times at 1 x 4,096.
 
     Raises:
         ValueError: there is no such map engine, or it does not support the call.
     """
     if map_engine == "auto":
-        if request.device.type != "cpu" and prefers_widened(engine, request, plan):
-            return widened_values.NAME
         return choose_map_engine("auto", q, request.options)
     if map_engine == widened_values.NAME:
         return map_engine
@@ -123,27 +117,6 @@ def choose_map(map_engine: str, engine: str, q: Tensor, request: AttentionReques
     if reason is not None:
         raise ValueError(f"map_engine: {map_engine!r} cannot serve this call: {reason}")
     return map_engine
-
-
-def prefers_widened(engine: str, request: AttentionRequest, plan: PlanTensors) -> bool:
-    """Return whether "auto" computes the map of a call by widened values: where a row of :data:`WIDENED` says so.
-
-    Never without gradients: the saving is in the backward pass, and the map has only the precision of the output.
-    """
-    sequences, words = plan.tokens.shape[0], plan.num_words
-    for row in WIDENED:
-        if (
-            request.backward
-            and request.device.type == row.device
-            and engine in row.engines
-            and request.dtype in row.dtypes
-            and request.head_dim <= row.head_dim
-            and 0 < words <= row.words
-            and request.length * request.batch <= row.tokens * sequences
-            and request.q_heads * request.length * request.batch <= row.rows
-        ):
-            return True
-    return False
 
 
 def choose_map_engine(engine: str, q: Tensor, options: AttentionOptions) -> str:

@@ -214,7 +214,7 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
         if softcap or arch == "sm100":
             return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=3)
         # 64 key columns would fill a warpgroup's wgmma, but Triton 3.6's assembler then gives the product that sums the
-        # rows of a step wrong descriptors, and the map is wrong (docs/faults.md). 32 are as fast (measured).
+        # rows of a step wrong descriptors, and the map is wrong (docs/engines.md). 32 are as fast (measured).
         return FlashTile(rows=128, columns=64, key_columns=16, warps=4, stages=3)
     if head_dim <= 128:
         # 8 warps are two warpgroups of 64 rows; 128 key columns so that each has 64 of them too (64 in all spill).

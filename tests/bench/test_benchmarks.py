@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import molsaki_kernels as mk
-from benchmarks import auto_table, layer, measure, plots, predict, roofline
+from benchmarks import auto_table, layer, measure, plots, predict, roofline, tile_sweep
 from benchmarks.contenders import Contender, contenders, step, with_lse
 from benchmarks.shapes import CPU, HEADS, KEY_TOKENS, LENGTHS, Shape, cuda_grid
 from molsaki_kernels import engine_selection
@@ -371,16 +371,16 @@ def test_predictions_count_what_the_kernels_do():
     q = 4096 * 32 * 128 * 2
     assert work.product == 4096**2 * 32 * 128
     partials, _ = work.map_alone()
-    touched = sum(64 * 128 * math.ceil(256 * (t + 1) * 64 / 4096 / 128) for t in range(64))
+    touched = sum(64 * 64 * math.ceil(256 * (t + 1) * 64 / 4096 / 64) for t in range(64))
     assert partials.flops == touched * 32 * (2 * 128 + 4 * 16)
     assert work.fold().memory == 4 * q + 4096 * 32 * 4
     add = next(k for k in work.map_gradient() if k.name == "map_dq_add")
     assert add.memory == 3 * q + 2 * 4096 * 32 * 4
     first = predict.Work(work.shape, gpu, predict.FIRST)  # whose two kernels have the same tiles
     assert first.map_gradient()[0].flops == 2 * first.map_dlse().flops
-    # At 256 key tokens the rows are split in three; at 1,024 there is one split and no sum over splits.
+    # At 256 key tokens the rows are split; at 4,096 there is one split and no sum over splits.
     assert [k.name for k in work.map_gradient()] == ["map_dq_add", "map_dk", "map_dk_add"]
-    many = predict.Work(dataclasses.replace(work.shape, words=1024), gpu)
+    many = predict.Work(dataclasses.replace(work.shape, words=4096), gpu)
     assert [k.name for k in many.map_gradient()] == ["map_dq_add", "map_dk"]
     assert work.flash_dq().flops > 3 * work.product and work.flash_dkv().flops == 4 * work.product
 
@@ -609,3 +609,11 @@ def test_pictures_of_whole_steps(tmp_path):
 def test_targets_and_cpu_shapes_are_the_specifications():
     assert [(s.batch, s.tokens, s.target) for s in CPU] == [(8, 256, 1.2), (1, 2048, 1.1), (1, 4096, 1.05)]
     assert {s.target for s in cuda_grid() if s.tokens >= 4096} == {1.05}
+
+
+def test_tile_sweep_lists_candidates(capsys):
+    """Around the configured tiles of every kernel; the sweep itself needs a GPU."""
+    assert tile_sweep.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    kernels = {line.split()[0] for line in lines[:-1]}
+    assert kernels == {*tile_sweep.MAP, *tile_sweep.FLASH} and all(int(line.split()[-1]) > 1 for line in lines[:-1])

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import molsaki_kernels as mk
-from molsaki_kernels import StepPlan, engine_selection, ops, reference, widened_values
+from molsaki_kernels import StepPlan, ops, reference, widened_values
 from molsaki_kernels._native import build
 from molsaki_kernels.attention import ENGINES, flash_attn, flex, sdpa
-from molsaki_kernels.spec import AttentionOptions, AttentionRequest, PlanTensors
+from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 from tests.helpers import flash_attn_stand_ins as stand_ins
 from tests.helpers.budget import assert_within_budget, error
 from tests.helpers.compiled import assert_compiles_alike
@@ -451,23 +451,3 @@ def test_selection(monkeypatch):
     mk.stepwise_attention(q, k, v, plan, map_engine="torch")
     mk.stepwise_attention(q, k, v, plan, engine="sdpa", map_engine="widened")
     assert chosen[:2] == [("sdpa", "torch"), ("sdpa", "widened")]
-
-
-def test_auto():
-    """Only for calls as small as those of the prediction, with gradients."""
-    plan = PlanTensors(torch.zeros(2, 5, 2), torch.zeros(2, 9), torch.zeros(2, 9), 20)
-    assert engine_selection.prefers_widened("sdpa", request_of(), plan)
-    assert engine_selection.prefers_widened("sdpa", request_of(packed=True, batch=1, length=900), plan)
-    for changes in (
-        dict(backward=False),
-        dict(length=513),
-        dict(packed=True, batch=1, length=1100),
-        dict(head_dim=128),
-        dict(q_heads=64, length=300),
-        dict(dtype=torch.float16),
-        dict(device=torch.device("cpu")),
-    ):
-        assert not engine_selection.prefers_widened("sdpa", request_of(**changes), plan), changes
-    assert not engine_selection.prefers_widened("triton", request_of(), plan)
-    for words in (0, 33):
-        assert not engine_selection.prefers_widened("sdpa", request_of(), dataclasses.replace(plan, num_words=words))
