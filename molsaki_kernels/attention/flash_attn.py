@@ -8,9 +8,9 @@ Tensors are passed as views in flash-attn's layout, ``(B, M, H, D)`` or packed `
 allocated in the layout of the inputs, so nothing is copied. The functions called are those beneath the packages'
 autograd, as of flash-attn 2.8.3 and 4.0.0b36.
 
-Not proven: neither package runs without a GPU. The tests check every call made here against stand-ins with the real
-functions' parameters. What each architecture supports was read in the packages' sources. flash-attn 4.0.0b36 accepts
-and compiles these calls for sm90 (fake tensors).
+flash-attn 4.0.0b36 was run on an H200 (sm90) against the float64 oracle; other GPUs and flash-attn 2 were not run. For
+these the tests check every call made here against stand-ins with the real functions' parameters, and what each
+architecture supports was read in the packages' sources.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ PACKAGES = {
     4: ("flash-attn-4", "flash_attn.cute.interface"),
     2: ("flash-attn", "flash_attn.flash_attn_interface"),
 }
-# 1: where it can, the map's gradient is written into flash-attn 4's accumulator of dq (_triton/fa4_preprocess.py). Off
-# until it was measured on a GPU.
+# 1: where it can, the map's gradient is written into flash-attn 4's accumulator of dq (_triton/fa4_preprocess.py). Off:
+# on an H200 that kernel takes 230 us at 1 x 4,096 tokens, the three that it replaces take 168 us.
 FUSE = os.environ.get("MOLSAKI_FA4_PREPROCESS") == "1"
 FUSED_VERSION = "4.0.0b36"  # the only one whose order of the accumulator is known
 _preprocess = threading.local()  # .fill: the function in place of the package's preprocess in this thread's call
