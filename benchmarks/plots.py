@@ -26,7 +26,7 @@ from matplotlib.lines import Line2D
 from .layer import read_records
 
 RESULTS = Path(__file__).parent / "results"
-COMMITTED = (RESULTS / "layer-xeon-2core.csv", RESULTS / "step-xeon-2core.csv")
+COMMITTED = tuple(RESULTS / f"{name}.csv" for name in ("layer-xeon-2core", "step-xeon-2core", "layer-h200"))
 PASSES = ("forward", "forward+backward")
 OURS = ("#d1672c", "#7b3294", "#1b9e77", "#c51b7d", "#8c510a", "#e6ab02", "#a6d854", "#525252")  # engines with the map
 PLAIN = ("#1f5a99", "#5b8fc7", "#93b7dd", "#2b2b6b", "#7f7f7f")
