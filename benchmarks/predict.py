@@ -70,7 +70,6 @@ COMPILED = {
     ("map_dq_tables", 128): (128, 38016, 475, 8),
     # Commit f4b8eb8, the tiles that an H200 chose: of sm90 only.
     ("map_partials_one_stage", 128): (248, 34816, 494, 4),
-    ("map_dq_4_warps", 64): (127, 21632, 483, 4),
     ("map_dq_4_warps", 128): (164, 38016, 517, 4),
 }
 
@@ -371,7 +370,7 @@ class Work:
         which = "map_dq" if has_dq else "map_dlse"
         if new:
             which = "map_dq_tables" if has_dq else "map_fold" if tile.columns > 32 else "map_fold_one"
-            if has_dq and self.gpu.arch == "sm90":
+            if has_dq and self.bucket > 64 and tile.warps == 4:
                 which = "map_dq_4_warps"
         memory_loads = 2 if passes > 2 else 1
         grid = Grid(COMPILED[which, self.bucket], tile.warps, trips, s.batch * s.q_heads, searches, memory_loads, loop)
@@ -470,17 +469,6 @@ class Work:
             resident = (aot.occupancy(aot.TARGETS[self.gpu.target], tile.warps, *compiled[:2])[0],)
         splits: int = self.tiles.row_splits(self.gpu.arch, programs, limit, rows, *resident)
         return splits
-
-
-def widening_wins(shape: Shape, gpu: GPU, *, lse_gradient: bool, equal_widths: bool, design: Design = MAPS) -> bool:
-    """Return whether, by prediction, both passes are faster with widened values than with the map's kernels.
-
-    Args:
-        lse_gradient: the engine's backward takes dlse (flash-attn 4). equal_widths: it takes q, k and v of one width
-            only (PyTorch's flash attention, flash-attn 2).
-    """
-    work = Work(shape, gpu, design)
-    return work.widened(equal_widths).seconds(gpu, True) < work.engine(lse_gradient).seconds(gpu, True)
 
 
 def predicted(shape: Shape, gpu: GPU | None, contender: str, kind: str, backward: bool) -> tuple[float, float] | None:

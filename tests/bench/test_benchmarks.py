@@ -338,17 +338,8 @@ def test_makespan():
     assert roofline.makespan((1.0, 3.0), 500, 10) == pytest.approx(200, rel=0.01)
 
 
-def test_when_widened_values_win():
-    """Few words and short sequences; never where q and k have to be padded and v is 128 wide."""
-    gpu = predict.GPUS["H100"]
-    short, long = (Shape(4096 // M, M, 20, M // 64, 9, 3, 64, "bfloat16") for M in (256, 4096))
-    many = dataclasses.replace(REVIEWED, words=256)
-    for lse_gradient in (False, True):
-        wins = [
-            predict.widening_wins(s, gpu, lse_gradient=lse_gradient, equal_widths=False) for s in (short, long, many)
-        ]
-        assert wins == [True, False, False]
-        assert not predict.widening_wins(REVIEWED, gpu, lse_gradient=lse_gradient, equal_widths=True)
+def test_words_that_do_not_fit_beside_v_take_another_call():
+    gpu, many = predict.GPUS["H100"], dataclasses.replace(REVIEWED, words=256)
     layer_ = predict.Work(many, gpu).widened()  # 128 words beside v, the others in a second call
     assert sum("plain" in k.name for k in layer_.kernels(True)) == 4
 
@@ -617,3 +608,20 @@ def test_tile_sweep_lists_candidates(capsys):
     lines = capsys.readouterr().out.splitlines()
     kernels = {line.split()[0] for line in lines[:-1]}
     assert kernels == {*tile_sweep.MAP, *tile_sweep.FLASH} and all(int(line.split()[-1]) > 1 for line in lines[:-1])
+
+
+def test_calls_on_cuda_follow_each_other(monkeypatch):
+    """Short ones in a row between two events, a long one once; a time is that of one call."""
+    made = []
+
+    def clock(function):
+        before = len(made)
+        function()
+        return sum(made[before:])
+
+    monkeypatch.setattr(measure, "_cuda_clock", clock)
+    functions = {"short": lambda: made.append(1e-3), "long": lambda: made.append(0.1)}
+    times = measure.interleaved(functions, torch.device("cuda"), 0.5)
+    assert all(t == pytest.approx(1e-3) for t in times["short"]) and all(t == pytest.approx(0.1) for t in times["long"])
+    last_round = made[-(8 + 1) :]
+    assert last_round == [1e-3] * 8 + [0.1]

@@ -205,3 +205,25 @@ def test_second_runs_the_first_failed_tests_again(run, tmp_path):
     call = next(call for call in result.calls if call.startswith("-m pytest"))
     names = [word.split("::")[1] for word in call.split() if "::" in word]
     assert names == ["test_y[torch.bfloat16-64]", "test_x[2]", "test_b", "test_c"]
+
+
+FAULT = """
+import pytest, torch
+
+@pytest.mark.parametrize("i", range(6))
+def test_kernel(i):
+    if i == 2:  # as after a fault in a kernel
+        def fail():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, fail
+        assert False, "wrong"
+"""
+
+
+def test_a_fault_in_a_kernel_ends_one_process_and_one_test(tmp_path):
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    (tmp_path / "test_fault.py").write_text(FAULT)
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    assert "1 failed, 5 passed" in done.stdout, done.stdout + done.stderr
+    assert "fault in " in done.stderr and "wrong" in done.stderr

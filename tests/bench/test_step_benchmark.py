@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from benchmarks.step import BATCHES, CONTENDERS, Setup, measured
+from benchmarks.step import BATCHES, CONTENDERS, Batch, Setup, load_config, measured, model_flops
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 
@@ -66,3 +67,18 @@ def test_records(dtype, said, capsys):
     parts = sum(r["value"] for r in records if r["quantity"].startswith("seconds, "))
     assert 0 < parts < 60
     assert "time over dss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch", [Batch(2, 64, 5, 3), Batch(1, 200, 5, 3)], ids=lambda b: b.name)
+def test_model_flops(batch):
+    """The products that PyTorch counts in a step, and attention's: four per row, visible key and dimension."""
+    setup = Setup("tiny-teacher", "tiny", batch, False, "cpu", "float32")
+    step, config = setup.step("dss"), load_config("tiny")
+    with FlopCounterMode(display=False) as counter:
+        step()
+    linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    question, answer = int(0.4 * batch.tokens), 4
+    keys = sum(range(1, batch.tokens + 1)) + sum(range(question + 1, question + answer + 1))
+    attention = 3 * 4 * batch.size * config.num_hidden_layers * config.hidden_size * keys
+    assert model_flops(setup) == pytest.approx(linear + attention, rel=2 / batch.tokens)
+    assert model_flops(setup) > linear
