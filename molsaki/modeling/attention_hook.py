@@ -1,22 +1,22 @@
 """The attention implementation "molsaki" of Hugging Face models: transformers calls `attention` and `attention_mask`.
 
 Importing this module registers both. Without a mask function of the same name transformers passes no mask, and
-attention is not causal. The usual causal mask, with or without a window and right padding, is a `CompactMask`, which
-takes no memory of size M x M. Any other mask (left padding, a cache, bidirectional blocks) is transformers' boolean
-one, and no map can be computed under it.
+attention is not causal. A map is computed under a `CompactMask` or for packed texts; under any other mask (left padding,
+a cache, a model's own pattern) attention is that of the model's eager implementation, and a plan is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from molsaki.batches.shared_prefix import SharedPrefix
+from molsaki.modeling.chunked_attention import chunked_attention
+from molsaki.modeling.compact_mask import CompactMask, active_record, attention_mask
 from molsaki.modeling.masked_attention import masked_attention, suffix_attention
 from molsaki_kernels import StepPlan, stepwise_attention
 from molsaki_kernels.masking import visible
@@ -25,20 +25,19 @@ if TYPE_CHECKING:
     from molsaki.modeling.capture import Record
 
 NAME = "molsaki"
+# Keywords that models pass on to every attention function and that change nothing in it. position_ids were applied to
+# queries and keys before; packed texts that they tell apart are in the mask.
+WITHOUT_EFFECT = frozenset({
+    "cache_position", "cu_seq_lens_k", "deterministic", "labels", "layer_idx", "logits_to_keep", "max_length_k",
+    "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_value",
+    "past_key_values", "position_embeddings", "position_ids", "return_dict", "seq_idx", "token_type_ids", "use_cache",
+})  # fmt: skip
 
 
 def register() -> None:
     """Register the attention implementation and its mask function with transformers; importing this module does it."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
-
-
-@dataclasses.dataclass(frozen=True)
-class CompactMask:
-    """A causal mask in a few numbers: ``lengths (B,)`` of right-padded sequences (None: no padding), and a window."""
-
-    lengths: Tensor | None
-    window: int | None
 
 
 def attention(
@@ -49,9 +48,11 @@ def attention(
     attention_mask: CompactMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     step_plan: StepPlan | None = None,
     step_record: Record | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -59,119 +60,158 @@ def attention(
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with transformers' signature: out ``(B, M, H, D)`` and the map ``(N, S, W)``, None without a plan.
+    """Attention with transformers' signature: out ``(B, M, H, Dv)`` and the map ``(N, S, W)``, None without a plan.
 
     Args:
-        query: ``(B, Hq, M, D)``. key, value: ``(B, Hkv, M, D)``, or longer than the queries with a cache.
+        query: ``(B, Hq, M, D)``. key: ``(B, Hkv, M, D)``, or longer than the queries with a cache. value: ``(B, Hkv, M,
+            Dv)``.
+        attention_mask: None means as in transformers' "sdpa": causal if ``is_causal``, else that all keys are visible.
         dropout: of the weights that give the output; the map is of the undropped weights.
+        is_causal: the module's own ``is_causal`` if None.
+        sliding_window: used where the mask does not say what is visible.
+        position_bias: ``(B or 1, Hq, M, M)``, added to the scores; not with a plan.
         step_plan: of this batch, passed as a keyword of the model's forward, with ``output_attentions=True``.
-        step_record: where `capture` collects maps and values.
+        step_record: where `capture` collects maps and values; it has a plan of its own.
         cu_seq_lens_q: ``(N + 1,)`` bounds of the texts in a packed sequence.
         shared_prefix: where the suffixes are in a packed sequence; plan, map and pooled values are of the whole texts.
+
+    Raises:
+        ValueError: a keyword is not known, or the map of the plan cannot be computed; the message says why.
     """
-    if output_attentions and step_plan is None:
+    _refuse_unknown(kwargs)
+    compact = attention_mask if isinstance(attention_mask, CompactMask) else None
+    record = step_record or (active_record() if compact is None else compact.record)
+    plan = step_plan if record is None else record.plan
+    if record is not None and cu_seq_lens_q is None:
+        cu_seq_lens_q, shared_prefix = record.cu_seqlens, record.shared_prefix
+    if compact is not None and cu_seq_lens_q is None:
+        cu_seq_lens_q = compact.cu_seqlens
+    if output_attentions and plan is None:
         raise ValueError('step_plan: expected a StepPlan with output_attentions=True under "molsaki", got None')
-    window = _window(attention_mask, sliding_window)
-    lengths = attention_mask.lengths if isinstance(attention_mask, CompactMask) else None
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_whole = key.shape[2] == query.shape[2]
+    if attention_mask is None and is_causal and not is_whole and query.shape[2] > 1:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # the rest of a static cache is empty
+        is_whole = plan is None
+    if compact is not None and not is_whole:
+        raise ValueError(
+            f"attention_mask: {type(module).__name__} has {key.shape[2]} keys for {query.shape[2]} queries under the mask "
+            'of whole texts (compressed keys?); "molsaki" does not support this attention'
+        )
     scores: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
-    if not isinstance(attention_mask, CompactMask) and cu_seq_lens_q is None:
-        if step_plan is not None:
+    is_packed = cu_seq_lens_q is not None and is_causal and not isinstance(attention_mask, Tensor)
+    is_plain = is_causal and is_whole and attention_mask is None and query.shape[2] > 1
+    is_stepwise = position_bias is None and (is_packed or is_plain or compact is not None)
+    if plan is None and (position_bias is not None or (compact is not None and not compact.is_checked)):
+        is_stepwise = False
+    if not is_stepwise:
+        if plan is not None:
             raise ValueError(
-                "step_plan: expected a right-padded batch under ordinary causal attention (no cache, no left padding, "
-                f"no custom mask), got a mask {None if attention_mask is None else tuple(attention_mask.shape)} "
-                f"for queries {tuple(query.shape)} and keys {tuple(key.shape)}"
+                _why_no_map(module, query, key, attention_mask, record, position_bias is not None, is_causal)
             )
-        out = masked_attention(query, key, value, attention_mask, dropout=dropout, **scores)
+        mask = attention_mask if compact is None else compact.tensor()
+        if mask is None and position_bias is not None and is_causal:
+            position = torch.arange(key.shape[2], device=query.device)
+            mask = visible(position[-query.shape[2] :], position, True, None)
+        out = masked_attention(query, key, value, mask, dropout=dropout, bias=position_bias, **scores)
         return out.transpose(1, 2).contiguous(), None
 
-    cu_seqlens = None if cu_seq_lens_q is None else cu_seq_lens_q.to(torch.int32)
+    window, chunk = (sliding_window, None) if compact is None else (compact.window, compact.chunk)
+    cu_seqlens = None if cu_seq_lens_q is None else cu_seq_lens_q.to(query.device, torch.int32)
+    if compact is not None and plan is not None and not compact.is_checked and cu_seqlens is None:
+        compact.check()
+    if compact is not None and compact.padding is not None and cu_seqlens is not None and compact.is_checked:
+        raise ValueError("attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some")
+    lengths = None if compact is None or cu_seqlens is not None else compact.lengths
     suffixes = None
     if shared_prefix is not None:
         if cu_seqlens is None:
             raise ValueError("shared_prefix: expected with cu_seq_lens_q, the bounds of packed texts, got None")
+        if chunk is not None:
+            raise ValueError("shared_prefix: expected no attention in chunks, which would cut the prefix elsewhere")
         whole = query.shape[2] - len(shared_prefix.suffixes)
         shared = shared_prefix.to(query.device)
         suffixes = suffix_attention(query[:, :, whole:], key, value, shared, window=window, dropout=dropout, **scores)
         query, key, value = (t[:, :, :whole] for t in (query, key, value))
         cu_seqlens = cu_seqlens[: len(shared_prefix) + 1]
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    layer = getattr(module, "layer_idx", None) or 0
-    if step_plan is None:
-        plan = StepPlan.from_spans([[]] * sequences, [[]] * sequences, device=query.device)
+    if plan is None:
+        used = StepPlan.from_spans([[]] * sequences, [[]] * sequences, device=query.device)
     else:
-        plan = step_plan.to(query.device)
-        if layer == 0 and lengths is not None:
-            _check_lengths(plan, lengths)
-    out, maps = stepwise_attention(query, key, value, plan, window=window, cu_seqlens=cu_seqlens, **scores)
+        used = plan.to(query.device)
+        if record is None or record.is_first_layer:
+            _check_plan(used, sequences, query.shape[2], lengths)
+    options = {**scores, "cu_seqlens": cu_seqlens}
+    if chunk is None or chunk >= query.shape[2]:
+        out, maps = stepwise_attention(query, key, value, used, window=window, **options)
+    else:
+        out, maps = chunked_attention(query, key, value, used, chunk, **options)
     if dropout:
         position = torch.arange(query.shape[2], device=query.device)
         mask = visible(position, position, True, window)
+        start = torch.zeros_like(position)
         if cu_seqlens is not None:
             text = torch.searchsorted(cu_seqlens[1:], position, right=True)
-            mask = mask & (text[:, None] == text)
+            mask, start = mask & (text[:, None] == text), cu_seqlens[text]
+        if chunk is not None:
+            mask = mask & ((position - start)[:, None] // chunk == (position - start) // chunk)
         out = masked_attention(query, key, value, mask, dropout=dropout, **scores)
-    if step_plan is not None and step_record is not None:
-        step_record.add(layer, maps, value, lengths, cu_seqlens)
+    if record is not None:
+        maps = record.add(module, maps, query.shape[1], value, lengths, cu_seqlens)
     out = out.transpose(1, 2)
     out = out.contiguous() if suffixes is None else torch.cat([out, suffixes.to(out.dtype)], 1)
-    return out, None if step_plan is None else maps
+    return out, None if plan is None else maps
 
 
-def attention_mask(
-    batch_size: int,
-    q_length: int | None = None,
-    kv_length: int = 0,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> CompactMask | Tensor | None:
-    """The mask, with transformers' signature: compact if it is causal and right-padded, else transformers' own."""
-    position = kwargs.get("cache_position")  # transformers 4 passes the queries' positions so
-    if position is not None:
-        length, start = position.shape[0], position[0]
-    else:
-        length, start = q_length, q_offset
-        kwargs.update(q_length=q_length, q_offset=q_offset)
-    if allow_is_causal_skip and length == kv_length and kv_offset == 0 and start == 0:
-        if attention_mask is None:
-            return CompactMask(None, local_size)
-        mask = attention_mask.bool()
-        if mask.shape[-1] == length and not (mask[:, 1:] & ~mask[:, :-1]).any():
-            return CompactMask(None if mask.all() else mask.sum(-1), local_size)
-    mask = sdpa_mask(
-        batch_size=batch_size,
-        kv_length=kv_length,
-        kv_offset=kv_offset,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **kwargs,
-    )
-    return cast("Tensor | None", mask)
-
-
-def _window(mask: CompactMask | Tensor | None, sliding_window: int | None) -> int | None:
-    """The window on which mask and layer agree."""
-    if isinstance(mask, CompactMask) and mask.window != sliding_window:
-        if mask.window is None:  # a layer of full attention in a model that passes its window to every layer
-            return None
-        raise ValueError(
-            f"attention_mask: it is local to {mask.window} keys, but the layer asks for a sliding window of "
-            f"{sliding_window}; masks other than a sliding window are not supported"
-        )
-    return sliding_window
-
-
-def _check_lengths(plan: StepPlan, lengths: Tensor) -> None:
-    if len(plan) != lengths.shape[0]:
-        raise ValueError(f"step_plan: expected one entry for each of {lengths.shape[0]} sequences, got {len(plan)}")
-    for n, (extent, length) in enumerate(zip(plan.extents, lengths.tolist(), strict=True)):
-        if extent > length:
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    for name, given in kwargs.items():
+        if given is not None and name not in WITHOUT_EFFECT:
             raise ValueError(
-                f"step_plan: sequence {n} has {length} tokens before its padding; the plan reaches {extent}"
+                f'{name}: the attention implementation "molsaki" does not know this keyword, which a model passed to its '
+                "attention; the result could be wrong without it"
+            )
+
+
+def _why_no_map(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    record: Record | None,
+    has_bias: bool,
+    is_causal: bool,
+) -> str:
+    """The reason why there is no map of this call, as an error message."""
+    if has_bias:
+        reason = "position_bias, which is added to the scores"
+    elif not is_causal:
+        reason = "attention that is not causal"
+    elif record is not None and record.why_no_map is not None and isinstance(mask, Tensor):
+        reason = record.why_no_map
+    elif isinstance(mask, Tensor):
+        reason = f"a mask of shape {tuple(mask.shape)} (left padding, a cache, or a pattern of its own)"
+    else:
+        reason = f"{query.shape[2]} queries beside {key.shape[2]} keys"
+    return (
+        "step_plan: expected a right-padded or packed batch of whole texts under causal attention, without a cache; "
+        f"{type(module).__name__} has {reason}"
+    )
+
+
+def _check_plan(plan: StepPlan, sequences: int, length: int, lengths: Tensor | None) -> None:
+    if len(plan) != sequences:
+        raise ValueError(f"step_plan: expected one entry for each of {sequences} sequences, got {len(plan)}")
+    if lengths is None:
+        return
+    if torch.compiler.is_compiling():
+        ends = torch.cat([plan.steps[..., 1], (plan.tokens + 1) * (plan.word_of_token >= 0)], 1)
+        torch._assert_async((ends <= lengths[:, None]).all(), "step_plan: it reaches into the padding of a sequence")
+        return
+    for n, (extent, tokens) in enumerate(zip(plan.extents, lengths.tolist(), strict=True)):
+        if extent > tokens:
+            raise ValueError(
+                f"step_plan: sequence {n} has {tokens} tokens before its padding; the plan reaches {extent}"
             )
 
 

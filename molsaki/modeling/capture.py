@@ -3,79 +3,152 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-from molsaki.modeling.attention_hook import NAME
+from molsaki.batches.shared_prefix import SharedPrefix
+from molsaki.modeling.compact_mask import set_active_record
+from molsaki.modeling.decoder import decoder_configs, text_decoder, using_molsaki
+from molsaki.modeling.packing_probe import can_pack
+from molsaki.modeling.tensor_parallel import head_group
 from molsaki.modeling.unwrap import causal_model
 from molsaki_kernels import StepPlan, pool_values
 
+_captured: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
 
 class Record:
-    """The maps and pooled values of the last forward inside a `capture` block, one entry per layer."""
+    """The maps and pooled values of the last forward inside a `capture` block, one entry per call of attention.
 
-    def __init__(self, plan: StepPlan, values: bool, value_heads: str, pooling: str):
+    Attributes:
+        cu_seqlens: ``(N + 1,)`` bounds of the packed texts of the running forward, None if they are not packed.
+        shared_prefix: of the running forward.
+        has_ended: whether the block is over.
+        why_no_map: why the last explicit mask of the running forward is not a compact one.
+    """
+
+    def __init__(self, plan: StepPlan, values: bool, value_heads: str, pooling: str, model: PreTrainedModel):
         self.plan = plan
+        self.cu_seqlens: Tensor | None = None
+        self.shared_prefix: SharedPrefix | None = None
+        self.has_ended = False
+        self.why_no_map: str | None = None
         self._has_values, self._value_heads, self._pooling = values, value_heads, pooling
-        self._is_open = self._has_grad = self._has_run = False
-        self._maps: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._heads = head_group(model)
+        self._is_open = self._has_grad = self._has_run = self._uses_checkpointing = False
+        self._layers: list[int] = []
+        self._maps: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The index of the decoder layer of each of the L maps, in the order in which they were computed.
+
+        Layers without attention are missing, and a layer with two calls of attention is there twice.
+        """
+        self._check_has_run()
+        return tuple(self._layers)
 
     @property
     def maps(self) -> Tensor:
-        """``(N, L, S, W)`` float32 stepwise maps of every layer (Eq. 2 and 3), differentiable."""
+        """``(N, L, S, W)`` float32 stepwise maps of the attention of every layer (Eq. 2 and 3), differentiable."""
+        self._check_has_run()
         return self._stacked(self._maps)
 
     @property
     def values(self) -> Tensor:
-        """``(N, L, Hkv * D)`` float32 pooled value vectors of every layer (Eq. 5's h), differentiable."""
+        """``(N, L, Hkv * Dv)`` float32 pooled value vectors of every layer (Eq. 5's h), differentiable."""
         if not self._has_values:
             raise ValueError("values: this record holds none; use capture(..., values=True)")
+        self._check_has_run()
+        widths = sorted({values.shape[-1] for values in self._values})
+        if len(widths) > 1:
+            raise ValueError(
+                f"values: the layers of this model have value vectors of different widths ({widths}), which cannot be "
+                'stacked; use capture(..., value_heads="mean") if only the numbers of heads differ'
+            )
         return self._stacked(self._values)
 
-    def _stacked(self, layers: dict[int, Tensor]) -> Tensor:
+    @property
+    def is_first_layer(self) -> bool:
+        """Whether nothing was recorded yet in the running forward."""
+        return self._is_open and not self._layers
+
+    def _check_has_run(self) -> None:
         if not self._has_run:
             raise ValueError("capture: no forward of the model has run inside the block yet")
-        if not layers:
-            raise ValueError("capture: the model's forward passes no extra keywords to its attention: no maps")
-        device = next(iter(self._maps.values())).device
-        return torch.stack([layers[index].to(device) for index in sorted(layers)], dim=1)
 
-    def _start(self) -> None:
-        self._is_open, self._has_run, self._has_grad = True, True, torch.is_grad_enabled()
-        self._maps, self._values = {}, {}
+    def _stacked(self, tensors: list[Tensor]) -> Tensor:
+        if not tensors:
+            raise ValueError("capture: the last forward ended before its first attention: no maps")
+        return torch.stack([tensor.to(tensors[0].device) for tensor in tensors], dim=1)
 
-    def _stop(self, *_: Any) -> None:
-        self._is_open = False
-
-    def add(self, layer: int, maps: Tensor, value: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        """Record one layer, as the attention function calls it.
+    def add(
+        self,
+        module: nn.Module,
+        maps: Tensor,
+        heads: int,
+        value: Tensor,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """Record one call of attention, as the attention function does, and return its map.
 
         Args:
-            maps: ``(N, S, W)``.
-            value: ``(B, Hkv, M, D)``.
+            maps: ``(N, S, W)``, the mean over ``heads`` query heads: those of this process under tensor parallelism.
+            value: ``(B, Hkv, M, Dv)``.
             lengths: ``(B,)`` tokens before the padding, None if there is none.
             cu_seqlens: ``(N + 1,)`` bounds of packed sequences.
         """
+        if self._heads is not None:
+            maps = self._heads.mean(maps, heads, module)
+            if self._has_values:
+                value = self._heads.gather(value, module)
         values = None
         if self._has_values:
             values = pool_values(value, lengths, pooling=self._pooling, heads=self._value_heads, cu_seqlens=cu_seqlens)
         if not self._is_open:
-            return  # Gradient checkpointing repeats a layer in the backward and requires the same operations.
+            return maps  # Gradient checkpointing repeats a layer in the backward and requires the same operations.
         if self._has_grad and not torch.is_grad_enabled():
-            raise ValueError(
-                "capture: the layers run without gradients inside a forward with gradients, as under gradient "
-                "checkpointing with use_reentrant=True, which loses the gradient of the map; use "
+            why = (
+                "as under gradient checkpointing with use_reentrant=True, which loses the gradient of the map; use "
                 '{"use_reentrant": False}'
+                if self._uses_checkpointing
+                else f"as in a model that repeats its layers under no_grad: {type(module).__name__} is not supported; run "
+                "the whole forward under torch.no_grad() if no gradient is needed"
             )
-        if layer in self._maps:
-            raise ValueError(f"capture: layer {layer} ran twice in one forward; expected one attention per layer index")
-        self._maps[layer] = maps
+            raise ValueError(f"capture: a layer runs without gradients inside a forward with gradients, {why}")
+        layer = getattr(module, "layer_idx", None)
+        self._layers.append(0 if layer is None else layer)
+        self._maps.append(maps)
         if values is not None:
-            self._values[layer] = values
+            self._values.append(values)
+        return maps
+
+    def _start(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+        self._is_open, self._has_run, self._has_grad = True, True, torch.is_grad_enabled()
+        self._layers, self._maps, self._values, self.why_no_map = [], [], [], None
+        self._uses_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        self.shared_prefix = kwargs.get("shared_prefix")
+        self.cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if self.cu_seqlens is None:
+            self.cu_seqlens = _bounds_of_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+        if self.cu_seqlens is not None and len(self.cu_seqlens) > 2 and not can_pack(model):
+            raise ValueError(
+                f"cu_seq_lens_q: {type(model).__name__} does not keep packed texts separate (it may use convolutions, a "
+                "recurrent state or absolute positions); expected one text per sequence, right-padded"
+            )
+
+    def _stop(self) -> None:
+        self._is_open = False
+        self.cu_seqlens = self.shared_prefix = None
 
 
 @contextlib.contextmanager
@@ -84,7 +157,8 @@ def capture(
 ) -> Iterator[Record]:
     """Record the stepwise maps of every layer from the model's forwards inside the block.
 
-    Sets the attention implementation "molsaki" and restores the previous one, also after an exception.
+    Sets the attention implementation "molsaki" in the text decoder and restores the previous ones, also after an
+    exception. Under tensor parallelism each process gets the maps and values of all heads.
 
     Args:
         model: a Hugging Face model, or a wrapper (DDP, PEFT) around one that passes keywords on.
@@ -93,33 +167,123 @@ def capture(
         value_heads, pooling: as `pool_values`' ``heads`` and ``pooling``.
 
     Yields:
-        A record with ``maps (N, L, S, W)`` and, with ``values``, ``values (N, L, Hkv * D)``, of the last forward.
+        A record with ``maps (N, L, S, W)``, ``layers`` (which they are of) and, with ``values``, ``values (N, L,
+        Hkv * Dv)``, of the last forward.
 
     Raises:
         TypeError: ``model`` holds no Hugging Face model, or ``plan`` is not a StepPlan.
-        ValueError: (from the forward) the plan is of another batch, or the batch is left-padded.
+        ValueError: the model does not use transformers' attention interface, or it is in another `capture` block; from
+            the forward: the plan is of another batch, or the model's attention has no map (the message says why).
     """
     if not isinstance(plan, StepPlan):
         raise TypeError(f"plan: expected a StepPlan, got {type(plan).__name__}")
     inner = causal_model(model)
-    record = Record(plan, values, value_heads, pooling)
+    _check_model(model, inner)
+    record = Record(plan, values, value_heads, pooling, inner)
+    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(inner.forward).parameters.values())
 
     def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        record._start()
-        return args, {**kwargs, "step_plan": plan, "step_record": record}
+        record._start(inner, kwargs)
+        set_active_record(record)
+        return args, {**kwargs, "step_record": record} if takes_keywords else kwargs
+
+    def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        record._stop()
+        set_active_record(None)
+        if output is not None and not record._layers:
+            raise ValueError(
+                f"capture: no attention of {type(inner).__name__} passed through transformers' attention interface: no maps"
+            )
 
     handles = [
         model.register_forward_pre_hook(start, with_kwargs=True),
-        model.register_forward_hook(record._stop, always_call=True),
+        model.register_forward_hook(stop, always_call=True),
     ]
-    previous = inner.config._attn_implementation
+    _captured.add(inner)
+    configs = decoder_configs(inner)
     try:
-        if previous != NAME:
-            inner.set_attn_implementation(NAME)
-        yield record
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(using_molsaki(configs))
+            for module in inner.modules():
+                if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+                    stack.enter_context(_checkpointing_under_molsaki(module, configs))
+            yield record
     finally:
+        _captured.discard(inner)
         for handle in handles:
             handle.remove()
         record._stop()
-        if previous != NAME:
-            inner.set_attn_implementation(previous)
+        record.has_ended = True
+
+
+def _check_model(model: nn.Module, inner: PreTrainedModel) -> None:
+    """Refuse a model whose maps cannot be computed, before its forward."""
+    name = type(inner).__name__
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError("model: expected no nn.DataParallel, which gives each replica a part of the batch but the whole "
+                         "plan; use DistributedDataParallel")  # fmt: skip
+    if inner in _captured:
+        raise ValueError(f"model: {name} is in a capture block already; expected one block at a time for a model")
+    modules = list(text_decoder(inner).modules())
+    if any(_calls_interface(module) for module in modules):
+        return
+    if any("attention" in type(module).__name__.lower() for module in modules):
+        raise ValueError(
+            f"model: {name} computes attention by itself, not through transformers' attention interface "
+            '(ALL_ATTENTION_FUNCTIONS), so no map can be computed; use attn_implementation="eager" with '
+            "output_attentions=True for its weights"
+        )
+    raise ValueError(f"model: {name} has no attention layers, so it has no maps")
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+@contextlib.contextmanager
+def _checkpointing_under_molsaki(module: nn.Module, configs: list[PretrainedConfig]) -> Iterator[None]:
+    """Have a checkpointed layer run under "molsaki" again in a backward after the block."""
+    checkpoint: Any = module._gradient_checkpointing_func
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(functools.partial(_run_under_molsaki, configs, function), *args, **kwargs)
+
+    module._gradient_checkpointing_func = call
+    try:
+        yield
+    finally:
+        module._gradient_checkpointing_func = checkpoint
+
+
+def _run_under_molsaki(configs: list[PretrainedConfig], function: Callable[..., Any], *args: Any) -> Any:
+    with using_molsaki(configs):
+        return function(*args)
+
+
+def _bounds_of_positions(position_ids: Any, attention_mask: Any) -> Tensor | None:
+    """The bounds ``(N + 1,)`` of packed texts that only position_ids tell apart; None if they start once.
+
+    Raises:
+        ValueError: the positions of a text do not ascend by one, or several packed sequences are in one batch.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] < 2:
+        return None
+    step = position_ids.diff()
+    if (
+        isinstance(attention_mask, Tensor)
+        and attention_mask.dim() == 2
+        and attention_mask.shape[1] == position_ids.shape[1]
+    ):
+        is_text = attention_mask.bool()
+        step = torch.where(is_text[:, 1:] & is_text[:, :-1], step, 1)
+    breaks = step != 1
+    if not breaks.any():
+        return None
+    if position_ids.shape[0] != 1 or (step[breaks] > 0).any():
+        raise ValueError(
+            "position_ids: expected positions that ascend by one; where they start again (packed texts), expected one "
+            f"sequence (batch size 1), and its bounds as cu_seq_lens_q; got shape {tuple(position_ids.shape)}"
+        )
+    first = breaks[0].nonzero()[:, 0] + 1
+    return torch.cat([first.new_zeros(1), first, first.new_full((1,), position_ids.shape[1])]).int()

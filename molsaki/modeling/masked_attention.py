@@ -24,16 +24,24 @@ def masked_attention(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention ``(B, Hq, M, D)`` of ``query (B, Hq, M, D)`` over ``key, value (B, Hkv, n, D)``.
+    """Attention ``(B, Hq, M, Dv)`` of ``query (B, Hq, M, D)`` over ``key (B, Hkv, n, D)`` and ``value (B, Hkv, n, Dv)``.
 
     Args:
         mask: broadcasts to ``(B, Hq, M, n)``; boolean (True: visible) or added to the scores; None hides nothing.
         dropout: probability of dropping a weight.
         sinks: ``(Hq,)``, or ``(Hq, M)`` where queries have their own.
+        bias: broadcasts to ``(B, Hq, M, n)``, added to the scores.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if bias is not None:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.where(mask, bias, torch.finfo(query.dtype).min)
+        else:
+            mask = bias if mask is None else mask + bias
+        mask = mask.to(query.dtype)
     if softcap is None and sinks is None:
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale

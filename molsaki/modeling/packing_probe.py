@@ -5,19 +5,32 @@ Layers other than attention, such as convolutions and recurrent states, may carr
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from molsaki.batches.shared_prefix import SharedPrefix
-from molsaki.modeling.attention_hook import NAME
+from molsaki.modeling.decoder import decoder_configs, using_molsaki
 from molsaki.modeling.unwrap import causal_model, input_device
+
+_found: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def can_pack(model: nn.Module) -> bool:
-    """True if the model keeps packed texts separate. Checked on two short texts."""
-    return _runs_alike(model, [[0, 1], [1, 2, 0]], [0, 0], None)
+    """True if the model keeps packed texts separate. Checked once per model, on two short texts.
+
+    Raises:
+        ValueError: the model is sharded by FSDP and was not checked before.
+    """
+    inner = causal_model(model)
+    if inner not in _found:
+        if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+            raise ValueError("model: expected can_pack(model) to be called before FSDP shards the model")
+        _found[inner] = _runs_alike(inner, [[0, 1, 2, 1, 0], [1, 2, 0, 0, 2, 1]], [0, 0], None)
+    return _found[inner]
 
 
 def choose_packing(wanted: bool | None, model: nn.Module) -> bool:
@@ -41,7 +54,7 @@ def can_share_prefix(model: nn.Module) -> bool:
 def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], shared: SharedPrefix | None) -> bool:
     """Compare the decoder's output for texts, each from its prefix on, packed and alone."""
     causal = causal_model(model)
-    previous, was_training, device = causal.config._attn_implementation, causal.training, input_device(causal)
+    was_training, device = causal.training, input_device(causal)
     pairs = list(zip(texts, prefixes, strict=True))
     input_ids = torch.tensor([[token for text, prefix in pairs for token in text[prefix:]]], device=device)
     position = torch.tensor([[at for text, prefix in pairs for at in range(prefix, len(text))]], device=device)
@@ -50,16 +63,17 @@ def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], s
     inputs |= {"position_ids": position, "cu_seq_lens_q": bounds, "use_cache": False}
     if shared is not None:
         inputs["shared_prefix"] = shared.to(device)
-    causal.set_attn_implementation(NAME)
     causal.eval()  # type: ignore[no-untyped-call]
     try:
-        alone = [causal.base_model(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts]
-        expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()
-        found: Tensor = causal.base_model(**inputs)[0].float()
-    except TypeError:
-        return False  # the model accepts none of these keywords
+        with using_molsaki(decoder_configs(causal)):
+            alone = [
+                causal.base_model(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts
+            ]
+            expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()
+            found: Tensor = causal.base_model(**inputs)[0].float()
+    except (TypeError, ValueError):
+        return False  # the model accepts none of these keywords, or its attention is refused
     finally:
         causal.train(was_training)
-        causal.set_attn_implementation(previous)
     allowed = 1e-3 if causal.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((found - expected).norm() <= allowed * expected.norm())

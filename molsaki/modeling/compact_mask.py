@@ -1,0 +1,278 @@
+"""Causal masks in a few numbers instead of ``M x M`` elements, for the attention implementation "molsaki".
+
+transformers calls `attention_mask` for each kind of mask that a model needs. The usual ones (causal, with a window or in
+chunks, right-padded) become a `CompactMask`. All others are the additive mask of transformers' eager attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+from transformers.masking_utils import causal_mask_function, eager_mask
+
+if TYPE_CHECKING:
+    from molsaki.modeling.capture import Record
+
+
+class CompactMask:
+    """A causal mask of M queries and M keys in a few numbers.
+
+    Code that operates on it (an addition, an index, an attribute of tensors) gets the additive mask ``(B, 1, M, M)`` that
+    the model's eager attention would get.
+
+    Attributes:
+        batch_size, length: B and M.
+        padding: ``(B, M)`` bool, True at the tokens before the right padding; None if there is none.
+        window: a query sees its last ``window`` keys, itself included; None: no limit.
+        chunk: a query sees the keys of its own chunk of ``chunk`` tokens only; None: no chunks.
+        cu_seqlens: ``(N + 1,)`` int32 bounds of packed texts that position_ids tell apart; None: the texts are not packed,
+            or their bounds come as cu_seq_lens_q.
+        record: of the `capture` block in whose forward the mask was created.
+        is_checked: False under ``torch.compile`` if the values of the mask are not known yet: the pattern of the mask
+            function, or whether the padding is on the right. `check` then adds the checks to the graph.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Tensor],
+        batch_size: int,
+        length: int,
+        padding: Tensor | None,
+        window: int | None,
+        chunk: int | None,
+        cu_seqlens: Tensor | None,
+        record: Record | None,
+        is_checked: bool,
+    ):
+        self._build, self._tensor = build, None
+        self.batch_size, self.length, self.padding, self.window, self.chunk = batch_size, length, padding, window, chunk
+        self.cu_seqlens, self.record, self.is_checked = cu_seqlens, record, is_checked
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """``(B,)`` tokens before the padding, None if there is no padding."""
+        return None if self.padding is None else self.padding.sum(-1)
+
+    def tensor(self) -> Tensor:
+        """The additive mask ``(B, 1, M, M)``."""
+        if self.record is not None and self.record.has_ended:
+            raise ValueError(
+                "capture: a layer ran again after the block had ended, under another attention implementation (gradient "
+                "checkpointing other than the model's own); call backward inside the block"
+            )
+        if self._tensor is None:
+            self._tensor = self._build()
+        return self._tensor
+
+    def check(self) -> None:
+        """Check in a compiled graph that the mask is what its attributes say."""
+        position = torch.arange(self.length, device=self.device)
+        query, key = position[:, None], position[None, :]
+        expected = key <= query
+        if self.window is not None:
+            expected = expected & (key > query - self.window)
+        if self.chunk is not None:
+            expected = expected & (key // self.chunk == query // self.chunk)
+        if self.padding is not None:
+            expected = expected & self.padding[:, None, None, :]
+            is_right_padded = ~(self.padding[:, 1:] & ~self.padding[:, :-1]).any()
+            torch._assert_async(is_right_padded, "attention_mask: expected a right-padded batch with a plan")
+        message = "attention_mask: expected the causal mask of texts that are not packed, with a plan"
+        torch._assert_async(((self._build() == 0) == expected).all(), message)
+
+    @property
+    def device(self) -> torch.device:
+        return self.padding.device if self.padding is not None else self._build.keywords["device"]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy on another device; any other conversion is that of the additive mask."""
+        target = args[0] if args else kwargs.get("device")
+        if not isinstance(target, (torch.device, str, int)) or len(args) > 1 or kwargs.get("dtype") is not None:
+            return self.tensor().to(*args, **kwargs)
+        padding, cu_seqlens = (None if t is None else t.to(target) for t in (self.padding, self.cu_seqlens))
+        build = functools.partial(_moved, self._build, device=torch.device(target))
+        numbers = (self.batch_size, self.length, padding, self.window, self.chunk, cu_seqlens)
+        return CompactMask(build, *numbers, self.record, self.is_checked)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.batch_size, 1, self.length, self.length))
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor()[index]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def built(value: Any) -> Any:
+            if isinstance(value, CompactMask):
+                return value.tensor()
+            return type(value)(map(built, value)) if type(value) in (tuple, list) else value
+
+        return function(*map(built, args), **{name: built(value) for name, value in (kwargs or {}).items()})
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: CompactMask, *operands: Any) -> Any:
+        return getattr(self.tensor(), name)(*operands)
+
+    return operate
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "ror", "invert", "neg", "eq", "ne", "lt",
+              "le", "gt", "ge", "len", "iter"):  # fmt: skip
+    setattr(CompactMask, f"__{_name}__", _operator(f"__{_name}__"))
+CompactMask.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+class _Pattern(NamedTuple):
+    """What a mask function of transformers hides beside the keys after the query."""
+
+    window: int | None
+    chunk: int | None
+    texts: Tensor | None = None  # (B, M), the packed text of each token, where position_ids tell them apart
+
+
+class _Active(threading.local):
+    record: Record | None = None
+
+
+_active = _Active()
+
+
+def active_record() -> Record | None:
+    """The record of the `capture` block in whose forward this thread is. None in a compiled graph."""
+    return None if torch.compiler.is_compiling() else _active.record
+
+
+def set_active_record(record: Record | None) -> None:
+    _active.record = record
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | CompactMask | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> CompactMask | Tensor | None:
+    """The mask, with transformers' signature: compact where it can be, None if a single query sees every key, else the
+    additive mask ``(B, 1, q_length, kv_length)``.
+
+    ``allow_is_bidirectional_skip`` is ignored: a mask of None has one meaning, see `attention_hook.attention`.
+    """
+    if isinstance(attention_mask, CompactMask):
+        return attention_mask  # prepared before the model's forward
+    position = kwargs.pop("cache_position", None)  # transformers 4 passes the queries' positions so
+    length = q_length if position is None else position.shape[0]
+    start = q_offset if position is None else position[0]
+    where = {"q_length": q_length, "q_offset": q_offset} if position is None else {"cache_position": position}
+    kwargs |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, **where}
+    build = functools.partial(eager_mask, batch_size=batch_size, kv_length=kv_length, device=device, **kwargs)
+    record, is_traced = active_record(), torch.compiler.is_compiling()
+    if length == 1 and kv_length > 1 and allow_is_causal_skip and not is_traced:
+        sees_all = local_size is None or kv_length < local_size
+        if sees_all and (attention_mask is None or (attention_mask.shape[-1] == kv_length and attention_mask.all())):
+            return None
+    pattern, reason = _pattern(mask_function, local_size, kwargs.get("config"), allow_is_causal_skip), None
+    if length != kv_length or kv_offset != 0 or (not is_traced and start != 0):
+        reason = f"queries beside a cache (queries {length}, keys {kv_length}); a plan needs a forward of whole texts"
+    elif pattern is None:
+        reason = "a mask of the model's own pattern, which is not causal, local or in chunks"
+    elif pattern.texts is not None and pattern.texts.shape[0] != 1:
+        reason = "position_ids that start again (packed texts) in a batch of several; expected one packed sequence"
+    padding, is_checked = None, not (is_traced and (attention_mask is not None or not allow_is_causal_skip))
+    if reason is None and attention_mask is not None:
+        padding = attention_mask.bool()
+        if padding.shape[-1] != length:
+            reason = f"an attention_mask of shape {tuple(padding.shape)} for {length} tokens"
+        elif not is_traced and (padding[:, 1:] & ~padding[:, :-1]).any():
+            reason = "an attention_mask that is not right-padded"
+        elif not is_traced and padding.all():
+            padding = None
+    if reason is None and pattern is not None:
+        numbers = (batch_size, kv_length, padding, pattern.window, pattern.chunk)
+        return CompactMask(
+            build, *numbers, None if pattern.texts is None else _bounds(pattern.texts), record, is_checked
+        )
+    if record is not None:
+        record.why_no_map = reason
+    return build()
+
+
+def _pattern(
+    function: Callable[..., Any], local_size: int | None, config: Any, allow_is_causal_skip: bool
+) -> _Pattern | None:
+    """The pattern of a mask function, None if it is another one or the model needs the elements of the mask.
+
+    ``allow_is_causal_skip`` is False where the function may be anything, or the model operates on the mask. A compiled
+    graph cannot look into the function: there its pattern is checked by its values (`CompactMask.check`).
+    """
+    if allow_is_causal_skip or torch.compiler.is_compiling():
+        is_chunk = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+        if is_chunk and local_size == getattr(config, "sliding_window", None):
+            return None
+        return _Pattern(None, local_size) if is_chunk else _Pattern(local_size, None)
+    window = chunk = texts = None
+    for part in _parts(function):
+        code = getattr(part, "__code__", None)
+        if code is _code_of("sliding_window_overlay", 1):
+            window = _enclosed(part)["sliding_window"]
+        elif code is _code_of("chunked_overlay", 1, None):
+            chunk = _enclosed(part)["chunk_size"]
+        elif code is _code_of("packed_sequence_mask_function", None):
+            texts = _enclosed(part)["packed_sequence_mask"]
+        elif part is not causal_mask_function:
+            return None
+    return None if texts is None else _Pattern(window, chunk, texts)
+
+
+def _bounds(texts: Tensor) -> Tensor:
+    """The bounds ``(N + 1,)`` of the packed texts of one sequence, from the text of each token ``(1, M)``."""
+    first = (texts[0].diff() != 0).nonzero()[:, 0] + 1
+    return torch.cat([first.new_zeros(1), first, first.new_full((1,), texts.shape[1])]).int()
+
+
+def _parts(function: Callable[..., Any]) -> Iterator[Any]:
+    if getattr(function, "__code__", None) is _code_of("and_masks", causal_mask_function):
+        for part in _enclosed(function)["mask_functions"]:
+            yield from _parts(part)
+    else:
+        yield function
+
+
+@functools.cache
+def _code_of(factory: str, *arguments: Any) -> Any:
+    """The code object of the mask functions that a factory of transformers returns."""
+    return getattr(masking_utils, factory)(*arguments).__code__
+
+
+def _enclosed(function: Any) -> dict[str, Any]:
+    return {
+        name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True)
+    }
+
+
+def _moved(build: Callable[[], Tensor], device: torch.device) -> Tensor:
+    return build().to(device)

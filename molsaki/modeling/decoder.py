@@ -1,0 +1,39 @@
+"""The text decoder of a Hugging Face model, and its attention implementation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from molsaki.modeling.attention_hook import NAME
+
+
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The text decoder inside a model, which may have other parts such as a vision tower."""
+    decoder: nn.Module = model.get_decoder() or model
+    return decoder
+
+
+def decoder_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """The configs that choose the attention implementation and the masks of a model's text decoder."""
+    found = [model.config, model.base_model.config, model.config.get_text_config()]
+    found += [
+        m.config for m in text_decoder(model).modules() if isinstance(getattr(m, "config", None), PretrainedConfig)
+    ]
+    return list({id(config): config for config in found}.values())
+
+
+@contextlib.contextmanager
+def using_molsaki(configs: list[PretrainedConfig]) -> Iterator[None]:
+    """Set the attention implementation "molsaki" in these configs, not in their parts, and restore the previous ones."""
+    previous = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = {"": NAME}
+        yield
+    finally:
+        for config, name in zip(configs, previous, strict=True):
+            config._attn_implementation = {"": name}
