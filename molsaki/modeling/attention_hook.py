@@ -1,8 +1,8 @@
 """The attention implementation "molsaki" of Hugging Face models: transformers calls `attention` and `attention_mask`.
 
 Importing this module registers both. Without a mask function of the same name transformers passes no mask, and
-attention is not causal. A map is computed under a `CompactMask` or for packed texts; under any other mask (left padding,
-a cache, a model's own pattern) attention is that of the model's eager implementation, and a plan is refused.
+attention is not causal. A map is computed under a `CompactMask` or for packed texts. Under any other mask (left
+padding, a cache, a model's own pattern) attention equals the model's eager implementation, and a plan is refused.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def attention(
         is_whole = plan is None
     if compact is not None and not is_whole:
         raise ValueError(
-            f"attention_mask: {type(module).__name__} has {key.shape[2]} keys for {query.shape[2]} queries under the mask "
-            'of whole texts (compressed keys?); "molsaki" does not support this attention'
+            f"attention_mask: {type(module).__name__} has {key.shape[2]} keys for {query.shape[2]} queries under the "
+            'mask of whole texts (compressed keys?); "molsaki" does not support this attention'
         )
     scores: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     is_packed = cu_seq_lens_q is not None and is_causal and not isinstance(attention_mask, Tensor)
@@ -110,7 +110,7 @@ def attention(
             raise ValueError(
                 _why_no_map(module, query, key, attention_mask, record, position_bias is not None, is_causal)
             )
-        mask = attention_mask if compact is None else compact.tensor()
+        mask = attention_mask.tensor() if isinstance(attention_mask, CompactMask) else attention_mask
         if mask is None and position_bias is not None and is_causal:
             position = torch.arange(key.shape[2], device=query.device)
             mask = visible(position[-query.shape[2] :], position, True, None)
@@ -168,8 +168,8 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
         if given is not None and name not in WITHOUT_EFFECT:
             raise ValueError(
-                f'{name}: the attention implementation "molsaki" does not know this keyword, which a model passed to its '
-                "attention; the result could be wrong without it"
+                f'{name}: the attention implementation "molsaki" does not know this keyword, which a model passed to '
+                "its attention; the result could be wrong without it"
             )
 
 

@@ -121,10 +121,12 @@ class Record:
                 "as under gradient checkpointing with use_reentrant=True, which loses the gradient of the map; use "
                 '{"use_reentrant": False}'
                 if self._uses_checkpointing
-                else f"as in a model that repeats its layers under no_grad: {type(module).__name__} is not supported; run "
-                "the whole forward under torch.no_grad() if no gradient is needed"
+                else "as in a model that repeats its layers under no_grad, which is not supported; run the whole "
+                "forward under torch.no_grad() if no gradient is needed"
             )
-            raise ValueError(f"capture: a layer runs without gradients inside a forward with gradients, {why}")
+            raise ValueError(
+                f"capture: {type(module).__name__} runs without gradients inside a forward with gradients, {why}"
+            )
         layer = getattr(module, "layer_idx", None)
         self._layers.append(0 if layer is None else layer)
         self._maps.append(maps)
@@ -142,8 +144,8 @@ class Record:
             self.cu_seqlens = _bounds_of_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         if self.cu_seqlens is not None and len(self.cu_seqlens) > 2 and not can_pack(model):
             raise ValueError(
-                f"cu_seq_lens_q: {type(model).__name__} does not keep packed texts separate (it may use convolutions, a "
-                "recurrent state or absolute positions); expected one text per sequence, right-padded"
+                f"cu_seq_lens_q: {type(model).__name__} does not keep packed texts separate (it may use convolutions, "
+                "a recurrent state or absolute positions); expected one text per sequence, right-padded"
             )
 
     def _stop(self) -> None:
@@ -192,7 +194,8 @@ def capture(
         set_active_record(None)
         if output is not None and not record._layers:
             raise ValueError(
-                f"capture: no attention of {type(inner).__name__} passed through transformers' attention interface: no maps"
+                f"capture: no attention of {type(inner).__name__} was computed by transformers' attention interface, "
+                "so there are no maps"
             )
 
     handles = [
@@ -220,8 +223,10 @@ def _check_model(model: nn.Module, inner: PreTrainedModel) -> None:
     """Refuse a model whose maps cannot be computed, before its forward."""
     name = type(inner).__name__
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise ValueError("model: expected no nn.DataParallel, which gives each replica a part of the batch but the whole "
-                         "plan; use DistributedDataParallel")  # fmt: skip
+        raise ValueError(
+            "model: expected no nn.DataParallel, which gives each replica a part of the batch but the whole plan; use "
+            "DistributedDataParallel"
+        )
     if inner in _captured:
         raise ValueError(f"model: {name} is in a capture block already; expected one block at a time for a model")
     modules = list(text_decoder(inner).modules())
@@ -249,7 +254,7 @@ def _checkpointing_under_molsaki(module: nn.Module, configs: list[PretrainedConf
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return checkpoint(functools.partial(_run_under_molsaki, configs, function), *args, **kwargs)
 
-    module._gradient_checkpointing_func = call
+    module._gradient_checkpointing_func = call  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ def _plan_of_chunks(plan: StepPlan, first: Tensor, chunk: int) -> StepPlan:
     first = first.long()
     steps = (plan.steps[:, None] - first[:, None, None]).clamp(0, chunk)
     inside = (plan.tokens[:, None] // chunk == first[:, None] // chunk) & (plan.word_of_token[:, None] >= 0)
-    order = (~inside).to(torch.int8).argsort(-1, stable=True)  # padding tokens last
+    order = (~inside).to(torch.int8).argsort(dim=-1, stable=True)  # padding tokens last
     tokens = torch.where(inside, plan.tokens[:, None] - first[:, None], 0).gather(-1, order)
     words = torch.where(inside, plan.word_of_token[:, None], -1).gather(-1, order)
     K = len(first)

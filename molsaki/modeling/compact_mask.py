@@ -1,7 +1,7 @@
 """Causal masks in a few numbers instead of ``M x M`` elements, for the attention implementation "molsaki".
 
-transformers calls `attention_mask` for each kind of mask that a model needs. The usual ones (causal, with a window or in
-chunks, right-padded) become a `CompactMask`. All others are the additive mask of transformers' eager attention.
+transformers calls `attention_mask` for each kind of mask that a model needs. The usual ones (causal, with a window or
+in chunks, right-padded) become a `CompactMask`. All others are the additive mask of transformers' eager attention.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 class CompactMask:
     """A causal mask of M queries and M keys in a few numbers.
 
-    Code that operates on it (an addition, an index, an attribute of tensors) gets the additive mask ``(B, 1, M, M)`` that
-    the model's eager attention would get.
+    Code that operates on it (an addition, an index, an attribute of tensors) gets the additive mask ``(B, 1, M, M)``
+    that the model's eager attention would get.
 
     Attributes:
         batch_size, length: B and M.
         padding: ``(B, M)`` bool, True at the tokens before the right padding; None if there is none.
         window: a query sees its last ``window`` keys, itself included; None: no limit.
         chunk: a query sees the keys of its own chunk of ``chunk`` tokens only; None: no chunks.
-        cu_seqlens: ``(N + 1,)`` int32 bounds of packed texts that position_ids tell apart; None: the texts are not packed,
-            or their bounds come as cu_seq_lens_q.
+        cu_seqlens: ``(N + 1,)`` int32 bounds of packed texts that position_ids tell apart; None: the texts are not
+            packed, or their bounds come as cu_seq_lens_q.
         record: of the `capture` block in whose forward the mask was created.
         is_checked: False under ``torch.compile`` if the values of the mask are not known yet: the pattern of the mask
             function, or whether the padding is on the right. `check` then adds the checks to the graph.
@@ -40,7 +40,7 @@ class CompactMask:
 
     def __init__(
         self,
-        build: Callable[[], Tensor],
+        build: functools.partial[Tensor],
         batch_size: int,
         length: int,
         padding: Tensor | None,
@@ -50,7 +50,8 @@ class CompactMask:
         record: Record | None,
         is_checked: bool,
     ):
-        self._build, self._tensor = build, None
+        self._build = build
+        self._tensor: Tensor | None = None
         self.batch_size, self.length, self.padding, self.window, self.chunk = batch_size, length, padding, window, chunk
         self.cu_seqlens, self.record, self.is_checked = cu_seqlens, record, is_checked
 
@@ -63,8 +64,8 @@ class CompactMask:
         """The additive mask ``(B, 1, M, M)``."""
         if self.record is not None and self.record.has_ended:
             raise ValueError(
-                "capture: a layer ran again after the block had ended, under another attention implementation (gradient "
-                "checkpointing other than the model's own); call backward inside the block"
+                "capture: a layer ran again after the block had ended, under another attention implementation "
+                "(gradient checkpointing other than the model's own); call backward inside the block"
             )
         if self._tensor is None:
             self._tensor = self._build()
@@ -88,7 +89,7 @@ class CompactMask:
 
     @property
     def device(self) -> torch.device:
-        return self.padding.device if self.padding is not None else self._build.keywords["device"]
+        return torch.device(self._build.keywords["device"])
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """A copy on another device; any other conversion is that of the additive mask."""
@@ -133,8 +134,8 @@ def _operator(name: str) -> Callable[..., Any]:
     return operate
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "ror", "invert", "neg", "eq", "ne", "lt",
-              "le", "gt", "ge", "len", "iter"):  # fmt: skip
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "rand", "or", "ror", "invert", "neg",
+              "eq", "ne", "lt", "le", "gt", "ge", "len", "iter"):  # fmt: skip
     setattr(CompactMask, f"__{_name}__", _operator(f"__{_name}__"))
 CompactMask.__hash__ = object.__hash__  # type: ignore[method-assign]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,13 +14,13 @@ from molsaki.modeling.attention_hook import NAME
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The text decoder inside a model, which may have other parts such as a vision tower."""
-    decoder: nn.Module = model.get_decoder() or model
-    return decoder
+    decoder: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
+    return model if decoder is None else decoder
 
 
 def decoder_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     """The configs that choose the attention implementation and the masks of a model's text decoder."""
-    found = [model.config, model.base_model.config, model.config.get_text_config()]
+    found: list[Any] = [model.config, model.base_model.config, model.config.get_text_config()]
     found += [
         m.config for m in text_decoder(model).modules() if isinstance(getattr(m, "config", None), PretrainedConfig)
     ]
@@ -28,7 +29,7 @@ def decoder_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 @contextlib.contextmanager
 def using_molsaki(configs: list[PretrainedConfig]) -> Iterator[None]:
-    """Set the attention implementation "molsaki" in these configs, not in their parts, and restore the previous ones."""
+    """Set the attention implementation "molsaki" in these configs, not in their parts; restore the previous ones."""
     previous = [config._attn_implementation for config in configs]
     try:
         for config in configs:

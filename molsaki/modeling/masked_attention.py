@@ -26,7 +26,7 @@ def masked_attention(
     sinks: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention ``(B, Hq, M, Dv)`` of ``query (B, Hq, M, D)`` over ``key (B, Hkv, n, D)`` and ``value (B, Hkv, n, Dv)``.
+    """Attention ``(B, Hq, M, Dv)`` of ``query (B, Hq, M, D)``; ``key (B, Hkv, n, D)``, ``value (B, Hkv, n, Dv)``.
 
     Args:
         mask: broadcasts to ``(B, Hq, M, n)``; boolean (True: visible) or added to the scores; None hides nothing.

@@ -7,6 +7,7 @@ gradient of the map: the backward needs no communication.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ class HeadGroup:
         """The mean over all heads of maps that are the mean over this process's ``heads`` query heads."""
         if not self._divides(heads, _total(module, "num_attention_heads"), module):
             return maps
-        mean: Tensor = _Mean.apply(maps, self)
-        return mean
+        return _apply_mean(maps, self)
 
     def gather(self, value: Tensor, module: nn.Module) -> Tensor:
         """The values ``(B, Hkv, M, D)`` of all heads, from those of this process's heads."""
@@ -42,8 +42,7 @@ class HeadGroup:
         total = next((total for total in totals if heads in (total, total // self.size)), None)
         if not self._divides(heads, total, module):
             return value
-        gathered: Tensor = _Gather.apply(value, self)
-        return gathered
+        return _apply_gather(value, self)
 
     def _divides(self, heads: int, total: int | None, module: nn.Module) -> bool:
         """Whether ``heads`` are a process's share of ``total`` heads; False if they are all heads."""
@@ -52,8 +51,8 @@ class HeadGroup:
         if heads == total:
             return False
         raise ValueError(
-            f"capture: {type(module).__name__} has {heads} heads in this process; expected {total} divided equally among "
-            f"the {self.size} processes of tensor parallelism"
+            f"capture: {type(module).__name__} has {heads} heads in this process; expected {total} divided equally "
+            f"among the {self.size} processes of tensor parallelism"
         )
 
 
@@ -108,3 +107,7 @@ class _Gather(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient[:, ctx.first : ctx.first + ctx.count], None
+
+
+_apply_mean: Callable[..., Tensor] = _Mean.apply
+_apply_gather: Callable[..., Tensor] = _Gather.apply
