@@ -113,7 +113,9 @@ def stepwise_attention(
 
     Args:
         q: ``(B, Hq, M, D)`` queries; bfloat16, float16, float32 or float64; any strides.
-        k, v: ``(B, Hkv, M, D)`` keys and values, ``Hq % Hkv == 0``.
+        k: ``(B, Hkv, M, D)`` keys, ``Hq % Hkv == 0``.
+        v: ``(B, Hkv, M, Dv)`` values. Dv may differ from D (DeepSeek's MLA): an engine that takes only one width gets
+            the narrower of them padded with zeros, which is exact.
         plan: steps and key words of the N sequences (N = B, or given by ``cu_seqlens``), on q's device.
         causal: a query sees no key after itself.
         scale: of the scores; ``D ** -0.5`` if None.
@@ -121,7 +123,7 @@ def stepwise_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2).
         sinks: ``(Hq,)`` logits in the softmax's denominator only (gpt-oss).
         cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences. q, k and v are ``(1, H, total, D)`` or, as in
-            flash-attention, ``(total, H, D)``; the plan's indices count within each sequence.
+            flash-attention, ``(total, H, D)`` (v with Dv); the plan's indices count within each sequence.
         head_reduction: "mean", or "none" for one map per query head.
         return_lse: also return the log-sum-exp, differentiable like the output.
         engine: "auto" for the fastest engine that supports the call, or a name from :func:`engines`.
@@ -132,10 +134,10 @@ def stepwise_attention(
         heads: the old name of ``head_reduction``.
 
     Returns:
-        out, in the shape and dtype of q; the map ``(N, S, W)`` (``head_reduction="none"``: ``(N, Hq, S, W)``) in
-        float32 (float64 for float64), 0 for padding steps and words; and with ``return_lse`` the natural logarithm of
-        the softmax's denominator, sinks counted, ``(B, Hq, M)`` (``(Hq, total)`` for ``(total, H, D)`` inputs) in the
-        map's dtype.
+        out ``(B, Hq, M, Dv)``, or ``(total, Hq, Dv)`` where q is ``(total, Hq, D)``, in the dtype and layout of q; the
+        map ``(N, S, W)`` (``head_reduction="none"``: ``(N, Hq, S, W)``) in float32 (float64 for float64), 0 for padding
+        steps and words; and with ``return_lse`` the natural logarithm of the softmax's denominator, sinks counted,
+        ``(B, Hq, M)`` (``(Hq, total)`` for ``(total, H, D)`` inputs) in the map's dtype.
 
     Raises:
         TypeError, ValueError: the message names the argument, its shape and what was expected; also if ``engine`` or

@@ -16,6 +16,7 @@ from molsaki_kernels import widened_values
 from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import has_amx
 from molsaki_kernels.attention import ENGINES, flash_attn
+from molsaki_kernels.attention.protocol import as_served
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 from molsaki_kernels.value_pooling import POOLING_ENGINES
@@ -86,7 +87,10 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
     for name in names:
         if name not in ENGINES:
             raise ValueError(f'engine: expected "auto" or one of {sorted(ENGINES)}, got {engine!r}')
-        reason = ENGINES[name].why_not(request) or ENGINES[name].available()
+        served = request if request.value_dim is None else as_served(ENGINES[name], request)
+        reason = ENGINES[name].why_not(served) or ENGINES[name].available()
+        if reason is not None and served is not request:
+            reason += f" (keys of {request.head_dim} and values of {request.value_dim} are padded to one width)"
         if reason is None and map_engine in MAP_ENGINES and ENGINES[name].COMPUTES_MAP:
             reason = f"it computes the map itself, without map_engine {map_engine!r}"
         if reason is None:
@@ -155,7 +159,7 @@ def order(request: AttentionRequest) -> tuple[str, ...]:
     default = DEFAULT_ORDER.get(_kind(request.device), ("eager",))
     if default[0] == "native" and request.dtype == torch.bfloat16 and not request.backward and has_amx():
         default = ("sdpa", "native", "eager")  # PyTorch uses AMX and is twice as fast (docs/performance.md)
-    if not MEASURED:
+    if not MEASURED or request.value_dim is not None:
         return default
     key = (arch_of(request.device), request.backward, padded_head_dim(request.head_dim), features(request))
     for record in MEASURED:

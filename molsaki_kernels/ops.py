@@ -9,6 +9,7 @@ operator gets the names of the engines, so that its backward uses the same ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.autograd import Function
 
 from molsaki_kernels import widened_values
 from molsaki_kernels.attention import ENGINES, sdpa
+from molsaki_kernels.attention.protocol import as_served
 from molsaki_kernels.attention.sinks import sinks_gradient
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.direct_call import runs_untraced, without_autocast
@@ -54,9 +56,10 @@ def run_attention(
         return _run_widened(inputs, options, plan, engine)
     implementation = ENGINES[engine]
     if implementation.DIFFERENTIABLE:
-        outputs = implementation.forward(inputs, options, plan)
+        outputs = implementation.forward(_padded(inputs, options, engine), options, plan)
         maps = run_map(inputs.map_inputs(outputs.lse), options, plan, map_engine)
-        return AttentionOutputs(outputs.out, outputs.lse, maps)
+        out, value_dim = outputs.out, inputs.v.shape[3]
+        return AttentionOutputs(out if out.shape[3] == value_dim else out[..., :value_dim].clone(), outputs.lse, maps)
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
     if runs_untraced(q, k, v, sinks):
         call = (inputs, options, plan, engine, map_engine)
@@ -137,14 +140,19 @@ def _attention(
     inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors, engine: str, map_engine: str
 ) -> AttentionOutputs:
     with without_autocast(inputs.q):
-        outputs = ENGINES[engine].forward(inputs, options, plan)
-        out, lse, maps = outputs.out, outputs.lse, outputs.maps
+        q, value_dim = inputs.q, inputs.v.shape[3]
+        if q.shape[3] == value_dim:
+            outputs = ENGINES[engine].forward(inputs, options, plan)
+            out = outputs.out
+        else:
+            outputs = ENGINES[engine].forward(_padded(inputs, options, engine), options, plan)
+            out = outputs.out[..., :value_dim]
+        lse, maps = outputs.lse, outputs.maps
         if maps is None:
             lse = lse.contiguous()
             maps = MAP_ENGINES[map_engine].forward(inputs.map_inputs(lse), options, plan)
-        q, value_dim = inputs.q, inputs.v.shape[3]
         promised = match_strides(out, dense_strides(q) if q.shape[3] == value_dim else out_strides(q, value_dim))
-        return outputs if promised is out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
+        return outputs if promised is outputs.out and maps is outputs.maps else AttentionOutputs(promised, lse, maps)
 
 
 def _attention_gradients(
@@ -158,7 +166,7 @@ def _attention_gradients(
 ) -> InputGradients:
     with without_autocast(inputs.q):
         if ENGINES[engine].COMPUTES_MAP:
-            result = ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
+            result = _engine_gradients(gradients, inputs, outputs, options, plan, engine)
         else:
             result = _gradients_with_map(gradients, inputs, outputs, options, plan, engine, map_engine)
         dq, dk, dv = result.dq, result.dk, result.dv
@@ -181,7 +189,7 @@ def _gradients_with_map(
     map_engine: str,
 ) -> InputGradients:
     """Compute the gradients by an engine that does not compute the map: the map's gradient passes through dlse."""
-    module: Any = ENGINES[engine]  # two of its functions are optional
+    module: Any = ENGINES[engine]  # three of its functions are optional
     may_fuse = gradients.dmaps is not None and map_engine == "triton" and hasattr(module, "why_not_fused")
     if may_fuse and module.why_not_fused(inputs, options, plan) is None:
         fused: InputGradients = module.backward_with_map(gradients, inputs, outputs, options, plan)
@@ -193,13 +201,13 @@ def _gradients_with_map(
     if gradients.dmaps is not None:
         map_inputs = inputs.map_inputs(outputs.lse)
         map_gradient = MAP_ENGINES[map_engine].Gradient(gradients.dmaps, map_inputs, options, plan)
-        if hasattr(module, "folds_dlse") and module.folds_dlse(inputs):
+        if hasattr(module, "folds_dlse") and module.folds_dlse(_padded(inputs, options, engine, backward=True)):
             folded_out, folded_dout, dlse = map_gradient.fold(outputs.out, dout, dlse)
             upstream, attention = OutputGradients(folded_dout), AttentionOutputs(folded_out, outputs.lse)
         else:
             dlse = map_gradient.dlse if dlse is None else map_gradient.dlse + dlse
             upstream = OutputGradients(dout, dlse)
-    result: InputGradients = module.backward(upstream, inputs, attention, options, plan)
+    result = _engine_gradients(upstream, inputs, attention, options, plan, engine)
     # Folding dlse replaces a vanished dO by tiny numbers, which leave a trace in dv.
     dv = torch.zeros_like(inputs.v) if gradients.dout is None else result.dv
     if map_gradient is not None:
@@ -210,6 +218,43 @@ def _gradients_with_map(
         delta = (dout.to(dtype) * outputs.out).sum(-1)
         dsinks = sinks_gradient(inputs.sinks, outputs.lse, delta if dlse is None else delta - dlse)
     return InputGradients(result.dq, result.dk, dv, dsinks)
+
+
+def _engine_gradients(
+    gradients: OutputGradients,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    options: AttentionOptions,
+    plan: PlanTensors,
+    engine: str,
+) -> InputGradients:
+    """Call the engine's backward, padded where it does not take v of another width than q and k."""
+    D, Dv = inputs.q.shape[3], inputs.v.shape[3]
+    if Dv == D:
+        return ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
+    inputs = _padded(inputs, options, engine, backward=True)
+    width, dout = inputs.v.shape[3], gradients.dout
+    gradients = dataclasses.replace(gradients, dout=None if dout is None else _with_width(dout, width))
+    outputs = dataclasses.replace(outputs, out=_with_width(outputs.out, width))
+    result = ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
+    return InputGradients(result.dq[..., :D], result.dk[..., :D], result.dv[..., :Dv], result.dsinks)
+
+
+def _padded(inputs: AttentionInputs, options: AttentionOptions, engine: str, backward: bool = False) -> AttentionInputs:
+    """Return the inputs as the engine's forward or backward gets them: see :func:`as_served`."""
+    if inputs.q.shape[3] == inputs.v.shape[3]:
+        return inputs
+    request = dataclasses.replace(inputs.request(options), backward=backward)
+    served = as_served(ENGINES[engine], request)
+    if served is request:
+        return inputs
+    q, k, v = (_with_width(x, served.head_dim) for x in (inputs.q, inputs.k, inputs.v))
+    return dataclasses.replace(inputs, q=q, k=k, v=v)
+
+
+def _with_width(x: Tensor, width: int) -> Tensor:
+    """Return ``x (B, H, M, D)`` with zeros appended up to ``width`` columns."""
+    return x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
 
 
 def _attention_operator(*flat: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -74,7 +74,10 @@ def stepwise_attention(
     return_lse: bool = False,
     engine: str = "reference",
 ) -> tuple[Tensor, ...]:
-    """Compute one attention layer and its map, as :func:`molsaki_kernels.stepwise_attention`; ``engine`` is ignored."""
+    """Compute one attention layer and its map, as :func:`molsaki_kernels.stepwise_attention`; ``engine`` is ignored.
+
+    v may be of another width than q and k: out is as wide as v.
+    """
     del engine
     if q.dim() == 3:  # packed (total, H, D)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

@@ -20,7 +20,7 @@ class AttentionInputs:
 
     Attributes:
         q: ``(B, Hq, M, D)`` queries.
-        k, v: ``(B, Hkv, M, D)`` keys and values; v may have another width where the engine's
+        k: ``(B, Hkv, M, D)`` keys. v: ``(B, Hkv, M, Dv)`` values; an engine gets Dv != D only where its
             ``takes_value_dim`` says so.
         sinks: ``(Hq,)`` logits in the softmax's denominator, or None.
         cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences (then B is 1 and M is their total), or None.
@@ -55,6 +55,7 @@ class AttentionInputs:
             sinks=sinks is not None,
             packed=self.cu_seqlens is not None,
             backward=differentiable and torch.is_grad_enabled(),
+            value_dim=None if v.shape[3] == q.shape[3] else v.shape[3],
         )
 
     def map_inputs(self, lse: Tensor) -> MapInputs:
@@ -132,7 +133,7 @@ class AttentionOutputs:
     """What an engine's ``forward`` returns.
 
     Attributes:
-        out: ``(B, Hq, M, D)`` in q's dtype.
+        out: ``(B, Hq, M, Dv)`` in q's dtype.
         lse: ``(B, Hq, M)`` float32 (float64 for float64 inputs), natural logarithm, sinks counted.
         maps: ``(N, [Hq,] S, W)`` in lse's dtype, or None from an engine that does not compute the map.
     """
@@ -147,7 +148,7 @@ class OutputGradients:
     """The gradients of :class:`AttentionOutputs`; None where there is none.
 
     Attributes:
-        dout: ``(B, Hq, M, D)``. dlse: ``(B, Hq, M)``. dmaps: ``(N, [Hq,] S, W)``.
+        dout: ``(B, Hq, M, Dv)``. dlse: ``(B, Hq, M)``. dmaps: ``(N, [Hq,] S, W)``.
     """
 
     dout: Tensor | None
@@ -185,6 +186,7 @@ class AttentionRequest:
     sinks: bool
     packed: bool
     backward: bool  # whether a gradient will be needed
+    value_dim: int | None = None  # of v, where it is not head_dim
 
 
 @dataclasses.dataclass(frozen=True)

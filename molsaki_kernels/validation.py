@@ -22,23 +22,25 @@ def check_inputs(inputs: AttentionInputs | MapInputs, plan: StepPlan) -> None:
         TypeError, ValueError: the message names the argument, its shape and what was expected.
     """
     q, k = inputs.q, inputs.k
-    others = (("k", k), ("v", inputs.v)) if isinstance(inputs, AttentionInputs) else (("k", k),)
+    others = [("k", k, "D")]
+    if isinstance(inputs, AttentionInputs):
+        others.append(("v", inputs.v, "Dv"))
     if not isinstance(q, Tensor) or q.dim() != 4:
         raise _wrong_rank(q, "q", "(B, Hq, M, D)")
     if not isinstance(k, Tensor) or k.dim() != 4:
         raise _wrong_rank(k, "k", "(B, Hkv, M, D)")
     B, Hq, M, D = q.shape
     Hkv = k.shape[1]
-    for name, x in others:
+    for name, x, width in others:
         if not isinstance(x, Tensor) or x.dim() != 4:
-            raise _wrong_rank(x, name, "(B, Hkv, M, D)")
+            raise _wrong_rank(x, name, f"(B, Hkv, M, {width})")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected on q's device {q.device}, got {x.device}")
-        if x.shape != (B, Hkv, M, D):
+        if x.shape[:3] != (B, Hkv, M) or (x.shape[3] != D if x is k else x.shape[3] == 0):
             raise ValueError(
-                f"{name}: expected (B, Hkv, M, D) with q's B, M, D and one Hkv for k and v, "
+                f"{name}: expected (B, Hkv, M, {width}) with q's B, M, D, one Hkv for k and v, and Dv >= 1, "
                 f"got {tuple(x.shape)} beside q {tuple(q.shape)} and k {tuple(k.shape)}"
             )
     if q.dtype not in DTYPES:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from molsaki_kernels._plan_cache import cached
 from molsaki_kernels._triton.support import why_no_triton
-from molsaki_kernels.attention.protocol import Engine
+from molsaki_kernels.attention.protocol import Engine, as_served
 from molsaki_kernels.direct_call import runs_untraced
 from molsaki_kernels.spec import AttentionInputs, AttentionRequest, PlanTensors
 from molsaki_kernels.strides import empty_out, with_contiguous_head_dim
@@ -42,8 +42,8 @@ class Widths:
 
     Attributes:
         key_dim: of q and k, at least the head dimension; the rest is padding.
-        groups: for each call the columns of v (the head dimension in the first, 0 in further ones), the first word, the
-            number of words, and the columns of v' (the rest is padding).
+        groups: for each call the columns of v (all of v's in the first, 0 in further ones), the first word, the number
+            of words, and the columns of v' (the rest is padding).
     """
 
     key_dim: int
@@ -52,22 +52,18 @@ class Widths:
 
 def widths(engine: Engine, request: AttentionRequest, num_words: int) -> Widths:
     """Return the widths for an engine that serves ``request``: as few calls as :data:`WIDEST` allows."""
-    D, W = request.head_dim, num_words
-    wanted = (_multiple(D + W, 8), _multiple(D + W, 16))
-    for width in (*wanted, *NARROWER):
-        if width > WIDEST or width <= D:
+    D, Dv, W = request.head_dim, request.value_dim or request.head_dim, num_words
+    for width in (_multiple(Dv + W, 8), _multiple(Dv + W, 16), *NARROWER):
+        if width > WIDEST or width <= Dv:
             continue
-        if engine.takes_value_dim(request, width):
-            key_dim = D
-        elif engine.why_not(dataclasses.replace(request, head_dim=width)) is None:
-            key_dim = width
-        else:
-            continue
-        break
+        served = as_served(engine, dataclasses.replace(request, value_dim=None if width == D else width))
+        if engine.why_not(served) is None:
+            key_dim, width = served.head_dim, served.value_dim or served.head_dim
+            break
     else:
-        key_dim = width = D  # no free column
-    groups = [(D, 0, min(W, width - D), width)]
-    first = min(W, width - D)
+        key_dim, width = D, Dv  # no free column
+    first = min(W, width - Dv)
+    groups = [(Dv, 0, first, width)]
     while first < W:
         count = min(W - first, width)
         groups.append((0, first, count, _last_width(engine, request, key_dim, count, width)))

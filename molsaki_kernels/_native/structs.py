@@ -30,7 +30,7 @@ class AttentionCall(ctypes.Structure):
 
     _fields_ = [
         ("plan", Plan),
-        *_fields(ctypes.c_int64, "rows q_heads kv_heads head_dim steps words"),
+        *_fields(ctypes.c_int64, "rows q_heads kv_heads head_dim value_dim steps words"),
         *_fields(ctypes.c_int64, "causal window is_bf16 per_head threads"),
         *_fields(Strides, "q_strides k_strides v_strides out_strides dout_strides"),
         *_fields(Strides, "dq_strides dk_strides dv_strides"),

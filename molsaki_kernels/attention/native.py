@@ -25,6 +25,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
+from molsaki_kernels.strides import empty_out
 
 __all__ = ["COMPUTES_MAP", "DIFFERENTIABLE", "NAME", "available", "backward", "forward", "takes_value_dim", "why_not"]
 
@@ -41,24 +42,24 @@ def why_not(request: AttentionRequest) -> str | None:
 
 
 def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
-    """Return whether v is as wide as q and k."""
-    return value_dim == request.head_dim
+    """Return whether the library takes values of this width: the same widths as of q and k, in any combination."""
+    return why_not_for(request.device, request.dtype, value_dim) is None
 
 
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
     """Compute out in q's dtype and layout, and lse and the map in float32."""
     q = inputs.q
-    B, Hq, M, D = q.shape
+    B, Hq, M, _ = q.shape
     N, S = plan.steps.shape[:2]
     maps_shape = (N, Hq, S, plan.num_words) if options.per_head else (N, S, plan.num_words)
     if q.numel() == 0:
         maps = torch.zeros(maps_shape, dtype=torch.float32, device=_CPU)
-        return AttentionOutputs(torch.empty_like(q), torch.empty((B, Hq, M), dtype=torch.float32, device=_CPU), maps)
+        return AttentionOutputs(empty_out(q, inputs.v), torch.empty((B, Hq, M), dtype=torch.float32, device=_CPU), maps)
     arrays, struct = plan_arrays(inputs, plan)
     maps = torch.empty(maps_shape, dtype=torch.float32, device=_CPU)
     covered = arrays.total == B * M  # otherwise there are queries in no sequence, whose results are 0
     lse = (torch.empty if covered else torch.zeros)((B, Hq, M), dtype=torch.float32, device=_CPU)
-    out = _result(q, covered, q.dtype)
+    out = _result(q, inputs.v.shape[3], covered, q.dtype)
     outputs = AttentionOutputs(out, lse, maps)
     call, memory = _call(struct, inputs, outputs, options, plan)
     call.maps = maps.data_ptr()
@@ -86,7 +87,8 @@ def backward(
     arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]
     call, memory = _call(struct, inputs, outputs, options, plan)
-    parts = workspace("attention parts", (call.threads * 2 * arrays.longest * q.shape[3],), torch.float32, _CPU)
+    columns = q.shape[3] + inputs.v.shape[3]
+    parts = workspace("attention parts", (call.threads * arrays.longest * columns,), torch.float32, _CPU)
     part_of = torch.empty(call.threads, dtype=torch.int64, device=_CPU)
     call.parts, call.part_of = parts.data_ptr(), part_of.data_ptr()
     dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
@@ -104,7 +106,7 @@ def backward(
         call.delta = delta.data_ptr()
     results = []
     for name, x in tensors.items():
-        result = _result(x, covered, torch.float32)
+        result = _result(x, x.shape[3], covered, torch.float32)
         setattr(call, name, result.data_ptr())
         getattr(call, f"{name}_strides")[:] = result.stride()[:3]
         results.append(result)
@@ -136,6 +138,7 @@ def _call(
         q_heads=q.shape[1],
         kv_heads=k.shape[1],
         head_dim=D,
+        value_dim=inputs.v.shape[3],
         steps=plan.steps.shape[1],
         words=plan.num_words,
         causal=options.causal,
@@ -159,12 +162,12 @@ def _call(
     return call, kept
 
 
-def _result(x: Tensor, covered: bool, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in the layout of ``x`` where that is ``(B, M, H, D)``, else in ``(B, H, M, D)``; 0 if not
+def _result(x: Tensor, width: int, covered: bool, dtype: torch.dtype) -> Tensor:
+    """Return a tensor ``(B, H, M, width)`` for ``x (B, H, M, D)``, in memory ``(B, M, H, width)`` if x is so; 0 if not
     covered.
     """
     allocate = torch.empty if covered else torch.zeros
     if not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
-        B, H, M, D = x.shape
-        return allocate((B, M, H, D), dtype=dtype, device=_CPU).transpose(1, 2)
-    return allocate(x.shape, dtype=dtype, device=_CPU)
+        B, H, M, _ = x.shape
+        return allocate((B, M, H, width), dtype=dtype, device=_CPU).transpose(1, 2)
+    return allocate((*x.shape[:3], width), dtype=dtype, device=_CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol
 
 from molsaki_kernels.spec import (
@@ -46,7 +47,7 @@ class Engine(Protocol):
 
     def takes_value_dim(self, request: AttentionRequest, value_dim: int) -> bool:
         """Return whether v may be ``value_dim`` wide where q and k are ``request.head_dim`` wide, for a request that
-        ``why_not`` accepts. If not, the caller pads q and k, or v, with zeros. out and dv are as wide as v."""
+        ``why_not`` accepts. If not, the caller pads (:func:`as_served`). out and dv are as wide as v."""
 
     def forward(self, inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:
         """Compute the attention."""
@@ -60,3 +61,12 @@ class Engine(Protocol):
         plan: PlanTensors,
     ) -> InputGradients:
         """Compute the gradients of q, k and v; ``gradients.dout`` is None only for engines that compute the map."""
+
+
+def as_served(engine: Engine, request: AttentionRequest) -> AttentionRequest:
+    """Return the request as the engine gets it: where it does not take v of another width than q and k, the narrower
+    of them are padded with zeros to the wider, which changes neither scores nor out."""
+    D, Dv = request.head_dim, request.value_dim
+    if Dv is None or (engine.why_not(request) is None and engine.takes_value_dim(request, Dv)):
+        return request
+    return dataclasses.replace(request, head_dim=max(D, Dv), value_dim=None)

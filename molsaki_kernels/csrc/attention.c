@@ -35,7 +35,7 @@ enum {
 
 typedef struct {
     Plan plan;
-    int64_t rows, q_heads, kv_heads, head_dim, steps, words;
+    int64_t rows, q_heads, kv_heads, head_dim, value_dim, steps, words; /* value_dim: of v, out and dout */
     int64_t causal, window, is_bf16, per_head, threads;
     int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], dout_strides[3];
     int64_t dq_strides[3], dk_strides[3], dv_strides[3];
@@ -54,7 +54,7 @@ typedef struct {
     const float *dlse, *dmaps; /* each may be NULL */
     double *delta;    /* (B, q_heads, rows): rowsum(dO * O) - dlse, for the gradient of sinks; NULL without sinks */
     float *dq, *dk, *dv;
-    float *parts;     /* per thread: dk and dv of one key head, (2, longest, head_dim) */
+    float *parts;     /* per thread: dk (longest, head_dim) and dv (longest, value_dim) of one key head */
     int64_t *part_of; /* per thread: the sequence and key head of its part, n * kv_heads + g, or -1 */
 } AttentionCall;
 
@@ -70,8 +70,8 @@ const Layout molsaki_layout_Plan[] = {
 #define F(field) FIELD(AttentionCall, field)
 const Layout molsaki_layout_AttentionCall[] = {
     WHOLE(AttentionCall),
-    F(plan), F(rows), F(q_heads), F(kv_heads), F(head_dim), F(steps), F(words), F(causal), F(window), F(is_bf16),
-    F(per_head), F(threads), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides), F(dq_strides),
+    F(plan), F(rows), F(q_heads), F(kv_heads), F(head_dim), F(value_dim), F(steps), F(words), F(causal), F(window),
+    F(is_bf16), F(per_head), F(threads), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides), F(dq_strides),
     F(dk_strides), F(dv_strides), F(scale), F(softcap), F(word_weight), F(q), F(k), F(v), F(sinks), F(out), F(lse),
     F(work), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk), F(dv), F(parts),
     F(part_of),
@@ -337,7 +337,7 @@ INLINE int differs_from_one(vf x) {
 }
 
 static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work *work, double *sums) {
-    const int64_t D = c->head_dim, width = width_of(D);
+    const int64_t D = c->head_dim, width = width_of(D), Dv = c->value_dim, v_width = width_of(Dv);
     const Plan *plan = &c->plan;
     Block b;
     find_block(c, h, task, &b);
@@ -347,7 +347,7 @@ static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work 
     vf max[VECTORS], sum[VECTORS];
 
     read_queries(c, &b, q, panel);
-    memset(out, 0, b.count * width * sizeof(float));
+    memset(out, 0, b.count * v_width * sizeof(float));
     const float start = c->sinks && !(c->sinks[h] < FIRST_MAX) ? c->sinks[h] : FIRST_MAX; /* keeps NaN */
     for (int x = 0; x < VECTORS; x++) {
         max[x] = splat(start);
@@ -362,8 +362,8 @@ static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work 
         const int64_t keys = int_min(KEYS, b.high - key), strips = (keys + STRIP - 1) / STRIP;
         read_rows(c->k, at(c->k_strides, batch, b.g, begin + key), c->k_strides[2], c->is_bf16, D, keys, strips * STRIP,
                   width, k);
-        read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, D, keys, keys, width,
-                  v);
+        read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, Dv, keys, keys,
+                  v_width, v);
         Range live[PANELS];
         for (int64_t p = 0; p < panels; p++) {
             const int64_t row = b.first + p * PANEL;
@@ -390,14 +390,14 @@ static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work 
             if (key == b.low || !(differs_from_one(shrink[0]) | differs_from_one(shrink[1]))) continue;
             for (int r = 0; r < PANEL; r++) {
                 const float by = shrink[r / LANES][r % LANES];
-                for (int64_t d = 0; d < D; d++) out[(p * PANEL + r) * width + d] *= by;
+                for (int64_t d = 0; d < Dv; d++) out[(p * PANEL + r) * v_width + d] *= by;
             }
         }
         for (int64_t r = 0; r < b.count; r += GROUP) {
             const Range range = keys_of(c, &b, live, r, key, keys);
             if (range.from < range.to)
-                accumulate(&tile[range.from][r], 1, ROWS, v + range.from * width, width, range.to - range.from, D,
-                           out + r * width, width, GROUP);
+                accumulate(&tile[range.from][r], 1, ROWS, v + range.from * v_width, v_width, range.to - range.from, Dv,
+                           out + r * v_width, v_width, GROUP);
         }
     }
     float *lse = c->lse + (batch * c->q_heads + h) * c->rows + begin + b.first;
@@ -406,9 +406,9 @@ static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work 
         lse[r] = (float)(max[r / LANES][r % LANES] + log(total)); /* one rounding */
         const int64_t offset = at(c->out_strides, batch, h, begin + b.first + r);
         if (c->is_bf16)
-            for (int64_t d = 0; d < D; d++) ((uint16_t *)c->out)[offset + d] = to_bf16(out[r * width + d] * by);
+            for (int64_t d = 0; d < Dv; d++) ((uint16_t *)c->out)[offset + d] = to_bf16(out[r * v_width + d] * by);
         else
-            for (int64_t d = 0; d < D; d++) ((float *)c->out)[offset + d] = out[r * width + d] * by;
+            for (int64_t d = 0; d < Dv; d++) ((float *)c->out)[offset + d] = out[r * v_width + d] * by;
     }
     add_map(c, &b, aside, max, sum, sums);
 }
@@ -515,19 +515,19 @@ static void upstream_of_map(
 }
 
 /* lse and delta = rowsum(dO * O) - dlse of a block's rows. */
-INLINE void read_delta(const AttentionCall *c, Block *b, int64_t batch, int64_t row, const float *dout, int64_t width) {
-    const int64_t D = c->head_dim, at_row = (batch * c->q_heads + b->h) * c->rows + row;
+INLINE void read_delta(const AttentionCall *c, Block *b, int64_t batch, int64_t row, const float *dout) {
+    const int64_t Dv = c->value_dim, width = width_of(Dv), at_row = (batch * c->q_heads + b->h) * c->rows + row;
     for (int64_t r = 0; r < ROWS; r++) b->lse[r] = b->delta[r] = 0;
     for (int64_t r = 0; r < b->count; r++) {
         b->lse[r] = c->lse[at_row + r];
         double exact = 0;
         if (c->dout) {
             float out[MAX_D];
-            read_row(c->out, at(c->out_strides, batch, b->h, row + r), c->is_bf16, D, out);
+            read_row(c->out, at(c->out_strides, batch, b->h, row + r), c->is_bf16, Dv, out);
             if (c->delta)
-                for (int64_t d = 0; d < D; d++) exact += (double)dout[r * width + d] * out[d];
+                for (int64_t d = 0; d < Dv; d++) exact += (double)dout[r * width + d] * out[d];
             vf sum = (vf){0};
-            for (int64_t d = 0; d < D; d += LANES) sum += load(dout + r * width + d) * load(out + d);
+            for (int64_t d = 0; d < Dv; d += LANES) sum += load(dout + r * width + d) * load(out + d);
             b->delta[r] = sum_of(sum);
         }
         if (c->dlse) b->delta[r] -= c->dlse[at_row + r];
@@ -543,15 +543,16 @@ INLINE void zero_rows(float *x, int64_t row, int64_t count, int64_t D) {
 typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } KeyGradients;
 static KeyGradients key_gradients(const AttentionCall *c, int64_t n, int64_t g, int in_place, int64_t thread) {
     const Plan *p = &c->plan;
-    const int64_t D = c->head_dim, b = p->batch[n], row = p->begin[n], size = p->longest * D;
-    KeyGradients to = {c->parts + thread * 2 * size, c->parts + (thread * 2 + 1) * size, D, D};
+    const int64_t D = c->head_dim, Dv = c->value_dim, b = p->batch[n], row = p->begin[n];
+    float *part = c->parts + thread * p->longest * (D + Dv);
+    KeyGradients to = {part, part + p->longest * D, D, Dv};
     if (in_place)
         to = (KeyGradients){c->dk + at(c->dk_strides, b, g, row), c->dv + at(c->dv_strides, b, g, row),
                             c->dk_strides[2], c->dv_strides[2]};
     else
         c->part_of[thread] = n * c->kv_heads + g;
     zero_rows(to.dk, to.dk_row, p->length[n], D);
-    zero_rows(to.dv, to.dv_row, p->length[n], D);
+    zero_rows(to.dv, to.dv_row, p->length[n], Dv);
     return to;
 }
 
@@ -569,7 +570,7 @@ static void read_key_tokens(const AttentionCall *c, int64_t n, int64_t g, float 
 static void backward_block(
     const AttentionCall *c, int64_t h, int64_t task, const KeyGradients *to, const float *key_tokens, Work *work
 ) {
-    const int64_t D = c->head_dim, width = width_of(D);
+    const int64_t D = c->head_dim, width = width_of(D), Dv = c->value_dim, v_width = width_of(Dv);
     const Plan *plan = &c->plan;
     Block b;
     find_block(c, h, task, &b);
@@ -581,11 +582,11 @@ static void backward_block(
 
     read_queries(c, &b, q, q_panel);
     if (c->dout) {
-        read_rows(c->dout, at(c->dout_strides, batch, h, row), c->dout_strides[2], c->is_bf16, D, b.count,
-                  panels * PANEL, width, dout);
-        to_panels(dout, panels, D, width, dout_panel);
+        read_rows(c->dout, at(c->dout_strides, batch, h, row), c->dout_strides[2], c->is_bf16, Dv, b.count,
+                  panels * PANEL, v_width, dout);
+        to_panels(dout, panels, Dv, v_width, dout_panel);
     }
-    read_delta(c, &b, batch, row, dout, width);
+    read_delta(c, &b, batch, row, dout);
     if (c->dmaps) {
         float added[ROWS];
         upstream_of_map(c, &b, key_tokens, q_panel, aside, added);
@@ -602,8 +603,8 @@ static void backward_block(
         read_rows(c->k, at(c->k_strides, batch, b.g, begin + key), c->k_strides[2], c->is_bf16, D, keys, strips * STRIP,
                   width, k);
         if (c->dout)
-            read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, D, keys,
-                      strips * STRIP, width, v);
+            read_rows(c->v, at(c->v_strides, batch, b.g, begin + key), c->v_strides[2], c->is_bf16, Dv, keys,
+                      strips * STRIP, v_width, v);
         const float *da[KEYS];
         for (int j = 0; j < KEYS; j++) da[j] = 0;
         if (c->dmaps) {
@@ -628,7 +629,7 @@ static void backward_block(
                         store(score, weight(load(score) - lse[x]));
                     }
                 hide(c, b.first + p * PANEL, first, b.length, w, 0);
-                if (c->dout) scores(v + j * width, dout_panel + p * D * PANEL, D, ds);
+                if (c->dout) scores(v + j * v_width, dout_panel + p * Dv * PANEL, Dv, ds);
                 else for (int i = 0; i < STRIP; i++) memset(ds + i * ROWS, 0, PANEL * sizeof(float));
                 for (int i = 0; i < STRIP; i++)
                     UNROLL for (int x = 0; x < 2; x++) {
@@ -647,7 +648,7 @@ static void backward_block(
             accumulate(&dscores[j][from], ROWS, 1, q + from * width, width, end - from, D,
                        to->dk + (key + j) * to->dk_row, to->dk_row, limit);
             if (c->dout)
-                accumulate(&weights[j][from], ROWS, 1, dout + from * width, width, end - from, D,
+                accumulate(&weights[j][from], ROWS, 1, dout + from * v_width, v_width, end - from, Dv,
                            to->dv + (key + j) * to->dv_row, to->dv_row, limit);
         }
         for (int64_t r = 0; r < b.count; r += GROUP) {
@@ -708,7 +709,7 @@ static void backward_share(const AttentionCall *c, int64_t thread, int64_t threa
 
 void molsaki_attention_backward(const AttentionCall *c) {
     const Plan *p = &c->plan;
-    const int64_t D = c->head_dim;
+    const int64_t D = c->head_dim, Dv = c->value_dim;
 #pragma omp parallel num_threads((int)c->threads)
     {
         const int64_t threads = omp_get_num_threads();
@@ -719,11 +720,11 @@ void molsaki_attention_backward(const AttentionCall *c) {
             for (int64_t t = 0; t < threads; t++) {
                 const int64_t n = c->part_of[t] / c->kv_heads, g = c->part_of[t] % c->kv_heads;
                 if (c->part_of[t] < 0 || row >= p->length[n]) continue;
-                const float *part = c->parts + (t * 2 * p->longest + row) * D;
+                const float *part = c->parts + t * p->longest * (D + Dv);
                 float *dk = c->dk + at(c->dk_strides, p->batch[n], g, p->begin[n] + row);
                 float *dv = c->dv + at(c->dv_strides, p->batch[n], g, p->begin[n] + row);
-                for (int64_t d = 0; d < D; d++) dk[d] += part[d];
-                for (int64_t d = 0; d < D; d++) dv[d] += part[p->longest * D + d];
+                for (int64_t d = 0; d < D; d++) dk[d] += part[row * D + d];
+                for (int64_t d = 0; d < Dv; d++) dv[d] += part[p->longest * D + row * Dv + d];
             }
     }
 }

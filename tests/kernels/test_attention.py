@@ -55,19 +55,19 @@ PLANS = {
 }
 
 
-def inputs(plan_name: str, dtype, groups=2, packed=False, sinks=False, dim=16, layout="bhmd"):
+def inputs(plan_name: str, dtype, groups=2, packed=False, sinks=False, dim=16, layout="bhmd", value_dim=None):
     """q, k, v and, if asked for, sinks in ``dtype``; the plan; and cu_seqlens, which is None unless ``packed``."""
     lengths, steps, words = PLANS[plan_name]
     g = torch.Generator().manual_seed(1)
     batch, M = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
 
-    def tensor(heads):
-        sizes = dict(b=batch, h=heads, m=M, d=dim)
+    def tensor(heads, width=dim):
+        sizes = dict(b=batch, h=heads, m=M, d=width)
         x = torch.randn([sizes[name] for name in layout], generator=g, dtype=torch.float64).to(dtype)
         return x.permute([layout.index(name) for name in "bhmd"])
 
     Hkv = 2
-    tensors = [tensor(Hkv * groups), tensor(Hkv), tensor(Hkv)]
+    tensors = [tensor(Hkv * groups), tensor(Hkv), tensor(Hkv, value_dim or dim)]
     if sinks:
         tensors.append(torch.linspace(-1, 2, Hkv * groups, dtype=torch.float64).to(dtype))
     cu = None

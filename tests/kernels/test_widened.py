@@ -183,7 +183,7 @@ def test_widths(machine):  # noqa: F811
     assert widths(sdpa, 500, dtype=torch.float16)[1][:2] == ((64, 0, 184, 248), (0, 184, 248, 248))
     assert widths(sdpa, 20, head_dim=256) == (256, ((256, 0, 0, 256), (0, 0, 20, 256)))
     assert widths(sdpa, 20, head_dim=300, device=torch.device("cpu")) == (300, ((300, 0, 0, 300), (0, 0, 20, 300)))
-    assert widths(ENGINES["native"], 20, device=torch.device("cpu")) == (96, ((64, 0, 20, 96),))
+    assert widths(ENGINES["native"], 20, device=torch.device("cpu")) == (64, ((64, 0, 20, 96),))
     assert widths(ENGINES["eager"], 500)[0] == 64
     assert widths(ENGINES["eager"], 500)[1][-1] == (0, 448, 52, 56)
     assert widths(flex, 20) == (64, ((64, 0, 20, 88),))
