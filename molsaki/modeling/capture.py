@@ -17,6 +17,7 @@ from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.modeling.compact_mask import set_active_record
 from molsaki.modeling.decoder import decoder_configs, text_decoder, using_molsaki
 from molsaki.modeling.packing_probe import can_pack
+from molsaki.modeling.sequence_parallel import refuse_sequence_parallelism
 from molsaki.modeling.tensor_parallel import head_group
 from molsaki.modeling.unwrap import causal_model
 from molsaki_kernels import StepPlan, pool_values
@@ -135,6 +136,7 @@ class Record:
         return maps
 
     def _start(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+        refuse_sequence_parallelism()
         self._is_open, self._has_run, self._has_grad = True, True, torch.is_grad_enabled()
         self._layers, self._maps, self._values, self.why_no_map = [], [], [], None
         self._uses_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

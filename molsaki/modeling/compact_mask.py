@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, eager_mask
 
+from molsaki.modeling.sequence_parallel import refuse_sequence_parallelism
+
 if TYPE_CHECKING:
     from molsaki.modeling.capture import Record
 
@@ -192,6 +194,8 @@ def attention_mask(
     kwargs |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, **where}
     build = functools.partial(eager_mask, batch_size=batch_size, kv_length=kv_length, device=device, **kwargs)
     record, is_traced = active_record(), torch.compiler.is_compiling()
+    if not is_traced:
+        refuse_sequence_parallelism()
     if length == 1 and kv_length > 1 and allow_is_causal_skip and not is_traced:
         sees_all = local_size is None or kv_length < local_size
         if sees_all and (attention_mask is None or (attention_mask.shape[-1] == kv_length and attention_mask.all())):

@@ -14,8 +14,8 @@ from molsaki.modeling.attention_hook import NAME
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
     """The text decoder inside a model, which may have other parts such as a vision tower."""
-    decoder: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
-    return model if decoder is None else decoder
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def decoder_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
@@ -33,8 +33,8 @@ def using_molsaki(configs: list[PretrainedConfig]) -> Iterator[None]:
     previous = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = {"": NAME}
+            config._attn_implementation_internal = NAME  # the property would set it in the parts too
         yield
     finally:
         for config, name in zip(configs, previous, strict=True):
-            config._attn_implementation = {"": name}
+            config._attn_implementation_internal = name
