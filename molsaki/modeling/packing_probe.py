@@ -68,11 +68,10 @@ def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], s
     causal.eval()  # type: ignore[no-untyped-call]
     try:
         with using_molsaki(decoder_configs(causal)):
-            alone = [
-                causal.base_model(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts
-            ]
+            run = causal.base_model.forward  # not the call, which would run the hooks of a capture block
+            alone = [run(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts]
             expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()
-            found: Tensor = causal.base_model(**inputs)[0].float()
+            found: Tensor = run(**inputs)[0].float()
     except (TypeError, ValueError):
         return False  # the model accepts none of these keywords, or its attention is refused
     finally:
