@@ -232,7 +232,8 @@ def _check_model(model: nn.Module, inner: PreTrainedModel) -> None:
     if inner in _captured:
         raise ValueError(f"model: {name} is in a capture block already; expected one block at a time for a model")
     modules = list(text_decoder(inner).modules())
-    if any(_calls_interface(module) for module in modules):
+    configs = {id(config) for config in decoder_configs(inner)}  # those of a vision tower are not among them
+    if any(_calls_interface(module) and id(getattr(module, "config", None)) in configs for module in modules):
         return
     if any("attention" in type(module).__name__.lower() for module in modules):
         raise ValueError(

@@ -20,11 +20,13 @@ def text_decoder(model: PreTrainedModel) -> nn.Module:
 
 def decoder_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     """The configs that choose the attention implementation and the masks of a model's text decoder."""
+    parts = getattr(model.config, "sub_configs", {})
+    others = [getattr(model.config, name, None) for name in parts if any(word in name for word in ("vision", "audio"))]
     found: list[Any] = [model.config, model.base_model.config, model.config.get_text_config()]
     found += [
         m.config for m in text_decoder(model).modules() if isinstance(getattr(m, "config", None), PretrainedConfig)
     ]
-    return list({id(config): config for config in found}.values())
+    return [config for config in {id(c): c for c in found}.values() if not any(config is other for other in others)]
 
 
 @contextlib.contextmanager
