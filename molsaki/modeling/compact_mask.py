@@ -75,6 +75,17 @@ class CompactMask:
 
     def check(self) -> None:
         """Check in a compiled graph that the mask is what its attributes say."""
+        if self.padding is not None:
+            is_right_padded = ~(self.padding[:, 1:] & ~self.padding[:, :-1]).any()
+            torch._assert_async(is_right_padded, "attention_mask: expected a right-padded batch with a plan")
+        message = "attention_mask: expected the causal mask of texts that are not packed, with a plan"
+        torch._assert_async(self._equal().all(), message)
+
+    def hides_the_same(self) -> bool:
+        """Whether the additive mask hides what its attributes say. False for a mask per head."""
+        return self.tensor().shape == self.shape and bool(self._equal().all())
+
+    def _equal(self) -> Tensor:
         position = torch.arange(self.length, device=self.device)
         query, key = position[:, None], position[None, :]
         expected = key <= query
@@ -84,10 +95,7 @@ class CompactMask:
             expected = expected & (key // self.chunk == query // self.chunk)
         if self.padding is not None:
             expected = expected & self.padding[:, None, None, :]
-            is_right_padded = ~(self.padding[:, 1:] & ~self.padding[:, :-1]).any()
-            torch._assert_async(is_right_padded, "attention_mask: expected a right-padded batch with a plan")
-        message = "attention_mask: expected the causal mask of texts that are not packed, with a plan"
-        torch._assert_async(((self._build() == 0) == expected).all(), message)
+        return (self.tensor() == 0) == expected
 
     @property
     def device(self) -> torch.device:
@@ -201,26 +209,30 @@ def attention_mask(
         if sees_all and (attention_mask is None or (attention_mask.shape[-1] == kv_length and attention_mask.all())):
             return None
     pattern, reason = _pattern(mask_function, local_size, kwargs.get("config"), allow_is_causal_skip), None
+    padding = None if attention_mask is None else attention_mask.bool()
     if length != kv_length or kv_offset != 0 or (not is_traced and start != 0):
         reason = f"queries beside a cache (queries {length}, keys {kv_length}); a plan needs a forward of whole texts"
-    elif pattern is None:
-        reason = "a mask of the model's own pattern, which is not causal, local or in chunks"
-    elif pattern.texts is not None and pattern.texts.shape[0] != 1:
+    elif padding is not None and padding.shape[-1] != length:
+        reason = f"an attention_mask of shape {tuple(padding.shape)} for {length} tokens"
+    elif padding is not None and not is_traced and (padding[:, 1:] & ~padding[:, :-1]).any():
+        reason = "an attention_mask that is not right-padded"
+    elif pattern is not None and pattern.texts is not None and pattern.texts.shape[0] != 1:
         reason = "position_ids that start again (packed texts) in a batch of several; expected one packed sequence"
-    padding, is_checked = None, not (is_traced and (attention_mask is not None or not allow_is_causal_skip))
-    if reason is None and attention_mask is not None:
-        padding = attention_mask.bool()
-        if padding.shape[-1] != length:
-            reason = f"an attention_mask of shape {tuple(padding.shape)} for {length} tokens"
-        elif not is_traced and (padding[:, 1:] & ~padding[:, :-1]).any():
-            reason = "an attention_mask that is not right-padded"
-        elif not is_traced and padding.all():
-            padding = None
-    if reason is None and pattern is not None:
-        numbers = (batch_size, kv_length, padding, pattern.window, pattern.chunk)
-        return CompactMask(
-            build, *numbers, None if pattern.texts is None else _bounds(pattern.texts), record, is_checked
-        )
+    if reason is not None:
+        return _explicit(build, record, reason)
+    if padding is not None and not is_traced and padding.all():
+        padding = None
+    is_checked = not is_traced or (padding is None and allow_is_causal_skip)
+    window, chunk, texts = pattern or _Pattern(local_size, None)
+    cu_seqlens = None if texts is None else _bounds(texts)
+    mask = CompactMask(build, batch_size, kv_length, padding, window, chunk, cu_seqlens, record, is_checked)
+    # A pattern of the model's own, such as blocks of images, may hide the same keys in this batch.
+    if pattern is None and (record is None or not mask.hides_the_same()):
+        return _explicit(build, record, "a mask of the model's own pattern, which is not causal, local or in chunks")
+    return mask
+
+
+def _explicit(build: Callable[[], Tensor], record: Record | None, reason: str) -> Tensor:
     if record is not None:
         record.why_no_map = reason
     return build()
