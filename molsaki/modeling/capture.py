@@ -22,7 +22,7 @@ from molsaki.modeling.tensor_parallel import head_group
 from molsaki.modeling.unwrap import causal_model
 from molsaki_kernels import StepPlan, pool_values
 
-_captured: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Record:
@@ -204,7 +204,7 @@ def capture(
         model.register_forward_pre_hook(start, with_kwargs=True),
         model.register_forward_hook(stop, always_call=True),
     ]
-    _captured.add(inner)
+    _captured.add(inner.base_model)
     configs = decoder_configs(inner)
     try:
         with contextlib.ExitStack() as stack:
@@ -214,7 +214,7 @@ def capture(
                     stack.enter_context(_checkpointing_under_molsaki(module, configs))
             yield record
     finally:
-        _captured.discard(inner)
+        _captured.discard(inner.base_model)
         for handle in handles:
             handle.remove()
         record._stop()
@@ -229,7 +229,7 @@ def _check_model(model: nn.Module, inner: PreTrainedModel) -> None:
             "model: expected no nn.DataParallel, which gives each replica a part of the batch but the whole plan; use "
             "DistributedDataParallel"
         )
-    if inner in _captured:
+    if inner.base_model in _captured:
         raise ValueError(f"model: {name} is in a capture block already; expected one block at a time for a model")
     modules = list(text_decoder(inner).modules())
     configs = {id(config) for config in decoder_configs(inner)}  # those of a vision tower are not among them

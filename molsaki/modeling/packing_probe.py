@@ -26,13 +26,16 @@ def can_pack(model: nn.Module) -> bool:
         ValueError: the model is sharded by FSDP and was not checked before.
     """
     inner = causal_model(model)
-    if inner not in _found:
+    decoder = inner.base_model
+    if decoder not in _found:
         if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
             raise ValueError("model: expected can_pack(model) to be called before FSDP shards the model")
         # Llama 4 scales queries by their position in the sequence, from its 8,192nd token on: too far for the probe.
         scales_positions = getattr(inner.config.get_text_config(), "attn_temperature_tuning", False)
-        _found[inner] = not scales_positions and _runs_alike(inner, [[0, 1, 2, 1, 0], [1, 2, 0, 0, 2, 1]], [0, 0], None)
-    return _found[inner]
+        _found[decoder] = not scales_positions and _runs_alike(
+            inner, [[0, 1, 2, 1, 0], [1, 2, 0, 0, 2, 1]], [0, 0], None
+        )
+    return _found[decoder]
 
 
 def choose_packing(wanted: bool | None, model: nn.Module) -> bool:
