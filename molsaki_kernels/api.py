@@ -6,6 +6,7 @@ Each validates its arguments, chooses an engine and runs it (``ops.py``).
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, overload
 
 import torch
@@ -264,6 +265,8 @@ def pool_values(
         v = _heads_first(v, "v")
     if v.dim() != 4 or not v.is_floating_point():
         raise ValueError(f"v: expected a floating (B, Hkv, M, D) tensor, got {v.dtype} {tuple(v.shape)}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
     if pooling not in ("sum", "mean"):
         raise ValueError(f'pooling: expected "sum" or "mean", got {pooling!r}')
     if heads not in ("concat", "mean"):

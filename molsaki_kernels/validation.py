@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TypeVar
 
@@ -108,6 +109,8 @@ def make_options(
         scale = q.shape[3] ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    elif not abs(scale) < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
             raise TypeError(f"window: expected an int or None, got {type(window).__name__}")
@@ -116,8 +119,8 @@ def make_options(
         if window >= q.shape[2]:
             window = None  # it hides no key
     if softcap is not None:
-        if not softcap > 0:
-            raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap: expected a positive, finite number or None, got {softcap}")
         softcap = float(softcap)
     if head_reduction not in ("mean", "none"):
         raise ValueError(f'head_reduction: expected "mean" or "none", got {head_reduction!r}')
