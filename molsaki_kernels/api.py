@@ -18,6 +18,7 @@ from molsaki_kernels.direct_call import autocast_is_on
 from molsaki_kernels.plan import StepPlan
 from molsaki_kernels.spec import AttentionInputs, MapInputs, PlanTensors, PoolingOptions
 from molsaki_kernels.validation import (
+    assert_bounds,
     check_bounds,
     check_cu_seqlens,
     check_inputs,
@@ -276,6 +277,8 @@ def pool_values(
         check_cu_seqlens(cu_seqlens, v, "v")
         if on_host(cu_seqlens):
             check_bounds(tuple(cu_seqlens.tolist()), v.shape[2], "v")
+        elif torch.compiler.is_compiling():
+            assert_bounds(cu_seqlens, v.shape[2], "v")
         sequences = cu_seqlens.shape[0] - 1
     if lengths is not None:
         if not isinstance(lengths, Tensor):
