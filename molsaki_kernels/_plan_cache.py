@@ -1,6 +1,7 @@
 """Keep what depends on a plan alone for as long as the plan's tensors live.
 
-It is computed once per plan and used by every layer, forward and backward.
+It is computed once per plan and used by every layer, forward and backward. A change of a plan's tensors on a CPU is
+always seen. On a GPU it is seen by the tensors' versions and addresses: do not write to them through ``.data``.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ def cached(
     """
     tokens, steps, words = plan.tokens, plan.steps, plan.word_of_token
     # Written out, since every layer of every step comes here.
-    states = (
-        _contents(tokens) if tokens.is_inference() else tokens._version,
-        _contents(steps) if steps.is_inference() else steps._version,
-        _contents(words) if words.is_inference() else words._version,
-        0 if cu_seqlens is None else _contents(cu_seqlens) if cu_seqlens.is_inference() else cu_seqlens._version,
-    )
-    if None in states:
+    states: tuple[Hashable, ...]
+    if tokens.is_cpu:  # the numbers themselves: a version misses changes through .data, numpy and in inference mode
+        bounds = None if cu_seqlens is None else cu_seqlens.numpy().tobytes()
+        states = (tokens.numpy().tobytes(), steps.numpy().tobytes(), words.numpy().tobytes(), bounds)
+    elif tokens.is_inference() or steps.is_inference() or words.is_inference():
+        return compute()  # without a version, a change cannot be seen without waiting for the device
+    elif cu_seqlens is None:
+        states = (tokens._version, steps._version, words._version, *map(Tensor.data_ptr, (tokens, steps, words)))
+    elif cu_seqlens.is_inference():
         return compute()
+    else:
+        states = (tokens._version, steps._version, words._version, cu_seqlens._version)
+        states += tuple(map(Tensor.data_ptr, (tokens, steps, words, cu_seqlens)))
     key = (id(steps), id(words), id(cu_seqlens), *states, plan.num_words, *key)
     results: dict[tuple[Hashable, ...], Any] | None = _cache.get(tokens)
     if results is None:
@@ -50,14 +56,6 @@ def cached(
         result = results[key] = (compute(), held)
     value: T = result[0]
     return value
-
-
-def _contents(x: Tensor) -> Hashable:
-    """Return what differs after an inference tensor, which has no version, was changed in place.
-
-    None if that cannot be known without waiting for its device.
-    """
-    return tuple(x.flatten().tolist()) if x.is_cpu else None
 
 
 def cached_on_device(

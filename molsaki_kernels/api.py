@@ -6,6 +6,7 @@ Each validates its arguments, chooses an engine and runs it (``ops.py``).
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, overload
 
 import torch
@@ -17,6 +18,7 @@ from molsaki_kernels.direct_call import autocast_is_on
 from molsaki_kernels.plan import StepPlan
 from molsaki_kernels.spec import AttentionInputs, MapInputs, PlanTensors, PoolingOptions
 from molsaki_kernels.validation import (
+    assert_bounds,
     check_bounds,
     check_cu_seqlens,
     check_inputs,
@@ -264,6 +266,8 @@ def pool_values(
         v = _heads_first(v, "v")
     if v.dim() != 4 or not v.is_floating_point():
         raise ValueError(f"v: expected a floating (B, Hkv, M, D) tensor, got {v.dtype} {tuple(v.shape)}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
     if pooling not in ("sum", "mean"):
         raise ValueError(f'pooling: expected "sum" or "mean", got {pooling!r}')
     if heads not in ("concat", "mean"):
@@ -273,6 +277,8 @@ def pool_values(
         check_cu_seqlens(cu_seqlens, v, "v")
         if on_host(cu_seqlens):
             check_bounds(tuple(cu_seqlens.tolist()), v.shape[2], "v")
+        elif torch.compiler.is_compiling():
+            assert_bounds(cu_seqlens, v.shape[2], "v")
         sequences = cu_seqlens.shape[0] - 1
     if lengths is not None:
         if not isinstance(lengths, Tensor):

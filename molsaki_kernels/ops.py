@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from molsaki_kernels import widened_values
 from molsaki_kernels.attention import ENGINES, sdpa
@@ -616,8 +616,13 @@ def _empty_map(q: Tensor, options: AttentionOptions, plan: PlanTensors) -> Tenso
 
 
 def _operator(name: str, schema: str, function: Any, fake: Any) -> Any:
+    def checked(*flat: Any) -> Any:
+        if forward_ad._current_level >= 0:  # compiled code would drop the tangents
+            raise NotImplementedError(f"molsaki::{name} has no forward-mode derivative (torch.func.jvp, dual_level)")
+        return fake(*flat)
+
     operator = torch.library.custom_op(f"molsaki::{name}", function, mutates_args=(), schema=schema)
-    operator.register_fake(fake)
+    operator.register_fake(checked)
     return operator
 
 

@@ -27,6 +27,8 @@ class StepPlan:
         word_mask: ``(N, W)`` bool, False where a sequence has fewer than W words.
         extents: N ints on the host, one past the last token that each sequence's plan refers to: a batch can be checked
             against them without waiting for a device.
+        extent: the largest of them, 0 if there is none. Compiled code reads only this one: the tuple would cost a
+            compilation for each number of sequences and each of their values.
     """
 
     steps: Tensor
@@ -35,6 +37,10 @@ class StepPlan:
     step_mask: Tensor
     word_mask: Tensor
     extents: tuple[int, ...]
+    extent: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extent", max(self.extents, default=0))
 
     @classmethod
     def from_spans(

@@ -151,13 +151,12 @@ def pool_values(
     pooled = []
     for n, (v_n,) in enumerate(_sequences(cu_seqlens, v)):
         x = v_n.mean(1) if heads == "mean" else v_n.transpose(1, 2).flatten(2)  # (B, M, width)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         count = torch.full((x.shape[0],), x.shape[1], device=v.device) if lengths is None else lengths
         if cu_seqlens is not None and lengths is not None:
             count = lengths[n : n + 1]
-        keep = torch.arange(x.shape[1], device=v.device) < count[:, None]
-        h = (x * keep[..., None]).sum(1)
+        padding = torch.arange(x.shape[1], device=v.device) >= count[:, None]
+        x = x.masked_fill(padding[..., None], 0).to(torch.promote_types(x.dtype, torch.float32))
+        h = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).sum(1)
         pooled.append(h / count.clamp(min=1)[:, None] if pooling == "mean" else h)
     return pooled[0] if cu_seqlens is None else torch.cat(pooled)
 

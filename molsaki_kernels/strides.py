@@ -11,6 +11,18 @@ def with_contiguous_head_dim(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy if a row does not begin at a multiple of 16 bytes with a contiguous last dimension.
+
+    CUDA's flash attention reads 16 bytes at a time; a slice of a fused projection may begin anywhere.
+    """
+    of = 16 // x.element_size()
+    rows = (stride for stride, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
+    if x.stride(-1) == 1 and not any(offset % of for offset in (x.storage_offset(), *rows)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def dense_strides(x: Tensor) -> tuple[int, ...]:
     """Return the strides of ``x (B, H, M, D)``, or those of a tensor without gaps if ``x`` has gaps."""
     _, H, M, D = x.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TypeVar
 
@@ -76,6 +77,12 @@ def check_bounds(bounds: tuple[int, ...], total: int, name: str) -> None:
         raise ValueError(f"cu_seqlens: expected to rise from 0 to {name}'s total {total}, got {list(bounds)}")
 
 
+def assert_bounds(cu_seqlens: Tensor, total: int, name: str) -> None:
+    """:func:`check_bounds` of a compiled call, which has no values yet: when the graph runs, without waiting for it."""
+    rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all()
+    torch._assert_async(rises, f"cu_seqlens: expected to rise from 0 to {name}'s total")
+
+
 def on_host(cu_seqlens: Tensor) -> bool:
     """Return whether the values of ``cu_seqlens`` can be read without waiting for a device or breaking a trace."""
     return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -108,6 +115,8 @@ def make_options(
         scale = q.shape[3] ** -0.5
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    elif not abs(scale) < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
             raise TypeError(f"window: expected an int or None, got {type(window).__name__}")
@@ -116,8 +125,8 @@ def make_options(
         if window >= q.shape[2]:
             window = None  # it hides no key
     if softcap is not None:
-        if not softcap > 0:
-            raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap: expected a positive, finite number or None, got {softcap}")
         softcap = float(softcap)
     if head_reduction not in ("mean", "none"):
         raise ValueError(f'head_reduction: expected "mean" or "none", got {head_reduction!r}')
@@ -164,6 +173,12 @@ def _check_plan(plan: StepPlan, inputs: AttentionInputs | MapInputs) -> None:
         raise ValueError(f"plan: expected one entry per sequence, got {plan.tokens.shape[0]} where {source}")
     if plan.tokens.device != q.device:
         raise ValueError(f"plan: expected on q's device {q.device}, got {plan.tokens.device}; use plan.to(...)")
+    if torch.compiler.is_compiling():
+        if plan.extent > q.shape[2]:
+            raise ValueError(f"plan: expected indices within {q.shape[2]} tokens, but it reaches {plan.extent}")
+        if cu_seqlens is not None:
+            _assert_packed(plan, cu_seqlens, q.shape[2])
+        return
     bounds = None
     if cu_seqlens is not None and on_host(cu_seqlens):
         bounds = inputs.bounds
@@ -175,3 +190,12 @@ def _check_plan(plan: StepPlan, inputs: AttentionInputs | MapInputs) -> None:
                 f"plan: expected indices within sequence {n}'s {length} tokens, but it reaches {extent} "
                 f"(q {tuple(q.shape)})"
             )
+
+
+def _assert_packed(plan: StepPlan, cu_seqlens: Tensor, total: int) -> None:
+    """Check a compiled call's plan against ``cu_seqlens``, whose values are tensors there: when the graph runs."""
+    assert_bounds(cu_seqlens, total, "q")
+    lengths = cu_seqlens.diff()[:, None]
+    steps_fit = ((plan.steps[..., 1] <= lengths) | (plan.steps[..., 1] <= plan.steps[..., 0])).all()
+    tokens_fit = ((plan.tokens < lengths) | (plan.word_of_token < 0)).all()
+    torch._assert_async(steps_fit & tokens_fit, "plan: expected indices within each sequence of cu_seqlens")

@@ -193,8 +193,10 @@ def split(
     sums = []
     for rows, starts, stops in _segments(steps, cu_seqlens, wide):
         row = torch.arange(rows.stop - rows.start, device=wide.device)
-        in_step = ((row >= starts[..., None]) & (row < stops[..., None])).to(dtype)  # (b, R, m)
-        sums.append((in_step[:, None] if per_head else in_step) @ mass[..., rows, :])
+        in_step = (row >= starts[..., None]) & (row < stops[..., None])  # (b, R, m)
+        in_step = in_step[:, None] if per_head else in_step
+        outside = ~in_step.any(-2)[..., None]  # a query in no step, whose masses may hold any value
+        sums.append(in_step.to(dtype) @ mass[..., rows, :].masked_fill(outside, 0))
     if cu_seqlens is None:
         return out, sums[0]
     if per_head:  # (1, Hq, n S, num_words) each

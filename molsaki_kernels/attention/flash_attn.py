@@ -40,7 +40,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
-from molsaki_kernels.strides import empty_out, with_contiguous_head_dim
+from molsaki_kernels.strides import aligned, empty_out, with_contiguous_head_dim
 
 NAME = "flash_attn"
 COMPUTES_MAP = False
@@ -305,7 +305,7 @@ def _takes_dlse(q: Tensor) -> bool:
 
 def _flash_layout(x: Tensor, packed: bool) -> Tensor:
     """Return ``x (B, H, M, D)`` in flash-attn's layout, ``(B, M, H, D)`` or packed ``(total, H, D)``."""
-    x = with_contiguous_head_dim(x)
+    x = aligned(x)
     return x[0].transpose(0, 1) if packed else x.transpose(1, 2)
 
 

@@ -139,11 +139,10 @@ def _mask(inputs: AttentionInputs, options: AttentionOptions) -> BlockMask | Non
         return _make_mask(M, causal, window, q.device, cu_seqlens)
     if cu_seqlens is None:
         return kept_mask(M, causal, window, q.device)
-    if (
-        q.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):  # a replay has to use the values that cu_seqlens has then
+    # A replay has to use the values that cu_seqlens has then, and an inference tensor has no version.
+    if cu_seqlens.is_inference() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _make_mask(M, causal, window, q.device, cu_seqlens)
-    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
+    version = (cu_seqlens._version, cu_seqlens.data_ptr())
     known_version, masks = _packed_masks.get(cu_seqlens, (None, None))
     if known_version != version:
         masks = {}

@@ -38,7 +38,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
-from molsaki_kernels.strides import match_strides, with_contiguous_head_dim
+from molsaki_kernels.strides import aligned, match_strides
 
 NAME = "sdpa"
 COMPUTES_MAP = False
@@ -297,7 +297,7 @@ def _cuda_backward(
     dout: Tensor, inputs: AttentionInputs, outputs: AttentionOutputs, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _cuda_inputs(inputs)
-    dout, out = with_contiguous_head_dim(dout), with_contiguous_head_dim(outputs.out)
+    dout, out = aligned(dout), aligned(outputs.out)
     q, k, v, lse = inputs.q, inputs.k, inputs.v, outputs.lse
     if _use_cudnn(inputs, options, backward=True):
         state = torch.empty((), dtype=torch.int64, device=q.device)  # of the unused dropout: never read
@@ -321,10 +321,8 @@ def _cuda_backward(
 
 
 def _cuda_inputs(inputs: AttentionInputs) -> AttentionInputs:
-    """Return inputs as the CUDA operators take them: q, k and v with a contiguous last dimension."""
-    if inputs.q.stride(-1) == inputs.k.stride(-1) == inputs.v.stride(-1) == 1:
-        return inputs
-    q, k, v = (with_contiguous_head_dim(x) for x in (inputs.q, inputs.k, inputs.v))
+    """Return inputs as the CUDA operators take them: q, k and v with aligned rows."""
+    q, k, v = aligned(inputs.q), aligned(inputs.k), aligned(inputs.v)
     return AttentionInputs(q, k, v, inputs.sinks, inputs.cu_seqlens)
 
 

@@ -145,16 +145,17 @@ class _Part:
         self.blocked, self._softcap = blocked, options.softcap
         q, k, lse = (blocked.view(t) for t in (inputs.q, inputs.k, inputs.lse))
         dtype = blocked.words.dtype
-        # A query in no step must not add even inf * 0, whatever its lse is: padding may hold any value.
+        # A query in no step must not add even inf * 0, whatever its lse and itself are: padding may hold any value.
         lse = lse.to(dtype) if blocked.outside is None else lse.to(dtype).masked_fill(blocked.outside, 0)
         self.q, self.lse = q, lse[:, :, None]
-        keys = blocked.key_tokens(k).to(dtype).mul_(options.scale)
+        keys = blocked.key_tokens(k).to(dtype).masked_fill_(blocked.no_token, 0).mul_(options.scale)
         groups = q.shape[1] // k.shape[1]
         self.keys = keys if groups == 1 else keys.repeat_interleave(groups, dim=1)  # (n, Hq, C, D), scaled
 
     def queries(self, block: Block) -> Tensor:
         """``(n, Hq, m, D)``: the block's queries in the accumulator's dtype."""
-        return self.q[:, :, block.rows].to(self.keys.dtype)
+        q, outside = self.q[:, :, block.rows].to(self.keys.dtype), self.blocked.outside
+        return q if outside is None else q.masked_fill(outside[..., block.rows, None], 0)
 
     def size(self, block: Block) -> int:
         """The number of weights of a block."""
@@ -182,8 +183,8 @@ class _Part:
             scores.mul_(self._softcap)
         limit = EXPONENT_LIMIT[scores.dtype]
         weights = scores.sub_(self.lse[..., block.rows]).clamp_(-limit, limit).exp_()
-        if block.visible is not None:
-            weights[..., block.masked :, :].mul_(block.visible)
+        if block.hidden is not None:
+            weights[..., block.masked :, :].masked_fill_(block.hidden, 0)
         return weights, slope
 
     def dscores(self, block: Block, dcolumns: Tensor, tile: Tensor) -> tuple[Tensor, Tensor | None]:

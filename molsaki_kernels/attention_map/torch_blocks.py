@@ -31,7 +31,7 @@ class Block(NamedTuple):
     steps: slice
     in_step: Tensor  # (n, s, m): 1 where query i is in step s
     masked: int  # columns from this one on may be hidden from a query
-    visible: Tensor | None  # (n, 1, c - masked, m): 1 where query i sees column j; None: all are visible
+    hidden: Tensor | None  # (n, 1, c - masked, m): True where query i does not see column j; None: all are visible
     elements: int  # n m c
 
 
@@ -40,7 +40,8 @@ class BlockedSequences:
 
     Attributes:
         sequences: the plan's sequences. rows: where they are packed, their tokens; else None.
-        tokens: ``(n, C)``. words: ``(n, C, W)``, ``weight`` where token j is in word w, zero for padding.
+        tokens: ``(n, C)``. no_token: ``(n, 1, C, 1)``, True for padding.
+        words: ``(n, C, W)``, ``weight`` where token j is in word w, zero for padding.
         outside: ``(n, 1, M)``, True for a query in no step; None if there is none (known on a CPU only).
         block_rows: queries of the largest block. elements: weights per head of all blocks.
     """
@@ -61,7 +62,7 @@ class BlockedSequences:
         steps, tokens, words = (
             t[sequences].clone() for t in (plan.steps, plan.tokens, plan.word_of_token)
         )  # no view: that would keep the plan alive
-        self.tokens = tokens
+        self.tokens, self.no_token = tokens, (words < 0)[:, None, :, None]
         word = torch.arange(plan.num_words, device=tokens.device)
         self.words = (words[..., None] == word).to(dtype).mul_(weight)
         self._starts, self._stops = steps[..., :1], steps[..., 1:]
@@ -77,7 +78,7 @@ class BlockedSequences:
         size = 0
         for bound in self._bounds:
             block = self._block(*bound)
-            size += block.in_step.nbytes + (0 if block.visible is None else block.visible.nbytes)
+            size += block.in_step.nbytes + (0 if block.hidden is None else block.hidden.nbytes)
             if size > LARGEST_KEPT:
                 break
             self._kept.append(block)
@@ -141,15 +142,14 @@ class BlockedSequences:
             yield rows, slice(first, last), slice(min(touched), max(touched) + 1), masked - first, windowed
 
     def _block(self, rows: slice, columns: slice, steps: slice, masked: int, windowed: bool) -> Block:
-        dtype, visible = self.words.dtype, None
+        hidden = None
         if masked < columns.stop - columns.start:
             column, row = self.tokens[:, None, columns][..., masked:, None], self._row[rows]
-            visible = column <= row if self._options.causal else torch.ones_like(column <= row)
+            hidden = column > row if self._options.causal else torch.zeros_like(column > row)
             if windowed and self._options.window is not None:
-                visible &= column > row - self._options.window
-            visible = visible.to(dtype)
-        in_step = self._in_step(rows, steps).to(dtype)
-        return Block(rows, columns, steps, in_step, masked, visible, self._elements(rows, columns))
+                hidden |= column <= row - self._options.window
+        in_step = self._in_step(rows, steps).to(self.words.dtype)
+        return Block(rows, columns, steps, in_step, masked, hidden, self._elements(rows, columns))
 
     def _elements(self, rows: slice, columns: slice) -> int:
         elements: int = len(self) * (rows.stop - rows.start) * (columns.stop - columns.start)

@@ -71,10 +71,10 @@ const Layout molsaki_layout_Plan[] = {
 const Layout molsaki_layout_AttentionCall[] = {
     WHOLE(AttentionCall),
     F(plan), F(rows), F(q_heads), F(kv_heads), F(head_dim), F(value_dim), F(steps), F(words), F(causal), F(window),
-    F(is_bf16), F(per_head), F(threads), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides), F(dq_strides),
-    F(dk_strides), F(dv_strides), F(scale), F(softcap), F(word_weight), F(q), F(k), F(v), F(sinks), F(out), F(lse),
-    F(work), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk), F(dv), F(parts),
-    F(part_of),
+    F(is_bf16), F(per_head), F(threads), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides),
+    F(dq_strides), F(dk_strides), F(dv_strides), F(scale), F(softcap), F(word_weight), F(q), F(k), F(v), F(sinks),
+    F(out), F(lse), F(work), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk), F(dv),
+    F(parts), F(part_of),
     END,
 };
 #undef F

@@ -26,7 +26,9 @@ def forward(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
     N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     pooled = torch.zeros(N, width, dtype=dtype, device=v.device)
     for block in _blocks(v, lengths, cu_seqlens, options):
-        weight = torch.rsqrt(block.x.square().mean(-1) + options.eps) * block.keep  # (n, m)
+        weight = torch.rsqrt(block.x.square().mean(-1) + options.eps)  # (n, m)
+        if block.padding is not None:
+            weight = weight.masked_fill_(block.padding, 0)
         if options.mean:
             weight = weight / block.total
         pooled[block.sequences] += (weight[:, None] @ block.x)[:, 0]
@@ -42,7 +44,9 @@ def backward(
         x = block.x
         norm = torch.rsqrt(x.square().mean(-1, keepdim=True) + options.eps)  # (n, m, 1)
         upstream = dpooled[block.sequences][:, None]  # (n, 1, width)
-        dx = (upstream - x * (norm.square() * (upstream * x).mean(-1, keepdim=True))) * (norm * block.keep[..., None])
+        dx = (upstream - x * (norm.square() * (upstream * x).mean(-1, keepdim=True))) * norm
+        if block.padding is not None:
+            dx = dx.masked_fill_(block.padding[..., None], 0)
         if options.mean:
             dx = dx / block.total[..., None]
         if options.mean_heads:
@@ -59,8 +63,8 @@ class _Block(NamedTuple):
 
     sequences: slice
     tokens: slice
-    x: Tensor  # (n, m, width)
-    keep: Tensor  # (1 or n, m): 1 for tokens before the sequence's length
+    x: Tensor  # (n, m, width), 0 for padding, which may hold any value
+    padding: Tensor | None  # (n, m): True for tokens from the sequence's length on; None: there are none
     total: Tensor  # (1 or n, 1): tokens of the sequence, at least 1
 
 
@@ -73,11 +77,12 @@ def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
             tokens = slice(start, min(start + ROWS, end))
             x = v[:, :, tokens].to(dtype)
             x = x.mean(1) if options.mean_heads else x.transpose(1, 2).flatten(2)
-            position = torch.arange(tokens.start - begin, tokens.stop - begin, device=v.device)
+            padding = None
             if lengths is None:
-                keep = torch.ones_like(position, dtype=dtype)[None]
                 total = torch.full((1, 1), end - begin, dtype=dtype, device=v.device)
             else:
-                keep = (position < lengths[sequences, None]).to(dtype)
+                position = torch.arange(tokens.start - begin, tokens.stop - begin, device=v.device)
+                padding = position >= lengths[sequences, None]
+                x = x.masked_fill(padding[..., None], 0)
                 total = lengths[sequences, None].clamp(1, end - begin).to(dtype)
-            yield _Block(sequences, tokens, x, keep, total)
+            yield _Block(sequences, tokens, x, padding, total)
