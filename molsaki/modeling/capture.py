@@ -33,6 +33,7 @@ class Record:
         shared_prefix: of the running forward.
         has_ended: whether the block is over.
         why_no_map: why the last explicit mask of the running forward is not a compact one.
+        calling_layer: the number of the running decoder layer, where the attention modules do not know theirs.
     """
 
     def __init__(self, plan: StepPlan, values: bool, value_heads: str, pooling: str, model: PreTrainedModel):
@@ -41,6 +42,7 @@ class Record:
         self.shared_prefix: SharedPrefix | None = None
         self.has_ended = False
         self.why_no_map: str | None = None
+        self.calling_layer: int | None = None
         self._has_values, self._value_heads, self._pooling = values, value_heads, pooling
         self._heads = head_group(model)
         self._is_open = self._has_grad = self._has_run = self._uses_checkpointing = False
@@ -50,9 +52,10 @@ class Record:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The index of the decoder layer of each of the L maps, in the order in which they were computed.
+        """The decoder layer of each of the L maps, in the order in which they were computed.
 
-        Layers without attention are missing, and a layer with two calls of attention is there twice.
+        It is the ``layer_idx`` of the attention module, or the number of the layer where layers share one attention
+        (Zamba). Layers without attention are missing, and a layer with two calls of attention is there twice.
         """
         self._check_has_run()
         return tuple(self._layers)
@@ -128,7 +131,7 @@ class Record:
             raise ValueError(
                 f"capture: {type(module).__name__} runs without gradients inside a forward with gradients, {why}"
             )
-        layer = getattr(module, "layer_idx", None)
+        layer = getattr(module, "layer_idx", None) if self.calling_layer is None else self.calling_layer
         self._layers.append(0 if layer is None else layer)
         self._maps.append(maps)
         if values is not None:
@@ -204,6 +207,8 @@ def capture(
         model.register_forward_pre_hook(start, with_kwargs=True),
         model.register_forward_hook(stop, always_call=True),
     ]
+    for index, layer in enumerate(_layers_to_count(text_decoder(inner))):
+        handles.append(layer.register_forward_pre_hook(functools.partial(_enter_layer, record, index)))
     _captured.add(inner.base_model)
     configs = decoder_configs(inner)
     try:
@@ -244,8 +249,26 @@ def _check_model(model: nn.Module, inner: PreTrainedModel) -> None:
     raise ValueError(f"model: {name} has no attention layers, so it has no maps")
 
 
+def _layers_to_count(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder if the ``layer_idx`` of its attention modules does not tell them apart, else nothing."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and any(map(_calls_interface, m.modules()))]
+    layers = list(lists[0]) if lists else []
+    found = [{getattr(m, "layer_idx", None) for m in layer.modules() if _calls_interface(m)} for layer in layers]
+    return layers if sum(map(len, found)) > len(set().union(*found)) else []
+
+
+def _enter_layer(record: Record, index: int, *_: Any) -> None:
+    record.calling_layer = index
+
+
 def _calls_interface(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    """Whether a module computes attention through transformers' attention interface."""
+    return _class_calls_interface(type(module))
+
+
+@functools.cache
+def _class_calls_interface(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
