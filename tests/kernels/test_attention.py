@@ -537,7 +537,7 @@ def bad_calls():
         (good | dict(q=[1]), TypeError, "q: expected a tensor"),
         (good | dict(k=k.double()), TypeError, "k: expected q's dtype"),
         (good | dict(k=k.to("meta")), ValueError, "k: expected on q's device"),
-        (good | dict(v=v[:, :, :5]), ValueError, r"v: expected \(B, Hkv, M, D\)"),
+        (good | dict(v=v[:, :, :5]), ValueError, r"v: expected \(B, Hkv, M, Dv\)"),
         (good | dict(v=v[:, :1]), ValueError, "v: expected"),
         (good | dict(q=q[:, :3]), ValueError, "q: expected a multiple of k's 2 heads"),
         (good | dict(q=q.long(), k=k.long(), v=v.long()), TypeError, "q: expected bfloat16"),
