@@ -119,6 +119,11 @@ def attention(
 
     window, chunk = (sliding_window, None) if compact is None else (compact.window, compact.chunk)
     cu_seqlens = None if cu_seq_lens_q is None else cu_seq_lens_q.to(query.device, torch.int32)
+    if record is not None and record.length is not None and record.length != query.shape[2]:
+        raise ValueError(
+            f"step_plan: the model's attention has {query.shape[2]} tokens where its forward was given "
+            f"{record.length}; tokens that a model puts before the text (prompt tuning, images) would shift the plan"
+        )
     if compact is not None and plan is not None and not compact.is_checked and cu_seqlens is None:
         compact.check()
     if compact is not None and compact.padding is not None and cu_seqlens is not None and compact.is_checked:
@@ -141,7 +146,7 @@ def attention(
     else:
         used = plan.to(query.device)
         if record is None or record.is_first_layer:
-            _check_plan(used, sequences, query.shape[2], lengths)
+            _check_plan(used, sequences, lengths)
     options = {**scores, "cu_seqlens": cu_seqlens}
     if chunk is None or chunk >= query.shape[2]:
         out, maps = stepwise_attention(query, key, value, used, window=window, **options)
@@ -199,7 +204,7 @@ def _why_no_map(
     )
 
 
-def _check_plan(plan: StepPlan, sequences: int, length: int, lengths: Tensor | None) -> None:
+def _check_plan(plan: StepPlan, sequences: int, lengths: Tensor | None) -> None:
     if len(plan) != sequences:
         raise ValueError(f"step_plan: expected one entry for each of {sequences} sequences, got {len(plan)}")
     if lengths is None:

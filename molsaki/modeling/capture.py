@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import weakref
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from molsaki.batches.shared_prefix import SharedPrefix
-from molsaki.modeling.compact_mask import set_active_record
+from molsaki.modeling.compact_mask import active_record, set_active_record
 from molsaki.modeling.decoder import decoder_configs, text_decoder, using_molsaki
 from molsaki.modeling.packing_probe import can_pack
 from molsaki.modeling.sequence_parallel import refuse_sequence_parallelism
@@ -33,6 +34,8 @@ class Record:
         shared_prefix: of the running forward.
         has_ended: whether the block is over.
         why_no_map: why the last explicit mask of the running forward is not a compact one.
+        length: tokens of each sequence of the running forward, None if it is not known.
+        uses_checkpointing: whether layers of the model are checkpointed.
         calling_layer: the number of the running decoder layer, where the attention modules do not know theirs.
     """
 
@@ -42,10 +45,13 @@ class Record:
         self.shared_prefix: SharedPrefix | None = None
         self.has_ended = False
         self.why_no_map: str | None = None
+        self.length: int | None = None
+        self.uses_checkpointing = False
         self.calling_layer: int | None = None
+        self._outer: Record | None = None  # of the block in whose forward this one's runs
         self._has_values, self._value_heads, self._pooling = values, value_heads, pooling
         self._heads = head_group(model)
-        self._is_open = self._has_grad = self._has_run = self._uses_checkpointing = False
+        self._is_open = self._has_grad = self._has_run = False
         self._layers: list[int] = []
         self._maps: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -124,7 +130,7 @@ class Record:
             why = (
                 "as under gradient checkpointing with use_reentrant=True, which loses the gradient of the map; use "
                 '{"use_reentrant": False}'
-                if self._uses_checkpointing
+                if self.uses_checkpointing
                 else "as in a model that repeats its layers under no_grad, which is not supported; run the whole "
                 "forward under torch.no_grad() if no gradient is needed"
             )
@@ -138,11 +144,14 @@ class Record:
             self._values.append(values)
         return maps
 
-    def _start(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    def _start(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_sequence_parallelism()
         self._is_open, self._has_run, self._has_grad = True, True, torch.is_grad_enabled()
         self._layers, self._maps, self._values, self.why_no_map = [], [], [], None
-        self._uses_checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+        self.length = next(
+            (tokens.shape[1] for tokens in given if isinstance(tokens, Tensor) and tokens.dim() > 1), None
+        )
         self.shared_prefix = kwargs.get("shared_prefix")
         self.cu_seqlens = kwargs.get("cu_seq_lens_q")
         if self.cu_seqlens is None:
@@ -153,9 +162,14 @@ class Record:
                 "a recurrent state or absolute positions); expected one text per sequence, right-padded"
             )
 
+        self._outer = active_record()
+        set_active_record(self)
+
     def _stop(self) -> None:
+        if active_record() is self:
+            set_active_record(self._outer)
         self._is_open = False
-        self.cu_seqlens = self.shared_prefix = None
+        self.cu_seqlens = self.shared_prefix = self._outer = None
 
 
 @contextlib.contextmanager
@@ -185,18 +199,32 @@ def capture(
     if not isinstance(plan, StepPlan):
         raise TypeError(f"plan: expected a StepPlan, got {type(plan).__name__}")
     inner = causal_model(model)
-    _check_model(model, inner)
+    modules = list(model.modules())
+    if any(isinstance(module, nn.DataParallel) for module in modules):
+        raise ValueError(
+            "model: expected no nn.DataParallel, which gives each replica a part of the batch but the whole plan; use "
+            "DistributedDataParallel"
+        )
+    if inner.base_model in _captured:
+        name = type(inner).__name__
+        raise ValueError(f"model: {name} is in a capture block already; expected one block at a time for a model")
+    own = set(inner.modules())
+    if any(isinstance(module, PreTrainedModel) and module not in own for module in modules):
+        raise ValueError(
+            f"model: expected a wrapper around one Hugging Face model, got {type(model).__name__} around several; "
+            "pass the one whose maps are wanted"
+        )
+    structure = _structures.get(inner)
+    if structure is None or structure.configs[0] is not inner.config:
+        structure = _structures[inner] = _examine(inner)
     record = Record(plan, values, value_heads, pooling, inner)
-    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(inner.forward).parameters.values())
 
     def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        record._start(inner, kwargs)
-        set_active_record(record)
-        return args, {**kwargs, "step_record": record} if takes_keywords else kwargs
+        record._start(inner, args, kwargs)
+        return args, {**kwargs, "step_record": record} if structure.takes_keywords else kwargs
 
     def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record._stop()
-        set_active_record(None)
         if output is not None and not record._layers:
             raise ValueError(
                 f"capture: no attention of {type(inner).__name__} was computed by transformers' attention interface, "
@@ -207,16 +235,16 @@ def capture(
         model.register_forward_pre_hook(start, with_kwargs=True),
         model.register_forward_hook(stop, always_call=True),
     ]
-    for index, layer in enumerate(_layers_to_count(text_decoder(inner))):
+    for index, layer in enumerate(structure.layers_to_count):
         handles.append(layer.register_forward_pre_hook(functools.partial(_enter_layer, record, index)))
     _captured.add(inner.base_model)
-    configs = decoder_configs(inner)
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(using_molsaki(configs))
-            for module in inner.modules():
+            stack.enter_context(using_molsaki(structure.configs))
+            for module in modules:
                 if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-                    stack.enter_context(_checkpointing_under_molsaki(module, configs))
+                    record.uses_checkpointing = True
+                    stack.enter_context(_checkpointing_under_molsaki(module, structure.configs))
             yield record
     finally:
         _captured.discard(inner.base_model)
@@ -226,31 +254,46 @@ def capture(
         record.has_ended = True
 
 
-def _check_model(model: nn.Module, inner: PreTrainedModel) -> None:
-    """Refuse a model whose maps cannot be computed, before its forward."""
-    name = type(inner).__name__
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise ValueError(
-            "model: expected no nn.DataParallel, which gives each replica a part of the batch but the whole plan; use "
-            "DistributedDataParallel"
-        )
-    if inner.base_model in _captured:
-        raise ValueError(f"model: {name} is in a capture block already; expected one block at a time for a model")
-    modules = list(text_decoder(inner).modules())
-    configs = {id(config) for config in decoder_configs(inner)}  # those of a vision tower are not among them
-    if any(_calls_interface(module) and id(getattr(module, "config", None)) in configs for module in modules):
-        return
-    if any("attention" in type(module).__name__.lower() for module in modules):
-        raise ValueError(
-            f"model: {name} computes attention by itself, not through transformers' attention interface "
-            '(ALL_ATTENTION_FUNCTIONS), so no map can be computed; use attn_implementation="eager" with '
-            "output_attentions=True for its weights"
-        )
-    raise ValueError(f"model: {name} has no attention layers, so it has no maps")
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """What `capture` has to know of a model, found once.
+
+    Attributes:
+        configs: those of `decoder_configs`, the model's own first.
+        takes_keywords: whether its forward passes keywords that it does not name on.
+        layers_to_count: the layers of the decoder if the ``layer_idx`` of its attention modules does not tell them
+            apart, else nothing.
+    """
+
+    configs: list[PretrainedConfig]
+    takes_keywords: bool
+    layers_to_count: list[nn.Module]
+
+
+_structures: weakref.WeakKeyDictionary[nn.Module, _Structure] = weakref.WeakKeyDictionary()
+
+
+def _examine(model: PreTrainedModel) -> _Structure:
+    """The structure of a model.
+
+    Raises:
+        ValueError: its maps cannot be computed.
+    """
+    name, decoder, configs = type(model).__name__, text_decoder(model), decoder_configs(model)
+    modules, own = list(decoder.modules()), {id(config) for config in configs}  # not those of a vision tower
+    if not any(_calls_interface(module) and id(getattr(module, "config", None)) in own for module in modules):
+        if any("attention" in type(module).__name__.lower() for module in modules):
+            raise ValueError(
+                f"model: {name} computes attention by itself, not through transformers' attention interface "
+                '(ALL_ATTENTION_FUNCTIONS), so no map can be computed; use attn_implementation="eager" with '
+                "output_attentions=True for its weights"
+            )
+        raise ValueError(f"model: {name} has no attention layers, so it has no maps")
+    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    return _Structure(configs, takes_keywords, _layers_to_count(decoder))
 
 
 def _layers_to_count(decoder: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder if the ``layer_idx`` of its attention modules does not tell them apart, else nothing."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and any(map(_calls_interface, m.modules()))]
     layers = list(lists[0]) if lists else []
     found = [{getattr(m, "layer_idx", None) for m in layer.modules() if _calls_interface(m)} for layer in layers]
@@ -263,11 +306,12 @@ def _enter_layer(record: Record, index: int, *_: Any) -> None:
 
 def _calls_interface(module: nn.Module) -> bool:
     """Whether a module computes attention through transformers' attention interface."""
-    return _class_calls_interface(type(module))
+    kind: Any = type(module)
+    return _class_calls_interface(kind)
 
 
 @functools.cache
-def _class_calls_interface(kind: type[nn.Module]) -> bool:
+def _class_calls_interface(kind: Any) -> bool:
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,14 +30,28 @@ def decoder_configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     return [config for config in {id(c): c for c in found}.values() if not any(config is other for other in others)]
 
 
+_in_use: dict[int, tuple[int, str | None]] = {}  # id of a config: blocks that use it, implementation before the first
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def using_molsaki(configs: list[PretrainedConfig]) -> Iterator[None]:
-    """Set the attention implementation "molsaki" in these configs, not in their parts; restore the previous ones."""
-    previous = [config._attn_implementation for config in configs]
-    try:
+    """Set the attention implementation "molsaki" in these configs, not in their parts; restore the previous ones.
+
+    Models may share a config: it is restored when the last block that uses it ends, whatever the order of the blocks.
+    """
+    with _lock:
         for config in configs:
+            blocks, previous = _in_use.get(id(config), (0, config._attn_implementation))
+            _in_use[id(config)] = blocks + 1, previous
             config._attn_implementation_internal = NAME  # the property would set it in the parts too
+    try:
         yield
     finally:
-        for config, name in zip(configs, previous, strict=True):
-            config._attn_implementation_internal = name
+        with _lock:
+            for config in configs:
+                blocks, previous = _in_use.pop(id(config))
+                if blocks > 1:
+                    _in_use[id(config)] = blocks - 1, previous
+                else:
+                    config._attn_implementation_internal = previous

@@ -457,3 +457,47 @@ def _model(name: str, config: dict, dtype: torch.dtype = torch.float64, **names:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     return model.eval()
+
+
+def test_tokens_before_the_text_are_refused():
+    """As PEFT's prompt tuning: the plan's positions are those of the text that the caller gave."""
+
+    class Prompted(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.prompt = model, torch.nn.Parameter(torch.randn(1, 3, 32, dtype=torch.float64))
+
+        def forward(self, input_ids, **kwargs):
+            embedded = self.model.get_input_embeddings()(input_ids)
+            prompt = self.prompt.expand(len(embedded), -1, -1)
+            return self.model(inputs_embeds=torch.cat([prompt, embedded], 1), **kwargs)
+
+    model, (inputs, plan) = Prompted(make("Llama")), batch()
+    for call in (lambda: model(inputs["input_ids"]), lambda: model(input_ids=inputs["input_ids"])):
+        with (
+            molsaki.capture(model, plan),
+            pytest.raises(ValueError, match="has 43 tokens where its forward was given 40"),
+        ):
+            call()
+
+
+def test_a_wrapper_around_two_models_is_refused():
+    model = make("Llama")
+    both = torch.nn.ModuleDict({"student": model, "teacher": type(model)(model.config)})
+    with pytest.raises(ValueError, match="around one Hugging Face model"), molsaki.capture(both, batch()[1]):
+        pytest.fail("entered")
+
+
+def test_models_that_share_a_config():
+    model = make("Llama")
+    other = type(model)(model.config).double()
+    inputs, plan = batch()
+    before = model.config._attn_implementation
+    first, second = molsaki.capture(model, plan), molsaki.capture(other, plan)
+    first.__enter__()
+    record = second.__enter__()
+    first.__exit__(None, None, None)
+    other(**inputs)
+    second.__exit__(None, None, None)
+    assert record.maps.shape == (2, 4, 3, 4)
+    assert model.config._attn_implementation == before
