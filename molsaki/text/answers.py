@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
-from fractions import Fraction
 
-from molsaki.text.numbers import find_numbers
+from molsaki.text.numbers import find_numbers, parse_number
 from molsaki.text.segment import segment
 
 
@@ -15,25 +13,6 @@ def find_number(text: str, last: bool = False) -> str | None:
     """The first or last number of a text as it is written there, by the rules of :func:`molsaki.segment`."""
     found = [text[start:stop] for start, stop in find_numbers(text, number_words=False)]
     return found[-1 if last else 0] if found else None
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The exact value of a text that is one number (``12 == 12.0``, ``1,200``, ``3/4``, ``1 1/2``), else None.
-
-    Currency signs, percent signs and a final period are ignored.
-    """
-    text = text.strip().lstrip("$€£¥₹ ").rstrip("%. ").replace("−", "-").replace("–", "-").replace("⁄", "/")
-    if re.search(r"[eE][-+]?\d{4}", text):
-        return None  # the exact value would not fit in memory
-    text = re.sub(r"(?<=\d)[,\u2009\u202f](?=\d{3}(?!\d))", "", text).replace("\u00a0", " ")
-    sign, parts = (-1, text[1:].split()) if text[:1] == "-" else (1, text.removeprefix("+").split())
-    pieces = [piece for part in parts for piece in re.findall(r"[^¼½¾⅐-⅞]+|[¼½¾⅐-⅞]", part)]  # 1½ is 1 and ½
-    try:
-        values = [_fraction(piece) for piece in pieces]
-    except (ValueError, ZeroDivisionError):
-        return None
-    is_mixed = len(values) == 2 and values[0].denominator == 1 and 0 < values[1] < 1
-    return sign * sum(values, Fraction(0)) if len(values) == 1 or is_mixed else None
 
 
 def find_choice(text: str, choices: Sequence[str], last: bool = False) -> str | None:
@@ -61,6 +40,3 @@ def same_text(a: str, b: str) -> bool:
 def _normalized(text: str) -> str:
     return " ".join(text.casefold().strip(" .\"'").split())
 
-
-def _fraction(text: str) -> Fraction:
-    return Fraction(unicodedata.numeric(text)).limit_denominator(10) if len(text) == 1 else Fraction(text)
