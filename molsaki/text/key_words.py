@@ -6,8 +6,9 @@ To add one, write a function as `SelectKeyWords` describes and enter it in `KEY_
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import regex
 
@@ -40,28 +41,24 @@ KEY_WORDS: dict[str, SelectKeyWords] = {"numbers": _numbers, "keywords": _keywor
 # Scripts in which a word may follow another without a space: there every occurrence counts. In Korean particles follow
 # a word so, but nothing precedes it.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-_STARTS_WORD = regex.compile(rf"[\w--[{_UNSPACED}]]", regex.V1).match
-_ENDS_WORD = regex.compile(rf"[\w--[{_UNSPACED}\p{{Hangul}}]]", regex.V1).match
+_is_spaced = regex.compile(rf"[\w--[{_UNSPACED}]]", regex.V1).match
+_may_be_followed = regex.compile(rf"[{_UNSPACED}\p{{Hangul}}\W]").match
 
 
-def _keyword_patterns(keywords: Iterable[str]) -> list[regex.Pattern[str]]:
+def _keyword_patterns(keywords: Iterable[str]) -> list[re.Pattern[str]]:
     patterns = []
     for i, keyword in enumerate(keywords):
         check_str(f"key[{i}]", keyword)
-        parts = _normalized(keyword)[0].split()
+        parts = normalized(keyword)[0].split()
         if not parts:
             raise ValueError(f"key[{i}]: expected a keyword, got {keyword!r}")
-        before = rf"(?<![\w--[{_UNSPACED}]])" if _STARTS_WORD(parts[0][0]) else ""
-        after = rf"(?![\w--[{_UNSPACED}]])" if _ENDS_WORD(parts[-1][-1]) else r"(?!\p{M})"
-        words = r"\s+".join(map(regex.escape, parts))
-        patterns.append(regex.compile(before + words + after, regex.IGNORECASE | regex.V1))
+        patterns.append(re.compile(r"\s+".join(map(re.escape, parts)), re.IGNORECASE))
     return patterns
 
 
-def _find_keywords(text: str, patterns: list[regex.Pattern[str]]) -> list[Span]:
-    normal, starts, stops = _normalized(text)
-    matches = (match.span() for pattern in patterns for match in pattern.finditer(normal))
-    candidates = {(starts[start], stops[stop - 1]) for start, stop in matches}
+def _find_keywords(text: str, patterns: list[re.Pattern[str]]) -> list[Span]:
+    normal, starts, stops = normalized(text)
+    candidates = {(starts[a], stops[b - 1]) for pattern in patterns for a, b in _whole_words(pattern, normal)}
     taken, found = bytearray(len(text)), []
     for start, stop in sorted(candidates, key=lambda span: (span[0] - span[1], span[0])):
         if not any(taken[start:stop]):
@@ -70,14 +67,30 @@ def _find_keywords(text: str, patterns: list[regex.Pattern[str]]) -> list[Span]:
     return sorted(found)
 
 
+def _whole_words(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
+    """The matches that neither start nor end within a word."""
+    at = 0
+    while match := pattern.search(text, at):
+        start, stop = match.span()
+        following = text[stop : stop + 1]
+        splits_word = start > 0 and _is_spaced(text[start]) and _is_spaced(text[start - 1])
+        if _may_be_followed(text[stop - 1]):
+            splits_word = splits_word or unicodedata.category(following or " ")[0] == "M"
+        else:
+            splits_word = splits_word or _is_spaced(following)
+        if not splits_word:
+            yield start, stop
+        at = start + 1 if splits_word else stop
+
+
 # Full-width and half-width forms and what they are forms of: one character for one.
-_WIDTHS = {c: int(unicodedata.decomposition(chr(c)).split()[1], 16) for c in (0x3000, *range(0xFF01, 0xFFEF))
+WIDTHS = {c: int(unicodedata.decomposition(chr(c)).split()[1], 16) for c in (0x3000, *range(0xFF01, 0xFFEF))
            if unicodedata.decomposition(chr(c))}  # fmt: skip
 
 
-def _normalized(text: str) -> tuple[str, Sequence[int], Sequence[int]]:
+def normalized(text: str) -> tuple[str, Sequence[int], Sequence[int]]:
     """The text in Unicode's NFC and one width, and where each of its characters starts and stops in ``text``."""
-    folded = text if text.isascii() else text.translate(_WIDTHS)
+    folded = text if text.isascii() else text.translate(WIDTHS)
     if unicodedata.is_normalized("NFC", folded):
         return folded, range(len(text)), range(1, len(text) + 1)
     pieces: list[str] = []
