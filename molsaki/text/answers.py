@@ -17,7 +17,7 @@ Kind = Literal["choice", "truth", "number", "expression", "text"]
 TRUTHS = {"yes": True, "true": True, "no": False, "false": False}
 
 _BOXED = regex.compile(r"\\f?boxed\s*(?P<braces>\{(?:[^{}]++|(?&braces))*+\})")
-_CALCULATOR = regex.compile(r"<<[^<>\n]*>>")  # GSM8K's <<48/2=24>>
+CALCULATOR = regex.compile(r"<<[^<>\n]*>>")  # GSM8K's <<48/2=24>>
 _STATED = regex.compile(  # an answer follows
     r"""
     \banswer(?:\s+choice)?\s*(?:is\s*[:：]?|[:：=])(?!\s*not\b)
@@ -122,7 +122,7 @@ def gold_choice(gold: str, choices: Sequence[str]) -> str | None:
 def final_answer(text: str) -> str:
     """The answer in the form of a data set: the last ``\\boxed{}`` (MATH), else what follows the last ``####`` (GSM8K),
     else the whole text; without GSM8K's calculator marks, and without a thinking trace before it."""
-    text = _CALCULATOR.sub("", text.rpartition("</think>")[2])
+    text = CALCULATOR.sub("", text.rpartition("</think>")[2])
     boxed = _BOXED.findall(text)
     if boxed:
         return str(boxed[-1][1:-1]).strip()
