@@ -1,4 +1,4 @@
-"""Finds the answer in a text and compares answers: numbers by value, choices by text or letter, other texts by words."""
+"""Finds the answer in a text and compares answers: numbers by value, choices by text or letter, others by words."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ _FIRST_LETTER = regex.compile(r"\W*(?P<letter>[A-Za-z])\s*[.):：](?=\s)")
 _SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
 _SCALE = regex.compile(rf"[\s-]*({'|'.join(_SCALES)})s?\b", regex.IGNORECASE)
 _UNIT = regex.compile(  # one letter is a variable but for these
-    r"\s* \(?\s* (?P<unit> [mgshlLVWKJN] | °\s?[CFK]? | (?!\p{Latin}\W*\Z)\p{L}[\p{L}\p{M}\ /'’²³.°-]{0,40} ) \s*\)? \.?",
+    r"""
+    \s* \(?\s* (?P<unit> [mgshlLVWKJN] | °\s?[CFK]? | (?!\p{Latin}\W*\Z)\p{L}[\p{L}\p{M}\ /'’²³.°-]{0,40} ) \s*\)? \.?
+    """,
     regex.VERBOSE,
 )
 _EXPRESSION = regex.compile(
@@ -200,7 +202,8 @@ def plain(text: str) -> str:
     text = regex.sub(r"\\(?:left|right|displaystyle|!)(?![a-z])|\\[()\[\]]", "", text)
     text = regex.sub(r"\\[,;: ](?!\d{3}(?!\d))|~", " ", text)
     text = regex.sub(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°", text)
-    return regex.sub(r"\\([%$])", r"\1", text).strip().strip("$*").strip()
+    text = regex.sub(r"\\([%$])", r"\1", text)
+    return text.strip().strip("$*").strip()
 
 
 def same_answer(a: str, b: str, choices: Sequence[str] | None = None) -> bool:

@@ -128,7 +128,9 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
             reasons = [reason for reason in left_out if reason.startswith(f"{one}:")]
             raise ValueError(f"{one}: holds no examples" + (f" that can be used: {_named(reasons)}" if reasons else ""))
     if left_out:
-        logger.warning("%d of %d examples left out: %s", len(left_out), len(left_out) + is_first.sum(), _named(left_out))
+        logger.warning(
+            "%d of %d examples left out: %s", len(left_out), len(left_out) + is_first.sum(), _named(left_out)
+        )
     return Examples(paths, index[is_first], left_out)
 
 

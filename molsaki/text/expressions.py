@@ -1,4 +1,4 @@
-"""Compares answers that are expressions (``\\sqrt{2}``, ``(3, 4)``, ``x^2 + 1``) with math-verify, the extra ``math``."""
+"""Compares answers that are expressions, ``\\sqrt{2}`` or ``(3, 4)``, with math-verify, the extra ``math``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check(gold: str) -> None:
     """Raise a ValueError unless math-verify is installed and can read this gold answer."""
     if importlib.util.find_spec("math_verify") is None:
         raise ValueError(
-            f'expected a number, a choice, yes or no, or a text, got the expression {gold!r}; to compare expressions, '
+            f"expected a number, a choice, yes or no, or a text, got the expression {gold!r}; to compare expressions, "
             'run pip install "molsaki-kernels[math]"'
         )
     if not _parsed(gold):

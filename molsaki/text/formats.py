@@ -113,6 +113,8 @@ def _csqa(record: Fields) -> Fields:
         choices, question = question.get("choices", choices), question["stem"]
     if isinstance(choices, list):
         choices = {name: [choice[name] for choice in choices] for name in ("label", "text")}
+    if not isinstance(choices, dict):
+        raise ValueError(f"choices: expected labels and texts, got {choices!r}")
     labels, texts = choices["label"], choices["text"]
     if record["answerKey"] not in labels or len(labels) != len(texts):
         raise ValueError(f"answerKey: expected one of {', '.join(labels)}, got {record['answerKey']!r}")
@@ -133,7 +135,10 @@ FORMATS: dict[str, tuple[Sequence[str], Callable[[Fields], Fields]]] = {
     "messages": (("messages",), _messages),
     "sharegpt": (("conversations",), _sharegpt),
     "alpaca": (("instruction", "output"), _alpaca),
-    "prompt-completion": (("prompt", "completion"), lambda record: _reply(record["prompt"], record["completion"], record)),
+    "prompt-completion": (
+        ("prompt", "completion"),
+        lambda record: _reply(record["prompt"], record["completion"], record),
+    ),
     "dss": (("input", "label"), lambda record: {"question": record["input"], "answer": record["label"]}),
     "svamp": (
         ("Body", "Question", "Answer"),

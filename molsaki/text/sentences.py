@@ -17,7 +17,8 @@ def _word_set(words: str) -> frozenset[str]:
 LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
 _STOP = r"[\p{SB=STerm}\p{SB=ATerm}…‥]+"  # Unicode's sentence terminals and full stops: .?! 。！？．｡ ؟۔ ।॥ ។ ።
 _CLOSE = r"[\"'”’»)\]}」』）］｝〉》】*_]*(?: [)\]}”»]+)?"
-_GAP = r"(?<=[\p{Thai}\p{Lao}--[ๆໆ]]) +(?=(?!และ|หรือ|ແລະ|ຫຼື)[\p{Thai}\p{Lao}--[ๆໆฯຯ]])"  # these write no stops, but a space
+# Thai and Lao write no stops; a space between two of their letters ends a clause, but not before "and" or "or".
+_GAP = r"(?<=[\p{Thai}\p{Lao}--[ๆໆ]]) +(?=(?!และ|หรือ|ແລະ|ຫຼື)[\p{Thai}\p{Lao}--[ๆໆฯຯ]])"
 _BREAK = regex.compile(rf"(?P<stop>{_STOP}){_CLOSE}|(?P<space>{_GAP})|[{LINE_ENDS}]\s*", regex.V1)
 _URL = re.compile(r"(?:https?://|www\.)[!-~]*[\w/=&#~+-]", re.ASCII)
 _SPACE = re.compile(r"\s*")
@@ -32,7 +33,9 @@ _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")  # U.S, p.m: the last period 
 
 # Abbreviations: a sentence never ends after one of _NEVER_LAST, after one of _SELDOM_LAST only before a word of
 # _STARTERS, and after one of _BEFORE_NUMBER only where no number follows.
-_NEVER_LAST = _word_set("mr mrs ms mx dr prof messrs capt sgt lt cmdr cpl pvt mt e.g i.e eg ie vs viz cf approx ca sq डॉ प्रो श्री")
+_NEVER_LAST = _word_set(
+    "mr mrs ms mx dr prof messrs capt sgt lt cmdr cpl pvt mt e.g i.e eg ie vs viz cf approx ca sq डॉ प्रो श्री"
+)
 _SELDOM_LAST = _word_set(
     "jr sr st ave blvd rd inc ltd co corp bros dept univ al est ph.d gen gov sen rep rev hon col maj adm pres"
 )
