@@ -44,13 +44,13 @@ def segment(
         key: a name of `molsaki.text.key_words.KEY_WORDS`: ``"numbers"``, or ``"keywords"`` for the words in
             ``keywords``. A list of keywords is short for the latter. Each occurrence of a keyword as a whole word, in
             any case and width, is a key word; in scripts without spaces between words every occurrence is, and in
-            Korean one that a particle follows. Of overlapping occurrences the longest wins, then the first. Any white space
-            matches the white space inside a keyword.
+            Korean one that a particle follows. Of overlapping occurrences the longest wins, then the first. Any white
+            space matches the white space inside a keyword.
         splitter: ``"rules"`` ends a step at newlines and at ``. ? !``, but not inside numbers and addresses, after
             abbreviations, initials and list markers, or before lower case; at the sentence terminals of other scripts
             (``。！？ ؟ । ۔``); and in Thai and Lao, which have none, at a space between two of their letters.
-            ``"periods"`` is the paper's: every run of periods ends
-            a step, also in ``3.14``, and nothing else does.
+            ``"periods"`` is the paper's: every run of ASCII periods ends a step, also in ``3.14``, and nothing else
+            does.
         number_words: numbers written out (``twenty-five``, ``a dozen``, ``two thirds``) are numbers too, also
             where ``one`` is a pronoun.
         keywords: the example's own key words, for the selectors that use them.
