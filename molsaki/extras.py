@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 MODULES = {
-    "train": ("transformers", "accelerate", "safetensors", "filelock", "yaml", "tqdm", "scipy"),
+    "train": ("transformers", "accelerate", "safetensors", "filelock", "yaml", "tqdm", "scipy", "regex"),
     "plot": ("matplotlib",),
+    "math": ("math_verify",),
 }
 
 

@@ -37,8 +37,10 @@ from molsaki.io import digest, write_json, write_json_lines
 from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.examples import Example, read_examples
+from molsaki.text.templates import TextChanged
 
 TOO_LONG = "prompt and reply longer than the context"
+REFUSED = "refused by the chat template"
 
 
 def annotate(
@@ -52,8 +54,8 @@ def annotate(
 
     Returns:
         The summary, as in ``.summary.json``: the number of ``examples``, of which ``phase_1`` and ``phase_2`` have a
-        rationale and the others are in ``dropped``, by reason; ``rationales`` written; ``keywords`` where asked for;
-        tokens and seconds of this process.
+        rationale and the others are in ``dropped``, by reason; ``left_out``, those that could not be read;
+        ``rationales`` written; ``keywords`` where asked for; tokens and seconds of this process.
 
     Raises:
         ValueError, TypeError, OSError: a flag, file or field is not as described, the journal is of something else,
@@ -66,7 +68,6 @@ def annotate(
     if output.exists() and not work_file.exists():
         raise ValueError(f"--output_file: {output} is there without its {work_file.name}; choose another name")
     examples = read_examples(data_file, rationale=False)[: config.limit]
-    _check_examples(config, examples)
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)
     teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, device_map=config.device_map)
@@ -79,10 +80,12 @@ def annotate(
     run = _Run(config, form, shown, teacher, tokenizer, journal)
     start = time.perf_counter()
     kept, dropped, refused = run.rationales(examples)
-    texts = []
+    texts, ids = [], {example.id for example in examples}
     for example in examples:
         for number, verdict in enumerate(kept.get(example.id, []), 1):
             id = example.id if number == 1 else f"{example.id}/{number}"
+            while number > 1 and id in ids:
+                id += "/"
             texts.append((dataclasses.replace(example, id=id, rationale=verdict.rationale), verdict))
     words = run.keywords([text for text, _ in texts]) if config.keywords == "teacher" else None
     seconds = time.perf_counter() - start
@@ -98,7 +101,12 @@ def annotate(
         records.append(record | {"rationale_source": source, "phase": verdict.phase})
     phases = collections.Counter(verdicts[0].phase for verdicts in kept.values())
     summary: dict[str, Any] = {"teacher": source, "data_file": config.data_file, "output_file": config.output_file}
-    summary |= {"examples": len(examples), "phase_1": phases[FIRST], "phase_2": phases[SECOND]}
+    summary |= {
+        "examples": len(examples),
+        "left_out": len(examples.left_out),
+        "phase_1": phases[FIRST],
+        "phase_2": phases[SECOND],
+    }
     summary |= {"dropped": dict(dropped), "rationales": len(records)}
     if words is not None:
         summary["keywords"] = {
@@ -171,12 +179,12 @@ class _Run:
                 if example.id in kept:
                     continue
                 turns = question_turns(self.form, self.shown[task_of(example)], example, hint)
-                ids = prompt_ids(turns, self.config.instruction, self.form, self.tokenizer)
-                if self._fits(ids, self.config.max_new_tokens):
-                    prompts += [_Prompt(example, sample, ids) for sample in range(1, self.config.samples + 1)]
+                ids, reason = self._prompt(turns, self.config.instruction, self.config.max_new_tokens)
+                if reason:
+                    reasons[example.id] = reason
+                    refused.append(_refusal(example, phase, reason))
                 else:
-                    reasons[example.id] = TOO_LONG
-                    refused.append(_refusal(example, phase, TOO_LONG))
+                    prompts += [_Prompt(example, sample, ids) for sample in range(1, self.config.samples + 1)]
             with tqdm(total=len(prompts), unit="reply", desc=f"annotate, phase {phase}") as bar:
                 for prompt, reply in self._replies(phase, prompts, self.config.max_new_tokens, bar):
                     example = prompt.example
@@ -198,8 +206,8 @@ class _Run:
         prompts = []
         for text in texts:
             turns = keywords.keyword_turns(self.shown[task_of(text)], text)
-            ids = prompt_ids(turns, keywords.INSTRUCTION, self.form, self.tokenizer)
-            if self._fits(ids, keywords.NEW_TOKENS):
+            ids, reason = self._prompt(turns, keywords.INSTRUCTION, keywords.NEW_TOKENS)
+            if not reason:
                 prompts.append(_Prompt(text, 1, ids))
         found: dict[str, list[str]] = {text.id: [] for text in texts}
         with tqdm(total=len(prompts), unit="text", desc="annotate, keywords") as bar:
@@ -231,22 +239,14 @@ class _Run:
             yield from zip(batch, replies, strict=True)
             bar.update(len(batch))
 
-    def _fits(self, ids: list[int], new_tokens: int) -> bool:
+    def _prompt(self, turns: list[str], instruction: str, new_tokens: int) -> tuple[list[int], str]:
+        """The token ids of a prompt, and why it cannot be used, empty if it can."""
+        try:
+            ids = prompt_ids(turns, instruction, self.form, self.tokenizer)
+        except TextChanged:
+            return [], REFUSED
         limit = context_length(self.teacher.config)
-        return limit is None or len(ids) + new_tokens <= limit
-
-
-def _check_examples(config: AnnotateConfig, examples: Sequence[Example]) -> None:
-    ids = {example.id for example in examples}
-    for example in examples:
-        if example.choices and example.answer not in example.choices:
-            raise ValueError(
-                f"{config.data_file}: example {example.id}: gold: expected one of its choices "
-                f"{', '.join(example.choices)}, got {example.answer!r}"
-            )
-        clash = next((n for n in range(2, config.samples + 1) if f"{example.id}/{n}" in ids), None)
-        if clash:
-            raise ValueError(f"{config.data_file}: id {example.id}/{clash} would be that of {example.id}'s next sample")
+        return ids, "" if limit is None or len(ids) + new_tokens <= limit else TOO_LONG
 
 
 def _teacher_name(config: AnnotateConfig, teacher: PreTrainedModel) -> str:

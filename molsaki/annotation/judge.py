@@ -5,19 +5,27 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import regex
+
 from molsaki.annotation.prompts import SECOND, PromptFormat
 from molsaki.evaluation.generate import Reply
 from molsaki.evaluation.scoring import score
-from molsaki.text.answers import parse_number
+from molsaki.text.answers import kind_of
 from molsaki.text.examples import Example
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    """The words of a text; in Chinese, Japanese and Thai, which write none apart, its characters."""
+    found: list[str] = regex.findall(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]\p{M}*|[\w--[\p{Han}\p{Hiragana}"
+                                     r"\p{Katakana}\p{Thai}]]+", text.casefold(), regex.V1)  # fmt: skip
+    return found
 
 
 # A rationale with fewer than two words besides these, the hint's and the answer's only states the answer.
-FILLER = _words("a an and are be choice correct final hence is it must of only right so that the therefore this thus")
+FILLER = _words(
+    "a an and are be choice correct final hence is it must of only right so that the therefore this thus "
+    "答案选项選択肢正确確解最终終结結果所以因此故是为為即的一共有总共計合计はがのですだこたえよって"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,7 @@ def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: 
     line, newline, _ = tail.strip().partition("\n")
     written = line.rpartition("=")[2]
     answer = score(example, written, "answer") if label else score(example, rationale, "rationale")
-    has_ending = bool(example.choices) or parse_number(example.answer) is not None
+    has_ending = kind_of(example.answer, example.choices) in ("choice", "number")
     filler = {*FILLER, *_words(f"{hint} {example.answer}")}
     reason = ""
     if not reply.ended and not newline:

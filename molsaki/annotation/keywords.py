@@ -30,7 +30,7 @@ def split_keywords(reply: str) -> list[str]:
     """The key words that a reply lists, separated by commas, semicolons or lines, each once in any case."""
     text = re.sub(r"^\s*key\s?words:", "", reply.rpartition("</think>")[2], flags=re.I)
     found: dict[str, str] = {}
-    for piece in re.split(r"[,;\n]", text):
+    for piece in re.split(r"[,;\n、，；،]", text):
         word = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", piece).strip(" \t\r.\"'*`")
         if re.search(r"\w", word):
             found.setdefault(" ".join(word.casefold().split()), word)

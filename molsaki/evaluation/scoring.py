@@ -4,32 +4,75 @@ from __future__ import annotations
 
 from typing import Any
 
-from molsaki.text.answers import find_choice, find_number, parse_number, same_text
+import regex
+
+from molsaki.text.answers import (
+    TRUTHS,
+    final_answer,
+    find_choice,
+    gold_choice,
+    kind_of,
+    plain,
+    quantity,
+    same_text,
+    stated_answer,
+    value_at,
+)
 from molsaki.text.examples import Example
+from molsaki.text.expressions import same_expression
+from molsaki.text.numbers import find_numbers
 
 
 def score(example: Example, reply: str, mode: str) -> dict[str, Any]:
     """The record of one reply: ``id, question, gold, reply, prediction, right``.
 
-    The prediction is the first number (or choice) of an answer, the last of a rationale, or None. A gold answer that
-    is neither is compared as text.
+    The prediction is the first number (or choice, or yes or no) of an answer, the last of a rationale, or None. Of a
+    reply with a ``\\boxed{}`` or ``####`` it is the one there; a thinking trace is passed over, and one that does not
+    end gives no answer. Expressions and other texts are compared with the first line of an answer, the last of a
+    rationale, or what it states after "the answer is".
 
     Args:
         example: the question with its gold answer, and its choices if it has any.
         reply: the text of the model.
         mode: ``"answer"`` or ``"rationale"``.
+
+    Raises:
+        ValueError: nothing can match the gold answer; `read_examples` leaves such examples out.
     """
     last = mode == "rationale"
-    gold = parse_number(example.answer)
-    if example.choices:
-        prediction = find_choice(reply, example.choices, last)
-        right = prediction == example.answer
-    elif gold is not None:
-        prediction = find_number(reply, last)
-        right = prediction is not None and parse_number(prediction) == gold
+    kind = kind_of(example.answer, example.choices)
+    gold = plain(final_answer(example.answer))
+    given = "" if "<think>" in reply and "</think>" not in reply else final_answer(reply)
+    prediction: str | None
+    if kind == "choice":
+        assert example.choices is not None
+        prediction = find_choice(plain(given), example.choices, last)
+        right = prediction is not None and prediction == gold_choice(gold, example.choices)
+    elif kind == "truth":
+        prediction = find_choice(given, tuple(TRUTHS), last, letters=False)
+        right = prediction is not None and TRUTHS[prediction] == TRUTHS[gold.casefold().strip(" .")]
+    elif kind == "number":
+        prediction, right = _number(gold, given, last)
     else:
-        lines = reply.strip().splitlines() or [""]
-        prediction = lines[-1 if last else 0].strip() or None
-        right = same_text(prediction or "", example.answer)
+        lines = given.splitlines() or [""]
+        line = lines[-1 if last else 0].strip()
+        prediction = (stated_answer(line) if line == given.strip() or last else None) or line or None
+        if kind == "expression":
+            right = prediction is not None and same_expression(final_answer(example.answer), prediction)
+        else:
+            right = any(same_text(plain(one or ""), gold) for one in (line, prediction))
     record = {"id": example.id, "question": example.question, "gold": example.answer, "reply": reply}
     return record | {"prediction": prediction, "right": right}
+
+
+def _number(gold: str, given: str, last: bool) -> tuple[str | None, bool]:
+    """The first or last number, and whether it is the gold one; no other unit may follow it."""
+    wanted = quantity(gold)
+    numbers = find_numbers(given, number_words=False)
+    if wanted is None or not numbers:
+        return None, False
+    start, stop = numbers[-1 if last else 0]
+    value, following = value_at(given, (start, stop))
+    following = plain(following).casefold() if wanted[1] else ""
+    is_other_unit = bool(regex.match(r"\p{L}", following)) and not following.startswith(wanted[1].casefold())
+    return given[start:stop], value == wanted[0] and not is_other_unit

@@ -9,8 +9,9 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from molsaki.text.segment import segment
 from molsaki.text.spans import Span, Spans, check_str
-from molsaki.text.templates import RATIONALE_MARK, check_chat, check_tokenizer, frame_of, name_of, render
+from molsaki.text.templates import RATIONALE_MARK, THINKING_MARK, name_of, render
 from molsaki_kernels.plan import StepPlan
 
 if TYPE_CHECKING:
@@ -90,19 +91,20 @@ def plan(
     return StepPlan.from_spans([e.steps for e in encoded], [e.words for e in encoded])
 
 
-def prompt(question: str, tokenizer: PreTrainedTokenizerBase, *, template: str = "plain") -> list[int]:
+def prompt(
+    question: str, tokenizer: PreTrainedTokenizerBase, *, template: str = "plain", thinking: bool = False
+) -> list[int]:
     """The token ids after which a rationale is generated: the template up to it, without a space at the end.
 
     They are the first ``target_start`` ids of :func:`encode` for any rationale, unless the tokenizer has a token that
     reaches across. Arguments and errors as in :func:`encode`.
+
+    Args:
+        thinking: whether the rationale begins with ``<think>``: some chat templates put an empty trace before others.
     """
     check_str("question", question)
-    check_tokenizer(tokenizer)
-    question = question.strip()
-    frame = frame_of(tokenizer, template)
-    if template == "chat":
-        check_chat(tokenizer, frame, question, RATIONALE_MARK)
-    tokens = tokenize((frame.before + question + frame.between).rstrip(" "), tokenizer, frame.special_tokens)
+    rendered = render(segment(question, THINKING_MARK if thinking else RATIONALE_MARK, key=()), tokenizer, template)
+    tokens = tokenize(rendered.text[: rendered.target], tokenizer, rendered.special_tokens)
     return tokens.ids[: len(tokens.ids) - tokens.num_closing]
 
 

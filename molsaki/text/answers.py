@@ -1,14 +1,62 @@
-"""Finds the answer in a text and compares answers: numbers by value, choices and other texts by their words."""
+"""Finds the answer in a text and compares answers: numbers by value, choices by text or letter, others by words."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Literal
 
-from molsaki.text.numbers import find_numbers
-from molsaki.text.segment import segment
+import regex
+
+from molsaki.text import expressions
+from molsaki.text.key_words import KEY_WORDS, WIDTHS, normalized
+from molsaki.text.numbers import find_numbers, parse_number
+from molsaki.text.spans import Span
+
+Kind = Literal["choice", "truth", "number", "expression", "text"]
+TRUTHS = {"yes": True, "true": True, "no": False, "false": False}
+
+_BOXED = regex.compile(r"\\f?boxed\s*(?P<braces>\{(?:[^{}]++|(?&braces))*+\})")
+CALCULATOR = regex.compile(r"<<[^<>\n]*>>")  # GSM8K's <<48/2=24>>
+_STATED = regex.compile(  # an answer follows
+    r"""
+    \banswer(?:\s+choice)?\s*(?:is\s*[:：]?|[:：=])(?!\s*not\b)
+  | (?:答案|正解|答え|정답|답)\s*(?:[是为為は은는]\s*[:：]?|[:：])
+  | (?:उत्तर\s*[:：]|คำตอบ\s*(?:คือ|[:：])|(?:الجواب|الإجابة)\s*(?:هو|هي|[:：]))
+    """,
+    regex.VERBOSE | regex.IGNORECASE,
+)
+_OPEN = r"[\s*_\"'“‘$(\[（{]*"
+_LETTERS = regex.compile(  # a choice by its letter; "a" and "I" are words too
+    rf"""
+    (?<![a-z\d])[(\[（](?P<letter>[a-z])[)\]）]
+  | \b(?:answer|option|choice|choose|pick|select)\b (?:\s+(?:is|option|choice))* \s*[:：=]?
+    {_OPEN}(?P<letter>[a-z])(?: (?<=(?-i:[B-HJ-Z]))(?![\w'’]) | (?=\s*(?:[^\w\s'’]|$)) )
+  | [选選]项?(?:[择擇]|肢)?{_OPEN}(?P<letter>[a-z])(?![a-z\d])
+  | (?:答案|正解|答え|정답|답)[是为為は은는应應该該选選：:\s]*{_OPEN}(?P<letter>[a-z])(?![a-z\d])
+  | (?<!\w)(?P<letter>(?-i:[A-Z]))\s+is\s+(?:the\s+)?(?:best|correct|right)\b
+  | \A\W*(?P<letter>[a-z])\W*\Z
+    """,
+    regex.VERBOSE | regex.IGNORECASE | regex.MULTILINE,
+)
+_FIRST_LETTER = regex.compile(r"\W*(?P<letter>[A-Za-z])\s*[.):：](?=\s)")
+_SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+_SCALE = regex.compile(rf"[\s-]*({'|'.join(_SCALES)})s?\b", regex.IGNORECASE)
+_UNIT = regex.compile(  # one letter is a variable but for these
+    r"""
+    \s* \(?\s* (?P<unit> [mgshlLVWKJN] | °\s?[CFK]? | (?!\p{Latin}\W*\Z)\p{L}[\p{L}\p{M}\ /'’²³.°-]{0,40} ) \s*\)? \.?
+    """,
+    regex.VERBOSE,
+)
+_EXPRESSION = regex.compile(
+    r"""
+    [\\^_{}=<>≤≥√π∞±]
+  | ^[(\[] [^()\[\]]*,[^()\[\]]* [)\]]$ | ^[\d\s.,;()+-]*\d\s*[,;][\d\s.,;()+-]*$        # pairs, intervals, lists
+  | \d[a-z](?!\p{L}) | (?<![\p{L}\d])[a-z]\s*[-+*/·×]\s*(?:\d|\(|[a-z](?!\p{L})) | \d\s*[+*·×]\s*[\da-z(]
+  | \d\s*[-/]\s*(?:[a-z](?!\p{L})|\()
+    """,
+    regex.VERBOSE,
+)
 
 
 def find_number(text: str, last: bool = False) -> str | None:
@@ -17,50 +65,166 @@ def find_number(text: str, last: bool = False) -> str | None:
     return found[-1 if last else 0] if found else None
 
 
-def parse_number(text: str) -> Fraction | None:
-    """The exact value of a text that is one number (``12 == 12.0``, ``1,200``, ``3/4``, ``1 1/2``), else None.
+def find_choice(text: str, choices: Sequence[str], last: bool = False, letters: bool = True) -> str | None:
+    """The choice that a text names by its words, its number or its letter: the one after "the answer is", else the
+    first or last.
 
-    Currency signs, percent signs and a final period are ignored.
+    A number names a choice of the same value, and no part of it does: neither 1.5 nor -5 names "5". A letter counts as
+    in ``(b)``, ``Answer: B``, ``option B``, ``B is correct``, or alone.
     """
-    text = text.strip().lstrip("$€£¥₹ ").rstrip("%. ").replace("−", "-").replace("–", "-").replace("⁄", "/")
-    if re.search(r"[eE][-+]?\d{4}", text):
-        return None  # the exact value would not fit in memory
-    text = re.sub(r"(?<=\d)[,\u2009\u202f](?=\d{3}(?!\d))", "", text).replace("\u00a0", " ")
-    sign, parts = (-1, text[1:].split()) if text[:1] == "-" else (1, text.removeprefix("+").split())
-    pieces = [piece for part in parts for piece in re.findall(r"[^¼½¾⅐-⅞]+|[¼½¾⅐-⅞]", part)]  # 1½ is 1 and ½
-    try:
-        values = [_fraction(piece) for piece in pieces]
-    except (ValueError, ZeroDivisionError):
+    found = _named(text, choices)
+    if letters:
+        folded = text.translate(WIDTHS)
+        matches = [*_LETTERS.finditer(folded), *([] if last else filter(None, [_FIRST_LETTER.match(folded)]))]
+        for match in matches:
+            number = ord(match["letter"].lower()) - ord("a")
+            if number < len(choices):
+                found.append((match.span("letter"), choices[number]))
+    found.sort()
+    stated = list(_STATED.finditer(text))
+    if stated:
+        start = stated[-1 if last else 0].end()
+        stop = regex.compile(r"[.!?](?=\s)|[。！？\n]|\Z").search(text, start).start()
+        found = [one for one in found if start <= one[0][0] < stop][:1] or found
+    return found[-1 if last else 0][1] if found else None
+
+
+def _named(text: str, choices: Sequence[str]) -> list[tuple[Span, str]]:
+    """The choices that a text has the words or the number of, with their places; the longest of those that overlap."""
+    values = [parse_number(choice) for choice in choices]
+    by_value = {v: choice for v, choice in zip(values, choices, strict=True) if v is not None and values.count(v) == 1}
+    numbers = find_numbers(text, number_words=False)
+    found = [((a, b), by_value[v]) for a, b in numbers if (v := parse_number(text[a:b])) in by_value]
+    inside = {i for a, b in numbers for i in range(a + 1, b)}  # no word begins or ends within a number
+    words = [choice for choice in choices if choice not in by_value.values()]
+    for start, stop in KEY_WORDS["keywords"](words, False)(text):
+        if start not in inside and stop not in inside:
+            found.append(((start, stop), next(c for c in words if same_text(c, text[start:stop]))))
+    kept: list[tuple[Span, str]] = []
+    for one in sorted(found, key=lambda one: one[0][0] - one[0][1]):
+        if all(one[0][1] <= a or b <= one[0][0] for (a, b), _ in kept):
+            kept.append(one)
+    return kept
+
+
+def gold_choice(gold: str, choices: Sequence[str]) -> str | None:
+    """The choice that a gold answer is: by its text in any case, its letter, or its value."""
+    named = [choice for choice in choices if same_text(choice, gold)]
+    letter = regex.fullmatch(r"\(?([a-zA-Z])(?:\)|[.:])?\s*(.*)", gold.strip())
+    if not named and letter:
+        number = ord(letter[1].lower()) - ord("a")
+        named = [c for c in choices[number : number + 1] if not letter[2] or same_text(c, letter[2])]
+    value = parse_number(gold)
+    if not named and value is not None:
+        named = [choice for choice in choices if parse_number(choice) == value]
+        named = named if len(named) == 1 else []
+    return named[0] if named else None
+
+
+def final_answer(text: str) -> str:
+    """The answer in the form of a data set: the last ``\\boxed{}`` (MATH), else what follows the last ``####`` (GSM8K),
+    else the whole text; without GSM8K's calculator marks, and without a thinking trace before it."""
+    text = CALCULATOR.sub("", text.rpartition("</think>")[2])
+    boxed = _BOXED.findall(text)
+    if boxed:
+        return str(boxed[-1][1:-1]).strip()
+    head, mark, tail = text.rpartition("####")
+    return tail.strip() if mark else text.strip()
+
+
+def stated_answer(text: str) -> str | None:
+    """The answer that a text states: in the form of a data set, or after "the answer is"."""
+    final = final_answer(text)
+    if _BOXED.search(text) or "####" in text:
+        return final
+    stated = list(_STATED.finditer(final))
+    if not stated:
         return None
-    is_mixed = len(values) == 2 and values[0].denominator == 1 and 0 < values[1] < 1
-    return sign * sum(values, Fraction(0)) if len(values) == 1 or is_mixed else None
+    sentence = regex.split(r"[.!?](?=\s|$)|[。！？\n]", final[stated[-1].end() :])[0]
+    numbers = find_numbers(sentence, number_words=False)
+    return sentence[slice(*numbers[0])] if len(numbers) == 1 else sentence.strip(" *_\"'`") or None
 
 
-def find_choice(text: str, choices: Sequence[str], last: bool = False) -> str | None:
-    """The first or last choice that a text names by its words or, if none, by its letter as in ``(b)``."""
-    spans = segment("", text, key=choices)
-    if spans.words:
-        start, stop = spans.words[-1 if last else 0]
-        return next(c for c in choices if same_text(c, spans.text[start:stop]))
-    letters = re.findall(r"\(([a-z])\)|^\W*([a-z])\W*$", text.strip().lower())
-    found = [i for i in (ord(a or b) - ord("a") for a, b in letters) if i < len(choices)]
-    return choices[found[-1 if last else 0]] if found else None
+def kind_of(gold: str, choices: Sequence[str] | None) -> Kind:
+    """How a gold answer is compared with the answer in a reply.
+
+    Raises:
+        ValueError: no reply could match it; the message says what was expected.
+    """
+    answer = plain(final_answer(gold))
+    if choices:
+        if gold_choice(answer, choices) is None:
+            raise ValueError(f"expected one of the choices {', '.join(choices)}, or a letter of one, got {gold!r}")
+        return "choice"
+    if answer.casefold().strip(" .") in TRUTHS:
+        return "truth"
+    if quantity(answer) is not None:
+        return "number"
+    if "\n" in answer:
+        raise ValueError(
+            "expected a number, a choice, yes or no, an expression or a text of one line, or a text that ends in "
+            f"'#### ANSWER' or has a \\boxed{{ANSWER}}, got {answer.count(chr(10)) + 1} lines: {gold[:60]!r}"
+        )
+    if _EXPRESSION.search(answer):
+        expressions.check(final_answer(gold))
+        return "expression"
+    if not regex.search(r"[\p{L}\p{N}]", answer):
+        raise ValueError(f"expected letters or digits, which a reply could match, got {gold!r}")
+    return "text"
 
 
-def same_answer(a: str, b: str) -> bool:
-    """Return whether two answers are the same number or, where one of them is no number, the same words."""
-    x, y = parse_number(a), parse_number(b)
-    return same_text(a, b) if x is None or y is None else x == y
+def quantity(text: str) -> tuple[Fraction, str] | None:
+    """The value and the unit of a text that is a number, or a number and a unit such as ``5 apples`` or ``15个``."""
+    value = parse_number(text)
+    if value is not None:
+        return value, ""
+    numbers = find_numbers(text, number_words=False)
+    if len(numbers) != 1 or regex.search(r"[^\s\p{Sc}]", text[: numbers[0][0]]):
+        return None
+    value, following = value_at(text, numbers[0])
+    unit = _UNIT.fullmatch(following) if following.strip() else None
+    if value is None or (following.strip() and unit is None):
+        return None
+    return value, unit["unit"].strip() if unit else ""
+
+
+def value_at(text: str, span: Span) -> tuple[Fraction | None, str]:
+    """The value of the number at ``span``, times a scale after it as in ``1.5 million``; the text after both."""
+    value, scale = parse_number(text[slice(*span)]), _SCALE.match(text, span[1])
+    if value is None or scale is None:
+        return value, text[span[1] :]
+    return value * 10 ** _SCALES[scale[1].lower()], text[scale.end() :]
+
+
+def plain(text: str) -> str:
+    """A text without the LaTeX around numbers and words: ``$5\\text{ cm}$`` is ``5 cm``."""
+    text = regex.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
+    text = regex.sub(r"\\(?:left|right|displaystyle|!)(?![a-z])|\\[()\[\]]", "", text)
+    text = regex.sub(r"\\[,;: ](?!\d{3}(?!\d))|~", " ", text)
+    text = regex.sub(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°", text)
+    text = regex.sub(r"\\([%$])", r"\1", text)
+    return text.strip().strip("$*").strip()
+
+
+def same_answer(a: str, b: str, choices: Sequence[str] | None = None) -> bool:
+    """Return whether two answers are the same choice, the same number or, where one of them is neither, the same words.
+
+    A unit counts if both have one.
+    """
+    a, b = plain(final_answer(a)), plain(final_answer(b))
+    if choices:
+        one = gold_choice(a, choices)
+        return one is not None and one == gold_choice(b, choices)
+    x, y = quantity(a), quantity(b)
+    if x is None or y is None:
+        return same_text(a, b)
+    return x[0] == y[0] and (not x[1] or not y[1] or same_text(x[1], y[1]))
 
 
 def same_text(a: str, b: str) -> bool:
     """Return whether two texts have the same words, whatever the case and the quotes and periods around them."""
-    return _normalized(a) == _normalized(b)
+    return _words(a) == _words(b)
 
 
-def _normalized(text: str) -> str:
-    return " ".join(text.casefold().strip(" .\"'").split())
-
-
-def _fraction(text: str) -> Fraction:
-    return Fraction(unicodedata.numeric(text)).limit_denominator(10) if len(text) == 1 else Fraction(text)
+def _words(text: str) -> str:
+    return " ".join(normalized(text)[0].casefold().strip(" .。\"'“”‘’*").split())

@@ -1,21 +1,27 @@
-"""Reads questions with rationales and answers from JSON lines files."""
+"""Reads questions with rationales and answers from files of JSON lines or of one JSON array."""
 
 from __future__ import annotations
 
 import codecs
 import dataclasses
 import json
+import logging
+import math
 import os
+import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from molsaki.text.answers import same_answer
+from molsaki.text.answers import gold_choice, kind_of, same_answer
+from molsaki.text.formats import Fields, to_fields
 
-Fields = dict[str, Any]  # the JSON object of a line
+logger = logging.getLogger(__name__)
+
+NAMED = 5  # examples left out that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +43,21 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples of JSON lines files, read from disk on access; 14 bytes per example stay in memory.
+    """Examples of files, read from disk on access; 18 bytes per example stay in memory.
 
     A slice is an `Examples` too. Reading from a file that has changed since it was opened is an error.
+
+    Attributes:
+        left_out: why each line or element that is no usable example was left out, with its file, line and id; of the
+            whole files, also of a slice.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        files: np.ndarray[Any, Any],
-        offsets: np.ndarray[Any, Any],
-        lines: np.ndarray[Any, Any],
-    ):
+    def __init__(self, paths: Sequence[Path], index: np.ndarray[Any, Any], left_out: Sequence[str] = ()):
         self._paths, self._states = paths, [_state(path) for path in paths]
-        self._files, self._offsets, self._lines = files, offsets, lines
+        self._index, self.left_out = index, left_out
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._index)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -62,61 +66,111 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self._paths, self._files[index], self._offsets[index], self._lines[index])
-        number = int(self._files[index])
-        path = self._paths[number]
+            return Examples(self._paths, self._index[index], self.left_out)
+        entry = self._index[index]
+        path = self._paths[entry["file"]]
         with path.open("rb") as file:
-            if _state(file.fileno()) != self._states[number]:
+            if _state(file.fileno()) != self._states[entry["file"]]:
                 raise ValueError(f"{path}: has changed since it was opened; run again")
-            file.seek(self._offsets[index])
-            return _example(json.loads(file.readline()), str(path), str(self._lines[index]), False)
+            file.seek(entry["offset"])
+            return _example(json.loads(file.read(entry["length"])), str(entry["line"]), rationale=False, compared=False)
 
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Examples:
-    """Read JSON lines with ``question``, ``rationale``, ``answer`` or ``gold``, and optionally ``id``, ``keywords``,
-    ``choices`` and ``task``.
+    """Read JSON lines, or one JSON array, of objects with ``question``, ``rationale``, ``answer`` or ``gold``, and
+    optionally ``id``, ``keywords``, ``choices`` and ``task``, or of a format of `molsaki.text.formats`.
 
-    Answers may be numbers. Blank lines are skipped. A missing ``id`` becomes the line number. Every line is checked
-    here, but none is kept in memory.
+    Answers may be numbers, and true and false are read as yes and no. The gold answer of an example with choices
+    becomes the text of its choice. Blank lines are skipped. A missing ``id`` becomes the number of the line or element.
+    Every example is checked here, but none is kept in memory. One that cannot be used is left out: the first few are
+    named in a warning, all of them in ``left_out``.
 
     Args:
         path: one file, or several whose ids differ.
-        rationale: if True, a line without the field ``rationale`` is an error. An empty rationale is none, see
-            :func:`molsaki.batches.dataset.prepare`.
+        rationale: if True, the examples are to be trained on: an example without the field ``rationale`` is left out.
+            An empty rationale is none, see :func:`molsaki.batches.dataset.prepare`. If False, replies are to be
+            compared with the gold answers: an example whose gold answer no reply can match is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError, TypeError: the file has no examples, a line is not a JSON object, a field is missing, blank or of
-            the wrong type, or two lines have the same id; the message names the file, the line and the field.
+        ValueError: a file has no usable example (the message has the reasons), or is an array that is not valid JSON.
     """
     paths = [Path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
-    files, offsets, lines, keys = array("h"), array("q"), array("i"), array("q")
+    entries, keys, left_out = array("q"), array("q"), []
     for number, one in enumerate(paths):
         if not one.is_file():
             raise FileNotFoundError(f"{one}: no such file")
-        before = len(lines)
-        with one.open("rb") as file:
-            offset = 3 * (file.read(3) == codecs.BOM_UTF8)
-            file.seek(offset)
-            for line_number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{one}:{line_number}"
-                    example = _example(_parse(line, where), where, str(line_number), rationale)
-                    files.append(number)
-                    offsets.append(offset)
-                    lines.append(line_number)
-                    keys.append(hash(example.id))
-                offset += len(line)
-        if len(lines) == before:
-            raise ValueError(f"{one}: holds no examples")
-    found = Examples(paths, np.array(files), np.array(offsets), np.array(lines))
-    order = np.argsort(np.array(keys), kind="stable")
-    repeated = np.flatnonzero(np.diff(np.array(keys)[order]) == 0)
-    for at in repeated[order[repeated + 1].argsort()][:1]:
-        first, second = (int(number) for number in order[at : at + 2])
-        there = f"{lines[first]}" if files[first] == files[second] else f"{lines[first]} of {paths[files[first]]}"
-        raise ValueError(f"{paths[files[second]]}:{lines[second]}: id {found[second].id!r} is line {there}'s already")
-    return found
+        for line, offset, data in _records(one):
+            fields: Fields = {}
+            try:
+                fields = _parse(data)
+                example = _example(fields, str(line), rationale, not rationale)
+            except (ValueError, TypeError) as error:
+                id = fields.get("id")
+                left_out.append(f"{one}:{line}: {'' if id is None else f'id {id}: '}{error}")
+                continue
+            entries.extend((number, line, offset, len(data)))
+            keys.append(hash(example.id))
+    table = np.array(entries, np.int64).reshape(-1, 4)
+    index = np.zeros(len(table), [("file", "<i2"), ("line", "<i4"), ("offset", "<i8"), ("length", "<i4")])
+    for column, name in enumerate(index.dtype.names or ()):
+        index[name] = table[:, column]
+    _, firsts, groups = np.unique(np.array(keys, np.int64), return_index=True, return_inverse=True)
+    is_first = firsts[groups] == np.arange(len(index))
+    found = Examples(paths, index)
+    for at in np.flatnonzero(~is_first):
+        first, second = index[firsts[groups[at]]], index[at]
+        other = "" if first["file"] == second["file"] else f" of {paths[first['file']]}"
+        repeated = f"id {found[int(at)].id!r} is line {first['line']}{other}'s already"
+        left_out.append(f"{paths[second['file']]}:{second['line']}: {repeated}")
+    for number, one in enumerate(paths):
+        if not (index["file"][is_first] == number).any():
+            reasons = [reason for reason in left_out if reason.startswith(f"{one}:")]
+            raise ValueError(f"{one}: holds no examples" + (f" that can be used: {_named(reasons)}" if reasons else ""))
+    if left_out:
+        logger.warning(
+            "%d of %d examples left out: %s", len(left_out), len(left_out) + is_first.sum(), _named(left_out)
+        )
+    return Examples(paths, index[is_first], left_out)
+
+
+def _named(left_out: Sequence[str]) -> str:
+    more = len(left_out) - NAMED
+    return "; ".join(left_out[:NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _records(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """The number, from 1, the byte offset and the bytes of each line that is not blank, or of each array element."""
+    with path.open("rb") as file:
+        offset = 3 * (file.read(3) == codecs.BOM_UTF8)
+        file.seek(offset)
+        start = file.read(1 << 16).lstrip()
+        file.seek(offset)
+        if start.startswith(b"["):
+            yield from _elements(path, file.read(), offset)
+            return
+        for line, data in enumerate(file, 1):
+            if data.strip():
+                yield line, offset, data
+            offset += len(data)
+
+
+def _elements(path: Path, data: bytes, offset: int) -> Iterator[tuple[int, int, bytes]]:
+    """The elements of the JSON array that is the whole of a file from ``offset`` on, as `_records` gives them."""
+    decoder, between = json.JSONDecoder(), re.compile(r"\s*([\[,\]])\s*")
+    try:
+        text = data.decode()
+        number = at = 0
+        while (mark := between.match(text, at)) and mark[1] != "]" and not text.startswith("]", mark.end()):
+            offset += len(text[at : mark.end()].encode())
+            at = decoder.raw_decode(text, mark.end())[1]
+            number, element = number + 1, text[mark.end() : at].encode()
+            yield number, offset, element
+            offset += len(element)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON, or not UTF-8: {error}") from None
+    if mark is None or text[mark.end() :].strip(" \r\n\t]"):
+        raise ValueError(f"{path}: not valid JSON: expected , or ] after element {number} of the array")
 
 
 def _state(file: Path | int) -> tuple[int, int]:
@@ -124,50 +178,66 @@ def _state(file: Path | int) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _parse(line: bytes, where: str) -> Fields:
+def _parse(data: bytes) -> Fields:
     try:
-        fields = json.loads(line)
+        fields = json.loads(data)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid UTF-8: {error.reason} at byte {error.start + 1}") from None
+        raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start + 1}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
     return fields
 
 
-def _example(fields: Fields, where: str, default_id: str, rationale: bool) -> Example:
-    has_both = fields.get("gold") is not None and "answer" in fields
+def _example(record: Fields, default_id: str, rationale: bool, compared: bool) -> Example:
+    """Checks everything; ``compared``: also that replies can be compared with the gold answer."""
+    fields = to_fields(record)
+    choices = _texts(fields, "choices")
+    name = "answer" if fields.get("gold") is None else "gold"
+    answer = _text(fields, name)
+    try:
+        if choices or compared:
+            kind_of(answer, choices)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    given = _text(fields, "answer", answer)
     return Example(
-        id=_text(fields, "id", where, default_id),
-        question=_text(fields, "question", where),
-        rationale=_text(fields, "rationale", where, None if rationale and "rationale" not in fields else ""),
-        answer=_text(fields, "answer" if fields.get("gold") is None else "gold", where),
-        keywords=_texts(fields, "keywords", where),
-        choices=_texts(fields, "choices", where),
-        is_right=not has_both or same_answer(_text(fields, "answer", where, ""), _text(fields, "gold", where)),
-        task=_text(fields, "task", where, "") or None,
+        id=_text(fields, "id", default_id),
+        question=_text(fields, "question"),
+        rationale=_text(fields, "rationale", None if rationale and "rationale" not in fields else ""),
+        answer=(gold_choice(answer, choices) or answer) if choices else answer,
+        keywords=_texts(fields, "keywords"),
+        choices=choices,
+        is_right="answer" not in fields or same_answer(given, answer, choices),
+        task=_text(fields, "task", "") or None,
     )
 
 
-def _text(fields: Fields, name: str, where: str, default: str | None = None) -> str:
+def _text(fields: Fields, name: str, default: str | None = None) -> str:
     """A field as text. A missing, null or blank one is ``default``, or an error if that is None."""
     value = fields.get(name)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    if isinstance(value, (int, float)) and math.isfinite(value):
         value = str(value)
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"{where}: {name}: expected a text, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a text, got {type(value).__name__}")
     if value is not None and value.strip():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: half of a surrogate pair at character {error.start}") from None
         return value
     if default is None:
-        raise ValueError(f"{where}: {name}: " + ("missing" if value is None else "expected a text, got a blank one"))
+        raise ValueError(f"{name}: " + ("missing" if value is None else "expected a text, got a blank one"))
     return default
 
 
-def _texts(fields: Fields, name: str, where: str) -> tuple[str, ...] | None:
+def _texts(fields: Fields, name: str) -> tuple[str, ...] | None:
     value = fields.get(name)
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-        raise TypeError(f"{where}: {name}: expected a list of texts that are not blank, got {value!r}")
+        raise TypeError(f"{name}: expected a list of texts that are not blank, got {value!r}")
     return tuple(value)

@@ -52,14 +52,18 @@ def _room(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str, max_l
     excess = len(tokens.ids) - checked_length(max_length)
     if excess <= 0:
         return len(spans.text)
-    end = rendered.rationale + len(spans.text) - spans.rationale_start
+    end = rendered.rationale + len(rendered.origins)
     rationale = [x for t, x in enumerate(tokens.heads) if tokens.is_at_or_after(t, rendered.rationale) and x < end]
     if excess >= len(rationale):
         raise TooLong(
             f"spans: nothing of the rationale fits: {len(tokens.ids)} tokens, {len(rationale)} of them the "
             f"rationale's, but max_length is {max_length}"
         )
-    return rationale[-excess] - rendered.rationale + spans.rationale_start
+    cut = rendered.origins[rationale[-excess] - rendered.rationale]
+    tag = "</think>"
+    if not isinstance(rendered.origins, range) and spans.text.rfind(tag) + len(tag) > cut:
+        raise TooLong(f"spans: the thinking trace is longer than max_length {max_length} allows, and is not cut")
+    return cut
 
 
 def _cut(spans: Spans, end: int) -> Spans:

@@ -7,7 +7,10 @@ To add one, write a function as `SelectKeyWords` describes and enter it in `KEY_
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import regex
 
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import Span, check_str
@@ -35,24 +38,67 @@ def _keywords(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
 KEY_WORDS: dict[str, SelectKeyWords] = {"numbers": _numbers, "keywords": _keywords}
 
 
+# Scripts in which a word may follow another without a space: there every occurrence counts. In Korean particles follow
+# a word so, but nothing precedes it.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_is_spaced = regex.compile(rf"[\w--[{_UNSPACED}]]", regex.V1).match
+_may_be_followed = regex.compile(rf"[{_UNSPACED}\p{{Hangul}}\W]").match
+
+
 def _keyword_patterns(keywords: Iterable[str]) -> list[re.Pattern[str]]:
     patterns = []
     for i, keyword in enumerate(keywords):
         check_str(f"key[{i}]", keyword)
-        parts = keyword.split()
+        parts = normalized(keyword)[0].split()
         if not parts:
             raise ValueError(f"key[{i}]: expected a keyword, got {keyword!r}")
-        before = r"(?<!\w)" if parts[0][0].isalnum() else ""
-        after = r"(?!\w)" if parts[-1][-1].isalnum() else ""
-        patterns.append(re.compile(before + r"\s+".join(map(re.escape, parts)) + after, re.IGNORECASE))
+        patterns.append(re.compile(r"\s+".join(map(re.escape, parts)), re.IGNORECASE))
     return patterns
 
 
 def _find_keywords(text: str, patterns: list[re.Pattern[str]]) -> list[Span]:
-    candidates = {match.span() for pattern in patterns for match in pattern.finditer(text)}
+    normal, starts, stops = normalized(text)
+    candidates = {(starts[a], stops[b - 1]) for pattern in patterns for a, b in _whole_words(pattern, normal)}
     taken, found = bytearray(len(text)), []
     for start, stop in sorted(candidates, key=lambda span: (span[0] - span[1], span[0])):
         if not any(taken[start:stop]):
             taken[start:stop] = b"\1" * (stop - start)
             found.append((start, stop))
     return sorted(found)
+
+
+def _whole_words(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
+    """The matches that neither start nor end within a word."""
+    at = 0
+    while match := pattern.search(text, at):
+        start, stop = match.span()
+        following = text[stop : stop + 1]
+        splits_word = start > 0 and _is_spaced(text[start]) and _is_spaced(text[start - 1])
+        if _may_be_followed(text[stop - 1]):
+            splits_word = splits_word or unicodedata.category(following or " ")[0] == "M"
+        else:
+            splits_word = splits_word or _is_spaced(following)
+        if not splits_word:
+            yield start, stop
+        at = start + 1 if splits_word else stop
+
+
+# Full-width and half-width forms and what they are forms of: one character for one.
+WIDTHS = {c: int(unicodedata.decomposition(chr(c)).split()[1], 16) for c in (0x3000, *range(0xFF01, 0xFFEF))
+           if unicodedata.decomposition(chr(c))}  # fmt: skip
+
+
+def normalized(text: str) -> tuple[str, Sequence[int], Sequence[int]]:
+    """The text in Unicode's NFC and one width, and where each of its characters starts and stops in ``text``."""
+    folded = text if text.isascii() else text.translate(WIDTHS)
+    if unicodedata.is_normalized("NFC", folded):
+        return folded, range(len(text)), range(1, len(text) + 1)
+    pieces: list[str] = []
+    starts: list[int] = []
+    stops: list[int] = []
+    for match in regex.finditer(r"\X", folded):  # per user-perceived character: nothing composes across them
+        piece = unicodedata.normalize("NFC", match[0])
+        pieces.append(piece)
+        starts += [match.start()] * len(piece)
+        stops += [match.end()] * len(piece)
+    return "".join(pieces), starts, stops

@@ -30,19 +30,27 @@ def segment(
     where it stands for a division, ``24/2=12``; ``1 1/2`` is one number). Two numbers in ``24 / 2``, ``1.5/2`` and
     ``8:30``. A sign belongs to its number where it touches it and is neither a minus between two numbers nor a hyphen
     in a word: ``-5``, ``= -5``, ``(-5)``, but ``7-5``, ``7 -5``, ``$5-$3`` and ``covid-19`` without. Currency,
-    percent, units and ordinal endings stay outside (``$5``, ``5%``, ``5km``, ``5th``); digits that end a name are no
-    number (``mp3``, ``x1``). GSM8K's calculator marks are text like any other: ``<<48/2=24>>24`` has three numbers.
+    percent, units and ordinal endings stay outside (``$5``, ``5%``, ``5km``, ``5th``), but a currency sign between
+    sign and digits does not (``-$5``). Digits that end a name are no number (``mp3``, ``x1``); after a letter of a
+    script without capitals they are one (``有3个``). GSM8K's calculator marks are text like any other:
+    ``<<48/2=24>>24`` has three numbers. Digits of every script and width count, also grouped as in India
+    (``1,00,000``), in LaTeX (``9{,}000``, ``\\frac{3}{4}``), and in the European way where nothing else can be meant:
+    ``1.234.567`` and ``1.234,56``, but two numbers in ``3,5``. In ``3万`` and ``1万2千`` the scale is a part of the
+    number; numbers in Chinese words (``十五``) are not found.
 
     Args:
         question: the question.
         rationale: the rationale.
         key: a name of `molsaki.text.key_words.KEY_WORDS`: ``"numbers"``, or ``"keywords"`` for the words in
             ``keywords``. A list of keywords is short for the latter. Each occurrence of a keyword as a whole word, in
-            any case, is a key word; of overlapping occurrences the longest wins, then the first. Any white space
-            matches the white space inside a keyword.
-        splitter: ``"rules"`` ends a step at ``. ? !`` and newlines, but not inside numbers, after abbreviations,
-            initials and list markers, or before lower case. ``"periods"`` is the paper's: every run of periods ends
-            a step, also in ``3.14``, and nothing else does.
+            any case and width, is a key word; in scripts without spaces between words every occurrence is, and in
+            Korean one that a particle follows. Of overlapping occurrences the longest wins, then the first. Any white
+            space matches the white space inside a keyword.
+        splitter: ``"rules"`` ends a step at newlines and at ``. ? !``, but not inside numbers and addresses, after
+            abbreviations, initials and list markers, or before lower case; at the sentence terminals of other scripts
+            (``。！？ ؟ । ۔``); and in Thai and Lao, which have none, at a space between two of their letters.
+            ``"periods"`` is the paper's: every run of ASCII periods ends a step, also in ``3.14``, and nothing else
+            does.
         number_words: numbers written out (``twenty-five``, ``a dozen``, ``two thirds``) are numbers too, also
             where ``one`` is a pronoun.
         keywords: the example's own key words, for the selectors that use them.

@@ -1,9 +1,13 @@
-"""Finds where the steps of a text end: by rules for English sentences, or at every period as in the paper."""
+"""Finds where the steps of a text end: by rules for sentences of many scripts, or at every period as in the paper."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+
+import regex
 
 
 def _word_set(words: str) -> frozenset[str]:
@@ -11,9 +15,12 @@ def _word_set(words: str) -> frozenset[str]:
 
 
 LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
-_STOP = r"[.?!…。！？]+"
-_CLOSE = r"[\"'”’»)\]}」』*_]*(?: [)\]}”»]+)?"
-_BREAK = re.compile(rf"(?P<stop>{_STOP}){_CLOSE}|[{LINE_ENDS}]\s*")
+_STOP = r"[\p{SB=STerm}\p{SB=ATerm}…‥]+"  # Unicode's sentence terminals and full stops: .?! 。！？．｡ ؟۔ ।॥ ។ ።
+_CLOSE = r"[\"'”’»)\]}」』）］｝〉》】*_]*(?: [)\]}”»]+)?"
+# Thai and Lao write no stops; a space between two of their letters ends a clause, but not before "and" or "or".
+_GAP = r"(?<=[\p{Thai}\p{Lao}--[ๆໆ]]) +(?=(?!และ|หรือ|ແລະ|ຫຼື)[\p{Thai}\p{Lao}--[ๆໆฯຯ]])"
+_BREAK = regex.compile(rf"(?P<stop>{_STOP}){_CLOSE}|(?P<space>{_GAP})|[{LINE_ENDS}]\s*", regex.V1)
+_URL = re.compile(r"(?:https?://|www\.)[!-~]*[\w/=&#~+-]", re.ASCII)
 _SPACE = re.compile(r"\s*")
 _OPEN = re.compile(r"(?:[“«(\[{] ?|[\"'‘「『*_#¿¡])*")
 _WORD = re.compile(r"[^\W\d_]*")
@@ -26,12 +33,14 @@ _INITIALS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")  # U.S, p.m: the last period 
 
 # Abbreviations: a sentence never ends after one of _NEVER_LAST, after one of _SELDOM_LAST only before a word of
 # _STARTERS, and after one of _BEFORE_NUMBER only where no number follows.
-_NEVER_LAST = _word_set("mr mrs ms mx dr prof messrs capt sgt lt cmdr cpl pvt mt e.g i.e eg ie vs viz cf approx ca sq")
+_NEVER_LAST = _word_set(
+    "mr mrs ms mx dr prof messrs capt sgt lt cmdr cpl pvt mt e.g i.e eg ie vs viz cf approx ca sq डॉ प्रो श्री"
+)
 _SELDOM_LAST = _word_set(
     "jr sr st ave blvd rd inc ltd co corp bros dept univ al est ph.d gen gov sen rep rev hon col maj adm pres"
 )
 _BEFORE_NUMBER = _word_set(
-    """no nos fig figs eq eqs ch vol p pp ft lb lbs oz yd hr hrs min mins sec secs
+    """no nos fig figs eq eqs ch vol p pp ft lb lbs oz yd hr hrs min mins sec secs rs रु
     jan feb mar apr jun jul aug sep sept oct nov dec"""
 )
 _STARTERS = _word_set(
@@ -43,6 +52,10 @@ _STARTERS = _word_set(
 )
 
 
+# One letter with a period is a word of one syllable in Chinese, Japanese and Korean, in these an abbreviation.
+_LETTER = regex.compile(r"[\p{Arabic}\p{Hebrew}\p{Thai}\p{Lao}\p{Devanagari}\p{Bengali}\p{Tamil}\p{Telugu}]")
+
+
 def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
     match = pattern.match(text, at)
     return match.end() if match else at
@@ -50,10 +63,14 @@ def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 def rule_ends(text: str) -> Iterator[int]:
     """The ends of the steps of a text that neither starts nor ends with white space."""
+    urls = [match.span() for match in _URL.finditer(text)]
     start = 0
     for match in _BREAK.finditer(text):
         stop = match["stop"]
         end = match.end() if stop is None else _skip(_SPACE, text, match.end())
+        url = urls[bisect_right(urls, (match.start(), len(text))) - 1] if urls else (0, 0)
+        if url[0] <= match.start() < url[1]:
+            continue
         if start < end < len(text) and (stop is None or _ends_step(text, start, match, end)):
             yield end
             start = end
@@ -61,13 +78,17 @@ def rule_ends(text: str) -> Iterator[int]:
         yield len(text)
 
 
-def _ends_step(text: str, start: int, match: re.Match[str], following: int) -> bool:
+def _ends_step(text: str, start: int, match: regex.Match[str], following: int) -> bool:
     """Return whether the stop in ``match`` ends the step from ``start``; the next text is at ``following``."""
     stop, gap = match["stop"], text[match.end() : following]
-    if any(c in LINE_ENDS for c in gap) or stop[-1] in "。！？":
+    if any(c in LINE_ENDS for c in gap):
         return True
     initial = _skip(_OPEN, text, following)
     head = text[initial : initial + 1]
+    if stop[-1] == "．" and (head.isdigit() or _is_inner_period(text, start, match.end("stop") - 1, initial)):
+        return False  # ３．１４, and the marker of a list
+    if stop[-1] not in ".?!…‥":
+        return not (text[match.end() - 1] in "」』" and text.startswith(("と", "って"), following))  # speech goes on
     if not head or head.isspace() or head.islower() or head in _NO_START:
         return False
     if not gap and not _lacks_space(text, match, initial):
@@ -75,12 +96,18 @@ def _ends_step(text: str, start: int, match: re.Match[str], following: int) -> b
     return stop != "." or not _is_inner_period(text, start, match.start(), initial)
 
 
-def _lacks_space(text: str, match: re.Match[str], initial: int) -> bool:
+def _lacks_space(text: str, match: regex.Match[str], initial: int) -> bool:
     """Return whether the next sentence follows without the usual space, as in ``30 apples.Then she``."""
     before, head = text[match.start() - 1 : match.start()], text[initial : initial + 2]
     if match["stop"][-1] in "?!":
-        return head[:1].isupper()
+        return head[:1].isupper() or _has_no_case(head[:1])
+    if _has_no_case(head[:1]):  # 苹果.他
+        return match["stop"] == "." and (before.isdigit() or before in ")]%" or _has_no_case(before))
     return (before.islower() or before.isdigit() or before in ")]%") and head[:1].isupper() and head[1:].islower()
+
+
+def _has_no_case(character: str) -> bool:
+    return bool(character) and unicodedata.category(character) in ("Lo", "Mn", "Mc")
 
 
 def _is_inner_period(text: str, start: int, period: int, following: int) -> bool:
@@ -88,7 +115,7 @@ def _is_inner_period(text: str, start: int, period: int, following: int) -> bool
     if period - start < 30 and _MARKER.fullmatch(text, start, period):
         return True
     first = period
-    while first > max(start, period - 20) and (text[first - 1].isalnum() or text[first - 1] in ".'’"):
+    while first > max(start, period - 20) and (_is_word(text[first - 1]) or text[first - 1] in ".'’"):
         first -= 1
     word = text[first:period].lstrip(".'’")
     name = word.lower()
@@ -105,8 +132,13 @@ def _is_inner_period(text: str, start: int, period: int, following: int) -> bool
         if text[following].isdigit():
             return False
         before = text[max(start, first - 10) : first].rstrip()[-1:]
-        return word.isupper() and (not before or before.isalpha() or before in ".,;:'’\"“(-&")
+        may_be_initial = word.isupper() or _LETTER.match(word) is not None
+        return may_be_initial and (not before or before.isalpha() or before in ".,;:'’\"“(-&")
     return name in _SELDOM_LAST or _INITIALS.fullmatch(word) is not None
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or unicodedata.category(character) in ("Mn", "Mc")
 
 
 def period_ends(text: str) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Reading examples from JSON lines files."""
+"""Reading examples: formats, arrays, and what is left out."""
 
 from __future__ import annotations
 
@@ -12,40 +12,172 @@ from tests.helpers import tiny
 
 
 def test_read(tmp_path):
-    rows = tiny.problems(2) + [{"question": "q", "rationale": "", "answer": 12, "gold": 12.0, "choices": ["a", "b"]}]
+    rows = tiny.problems(2) + [{"question": "q", "rationale": "", "answer": 12, "gold": 12.0, "choices": ["a", "12"]}]
     rows.append({"question": "q", "rationale": "r", "answer": "3", "gold": "4", "keywords": ["x"]})
     path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
     path.write_text("\n" + path.read_text())
     read = read_examples(path)
     assert [e.id for e in read] == ["p0", "p1", "4", "5"]
-    assert read[2] == Example("4", "q", "", "12.0", None, ("a", "b"), is_right=True)
+    assert read[2] == Example("4", "q", "", "12", None, ("a", "12"), is_right=True)
     assert (read[3].answer, read[3].keywords, read[3].is_right) == ("4", ("x",), False)
 
 
 GOOD = {"id": "a", "question": "q", "rationale": "r", "answer": "1"}
 
 
+BAD = {
+    "{broken": "not valid JSON",
+    "[1": "not valid JSON",
+    "1": "expected a JSON object, got int",
+    json.dumps({**GOOD, "question": None}): "id a: question: missing",
+    json.dumps({**GOOD, "question": " "}): "id a: question: expected a text, got a blank one",
+    json.dumps({**GOOD, "question": ["q"]}): "id a: question: expected a text, got list",
+    json.dumps({**GOOD, "question": "\ud83d?"}): "id a: question: half of a surrogate pair at character 0",
+    json.dumps({**GOOD, "answer": float("nan")}): "id a: answer: expected a text, got float",
+    json.dumps({"question": "q", "answer": "1"}): "rationale: missing",
+    json.dumps({"question": "q", "rationale": "r"}): "answer: missing",
+    json.dumps({**GOOD, "keywords": "one"}): "id a: keywords: expected a list",
+    json.dumps({**GOOD, "choices": ["x", "y"]}): "id a: answer: expected one of the choices x, y, or a letter",
+    json.dumps({"text": "q", "n": 1}): "question: missing; the fields are text, n. Expected question, rationale and",
+    json.dumps(
+        {"messages": [{"role": "user", "content": "q"}]}
+    ): "format messages: expected one turn of the user and one",
+    json.dumps({"instruction": "q", "output": "So 5 of them."}): "format alpaca: the reply states no answer: expected",
+    json.dumps({"problem": "q", "solution": "5."}): "format math: solution: expected one with a \\boxed{} answer",
+    json.dumps(
+        {"question": "q", "choices": {"label": ["A"], "text": ["x"]}, "answerKey": "B"}
+    ): "format csqa: answerKey",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_one_bad_example_is_left_out_and_named(tmp_path, caplog, line):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(GOOD | {"id": "good"}) + "\n" + line + "\n")
+    read = read_examples(path)
+    assert [e.id for e in read] == ["good"]
+    assert len(read.left_out) == len(read[:1].left_out) == 1 and f"d.jsonl:2: {BAD[line]}" in read.left_out[0]
+    assert f"1 of 2 examples left out: {read.left_out[0]}" in caplog.text
+    path.write_text("\n" + line + "\n" if line[0] != "[" else line)
+    with pytest.raises(ValueError, match=r"d.jsonl: (holds no examples that can be used: .*:2: |not valid JSON)"):
+        read_examples(path)
+
+
+def test_repeated_ids_and_empty_files(tmp_path, caplog):
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps({**GOOD, "id": id}) for id in "abaca"))
+    read = read_examples(path)
+    assert [e.id for e in read] == ["a", "b", "c"]
+    assert read.left_out == [f"{path}:{n}: id 'a' is line 1's already" for n in (3, 5)]
+    path.write_text("".join("{broken\n" for _ in range(9)) + json.dumps(GOOD))
+    assert len(read_examples(path).left_out) == 9 and "and 4 more" in caplog.text
+    for text in ("", "\n", "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"d.jsonl: holds no examples$"):
+            read_examples(path)
+
+
 @pytest.mark.parametrize(
-    ("text", "error", "message"),
+    ("gold", "choices", "message"),
     [
-        ("", ValueError, "d.jsonl: holds no examples"),
-        (json.dumps(GOOD) + "\n{broken\n", ValueError, "d.jsonl:2: not valid JSON"),
-        ("[1]\n", ValueError, "d.jsonl:1: expected a JSON object, got list"),
-        (json.dumps({**GOOD, "question": None}), ValueError, "d.jsonl:1: question: missing"),
-        (json.dumps({**GOOD, "question": " "}), ValueError, "d.jsonl:1: question: expected a text, got a blank one"),
-        (json.dumps({**GOOD, "question": ["q"]}), TypeError, "d.jsonl:1: question: expected a text, got list"),
-        (json.dumps({"question": "q", "answer": "1"}), ValueError, "d.jsonl:1: rationale: missing"),
-        (json.dumps({"question": "q", "rationale": "r"}), ValueError, "d.jsonl:1: answer: missing"),
-        (json.dumps({**GOOD, "keywords": "one"}), TypeError, "d.jsonl:1: keywords: expected a list"),
-        (json.dumps(GOOD) + "\n" + json.dumps(GOOD), ValueError, "d.jsonl:2: id 'a' is line 1's already"),
+        ("first\nsecond", None, "expected a number, a choice, yes or no, an expression or a text of one line"),
+        ("?", None, "expected letters or digits"),
+        ("z", ["a", "b"], "expected one of the choices a, b"),
+        ("C", ["desk", "river"], "expected one of the choices desk, river, or a letter of one, got 'C'"),
     ],
 )
-def test_read_errors(tmp_path, text, error, message):
-    path = tmp_path / "d.jsonl"
-    path.write_text(text)
-    with pytest.raises(error) as caught:
-        read_examples(path)
-    assert message in str(caught.value)
+def test_gold_answers_that_no_reply_can_match(tmp_path, gold, choices, message):
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"id": "x", "question": "q", "gold": gold, "choices": choices}])
+    with pytest.raises(ValueError, match=f"d.jsonl:1: id x: gold: {message}"):
+        read_examples(path, rationale=False)
+
+
+THINK = "<think>\n5+12=17\n</think>\n\nThe answer is **17**."
+FORMATS = {
+    "gsm8k": ({"question": "q", "answer": "48/2 = <<48/2=24>>24\n#### 24"}, ("q", "48/2 = 24", "24", None)),
+    "math": ({"problem": "q", "solution": "So $\\boxed{9{,}000}$."}, ("q", "So $\\boxed{9{,}000}$.", "9{,}000", None)),
+    "csqa": (
+        {"question": "q", "rationale": "r", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
+        ("q", "r", "y", ("x", "y")),
+    ),
+    "csqa as published": (
+        {
+            "question": {"stem": "q", "choices": [{"label": "1", "text": "x"}, {"label": "2", "text": "y"}]},
+            "answerKey": "1",
+            "rationale": "r",
+        },
+        ("q", "r", "x", ("x", "y")),
+    ),
+    "aqua": (
+        {"question": "q", "options": ["A)21", "B)21.5"], "rationale": "r", "correct": "B"},
+        ("q", "r", "21.5", ("21", "21.5")),
+    ),
+    "messages": (
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": THINK},
+            ]
+        },
+        ("s\n\nq", THINK, "17", None),
+    ),
+    "messages with reasoning": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "reasoning_content": "5+12=17", "content": "The answer is **17**."},
+            ]
+        },
+        ("q", THINK, "17", None),
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "5 + 12 = 17."}]},
+        ("q", "5 + 12 = 17.", "17", None),
+    ),
+    "sharegpt with an answer": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "So, 2 of us."}], "answer": "2"},
+        ("q", "So, 2 of us.", "2", None),
+    ),
+    "alpaca": (
+        {"instruction": "q", "input": "i", "output": "r. The answer is Rome."},
+        ("q\ni", "r. The answer is Rome.", "Rome", None),
+    ),
+    "dss": ({"input": "q", "label": "5", "rationale": "r"}, ("q", "r", "5", None)),
+    "svamp": ({"Body": "b", "Question": "q", "Answer": 5.0, "rationale": "r"}, ("b q", "r", "5.0", None)),
+    "true": ({"question": "q", "rationale": "r", "answer": True}, ("q", "r", "yes", None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path, name):
+    """Each as JSON lines and as an array, in UTF-8 and indented."""
+    record, expected = FORMATS[name]
+    path = tmp_path / "d.json"
+    for text in (
+        json.dumps(record),
+        json.dumps([record | {"id": "é日"}] + [record] * 2, ensure_ascii=False, indent=1),
+        "[" + json.dumps(record) + "]",
+    ):
+        path.write_text(text, encoding="utf-8")
+        for one in read_examples(path):
+            assert (one.question, one.rationale, one.answer, one.choices) == expected
+
+
+def test_arrays(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(
+        "\ufeff ["
+        + ", ".join(json.dumps(GOOD | {"id": n, "question": "é日"}, ensure_ascii=False) for n in range(4))
+        + ",3]\n"
+    )
+    read = read_examples(path)
+    assert [e.id for e in read[1:]] == ["1", "2", "3"] and read[2].question == "é日"
+    assert read.left_out == [f"{path}:5: expected a JSON object, got int"]
+    for text in ('[{"a": 1} {"a": 2}]', '[{"a": 1}', "[{]", '[{"a": 1}] more'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"d.json: not valid JSON"):
+            read_examples(path)
 
 
 def test_read_without_a_file(tmp_path):
@@ -57,6 +189,7 @@ def test_examples_are_read_on_access(tmp_path):
     rows = tiny.problems(5)
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(json.dumps(row) for row in rows).encode())
+    (tmp_path / "f").mkdir()
     more = tiny.write_jsonl(tmp_path / "e.jsonl", [{**row, "id": "e" + row["id"], "question": "é?"} for row in rows])
     read = read_examples([path, more])
     assert [e.id for e in read] == [row["id"] for row in rows] + ["e" + row["id"] for row in rows]
@@ -64,7 +197,7 @@ def test_examples_are_read_on_access(tmp_path):
     assert [e.id for e in read[4:][::2]] == ["p4", "ep1", "ep3"]
     assert pickle.loads(pickle.dumps(read))[7] == read[7]
     with pytest.raises(ValueError, match=r"d.jsonl:1: id 'p0' is line 1 of .*d.jsonl's already"):
-        read_examples([path, path])
+        read_examples([path, tiny.write_jsonl(tmp_path / "f" / "d.jsonl", rows)])
     path.write_text(path.read_text().replace("Ann", "Bob"))
     assert read[7].id == "ep2"
     with pytest.raises(ValueError, match=r"d.jsonl: has changed since it was opened"):

@@ -31,6 +31,8 @@ HINT = AnnotateConfig.hint
         ("", "12", 2, "no rationale"),
         ("By the hint, 3 bags of 4 nuts are 12.\nAnswer: 12", "12", 2, "rationale speaks of the hint"),
         ("A person must say yes.\nAnswer: Yes.", "yes", 1, ""),
+        ("3袋每袋4个，一共12个。\nAnswer: 12", "12", 1, ""),
+        ("答案是12。\nAnswer: 12", "12", 1, "rationale only states the answer"),
         ("A person must say yes.\nAnswer: no", "yes", 1, "wrong answer"),
     ],
 )

@@ -30,6 +30,16 @@ def words(spans: Spans) -> list[str]:
         (["a", "a", "A"], "a A", ["a", "A"]),
         ([], "nothing 5", []),
         (("x.y",), "xzy x.y", ["x.y"]),
+        (["苹果"], "苹果有苹果汁", ["苹果", "苹果"]),
+        (["apple"], "我有apple和Apple汁, pineapple", ["apple", "Apple"]),
+        (["राम"], "राम और रामायण, राम।", ["राम", "राम"]),  # a mark goes on with the word
+        (["사과"], "사과가 3개, 풋사과, 사과주스", ["사과", "사과"]),  # a particle may follow
+        (["น"], "น้ำ นม", ["น"]),
+        (["café"], "cafe\u0301 CAFÉ cafe", ["cafe\u0301", "CAFÉ"]),
+        (["ガ", "abc", "12"], "ｶﾞ ガ ＡＢＣ １２", ["ｶﾞ", "ガ", "ＡＢＣ", "１２"]),
+        (["2"], "½ x² 2", ["2"]),
+        (["ice cream"], "ice\u3000cream", ["ice\u3000cream"]),
+        (["苹果"], "😀苹果e\u0301苹果", ["苹果", "苹果"]),
     ],
 )
 def test_keywords(keywords, text, expected):

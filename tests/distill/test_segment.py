@@ -72,6 +72,19 @@ STEPS = {
     "markdown": "**Step one.** |Add. |**Step two.**\n|- Take",
     "operators": "He has 5 ft. - 3 ft. . |Then he is 4 . |So 9",
     "other scripts": "他有4个苹果。|她呢？|¿Y él? |¡Sí! |Él",
+    "Chinese": "小明原来有3个苹果。|妈妈给了他12个。|他……走了。|真的吗？！|“好的。”|（他走了。）|共有15个",
+    "Chinese with ASCII stops": "共15个.|他呢?|他有3.5个!|等等...然后 1+2+⋯+100. |好",
+    "Japanese": "１２００円から８００円を引く。|残りは４００円です。|円周率は３．１４です．|次",
+    "Japanese speech": "「はい。」と答えた。|「いいえ。」|ﾂｷﾞ｡|次",
+    "Japanese list": "１．まず足す。|２．次に引く。",
+    "Korean": "네. |알겠습니다. |3개입니다.|다음은 5개",
+    "Hindi": "राम के पास ३ सेब हैं। |उसने ५ और लिए। |डॉ. शर्मा आए। |रु. 500 दिए। |यह ठीक है. |कुल ८॥ |अब",
+    "Arabic": "كم تفاحة لديه؟ |لديه ٣٫٥ تفاحات. |د. أحمد هنا. |المجموع ١٥",
+    "Urdu": "سوال؟ |یہ ہے۔ |وہ ہے",
+    "Thai": "สมชายมีส้ม 3 ผล |แม่ให้ต่าง ๆ กันอีก 12 ผล และกล้วย |รวมเป็น 15 ผล",
+    "Burmese, Khmer": "မင်္ဂလာပါ။ |នេះ។ |បាន",
+    "addresses": "See http://a.com/X?Y=1. |Then www.Example.Com/A.B is it. |见http://a.com/x?B=1。|然后",
+    "rupees": "It costs Rs. 500. |Then",
 }
 
 
@@ -127,12 +140,28 @@ NUMBERS = {
     "minus between amounts": "$[5]-$[3], $[5] -$[3], [5]€-[3]€, [5]€ -[3]",
     "hyphens": "covid-[19], a [2]-[3] split, [10]-year-old, x-[5], [2020]-[01]-[05], buy-[1]-get-[1]",
     "sign on a new line": "[5]\n[-3]",
-    "currency": "$[5], €[5], [5]€, $[-5], -$[5], [50]%, #[3], US$[7]",
+    "currency": "$[5], €[5], [5]€, $[-5], [-$5], [50]%, #[3], US$[7]",
     "units": "[5]km, [5]th, [3]D, [7]x, [20]am, [2]nd",
     "names": "mp3, AK47, x1, H2O, COUNT_ID14 and __[2] cookies__",
     "products": "[5]x[10], [72] x[1/4], $[2.50]x[14], ([5])x[2], [3]×[4], [5]*[6]",
     "versions": "[192.168].[0.1]",
     "calculator marks": "[48/2] = <<[48/2]=[24]>>[24] clips",
+    "scripts without spaces": "有[3]个, 共[15]个。第[1]回 約[1200]円, มี[3]ผล, 제[1]회 약[1200]원",
+    "scripts with marks": "cafe\u03015, सेब[३] रु[500], و[5]",
+    "full width": "[１２００]円から[８００]円、[１，２００]と[３．１４]、[１／２]、分别是[3]，[200]",
+    "local digits": "[१,००,०००] [๑๕] [٣٫٥] [١٬٢٠٠] [३/४] [١٬٢٠٠٬٠٠٠٫٥]",
+    "Indian grouping": "[1,00,000] and [12,34,567.5], [1,23,45,678], [1],[2],[3]",
+    "European": "[1.234.567] [1.234,56], [12\u00a0345,6] but [1],[5] [1.125],[5.25] [192.168].[0.1]".replace(
+        "[1,5]", "[1],[5]"
+    ),
+    "apostrophes": "[1'234'567.5], [12’000]",
+    "LaTeX numbers": "$[9{,}000]$, [12\\,000], [1,\\!000]",
+    "LaTeX fractions": "[\\frac{3}{4}], [\\dfrac34], [2\\frac{1}{2}], =[-\\frac{3}{4}], \\$[5], [10]\\%",
+    "scales": "[3万], [1万2千]円, [1万2000]円, [1.5亿], [2百万], [3만]원 but [5]千米, [5]千克, [3]百分",
+    "signs in other scripts": "温度は[-5]度, 是[-5]，[－５]。[10]元-[3]元=[7]元, コロナ-[19], （[−5]）",
+    "signs before currency": "[-$5], profit: [-€1,000.50], =[−￥5], but $[5]-$[3], [5]€-[3]€, x-$[5]",
+    "exponents in other scripts": "[1e5]个, [2.5E-3]米, [3]e5x",
+    "circled": "①[3]×[4]=[12]",
     "thin spaces": "[12\u2009000] and [3\u00a01/2], [16]\u00a0[17]",
     "other digits": "[５] and [１２] and [٣]",
     "none": "no numbers, not five",
@@ -164,6 +193,19 @@ def test_number_words(text):
     text = text.replace("[", "").replace("]", "")
     assert words(segment("", text, number_words=True)) == expected
     assert words(segment("", text)) == [w for w in expected if w[0].isdigit()]
+
+
+def test_cases_in_chinese_and_japanese():
+    """Every number of the texts, five each."""
+    spans = segment(
+        "小明有3个苹果，妈妈又给了他12个，他现在有多少个苹果？", "他原来有3个，妈妈给了他12个。一共有15个苹果。"
+    )
+    assert words(spans) == ["3", "12", "3", "12", "15"] and len(spans.steps) == 3
+    spans = segment(
+        "太郎は１２００円持っています。８００円の本を買うと残りはいくらですか。",
+        "１２００円から８００円を引く。残りは４００円です。",
+    )
+    assert words(spans) == ["１２００", "８００", "１２００", "８００", "４００"] and len(spans.steps) == 4
 
 
 def test_nothing_reaches_across_the_question_end():
@@ -252,7 +294,22 @@ def test_generated_texts():
 
 @pytest.mark.parametrize(
     "unit",
-    ["He had 4 red apples, e.g. 3.5. Then 7 -5 = 2!\n", " ", ". ", ".", "A. ", "1", "1,234", "1/", " -5", ".(", "x"],
+    ["He had 4 red apples, e.g. 3.5. Then 7 -5 = 2!\n", " ", ". ", ".", "A. ", "1", "1,234", "1/", " -5", ".(", "x"]
+    + [
+        "有3个苹果。",
+        "1.234.",
+        "1,00,",
+        "1{,}000",
+        "\\frac{1}",
+        "1万",
+        "a\u0301",
+        "१ ",
+        "«. ",
+        "www.",
+        "ที่ ",
+        "3，",
+        "1'000",
+    ],
 )
 def test_time_is_linear(unit):
     text = "a" + unit * (100_000 // len(unit)) + "5"
