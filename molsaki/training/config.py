@@ -151,6 +151,8 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
             raise ValueError(
                 "average_tokens_across_devices: expected True, got False: each example counts once over all processes"
             )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: expected a GPU, got a CPU, where it has no effect; use --bf16")
         sampling = getattr(self, "train_sampling_strategy", "random")  # transformers 4 has group_by_length
         if sampling == "batch_rebalance":
             raise ValueError(
