@@ -60,12 +60,13 @@ def evaluate(
     start = time.perf_counter()
     replies, tokens = generate(model, tokenizer, examples, config)
     seconds = time.perf_counter() - start
-    records, left_out = [], dict[str, list[str]]()
+    records: list[dict[str, Any]] = []
+    left_out: dict[str, list[str]] = {}
     for example, reply in zip(examples, replies, strict=True):
         if isinstance(reply, LeftOut):
             left_out.setdefault(str(reply), []).append(example.id)
-            record = {"id": example.id, "question": example.question, "gold": example.answer, "reply": None}
-            records.append(record | {"prediction": None, "right": False, "left_out": str(reply)})
+            record = {"id": example.id, "question": example.question, "gold": example.answer, "left_out": str(reply)}
+            records.append(record | {"reply": None, "prediction": None, "right": False})
         else:
             records.append(score(example, reply, config.mode))
     if left_out:

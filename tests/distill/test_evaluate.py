@@ -55,7 +55,7 @@ def test_batched_replies_are_those_of_one_at_a_time():
         for example, reply in zip(examples, replies, strict=True):
             ids = prompt(example.question, tokenizer)
             if mode == "answer":
-                ids = predict_prompt(example, tokenizer, "plain", config.predict_template)
+                ids = predict_prompt(example, tokenizer, "plain", PREDICT_TEMPLATE)
             start = len(ids)
             while len(ids) < start + 6 and ids[-1] != tokenizer.eos_token_id:
                 ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
