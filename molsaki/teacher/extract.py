@@ -116,7 +116,7 @@ def extract(
                 bar.update(len(found))
                 bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s here")
             for entry in entries.values():
-                if entry.reason is not None:
+                if entry.maps is None:
                     left_out.setdefault(entry.reason, []).append(entry.id)
             writer.write(shard, [entries[number] for number in numbers])
             written += 1
