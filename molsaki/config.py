@@ -137,8 +137,10 @@ class EvaluateConfig:
     mode: Literal["answer", "rationale"] = option(
         "answer", "Ask for the answer alone, or for a rationale whose last number (or choice) is the answer."
     )
-    predict_template: str = option(PREDICT_TEMPLATE, PREDICT_HELP)
-    template: str = option("plain", "The template of the question: the student_template of the model's training.")
+    predict_template: str | None = option(None, f"{PREDICT_HELP} Default: that of the model's run of molsaki distill.")
+    template: str | None = option(
+        None, "The template of the question. Default: the student_template of the model's run, else plain."
+    )
     compare: str | None = option(None, "predictions.jsonl of another model on the same data, for a paired test.")
     batch_size: int = option(32, "Questions per batch.")
     max_new_tokens: int | None = option(None, "Longest reply in tokens. Default: 16 for answers, 256 for rationales.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from molsaki.batches.movable import Movable
@@ -62,7 +63,8 @@ class Batch(Movable):
         teacher_map: ``(N, K, S, W)`` mixed maps of the teacher (Eq. 6), with ``teacher_weights``.
         teacher_weights: ``(N, K, Lt)`` layer weights of the teacher (Eq. 4).
         teacher_layers: ``(N, Lt, S, W)`` maps of every layer, from a store that has these instead.
-        teacher_logits: ``(n, V)`` logits of the teacher for the n labels of the explain texts.
+        teacher_logits: ``(n, V)`` logits of the teacher for the n labels of the explain texts and the V tokens of the
+            tokenizer, without the rows that pad an embedding.
     """
 
     ids: list[str]
@@ -78,5 +80,8 @@ class Batch(Movable):
         return len(self.plan)
 
     def __contains__(self, name: str) -> bool:
-        """``Trainer`` asks for ``"input_ids"``, to count tokens; a batch of several texts per example has none."""
-        return False
+        return name in ("input_ids", "attention_mask")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """``input_ids`` or ``attention_mask`` of all the student's texts, in which ``Trainer`` counts tokens."""
+        return torch.cat([getattr(texts, name).flatten() for texts in self.student])

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import pickle
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from molsaki.batches.tokenized import LeftOut, Tokenization, TokenizedExample, TokenizerSpec, all_left_out
+from molsaki.batches.tokenized import (
+    LeftOut,
+    Tokenization,
+    TokenizedExample,
+    TokenizerSpec,
+    all_left_out,
+    list_left_out,
+)
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.teacher.fingerprints import fingerprint_spans
 from molsaki.teacher.map_store import Entry, Store
-from molsaki.text.examples import Example
+from molsaki.text.examples import Example, Examples, _example
 from molsaki.text.spans import Spans
+from molsaki.text.templates import frame_of
+
+logger = logging.getLogger(__name__)
 
 KEPT = 1 << 16  # tokenized examples that a data set keeps in memory, about 1 KB each
 
@@ -33,7 +44,8 @@ class DistillDataset(Dataset[Item]):
     Attributes:
         examples: as `read_examples` returns them.
         used: ``(N,)`` the numbers of those that are used.
-        skipped: how many were left out, by reason.
+        lengths: ``(N,)`` the student's tokens of each.
+        left_out: the ids of those that are not, by reason.
         without_words: how many of the used ones have no key word: they train both tasks, but have no map.
         store: the teacher's stored maps.
     """
@@ -42,24 +54,28 @@ class DistillDataset(Dataset[Item]):
         self.examples, self.store = examples, store
         self._tokenization = tokenization
         self._kept: list[bytes] = []
-        self.skipped: collections.Counter[str] = collections.Counter()
+        self.left_out: dict[str, list[str]] = {}
         self.without_words = 0
-        used = array("i")
+        used, lengths = array("i"), array("i")
         for number, example in enumerate(tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2)):
             try:
                 tokenized = tokenization(example)
                 if store is not None:
                     _check_stored(store, example.id, tokenized.spans)
             except LeftOut as reason:
-                self.skipped[str(reason)] += 1
+                if str(reason) not in self.left_out and reason.__cause__ is not None:
+                    logger.warning("example %s: %s", example.id, reason.__cause__)
+                self.left_out.setdefault(str(reason), []).append(example.id)
                 continue
             used.append(number)
+            lengths.append(len(tokenized.explain.input_ids) + len(tokenized.predict.input_ids))
             self.without_words += not tokenized.explain.words
             if len(self._kept) < KEPT:
                 self._kept.append(pickle.dumps(tokenized))
         if not used:
             raise ValueError(all_left_out(self.skipped))
         self.used: np.ndarray[Any, Any] = np.array(used)
+        self.lengths: np.ndarray[Any, Any] = np.array(lengths)
 
     def __len__(self) -> int:
         return len(self.used)
@@ -72,10 +88,34 @@ class DistillDataset(Dataset[Item]):
             tokenized = self._tokenization(self.examples[int(self.used[index])])
         return tokenized, None if self.store is None else self.store[tokenized.id]
 
+    @property
+    def skipped(self) -> collections.Counter[str]:
+        """How many were left out, by reason."""
+        return collections.Counter({reason: len(ids) for reason, ids in self.left_out.items()})
+
     def summary(self) -> str:
         """One line: examples used, without key words, left out and why."""
-        parts = [f"{len(self)} examples", f"{self.without_words} without key words"]
-        return ", ".join(parts + [f"{count} left out: {reason}" for reason, count in self.skipped.items()])
+        used = f"{len(self)} examples, {self.without_words} without key words"
+        return "; ".join([used, list_left_out(self.left_out)] if self.left_out else [used])
+
+
+def as_examples(data: Any, name: str) -> Sequence[Example]:
+    """Examples from a sequence of them, or of rows: dicts as the lines of a file, or a ``datasets.Dataset``.
+
+    Raises:
+        TypeError, ValueError: the data is no such sequence, or a row lacks a field; the message begins with ``name``.
+    """
+    if isinstance(data, Examples):
+        return data
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, (str, Mapping)):
+        raise TypeError(f"{name}: expected a sequence of examples or of dicts, got {type(data).__name__}")
+    examples = []
+    for number in range(len(data)):
+        row, where = data[number], f"{name}: row {number}"
+        if not isinstance(row, (Example, Mapping)):
+            raise TypeError(f"{where}: expected an Example or a dict, got {type(row).__name__}")
+        examples.append(row if isinstance(row, Example) else _example(dict(row), where, str(number), True))
+    return examples
 
 
 def prepare(
@@ -89,7 +129,8 @@ def prepare(
     """Tokenize every example once, to check and count it.
 
     Examples without key words are kept and counted. Left out and counted are those without a rationale, those too long
-    for a side (unless ``options.too_long == "cut"``) and, if ``options.drop_wrong``, those with a wrong rationale.
+    for a side (unless ``options.too_long == "cut"``), those whose text a template or tokenizer refuses and, if
+    ``options.drop_wrong``, those with a wrong rationale.
 
     Args:
         teacher: needed for a live teacher, and with ``too_long="cut"``.
@@ -98,6 +139,9 @@ def prepare(
     Raises:
         ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
     """
+    for spec in (student, teacher):
+        if spec is not None:
+            frame_of(spec.tokenizer, spec.template)  # refuses a template that fails for every text
     # A config that is more than text options may hold what cannot be pickled.
     text_options = TextOptions(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(TextOptions)}

@@ -8,8 +8,9 @@ The labels are the rationale or the answer, and the end token.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,18 +74,37 @@ def all_left_out(skipped: collections.Counter[str]) -> str:
     return f"all {skipped.total()} examples were left out: {reasons}"
 
 
+def list_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
+    """The examples that were left out, by reason: their number and the first ids."""
+    lists = {reason: ", ".join(ids[:5]) + ", ..." * (len(ids) > 5) for reason, ids in left_out.items()}
+    return "; ".join(f"{len(left_out[reason])} left out: {reason} ({ids})" for reason, ids in lists.items())
+
+
+@contextlib.contextmanager
+def left_out_if_refused() -> Iterator[None]:
+    """Turns an error about one example's text into `LeftOut`, whose cause it is; templates are checked before."""
+    try:
+        yield
+    except LeftOut:
+        raise
+    except ValueError as error:
+        raise LeftOut("the template or the tokenizer refuses its text") from error
+
+
 def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) -> tuple[Spans, list[Encoded], bool]:
     """An example's spans, its tokens for each of ``specs``, and True if the text had to be truncated.
 
     Raises:
-        LeftOut: it has no rationale, or a wrong one and ``options.drop_wrong``, or is too long for one of ``specs``.
+        LeftOut: it has no rationale, or a wrong one and ``options.drop_wrong``, or is too long for one of ``specs``, or
+            a template or tokenizer refuses its text.
     """
     if not example.rationale.strip():
         raise LeftOut("no rationale")
     if options.drop_wrong and not example.is_right:
         raise LeftOut("wrong answer")
     whole = spans_of(example, options)
-    encoded = [encode(whole, spec.tokenizer, template=spec.template) for spec in specs]
+    with left_out_if_refused():
+        encoded = [encode(whole, spec.tokenizer, template=spec.template) for spec in specs]
     if all(spec.room is None or len(e.input_ids) <= spec.room for spec, e in zip(specs, encoded, strict=True)):
         return whole, encoded, False
     try:
@@ -93,7 +113,8 @@ def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) 
         raise LeftOut("question longer than max_length") from None
     if options.too_long == "skip":
         raise LeftOut("text longer than max_length")
-    return spans, [encode(spans, spec.tokenizer, template=spec.template) for spec in specs], True
+    with left_out_if_refused():
+        return spans, [encode(spans, spec.tokenizer, template=spec.template) for spec in specs], True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +158,13 @@ class Tokenization:
     predict_template: str
 
     def __call__(self, example: Example) -> TokenizedExample:
-        """Raises `LeftOut` as `cut` does, and if the predict text is too long."""
+        """Raises `LeftOut` as `cut` does, also for the predict text."""
         student, teacher = self.student, self.teacher
         spans, encoded, is_cut = cut(example, self.options, [student] if teacher is None else [student, teacher])
         end = student.tokenizer.eos_token_id
         question, template = _predict_task(example, student.template, self.predict_template)
-        predict = encode(segment(question, example.answer, key=()), student.tokenizer, template=template)
+        with left_out_if_refused():
+            predict = encode(segment(question, example.answer, key=()), student.tokenizer, template=template)
         tokenized = TokenizedExample(
             example.id,
             spans,

@@ -6,7 +6,10 @@ same questions with an exact paired test.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +20,18 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molsaki.batches.tokenized import predict_prompt
-from molsaki.config import EvaluateConfig, require
+from molsaki.batches.tokenized import LeftOut, all_left_out, left_out_if_refused, list_left_out, predict_prompt
+from molsaki.config import PREDICT_TEMPLATE, EvaluateConfig, require
 from molsaki.evaluation.generate import batches, decode
 from molsaki.evaluation.scoring import score
 from molsaki.io import write_json, write_json_lines
 from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example, read_examples
+from molsaki.text.templates import frame_of
+from molsaki.training.checkpoints import CONFIG
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = {"answer": 16, "rationale": 256}
 
@@ -40,58 +47,96 @@ def evaluate(
 
     Returns:
         The summary: ``accuracy`` with its 95% Wilson interval, counts, throughput and, with ``config.compare``, the
-        exact paired (McNemar) test.
+        exact paired (McNemar) test. ``left_out``: the ids of the examples that could not be asked, by reason; they are
+        in no other number.
     """
     data_file, folder = require(config, "data_file"), Path(require(config, "output_dir"))
     examples = read_examples(data_file, rationale=False)[: config.limit]
     other = None if config.compare is None else read_predictions(config.compare, examples)
     model, tokenizer = load_for_command(config, "model", model, tokenizer)
+    config = with_templates(config)
     model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
 
     start = time.perf_counter()
     replies, tokens = generate(model, tokenizer, examples, config)
     seconds = time.perf_counter() - start
-    scores = [score(example, reply, config.mode) for example, reply in zip(examples, replies, strict=True)]
+    records: list[dict[str, Any]] = []
+    left_out: dict[str, list[str]] = {}
+    for example, reply in zip(examples, replies, strict=True):
+        if isinstance(reply, LeftOut):
+            left_out.setdefault(str(reply), []).append(example.id)
+            record = {"id": example.id, "question": example.question, "gold": example.answer, "left_out": str(reply)}
+            records.append(record | {"reply": None, "prediction": None, "right": False})
+        else:
+            records.append(score(example, reply, config.mode))
+    if left_out:
+        logger.warning("%s: %s", data_file, list_left_out(left_out))
+    scores = [one for one in records if "left_out" not in one]
     total, right = len(scores), sum(one["right"] for one in scores)
+    if not scores:
+        raise ValueError(all_left_out(collections.Counter({reason: len(ids) for reason, ids in left_out.items()})))
     low, high = wilson(right, total)
     summary: dict[str, Any] = {"model": config.model, "data_file": config.data_file, "mode": config.mode}
+    summary |= {"template": config.template, "predict_template": config.predict_template, "left_out": left_out}
     summary |= {"examples": total, "right": right, "accuracy": right / total, "low": low, "high": high}
     summary |= {"without_answer": sum(one["prediction"] is None for one in scores), "seconds": seconds}
     summary |= {"examples_per_second": total / seconds, "tokens_per_second": tokens / seconds}
     if other is not None:
-        summary["paired"] = {"other": config.compare} | paired_test([one["right"] for one in scores], other)
+        pairs = zip(records, other, strict=True)
+        both = [(one["right"], right) for one, right in pairs if right is not None and "left_out" not in one]
+        paired = paired_test([a for a, _ in both], [b for _, b in both])
+        summary["paired"] = {"other": config.compare, "questions": len(both)} | paired
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_lines(folder / "predictions.jsonl", scores)
+    write_json_lines(folder / "predictions.jsonl", records)
     write_json(folder / "summary.json", summary, indent=2)
     return summary
 
 
+def with_templates(config: EvaluateConfig) -> EvaluateConfig:
+    """The config with the templates that are not given: those of the model's run, if its folder is one of distill."""
+    saved = Path(config.model or ".", CONFIG)
+    run = json.loads(saved.read_text(encoding="utf-8")) if config.model and saved.is_file() else {}
+    template, predict = run.get("student_template", "plain"), run.get("predict_template", PREDICT_TEMPLATE)
+    return dataclasses.replace(
+        config,
+        template=template if config.template is None else config.template,
+        predict_template=predict if config.predict_template is None else config.predict_template,
+    )
+
+
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: EvaluateConfig
-) -> tuple[list[str], int]:
+) -> tuple[list[str | LeftOut], int]:
     """Greedy replies to the examples, in their order, and how many tokens were decoded.
 
-    Questions of similar length are decoded together, padded on the left.
+    Questions of similar length are decoded together, padded on the left. In place of a reply stands the reason why a
+    question was not asked: it does not fit the model's context, or a template or tokenizer refuses it.
     """
+    config = with_templates(config)
+    assert config.template is not None and config.predict_template is not None
+    frame_of(tokenizer, config.template)  # refuses a template that fails for every text
     new_tokens = config.max_new_tokens or MAX_NEW_TOKENS[config.mode]
     limit = context_length(model.config)
-    prompts = []
-    for example in examples:
-        if config.mode == "rationale":
-            ids = prompt(example.question, tokenizer, template=config.template)
-        else:
-            ids = predict_prompt(example, tokenizer, config.template, config.predict_template)
-        if limit is not None and len(ids) + new_tokens > limit:
-            raise ValueError(
-                f"{config.data_file}: example {example.id}: {len(ids)} tokens and a reply of {new_tokens} exceed the "
-                f"model's context of {limit}"
-            )
-        prompts.append(ids)
-    replies, decoded = [""] * len(prompts), 0
+    replies: list[str | LeftOut] = [""] * len(examples)
+    prompts: dict[int, list[int]] = {}
+    for number, example in enumerate(examples):
+        try:
+            with left_out_if_refused():
+                if config.mode == "rationale":
+                    ids = prompt(example.question, tokenizer, template=config.template)
+                else:
+                    ids = predict_prompt(example, tokenizer, config.template, config.predict_template)
+            if limit is not None and len(ids) + new_tokens > limit:
+                raise LeftOut(f"question and a reply of {new_tokens} tokens longer than the model's context of {limit}")
+            prompts[number] = ids
+        except LeftOut as reason:
+            replies[number] = reason
+    numbers, decoded = list(prompts), 0
     with tqdm(total=len(prompts), unit="question", desc="evaluate") as bar:
-        for batch in batches(prompts, config.batch_size):
-            found, tokens = decode(model, tokenizer, [prompts[i] for i in batch], new_tokens)
-            for i, reply in zip(batch, found, strict=True):
+        for batch in batches(list(prompts.values()), config.batch_size):
+            asked = [numbers[i] for i in batch]
+            found, tokens = decode(model, tokenizer, [prompts[i] for i in asked], new_tokens)
+            for i, reply in zip(asked, found, strict=True):
                 replies[i] = reply.text
             decoded += tokens
             bar.update(len(batch))
@@ -118,16 +163,26 @@ def paired_test(right: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
     return {"only_this": wins, "only_other": losses, "p_value": p_value}
 
 
-def read_predictions(path: str, examples: Sequence[Example]) -> list[bool]:
-    """For each example whether another model answered it right, from that model's predictions.jsonl."""
+def read_predictions(path: str, examples: Sequence[Example]) -> list[bool | None]:
+    """For each example whether another model answered it right, from that model's predictions.jsonl; None if left out.
+
+    Raises:
+        ValueError: the file is not one, or not of the same questions with the same gold answers.
+    """
     try:
-        right = {
-            one["id"]: one["right"] for one in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        }
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        found = {one["id"]: (one["question"], one["gold"], one["right"], "left_out" in one) for one in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--compare: {path}: not a predictions.jsonl of molsaki evaluate ({error!r})") from None
-    missing = [e.id for e in examples if e.id not in right]
-    if missing or len(right) != len(examples):
-        detail = f"lacks {missing[0]!r}" if missing else f"holds {len(right)} examples in place of {len(examples)}"
+    missing = [e.id for e in examples if e.id not in found]
+    if missing or len(found) != len(examples):
+        detail = f"lacks {missing[0]!r}" if missing else f"holds {len(found)} examples in place of {len(examples)}"
         raise ValueError(f"--compare: {path}: is of other data: it {detail}")
-    return [right[e.id] for e in examples]
+    for e in examples:
+        question, gold, *_ = found[e.id]
+        if (question, gold) != (e.question, e.answer):
+            raise ValueError(
+                f"--compare: {path}: is of other data: expected {e.id!r} to be {e.question!r} with the answer "
+                f"{e.answer!r}, got {question!r} with {gold!r}"
+            )
+    return [None if found[e.id][3] else found[e.id][2] for e in examples]

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from molsaki.modeling.unwrap import causal_model
 
 
 class Reply(NamedTuple):
@@ -42,6 +44,8 @@ def decode(
 ) -> tuple[list[Reply], int]:
     """Replies to one batch of prompts, and how many tokens were decoded, padding included.
 
+    Of the model's own generation config only the end tokens and the cache are used: no penalties, no suppressed tokens.
+
     Args:
         model: a causal language model whose ``device`` takes the token ids.
         tokenizer: one with a padding token.
@@ -58,6 +62,11 @@ def decode(
         options |= dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
     else:
         options |= dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    own = causal_model(model).generation_config
+    ends = own.eos_token_id
+    bare = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=ends, use_cache=own.use_cache, cache_implementation=own.cache_implementation
+    )
     if stop is not None:
         options |= dict(stop_strings=[stop], tokenizer=tokenizer)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -65,8 +74,11 @@ def decode(
         if temperature > 0:
             torch.manual_seed(seed)
         inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
-        out: Tensor = cast(Any, model).generate(**inputs, **options)[:, input_ids.shape[1] :]
-    ends = model.generation_config.eos_token_id
+        causal_model(model).generation_config = bare  # a config that is passed would be completed by the model's own
+        try:
+            out: Tensor = cast(Any, model).generate(**inputs, **options)[:, input_ids.shape[1] :]
+        finally:
+            causal_model(model).generation_config = own
     ends = set(ends) if isinstance(ends, list) else {ends}
     replies = []
     for tokens in out.tolist():

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.tokenized import spans_of
 from molsaki.config import MixtureOptions, PlotConfig, TextOptions
+from molsaki.io import hash64
 from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import load_model, load_tokenizer
 from molsaki.plotting import plots
@@ -53,7 +54,12 @@ def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
     state = next((path for path in states if path.is_file()), None)
     if state is not None:
         history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-        drawn.append(plots.plot_losses(history, plots.CURVES, folder / f"losses.{suffix}"))
+        logged = dict.fromkeys(name for entry in history for name in entry)
+        curves = {
+            panel: [*names, *(x for x in logged if x.startswith("eval_") and x.endswith(tuple(f"_{n}" for n in names)))]
+            for panel, names in plots.CURVES.items()
+        }
+        drawn.append(plots.plot_losses(history, curves, folder / f"losses.{suffix}"))
     if (run / WEIGHTS_LOG).is_file():
         records = [json.loads(line) for line in (run / WEIGHTS_LOG).read_text(encoding="utf-8").splitlines()]
         if records:
@@ -112,13 +118,19 @@ def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Pat
             for name, side in (("teacher", teacher), (student_name, student))
             if name in maps and side.tokenizer is not None
         }
-        name = re.sub(r"[^\w.-]", "_", example.id)
+        name = _file_name(example.id)
         drawn.append(plots.plot_map(values, steps, words, folder / f"map_{name}.{config.format}", example.id))
         if tokens:
             shown = {side: values[side] for side in tokens}
             path = folder / f"attention_{name}.{config.format}"
             drawn.append(plots.plot_attention_by_step(shown, tokens, steps, path, example.id))
     return drawn
+
+
+def _file_name(id: str) -> str:
+    """A file name of an example, its own also where a file system ignores case: a digest tells ids apart."""
+    name = re.sub(r"[^a-z0-9._-]", "_", id.lower())[:100]
+    return name if name == id else f"{name}-{hash64(id) % (1 << 32):08x}"
 
 
 def _options(config: PlotConfig) -> PlotConfig:

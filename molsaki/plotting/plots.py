@@ -33,10 +33,10 @@ WIDE = 24  # with more words, maps are drawn one above the other instead of side
 ANNOTATED = 200  # with more cells, a map's values are not written into it
 STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # longest step (per line) and word of a label
 
-CURVES = {  # the panels of a run's losses, and the logged names in each
-    "loss": ("loss", "eval_loss"),
+CURVES = {  # the panels of a run's losses, and the logged names in each; those of evaluations (eval_*) are added
+    "loss": ("loss",),
     "cross-entropy": ("loss_pre", "loss_exp"),
-    "attention loss": ("loss_att", "loss_att_uniform", "eval_loss_att"),
+    "attention loss": ("loss_att", "loss_att_uniform"),
     "between tasks or logits": ("loss_mmi", "loss_logits"),
     "entropy of the layer weights": ("entropy_teacher", "entropy_student"),
 }

@@ -9,6 +9,7 @@ do not communicate, and the shards of a lost process are computed by the others.
 from __future__ import annotations
 
 import collections
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.batch import TextBatch
 from molsaki.batches.collator import text_batch
-from molsaki.batches.tokenized import LeftOut, TokenizedText, TokenizerSpec, all_left_out, cut, spans_of
+from molsaki.batches.tokenized import (
+    LeftOut,
+    TokenizedText,
+    TokenizerSpec,
+    all_left_out,
+    cut,
+    list_left_out,
+    spans_of,
+)
 from molsaki.config import ExtractConfig, require
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.loading import context_length, load_for_command, load_tokenizer
@@ -34,7 +43,10 @@ from molsaki.teacher.map_store import Entry, Store
 from molsaki.teacher.map_store_writer import StoreWriter
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
+from molsaki.text.templates import frame_of
 from molsaki.training.mixture import MixtureOfLayers
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -76,13 +88,21 @@ def extract(
         if config.too_long == "cut":
             limit = config.max_length or context_length(student)
             specs.append(TokenizerSpec(load_tokenizer(config.student, "--student"), config.student_template, limit))
+    if not any(spans_of(example, config).words for example in examples):
+        raise ValueError(
+            f"key: {config.key} finds no key word in any of the {len(examples)} examples, so every map is empty; use "
+            "another --key, or give the examples their keywords"
+        )
     description = describe(config, layers, config.all_layers, student_layers, teacher, spec)
     description |= {"num_layers": layers, "data": fingerprint_examples(examples)}
     writer = StoreWriter(folder, description, len(examples), config.shard_size)
     mixture = None if config.all_layers else mixture_of(config, layers, student_layers or 1, 1)
+    for one in specs:
+        frame_of(one.tokenizer, one.template)  # refuses a template that fails for every text
 
     missing = writer.missing()
     written, tokens, seconds, start = 0, 0, 0.0, time.perf_counter()
+    left_out: dict[str, list[str]] = {}
     total = sum(len(writer.examples_of(shard)) for shard in missing)
     with tqdm(total=total, unit="example", desc="extract", disable=os.environ.get("RANK", "0") != "0") as bar:
         for shard in writer.claim(missing):
@@ -95,10 +115,15 @@ def extract(
                 seconds = time.perf_counter() - start
                 bar.update(len(found))
                 bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s here")
+            for entry in entries.values():
+                if entry.maps is None:
+                    left_out.setdefault(entry.reason, []).append(entry.id)
             writer.write(shard, [entries[number] for number in numbers])
             written += 1
         bar.update(total - bar.n)
     writer.finish()
+    if left_out:
+        logger.warning("%s: %s", folder, list_left_out(left_out))
     store = Store(folder)
     if sum(store.left_out.values()) == len(examples):
         raise ValueError(all_left_out(collections.Counter(store.left_out)))

@@ -3,12 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import TrainingArguments
 
 from molsaki.config import PREDICT_HELP, PREDICT_TEMPLATE, Dtype, MixtureOptions, TextOptions, check_options, option
+
+# Options of TrainingArguments that must keep their default, and what to use. All: docs/training-options.md.
+_NO_METRICS = "only losses are evaluated; molsaki evaluate scores replies"
+_NO_HUB = "nothing is uploaded during training; use `hf upload REPO OUTPUT_DIR` after it"
+_NO_APEX = "mixed precision is PyTorch's own; use --bf16 or --fp16"
+_NO_SEARCH = "there is no hyperparameter search"
+REFUSED = {
+    "label_smoothing_factor": "the losses are the paper's",
+    "remove_unused_columns": "the batches are nested",
+    "label_names": "the collator makes the labels",
+    "length_column_name": "group_by_length knows the lengths",
+    "parallelism_config": "each process needs whole texts and a whole model; use DDP, FSDP or DeepSpeed",
+    "use_liger_kernel": "it would not reach the student; use --fused_cross_entropy liger",
+    "liger_kernel_config": "it would not reach the student; use --fused_cross_entropy liger",
+    "do_predict": "use molsaki evaluate",
+    "include_for_metrics": _NO_METRICS,
+    "include_inputs_for_metrics": _NO_METRICS,
+    "batch_eval_metrics": _NO_METRICS,
+    "eval_do_concat_batches": _NO_METRICS,
+    "eval_use_gather_object": _NO_METRICS,
+    "push_to_hub": _NO_HUB,
+    "hub_token": _NO_HUB,
+    "hub_private_repo": _NO_HUB,
+    "hub_model_id": _NO_HUB,
+    "hub_strategy": _NO_HUB,
+    "hub_always_push": _NO_HUB,
+    "hub_revision": _NO_HUB,
+    "push_to_hub_model_id": _NO_HUB,
+    "push_to_hub_organization": _NO_HUB,
+    "push_to_hub_token": _NO_HUB,
+    "overwrite_output_dir": "use --resume to continue, or another folder",
+    "save_safetensors": "weights are always saved as safetensors",
+    "past_index": "the losses use no past state",
+    "use_legacy_prediction_loop": "the losses are averaged in the other loop",
+    "jit_mode_eval": "use --torch_compile",
+    "torchdynamo": "use --torch_compile",
+    "half_precision_backend": _NO_APEX,
+    "fp16_backend": _NO_APEX,
+    "fp16_opt_level": _NO_APEX,
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
+    "mp_parameters": "SageMaker's model parallelism is not supported; use FSDP",
+    "ray_scope": _NO_SEARCH,
+}
 
 
 @dataclasses.dataclass
@@ -70,17 +114,60 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            default = [] if field.default is dataclasses.MISSING else field.default
+            if field.name in REFUSED and (value := getattr(self, field.name)) != default:
+                raise ValueError(f"{field.name}: expected {default}, got {value!r}: {REFUSED[field.name]}")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments refuses bf16 otherwise
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_options(self, beta=0, beta_mmi=0, beta_logits=0)
+        self._check_inherited()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: expected False, the batches are nested")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor: expected 0, the losses are the paper's")
+
+    def _check_inherited(self) -> None:
+        """Refuse values of inherited options, other than `REFUSED`, that the training cannot follow."""
+        if self.neftune_noise_alpha is not None:
+            if self.packing:
+                raise ValueError(
+                    "neftune_noise_alpha: expected packing=False, got packing=True: the noise is scaled by the length "
+                    "of a text, which a packed batch does not have"
+                )
+            self.packing = False
+        checkpointing = cast(dict[str, Any], self.gradient_checkpointing_kwargs or {})
+        if checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected use_reentrant False, got True: the maps would have no gradient"
+            )
+        self.gradient_checkpointing_kwargs = checkpointing | {"use_reentrant": False}
+        if cast(Any, self.accelerator_config).dispatch_batches:
+            raise ValueError(
+                "accelerator_config: expected dispatch_batches False, got True: the batches are nested; every process "
+                "reads its own"
+            )
+        if not self.average_tokens_across_devices and self.world_size > 1:
+            raise ValueError(
+                "average_tokens_across_devices: expected True, got False: each example counts once over all processes"
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: expected a GPU, got a CPU, where it has no effect; use --bf16")
+        sampling = getattr(self, "train_sampling_strategy", "random")  # transformers 4 has group_by_length
+        if sampling == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy: expected random, sequential or group_by_length, got 'batch_rebalance'"
+            )
+        optimizer = str(cast(Any, self.optim).value)
+        if "lomo" in optimizer or optimizer.endswith("layerwise"):
+            raise ValueError(
+                f"optim: {optimizer} changes weights within the backward, before gradients are accumulated, clipped "
+                "and checked; use another optimizer"
+            )
+        if self.do_eval and self.eval_strategy == "no":
+            raise ValueError("do_eval: got True with eval_strategy no; use --eval_strategy steps or epoch")
+        if self.save_only_model and self.resume:
+            raise ValueError("resume: checkpoints of save_only_model hold no optimizer to continue with")
 
     @property
     def device(self) -> torch.device:

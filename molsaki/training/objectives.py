@@ -100,11 +100,16 @@ def mmi(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[st
 
 
 def logits(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
-    """DSS and the divergence from the teacher's softened logits (Mentor-KD, Lee et al. 2024, arXiv 2410.09037)."""
+    """DSS and the divergence from the teacher's softened logits (Mentor-KD, Lee et al. 2024, arXiv 2410.09037).
+
+    Both softmaxes are over the tokens of the tokenizer, without the rows that pad an embedding.
+    """
     explain = student.explain
     assert explain is not None and explain.logits is not None and batch.teacher_logits is not None
     terms = dss(student, batch, options)
-    term = losses.logits(explain.logits, batch.teacher_logits, explain.labels, options.temperature)
+    shared = min(explain.logits.shape[-1], batch.teacher_logits.shape[-1])  # rows after the last token are padding
+    found, wanted = explain.logits[:, :shared], batch.teacher_logits[:, :shared]
+    term = losses.logits(found, wanted, explain.labels, options.temperature)
     return terms | {"loss": terms["loss"] + options.beta_logits * term, "loss_logits": term}
 
 

@@ -1,4 +1,4 @@
-"""Chooses the parameters of a student that are trained: LoRA adapters, or all that are not frozen."""
+"""Chooses what of a student is trained: LoRA adapters, or all parameters that are not frozen; and its end token."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molsaki.modeling.unwrap import causal_model
 from molsaki.training.config import DistillConfig
 
 
@@ -33,3 +34,36 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             raise ValueError(f"--freeze: {pattern!r} is the name of no parameter of the student")
         for parameter in found:
             parameter.requires_grad_(False)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """True for PEFT's wrapper around a model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def check_adapters(student: nn.Module) -> None:
+    """Refuse adapters that would not be trained or exported."""
+    if getattr(student, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "student: expected a model without adapters or a PeftModel, got adapters that transformers has added; use "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True), or merge them into the model first"
+        )
+    for config in getattr(student, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"student: expected adapters within the layers, such as LoRA, got {config.peft_type}, whose virtual "
+                "tokens have no place in the texts"
+            )
+
+
+def end_with(student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the student's ``generate`` stop at the tokenizer's end token, with which the texts end.
+
+    Other end tokens are kept if they are special tokens of the tokenizer, which no text contains.
+    """
+    config = causal_model(student).generation_config
+    if config is not None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        kept = [id for id in ends if id in special and id != tokenizer.eos_token_id]
+        config.eos_token_id = [tokenizer.eos_token_id, *kept] if kept else tokenizer.eos_token_id

@@ -9,13 +9,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,13 +28,15 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from molsaki.batches.batch import Batch
 from molsaki.batches.collator import Collator
-from molsaki.batches.dataset import DistillDataset, prepare
+from molsaki.batches.dataset import DistillDataset, as_examples, prepare
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import require
+from molsaki.io import write_json
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.lm_head import label_logits
 from molsaki.modeling.loading import context_length, load_both
@@ -46,9 +49,11 @@ from molsaki.training import checkpoints
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import OBJECTIVES, Objective
-from molsaki.training.trainable import add_lora, freeze
+from molsaki.training.trainable import add_lora, check_adapters, end_with, freeze, is_peft
 
 logger = logging.getLogger(__name__)
+
+LEFT_OUT = "left_out.json"
 
 
 class DistillTrainer(Trainer):
@@ -65,8 +70,10 @@ class DistillTrainer(Trainer):
         student, tokenizer: a causal language model and its fast tokenizer.
         teacher, teacher_tokenizer: a white-box teacher, which runs live; its parameters are frozen here.
         store: the teacher's stored maps, instead of a live teacher.
-        train_dataset, eval_dataset: a :class:`~molsaki.batches.dataset.DistillDataset`, or a sequence of examples.
-        **kwargs: of ``Trainer``: callbacks, optimizers, ...
+        train_dataset, eval_dataset: a :class:`~molsaki.batches.dataset.DistillDataset`, or a sequence of examples or of
+            dicts such as a ``datasets.Dataset``; for evaluation also a dict of them by name.
+        **kwargs: of ``Trainer``: ``callbacks``, ``optimizer_cls_and_kwargs``, ``optimizers``. An optimizer must hold
+            parameters of the student; those of the router are added to it.
 
     Raises:
         ValueError, TypeError, OSError: an argument is missing, of the wrong type or does not fit the others.
@@ -87,7 +94,7 @@ class DistillTrainer(Trainer):
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         store: Store | None = None,
         train_dataset: DistillDataset | Sequence[Example] | None = None,
-        eval_dataset: DistillDataset | Sequence[Example] | None = None,
+        eval_dataset: DistillDataset | Sequence[Example] | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         if not isinstance(config, DistillConfig):
@@ -97,6 +104,9 @@ class DistillTrainer(Trainer):
                 f"{config.n_gpu} GPUs are visible to this one process; start one process per GPU with "
                 f"`torchrun --nproc_per_node {config.n_gpu}`, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        for name in ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: expected None: only the objective's losses are computed and kept")
         set_seed(config.seed)
         if config.deepspeed:  # models are loaded whole and probed before ZeRO-3 shards them
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
@@ -107,9 +117,11 @@ class DistillTrainer(Trainer):
                 f"packing={config.packing} and objective={config.objective}"
             )
         student, tokenizer = load_both(student, tokenizer, config.student, "--student", config.student_dtype)
+        check_adapters(student)
         if config.lora_rank:
             student = add_lora(student, config)
         freeze(student, config.freeze)
+        end_with(student, tokenizer)
         limit = config.max_length or context_length(student.config)
         student_spec, teacher_spec = TokenizerSpec(tokenizer, config.student_template, limit), None
         if not objective.has_teacher:
@@ -124,6 +136,7 @@ class DistillTrainer(Trainer):
             teacher_spec = TokenizerSpec(teacher_tokenizer, config.teacher_template, limit)
         if objective.teacher_logits:
             _check_vocabulary(config.objective, store, tokenizer, teacher_tokenizer)
+        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
 
         packing = choose_packing(config.packing, student)
         sharing = (
@@ -152,17 +165,27 @@ class DistillTrainer(Trainer):
         if config.deepspeed:
             set_hf_deepspeed_config(config.hf_deepspeed_config)  # type: ignore[no-untyped-call]
 
-        def prepared(
-            data: DistillDataset | Sequence[Example] | None, path: str | None, limit: int | None
-        ) -> DistillDataset | None:
-            if data is None and path is not None:
-                data = read_examples(path)[:limit]
+        def prepared(data: Any, name: str, limit: int | None = None) -> DistillDataset | None:
             if data is None or isinstance(data, DistillDataset):
-                return data
-            data = prepare(data, config, student_spec, teacher_spec, config.predict_template, store)
-            logger.info("%s: %s", path, data.summary())
-            return data
+                found = data
+            else:
+                data = as_examples(data, name)[:limit]
+                found = prepare(data, config, student_spec, teacher_spec, config.predict_template, store)
+                if found.left_out and config.process_index == 0:
+                    logger.warning("%s: %s", name, found.summary())
+            if objective.maps and found is not None and found.without_words == len(found):
+                raise ValueError(
+                    f"key: {config.key} finds no key word in any of the {len(found)} examples of {name}, so objective "
+                    f"{config.objective} has no attention loss; use another --key or --objective dss, or give the "
+                    "examples their keywords"
+                )
+            return found
 
+        if train_dataset is None and config.train_file is not None:
+            train_dataset = read_examples(config.train_file)
+        if eval_dataset is None and config.eval_file is not None:
+            eval_dataset = read_examples(config.eval_file)
+        self._prepared = prepared
         self.objective, self.teacher = objective, teacher
         self._sums: dict[str, Tensor] = {}
         self._bad_batch: str | None = None
@@ -178,14 +201,22 @@ class DistillTrainer(Trainer):
                 explain=objective.explain_texts,
                 share_question=sharing,
             ),
-            train_dataset=prepared(train_dataset, config.train_file, config.limit),
-            eval_dataset=prepared(eval_dataset, config.eval_file, None),
+            train_dataset=prepared(train_dataset, "train_dataset", config.limit),
+            eval_dataset=(
+                {name: prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
+                if isinstance(eval_dataset, Mapping)
+                else prepared(eval_dataset, "eval_dataset")
+            ),
             processing_class=tokenizer,
             **kwargs,
         )
         asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if asked_for_fsdp and not self.is_fsdp_enabled:
             logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
+        self._complete_optimizer(*kwargs.get("optimizers", (None, None)))
+        self._clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self._clip_apart
+        self.add_callback(_StartOfRun(self))
         self.add_callback(_LogBeforeSave())
         self.add_callback(_StopIfBad(self))
 
@@ -261,8 +292,9 @@ class DistillTrainer(Trainer):
                 weights, mixed = mixture.teacher(maps, live.plan)
                 batch = dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights)
             elif torch.equal(live.targets, batch.student[0].targets[: len(live.targets)]):
-                with torch.no_grad():
-                    batch = dataclasses.replace(batch, teacher_logits=label_logits(teacher, live))
+                with torch.no_grad():  # a model may have more rows than there are tokens
+                    logits = label_logits(teacher, live)[:, : self._vocabulary]
+                batch = dataclasses.replace(batch, teacher_logits=logits)
             else:
                 raise ValueError(
                     f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
@@ -284,14 +316,89 @@ class DistillTrainer(Trainer):
             f"saved as {path}. The last checkpoint is intact; a lower learning rate or fp32 may help"
         )
 
+    def _complete_optimizer(self, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> None:
+        """Add the router to an optimizer that the caller has built; refuse one that would not train the student."""
+        if optimizer is None:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self.model.student.parameters() if p.requires_grad):
+            raise ValueError(
+                "optimizers: the optimizer holds no parameter of the student that is trained, such as its LoRA "
+                "adapters; give optimizer_cls_and_kwargs instead"
+            )
+        router = [p for p in self.model.parameters() if self._is_router(p) and id(p) not in held]
+        if router and scheduler is not None:
+            raise ValueError(
+                "optimizers: the router's parameters cannot join an optimizer that has a scheduler already; give "
+                "(optimizer, None) with lr_scheduler_type, or optimizer_cls_and_kwargs"
+            )
+        if router:
+            rate = self.args.router_learning_rate
+            optimizer.add_param_group({"params": router} | ({} if rate is None else {"lr": rate}))
+
+    def _is_router(self, parameter: nn.Parameter) -> bool:
+        mixture = self.model.mixture
+        return mixture is not None and any(parameter is p for p in mixture.parameters())
+
+    def _clip_apart(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2) -> Any:
+        """Clip the student's gradient by its own norm, which is returned, and the router's by its own.
+
+        DeepSpeed and the first FSDP, which keep both in one flat tensor, clip them together.
+        """
+        parameters = list(parameters)
+        router = [p for p in parameters if self._is_router(p)]
+        student = [p for p in parameters if not self._is_router(p)]
+        is_flat = self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)
+        norm = self._clip(parameters if is_flat else student, max_norm, norm_type)  # unscales fp16's gradients, all
+        if not is_flat and any(p.grad is not None for p in router):
+            nn.utils.clip_grad_norm_(router, max_norm, norm_type)
+        return norm
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader = super().get_train_dataloader()
+        if len(loader) == 0:
+            raise ValueError(
+                f"dataloader_drop_last: expected at least one whole batch, got {len(cast(Any, self.train_dataset))} "
+                f"examples and {self._train_batch_size} per batch on {self.args.world_size} process(es)"
+            )
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As ``Trainer``'s, also of examples and rows. No batch is dropped: every example counts once."""
+        if not isinstance(eval_dataset, str):
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)  # it may be of another data set
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            if eval_dataset is not None and not isinstance(eval_dataset, str):
+                eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        return self.get_eval_dataloader(test_dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args, dataset = self.args, cast(Any, self.train_dataset if train_dataset is None else train_dataset)
+        strategy = getattr(args, "train_sampling_strategy", None)  # transformers 4: group_by_length
+        if strategy != "group_by_length" and not getattr(args, "group_by_length", False):
+            return super()._get_train_sampler(dataset)
+        return _ByLength(
+            args.train_batch_size * args.gradient_accumulation_steps,
+            lengths=dataset.lengths.tolist(),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.args.router_learning_rate is not None and self.model.mixture is not None:
-            router = set(self.model.mixture.parameters())
             for group in list(optimizer.param_groups):
-                taken = [p for p in group["params"] if p in router]
-                group["params"] = [p for p in group["params"] if p not in router]
+                taken = [p for p in group["params"] if self._is_router(p)]
+                group["params"] = [p for p in group["params"] if not self._is_router(p)]
                 if taken:
                     optimizer.add_param_group({**group, "params": taken, "lr": self.args.router_learning_rate})
         return optimizer
@@ -315,6 +422,8 @@ class DistillTrainer(Trainer):
                 f"output_dir: {self._folder} holds the checkpoints of another run; continue it with --resume, or "
                 "choose another folder"
             )
+        if resume and not any(Path(str(resume)).glob("rng_state*.pth")):
+            raise ValueError(f"resume_from_checkpoint: {resume} was saved with save_only_model: it has no optimizer")
         if self.is_world_process_zero():
             step = checkpoints.step_of(resume) if resume else 0
             checkpoints.cut_weights_log(self._folder / checkpoints.WEIGHTS_LOG, step)
@@ -331,12 +440,16 @@ class DistillTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
+            best = self.state.best_model_checkpoint
             for old in checkpoints.checkpoints(folder)[limit:] if limit else []:
-                if str(old) != self.state.best_model_checkpoint:
+                if best is None or not os.path.samefile(old, best):
                     shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the student, its tokenizer and, into a checkpoint, the router; each file is complete or absent."""
+        """Write the student, its tokenizer and, into a checkpoint, the router; each file is complete or absent.
+
+        A student with adapters is exported whole, and its adapters in the folder ``adapter``. A checkpoint has these.
+        """
         folder = Path(output_dir or self._folder)
         folder.mkdir(parents=True, exist_ok=True)
         student, mixture, weights = self.model.student, self.model.mixture, None
@@ -347,17 +460,20 @@ class DistillTrainer(Trainer):
             weights = {name: w for name, w in _part(state_dict, "student.").items() if name not in twice}
         if self._is_in_checkpoint and mixture is not None:
             router = mixture.state_dict() if state_dict is None else _part(state_dict, "mixture.")
-        if not self._is_in_checkpoint and self.args.lora_rank:
-            student, weights = cast(Any, copy.deepcopy(student)).merge_and_unload(), None
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
+            if not self._is_in_checkpoint and is_peft(student):
+                student.save_pretrained(Path(part, "adapter"), state_dict=weights)
+                student, weights = cast(Any, copy.deepcopy(student)).merge_and_unload(), None
             student.save_pretrained(part, state_dict=weights)
             self.processing_class.save_pretrained(part)
             options = self.args.to_json_string()  # type: ignore[no-untyped-call]
             Path(part, checkpoints.CONFIG).write_text(options, encoding="utf-8")
             if router:
                 save_file({name: value.contiguous() for name, value in router.items()}, Path(part, checkpoints.ROUTER))
-            for path in Path(part).iterdir():
-                os.replace(path, folder / path.name)
+            for path in [path for path in Path(part).rglob("*") if path.is_file()]:
+                target = folder / path.relative_to(part)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -382,6 +498,33 @@ class DistillTrainer(Trainer):
         extra = sorted(load_result.unexpected_keys)
         if lacking or extra:
             raise ValueError(f"the checkpoint is of another student: it lacks {lacking[:3]} and also has {extra[:3]}")
+
+
+class _ByLength(LengthGroupedSampler):
+    """Examples of similar length together, in an order that an epoch's number and the seed determine."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class _StartOfRun(TrainerCallback):
+    """Before the first step: forgets the sums of a run that auto_find_batch_size gave up, and finds the best checkpoint
+    of a run that has been moved."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._sums = {}
+        best = self.trainer._folder / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
 
 
 class _LogBeforeSave(TrainerCallback):
@@ -413,15 +556,20 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     """Train as the config says, and export the student to ``config.output_dir``.
 
     Returns:
-        The trainer's metrics: ``train_runtime``, ``train_loss``, ...
+        The trainer's metrics (``train_runtime``, ``train_loss``, ...); ``examples``, ``without_words`` (key words) and
+        ``left_out`` by reason, whose ids are in ``left_out.json``.
     """
     require(config, "train_file")
     trainer = DistillTrainer(config)
+    data = cast(DistillDataset, trainer.train_dataset)
+    if trainer.is_world_process_zero():
+        write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
     metrics = trainer.train().metrics
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.end_training()
-    return metrics | {"student": config.output_dir}
+    counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}
+    return metrics | counts | {"student": config.output_dir}
 
 
 def _means(sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:

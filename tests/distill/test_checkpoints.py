@@ -157,3 +157,50 @@ def test_a_part_of_a_seal_is_not_sealed(tmp_path):
     (tmp_path / "checkpoint-1/.sealed.json.part").write_text("{")
     seal(tmp_path / "checkpoint-1")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("kind", ["absolute", "./relative", "relative/", "link", "~"])
+def test_the_best_checkpoint_stays(tmp_path, monkeypatch, kind):
+    """However output_dir is written; and a run that was moved resumes with its best checkpoint."""
+    real = tmp_path / "relative"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = {"absolute": str(real), "link": str(tmp_path / "link"), "~": "~/relative"}.get(kind, kind)
+    options = dict(learning_rate=1.0, eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1,
+                   load_best_model_at_end=True)  # fmt: skip
+
+    def made(output_dir: str, **more) -> DistillTrainer:
+        return DistillTrainer(
+            config(output_dir, **(options | more)), tiny.model(2), TOKENIZER,
+            tiny.model(3, len(OTHER), seed=1), OTHER, train_dataset=examples(), eval_dataset=examples(2),
+        )  # fmt: skip
+
+    class Worse(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step > 1:
+                next(t.model.student.parameters()).data.mul_(1.5)
+
+    t = made(folder, max_steps=3)
+    t.add_callback(Worse())
+    t.add_callback(StopAt(3))
+    t.train()
+    assert Path(t.state.best_model_checkpoint).samefile(real / "checkpoint-1")
+    assert "checkpoint-1" in {path.name for path in checkpoints(real)}
+    if kind == "absolute":
+        saved = load_file(real / "checkpoint-1/model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(saved, t.model.student.get_input_embeddings().weight)
+        shutil.copytree(real / "checkpoint-1", tmp_path / "moved/checkpoint-1")
+        shutil.rmtree(real)
+        t = made(str(tmp_path / "moved"), max_steps=3, resume=True)
+        t.add_callback(Worse())
+        t.train()
+        assert t.state.best_model_checkpoint == str(tmp_path / "moved/checkpoint-1")
+        assert torch.equal(saved, t.model.student.get_input_embeddings().weight)
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed(tmp_path):
+    trainer(tmp_path, max_steps=1, save_steps=1, save_only_model=True).train()
+    with pytest.raises(ValueError, match="checkpoint-1 was saved with save_only_model: it has no optimizer"):
+        trainer(tmp_path, resume=True).train()

@@ -96,7 +96,8 @@ def test_a_batch_moves_as_a_whole():
         assert texts.plan.device.type == "meta"
     assert moved.student[0].shared_prefix.keys.is_meta
     assert batch.student[0].to("cpu").input_ids is batch.student[0].input_ids
-    assert "input_ids" not in batch  # Trainer asks
+    assert "input_ids" in batch and "labels" not in batch  # Trainer asks
+    assert torch.equal(batch["input_ids"], batch.student[0].input_ids[0])
 
 
 def test_a_batch_is_pinned_as_a_whole(monkeypatch):

@@ -48,7 +48,21 @@ def test_examples_left_out_are_counted():
     data = prepare(many, TextOptions(drop_wrong=True), student(200))
     assert [row.id for row, _ in data] == ["p3"]
     assert data.skipped == {"no rationale": 1, "wrong answer": 1, "text longer than max_length": 1}
-    assert "1 left out: no rationale" in data.summary()
+    assert data.left_out == {"no rationale": ["no"], "wrong answer": ["wrong"], "text longer than max_length": ["long"]}
+    assert "1 examples, 0 without key words; 1 left out: no rationale (no); 1 left out: wrong ans" in data.summary()
+
+
+def test_a_text_that_a_template_refuses_is_left_out(caplog):
+    """In the rationale, or in the answer alone; a template that fails for every text is an error."""
+    tokenizer, many = tiny.tokenizer(), examples(6)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim('X') }}{% endfor %}"
+    many[1] = Example("e", many[1].question, many[1].rationale + "X", "1")
+    many[2] = Example("p", many[2].question, many[2].rationale, "X")
+    data = prepare(many, TextOptions(), TokenizerSpec(tokenizer, "chat", None))
+    assert data.left_out == {"the template or the tokenizer refuses its text": ["e", "p"]}
+    assert "example e: template: the chat template of" in caplog.text
+    with pytest.raises(ValueError, match="template: .* has no chat template"):
+        prepare(many, TextOptions(), TokenizerSpec(tiny.tokenizer(), "chat", None))
 
 
 def test_all_left_out_is_an_error():

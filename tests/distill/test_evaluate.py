@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import torch
 
 from molsaki.annotation.annotate import annotate
 from molsaki.batches.tokenized import predict_prompt
-from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig
+from molsaki.config import PREDICT_TEMPLATE, AnnotateConfig, EvaluateConfig, ExtractConfig
 from molsaki.evaluation.evaluate import evaluate, generate, paired_test, wilson
+from molsaki.evaluation.generate import decode
 from molsaki.teacher.extract import extract
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example
-from tests.helpers import tiny
+from molsaki.training.trainer import DistillTrainer
+from tests.helpers import tiny, training
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 
@@ -50,7 +55,7 @@ def test_batched_replies_are_those_of_one_at_a_time():
         for example, reply in zip(examples, replies, strict=True):
             ids = prompt(example.question, tokenizer)
             if mode == "answer":
-                ids = predict_prompt(example, tokenizer, "plain", config.predict_template)
+                ids = predict_prompt(example, tokenizer, "plain", PREDICT_TEMPLATE)
             start = len(ids)
             while len(ids) < start + 6 and ids[-1] != tokenizer.eos_token_id:
                 ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
@@ -70,6 +75,13 @@ def test_files_and_paired_comparison(folder, tmp_path):
     config.compare, config.output_dir = str(tmp_path / "a/predictions.jsonl"), str(tmp_path / "b")
     paired = evaluate(config)["paired"]
     assert (paired["only_this"], paired["only_other"], paired["p_value"]) == (0, 0, 1.0)
+    other = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    for field, value in (("question", "How many?"), ("gold", "-1")):
+        changed = [record | ({field: value} if record["id"] == "p2" else {}) for record in other]
+        config.compare = str(tiny.write_jsonl(tmp_path / "c.jsonl", changed))
+        with pytest.raises(ValueError, match=f"is of other data: expected 'p2' to be .*, got .*{re.escape(value)}"):
+            evaluate(config)
+    config.compare = str(tmp_path / "a/predictions.jsonl")
     config.limit = 3
     with pytest.raises(ValueError, match="is of other data: it holds 6 examples in place of 3"):
         evaluate(config)
@@ -82,9 +94,10 @@ def test_bad_input(folder, tmp_path):
         evaluate(EvaluateConfig(**{**base, "model": "/no/model"}))
     with pytest.raises(ValueError, match="--output_dir: required"):
         evaluate(EvaluateConfig(**{**base, "output_dir": None}))
-    with pytest.raises(
-        ValueError, match=r"example p0: \d+ tokens and a reply of 500 exceed the model's context of 512"
-    ):
+    message = (
+        "all 2 examples were left out: 2 question and a reply of 500 tokens longer than the model's context of 512"
+    )
+    with pytest.raises(ValueError, match=message):
         evaluate(EvaluateConfig(**base, max_new_tokens=500))
     with pytest.raises(ValueError, match="not a predictions.jsonl"):
         evaluate(EvaluateConfig(**base, compare=str(data)))
@@ -105,3 +118,52 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path):
         for given in ((tiny.model(), None), (None, tiny.tokenizer())):
             with pytest.raises(ValueError, match="tokenizer: expected both or neither"):
                 function(config, *given)
+
+
+def test_a_question_that_cannot_be_asked_is_left_out(folder, tmp_path, caplog):
+    """One is too long, one is changed by the chat template; the others are scored, and paired with the same ones."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content | replace('X', '') }}{% endfor %}"
+    rows = tiny.problems(4)
+    rows[1]["question"] += " Hm." * 400
+    rows[2]["question"] += "X"
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
+    base = dict(data_file=str(data), template="chat", max_new_tokens=4)
+    summary = evaluate(EvaluateConfig(**base, output_dir=str(tmp_path / "a")), tiny.model(2), tokenizer)
+    assert summary["examples"] == 2
+    assert sorted(summary["left_out"].values()) == [["p1"], ["p2"]]
+    assert all(name in caplog.text for name in ("(p1)", "(p2)"))
+    records = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    assert [("left_out" in one) for one in records] == [False, True, True, False]
+    base |= dict(template="plain", compare=str(tmp_path / "a/predictions.jsonl"))
+    paired = evaluate(EvaluateConfig(**base, output_dir=str(tmp_path / "b")), tiny.model(2), tokenizer)["paired"]
+    assert paired["questions"] == 2
+
+
+def test_a_run_is_asked_in_its_own_templates(tmp_path):
+    """Those of the training, also of a checkpoint; flags come before them."""
+    teacher, run = tiny.tokenizer(60), tmp_path / "run"
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    trainer = DistillTrainer(
+        training.config(run, student_template="chat", predict_template="{question} = {answer}", max_steps=1,
+                        save_steps=1),
+        tiny.model(2), tokenizer, tiny.model(3, len(teacher), seed=1), teacher, train_dataset=training.examples(),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    data = str(tiny.write_jsonl(tmp_path / "d.jsonl", tiny.problems(2)))
+    shutil.copytree(run, tmp_path / "bare")
+    (tmp_path / "bare/distill.json").unlink()
+    for model, options, expected in (
+        (run, {}, ("chat", "{question} = {answer}")),
+        (run / "checkpoint-1", {}, ("chat", "{question} = {answer}")),
+        (run, {"template": "plain"}, ("plain", "{question} = {answer}")),
+        (tmp_path / "bare", {}, ("plain", PREDICT_TEMPLATE)),
+    ):
+        config = EvaluateConfig(model=str(model), data_file=data, output_dir=str(tmp_path / "o"), max_new_tokens=4)
+        summary = evaluate(dataclasses.replace(config, **options))
+        assert (summary["template"], summary["predict_template"]) == expected
+        ids = predict_prompt(training.examples(1)[0], tokenizer, *expected)
+        reply = json.loads((tmp_path / "o/predictions.jsonl").read_text().splitlines()[0])["reply"]
+        assert reply == decode(trainer.model.student.eval(), tokenizer, [ids], 4)[0][0].text

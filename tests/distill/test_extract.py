@@ -326,6 +326,24 @@ def test_left_out_is_counted_and_stays_left_out(tmp_path):
         extract(config(tmp_path, records, store=str(tmp_path / "other")), TEACHER, OTHER)
 
 
+def test_a_text_that_a_template_refuses_is_left_out_and_named(tmp_path, caplog):
+    tokenizer = tiny.tokenizer(60)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim('X') }}{% endfor %}"
+    records = tiny.problems(4)
+    records[2]["rationale"] += "X"
+    result = extract(config(tmp_path, records, teacher_template="chat"), TEACHER, tokenizer)
+    assert result["left_out"] == {"the template or the tokenizer refuses its text": 1}
+    assert caplog.text.rstrip().endswith("store: 1 left out: the template or the tokenizer refuses its text (p2)")
+    with pytest.raises(ValueError, match="template: .* has no chat template"):
+        extract(config(tmp_path, records, teacher_template="chat", store=str(tmp_path / "b")), TEACHER, OTHER)
+
+
+def test_a_data_set_without_a_key_word_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="key: keywords finds no key word in any of the 4 examples, so every map is"):
+        extract(config(tmp_path, tiny.problems(4), key="keywords"), TEACHER, OTHER)
+    assert not (tmp_path / "store").exists()
+
+
 FINGERPRINT = "'[0-9a-f]{32}'"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from molsaki.evaluation.generate import decode
@@ -40,3 +41,21 @@ def test_sampled_replies():
     torch.set_rng_state(state)
     decode(model, tok, prompts, 8, temperature=1.0, seed=3)
     assert torch.equal(torch.rand(3), a)  # the caller's generator is left alone
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(2, 200))},
+     {"min_new_tokens": 20}, {"bad_words_ids": [[9]]}, {"do_sample": True, "temperature": 5.0}, {"num_beams": 3}],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_greedy_is_greedy(options):
+    """Whatever the model's own generation config says, which stays as it is."""
+    model, tok = tiny.model(2), tiny.tokenizer()
+    prompts = [[5, 6, 7], [8, 9]]
+    expected, _ = decode(model, tok, prompts, 16)
+    before = decode(model, tok, prompts, 16, temperature=0.7, seed=1)
+    model.generation_config.update(**options)
+    assert decode(model, tok, prompts, 16)[0] == expected
+    assert decode(model, tok, prompts, 16, temperature=0.7, seed=1) == before  # sampled at that temperature alone
+    assert all(getattr(model.generation_config, name) == value for name, value in options.items())

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from molsaki.config import PlotConfig
-from molsaki.plotting.plot_run import plot
+from molsaki.plotting import plots
+from molsaki.plotting.plot_run import _file_name, plot
 from molsaki.plotting.plots import CURVES
 
 
@@ -27,8 +28,24 @@ def test_run_draws_what_is_there(tmp_path):
     assert all(path.stat().st_size for path in out.iterdir())
 
 
-def test_every_logged_loss_has_a_panel():
+def test_every_logged_loss_has_a_panel(tmp_path, monkeypatch):
+    """Those of evaluations too, of one set or of several by name."""
     drawn = [name for names in CURVES.values() for name in names]
     logged = ["loss", "loss_pre", "loss_exp", "loss_att", "loss_att_uniform", "loss_mmi", "loss_logits"]
-    logged += ["entropy_teacher", "entropy_student", "eval_loss", "eval_loss_att"]
+    logged += ["entropy_teacher", "entropy_student"]
     assert sorted(drawn) == sorted(logged)
+    logged += ["eval_loss", "eval_loss_mmi", "eval_a_loss", "eval_a_loss_logits", "eval_b_loss_pre"]
+    history = [{"step": step} | dict.fromkeys(logged, 1.0 / step) for step in (1, 2)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    shown = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, title: shown.extend(figure.axes) or path)
+    plot(PlotConfig(run=str(tmp_path)))
+    assert sorted(line.get_label() for ax in shown for line in ax.get_lines()) == sorted(logged)
+
+
+def test_ids_have_files_of_their_own():
+    """Also where a file system ignores case, and where ids are longer than a name may be."""
+    ids = ["p0", "a/1", "a_1", "A_1", "a 1", "ä1", "x" * 300, "x" * 301, "..", "c:1"]
+    names = [_file_name(id).casefold() for id in ids]
+    assert len(set(names)) == len(ids) and names[0] == "p0" and names[2] == "a_1"
+    assert all(len(name) < 150 and "/" not in name and ":" not in name for name in names)

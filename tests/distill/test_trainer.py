@@ -15,7 +15,7 @@ from molsaki.teacher.extract import extract
 from molsaki.text.examples import Example
 from molsaki.training.checkpoints import ROUTER
 from molsaki.training.config import DistillConfig
-from molsaki.training.trainer import DistillTrainer
+from molsaki.training.trainer import DistillTrainer, distill
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 from tests.helpers.training import LOSSES, OTHER, TOKENIZER, StopAt, config, examples, gradients, logged, trainer
@@ -190,9 +190,8 @@ def test_examples_without_words_add_no_attention_loss(tmp_path):
     assert (out["loss_att"][:3] > 0).all()
     t.train()
     assert logged(t, "without_words", "words_mean") == [(1, 27 / 4)]
-    alone = trainer(tmp_path / "b", data=[wordless], per_device_train_batch_size=1, max_steps=1, save_strategy="no")
-    alone.train()
-    assert logged(alone, "loss_att", "without_words") == [(0.0, 1)]
+    with pytest.raises(ValueError, match="key: numbers finds no key word in any of the 1 examples of train_dataset"):
+        trainer(tmp_path / "b", data=[wordless])
 
 
 def test_nan_stops_and_saves_the_batch(tmp_path):
@@ -228,7 +227,9 @@ def test_lora_trains_adapters_and_exports_a_merged_model(tmp_path):
     resumed.train()
     assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
     straight.save_model()
+    straight.save_model()  # over the first one
     assert not (tmp_path / "a/adapter_model.safetensors").exists()
+    assert (tmp_path / "a/adapter/adapter_model.safetensors").is_file()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     ids = torch.tensor([TOKENIZER("Ann has 3 nuts.").input_ids])
     expected = straight.model.student.eval()(input_ids=ids).logits
@@ -272,3 +273,134 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setattr(DistillConfig, "n_gpu", 4)
     with pytest.raises(ValueError, match="4 GPUs are visible to this one process; start one process per GPU"):
         trainer(tmp_path)
+
+
+def test_a_peft_student_is_exported_whole(tmp_path):
+    """A user's own adapters, as those of --lora_rank."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    student = peft.get_peft_model(tiny.model(2), lora)
+    t = trainer(tmp_path, student=student, max_steps=1, save_steps=1)
+    t.train()
+    t.save_model()
+    ids = torch.tensor([TOKENIZER("Ann has 3 nuts.").input_ids])
+    expected = student.eval()(input_ids=ids).logits
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in name for name, _ in loaded.named_parameters())
+    again = peft.PeftModel.from_pretrained(tiny.model(2), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, expected)
+    assert (tmp_path / "checkpoint-1/adapter_model.safetensors").is_file()
+
+
+def test_adapters_that_would_not_be_trained_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(
+        ValueError, match="student: expected adapters within the layers, such as LoRA, got .*PROMPT_TUN"
+    ):
+        trainer(tmp_path, student=peft.get_peft_model(tiny.model(2), prompts))
+    student = tiny.model(2)
+    student.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="student: expected a model without adapters or a PeftModel"):
+        trainer(tmp_path, student=student)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(5, 1), (None, 1), ([0, 5, 999], [1, 0]), ([1, 0], [1, 0])])
+def test_the_export_stops_where_training_ended(tmp_path, own, expected):
+    """At the tokenizer's end token, and at others of the student only where they are special tokens."""
+    student = tiny.model(2)
+    student.generation_config.eos_token_id = own
+    t = trainer(tmp_path, student=student, max_steps=1, save_strategy="no")
+    t.train()
+    t.save_model()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = model.generation_config.eos_token_id
+    assert (found if isinstance(expected, list) or isinstance(found, int) else found[0]) == expected
+    assert found in (1, [1]) or expected == [1, 0]
+    torch.nn.init.zeros_(model.model.embed_tokens.weight)  # all logits are equal: token 0, and never an end token
+    out = model.generate(torch.tensor([[7]]), max_new_tokens=3, do_sample=False)
+    assert out.shape == (1, 2 if expected == [1, 0] else 4)
+
+
+@pytest.mark.parametrize("rows", [(258, 270), (270, 258), (264, 270)])
+def test_logits_over_padded_embeddings(tmp_path, rows):
+    """The rows after the last token are no tokens, on either side; a head that is not the library's own, too."""
+    losses = []
+    for number, (a, b) in enumerate([(258, 258), rows]):
+        student, teacher = tiny.model(2, 258), tiny.model(3, 258, seed=1)
+        for model, size in ((student, a), (teacher, b)):
+            if size > 258:
+                model.resize_token_embeddings(size, mean_resizing=False)
+                model.get_input_embeddings().weight.data[258:] = 1.0
+        t = DistillTrainer(
+            config(tmp_path / str(number), objective="logits", max_steps=1, save_strategy="no"), student, TOKENIZER,
+            teacher, TOKENIZER, train_dataset=examples(),
+        )  # fmt: skip
+        t.train()
+        losses.append(logged(t, "loss_logits")[0][0])
+        t.model.head = None  # the model's own forward
+        batch = t.data_collator([t.train_dataset[n] for n in range(2)])
+        t._forward(t.model, batch)["loss"].sum().backward()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_optimizer_of_the_caller(tmp_path):
+    """The router joins it; one that would not train the student is refused, and so is one with a scheduler."""
+
+    def made(optimizer, scheduler=None, student=None, **options):
+        return DistillTrainer(
+            config(tmp_path, save_strategy="no", max_steps=2, **options), student, TOKENIZER,
+            tiny.model(3, len(OTHER), seed=1), OTHER, train_dataset=examples(), optimizers=(optimizer, scheduler),
+        )  # fmt: skip
+
+    student = tiny.model(2)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    t = made(optimizer, student=student, router_learning_rate=1e-3)
+    before = {name: p.clone() for name, p in t.model.named_parameters()}
+    t.train()
+    assert all(not torch.equal(p, before[name]) for name, p in t.model.named_parameters())
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
+    for stranger, options in ((tiny.model(2), {}), (student, {"lora_rank": 2})):
+        other = torch.optim.SGD(stranger.parameters(), lr=1.0)
+        with pytest.raises(
+            ValueError, match="optimizers: the optimizer holds no parameter of the student that is trai"
+        ):
+            made(other, student=tiny.model(2) if stranger is not student else student, **options)
+    student = tiny.model(2)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="optimizers: the router's parameters cannot join"):
+        made(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), student=student)
+
+
+def test_the_router_does_not_change_the_clipping_of_the_student(tmp_path):
+    seen = []
+    for number, factor in enumerate((1.0, 1e6)):
+        t = trainer(tmp_path / str(number), max_steps=1, save_strategy="no", max_grad_norm=0.5)
+        for p in t.model.mixture.parameters():
+            p.register_hook(lambda grad, factor=factor: grad * factor)
+        seen.append((gradients(t), logged(t, "grad_norm")))
+    (a, norm), (b, other) = seen
+    assert norm == other and norm[0][0] > 0.5
+    student = [value for name, value in a.items() if name.startswith("student.")]
+    assert all(torch.equal(b[name], value) for name, value in a.items() if name.startswith("student."))
+    assert torch.stack([g.norm() for g in student]).norm() == pytest.approx(0.5, rel=1e-4)
+    router = [value for name, value in b.items() if name.startswith("mixture.")]
+    assert torch.stack([g.norm() for g in router]).norm() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_left_out_examples_are_reported(tmp_path, caplog):
+    many = examples(4)
+    many[1] = Example("none", many[1].question, " ", "1")
+    trainer(tmp_path, data=many)
+    assert "train_dataset: 3 examples, 0 without key words; 1 left out: no rationale (none)" in caplog.text
+
+
+def test_distill_reports_what_it_left_out(stored, tmp_path):
+    rows = tiny.problems(4)
+    rows[2]["rationale"] = ""
+    files = dict(train_file=str(tiny.write_jsonl(tmp_path / "train.jsonl", rows)), teacher=str(stored / "teacher"))
+    tiny.save(tmp_path / "student", 2)
+    result = distill(config(tmp_path / "run", student=str(tmp_path / "student"), max_steps=1, **files))
+    assert (result["examples"], result["without_words"], result["left_out"]) == (3, 0, {"no rationale": 1})
+    assert json.loads((tmp_path / "run/left_out.json").read_text()) == {"no rationale": ["p2"]}

@@ -20,7 +20,7 @@ def examples(count: int = 8) -> list[Example]:
     return [Example(r["id"], r["question"], r["rationale"], r["answer"]) for r in tiny.problems(count)]
 
 
-def config(folder: Path, **options) -> DistillConfig:
+def config(folder: Path | str, **options) -> DistillConfig:
     options = dict(
         max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, save_steps=3, use_cpu=True,
         disable_tqdm=True, seed=3, dataloader_num_workers=0,
