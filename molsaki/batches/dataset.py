@@ -25,7 +25,7 @@ from molsaki.batches.tokenized import (
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.teacher.fingerprints import fingerprint_spans
 from molsaki.teacher.map_store import Entry, Store
-from molsaki.text.examples import Example, Examples, _example
+from molsaki.text.examples import Example, Examples, example_of
 from molsaki.text.spans import Spans
 from molsaki.text.templates import frame_of
 
@@ -109,12 +109,20 @@ def as_examples(data: Any, name: str) -> Sequence[Example]:
         return data
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, (str, Mapping)):
         raise TypeError(f"{name}: expected a sequence of examples or of dicts, got {type(data).__name__}")
-    examples = []
+    examples, left_out = [], []
     for number in range(len(data)):
         row, where = data[number], f"{name}: row {number}"
         if not isinstance(row, (Example, Mapping)):
             raise TypeError(f"{where}: expected an Example or a dict, got {type(row).__name__}")
-        examples.append(row if isinstance(row, Example) else _example(dict(row), where, str(number), True))
+        try:
+            is_read = isinstance(row, Example)
+            examples.append(row if is_read else example_of(dict(row), str(number), rationale=True, compared=False))
+        except (ValueError, TypeError) as error:
+            left_out.append(f"{where}: {error}")
+    if left_out and not examples:
+        raise ValueError(left_out[0])
+    if left_out:
+        logger.warning("%d of %d examples left out, the first: %s", len(left_out), len(data), left_out[0])
     return examples
 
 

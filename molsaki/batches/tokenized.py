@@ -107,10 +107,11 @@ def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) 
         encoded = [encode(whole, spec.tokenizer, template=spec.template) for spec in specs]
     if all(spec.room is None or len(e.input_ids) <= spec.room for spec, e in zip(specs, encoded, strict=True)):
         return whole, encoded, False
-    try:
-        spans = fit(whole, *((spec.tokenizer, spec.template, spec.room) for spec in specs))
-    except TooLong:
-        raise LeftOut("question longer than max_length") from None
+    with left_out_if_refused():
+        try:
+            spans = fit(whole, *((spec.tokenizer, spec.template, spec.room) for spec in specs))
+        except TooLong:
+            raise LeftOut("question or thinking trace longer than max_length") from None
     if options.too_long == "skip":
         raise LeftOut("text longer than max_length")
     with left_out_if_refused():

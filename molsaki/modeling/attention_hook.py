@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from molsaki.modeling.capture import Record
 
 NAME = "molsaki"
+SPARSE = frozenset({"block_indices", "indices"})  # the keys or blocks of keys that each query sees
 # Keywords that models pass on to every attention function and that change nothing in it. position_ids were applied to
 # queries and keys before; packed texts that they tell apart are in the mask.
 WITHOUT_EFFECT = frozenset({
@@ -84,8 +85,7 @@ def attention(
     plan = step_plan if record is None else record.plan
     if record is not None and cu_seq_lens_q is None:
         cu_seq_lens_q, shared_prefix = record.cu_seqlens, record.shared_prefix
-    if compact is not None and cu_seq_lens_q is None:
-        cu_seq_lens_q = compact.cu_seqlens
+    cu_seqlens = _bounds(cu_seq_lens_q, query, compact, shared_prefix)
     if output_attentions and plan is None:
         raise ValueError('step_plan: expected a StepPlan with output_attentions=True under "molsaki", got None')
     if is_causal is None:
@@ -100,10 +100,16 @@ def attention(
             'mask of whole texts (compressed keys?); "molsaki" does not support this attention'
         )
     scores: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
-    is_packed = cu_seq_lens_q is not None and is_causal and not isinstance(attention_mask, Tensor)
+    is_packed = cu_seqlens is not None
+    if is_packed and (isinstance(attention_mask, Tensor) or position_bias is not None or not is_causal):
+        found = "a mask" if isinstance(attention_mask, Tensor) else "a position_bias or attention that is not causal"
+        raise ValueError(
+            "cu_seq_lens_q: expected packed texts under causal attention with an attention_mask of None, or without "
+            f"padding; {type(module).__name__} has {found}"
+        )
     is_plain = is_causal and is_whole and attention_mask is None and query.shape[2] > 1
     is_stepwise = position_bias is None and (is_packed or is_plain or compact is not None)
-    if plan is None and (position_bias is not None or (compact is not None and not compact.is_checked)):
+    if plan is None and not is_packed and compact is not None and not compact.is_checked:
         is_stepwise = False
     if not is_stepwise:
         if plan is not None:
@@ -118,16 +124,18 @@ def attention(
         return out.transpose(1, 2).contiguous(), None
 
     window, chunk = (sliding_window, None) if compact is None else (compact.window, compact.chunk)
-    cu_seqlens = None if cu_seq_lens_q is None else cu_seq_lens_q.to(query.device, torch.int32)
     if record is not None and record.length is not None and record.length != query.shape[2]:
         raise ValueError(
             f"step_plan: the model's attention has {query.shape[2]} tokens where its forward was given "
             f"{record.length}; tokens that a model puts before the text (prompt tuning, images) would shift the plan"
         )
-    if compact is not None and plan is not None and not compact.is_checked and cu_seqlens is None:
+    if compact is not None and not compact.is_checked and not is_packed:
         compact.check()
-    if compact is not None and compact.padding is not None and cu_seqlens is not None and compact.is_checked:
-        raise ValueError("attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some")
+    if compact is not None and compact.padding is not None and is_packed:
+        message = "attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some"
+        if compact.is_checked:
+            raise ValueError(message)
+        torch._assert_async(compact.padding.all(), message)
     lengths = None if compact is None or cu_seqlens is not None else compact.lengths
     suffixes = None
     if shared_prefix is not None:
@@ -169,8 +177,28 @@ def attention(
     return out, None if plan is None else maps
 
 
+def _bounds(
+    cu_seq_lens_q: Tensor | None, query: Tensor, compact: CompactMask | None, shared_prefix: SharedPrefix | None
+) -> Tensor | None:
+    """The bounds ``(N + 1,)`` int32 of packed texts: those given, else those that the positions in the mask tell."""
+    told = None if compact is None else compact.cu_seqlens
+    if cu_seq_lens_q is None:
+        return told
+    if not isinstance(cu_seq_lens_q, Tensor) or cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.is_floating_point():
+        raise ValueError(f"cu_seq_lens_q: expected a tensor (N + 1,) of integers, got {cu_seq_lens_q!r}")
+    bounds = cu_seq_lens_q.to(query.device, torch.int32)
+    if told is not None and shared_prefix is None and not torch.equal(told, bounds):
+        raise ValueError(
+            f"cu_seq_lens_q: expected the bounds at which position_ids start again, {told.tolist()}, "
+            f"got {bounds.tolist()}"
+        )
+    return bounds
+
+
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
+        if given is not None and name in SPARSE:
+            raise ValueError(f'{name}: the attention implementation "molsaki" does not support sparse attention')
         if given is not None and name not in WITHOUT_EFFECT:
             raise ValueError(
                 f'{name}: the attention implementation "molsaki" does not know this keyword, which a model passed to '

@@ -34,6 +34,8 @@ def masked_attention(
         sinks: ``(Hq,)``, or ``(Hq, M)`` where queries have their own.
         bias: broadcasts to ``(B, Hq, M, n)``, added to the scores.
     """
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]  # as eager attention does where a mask is longer than the cache
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if bias is not None:

@@ -73,7 +73,7 @@ class Examples(Sequence[Example]):
             if _state(file.fileno()) != self._states[entry["file"]]:
                 raise ValueError(f"{path}: has changed since it was opened; run again")
             file.seek(entry["offset"])
-            return _example(json.loads(file.read(entry["length"])), str(entry["line"]), rationale=False, compared=False)
+            return example_of(json.loads(file.read(entry["length"])), str(entry["line"]), rationale=False, compared=False)
 
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Examples:
@@ -104,7 +104,7 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
             fields: Fields = {}
             try:
                 fields = _parse(data)
-                example = _example(fields, str(line), rationale, not rationale)
+                example = example_of(fields, str(line), rationale, not rationale)
             except (ValueError, TypeError) as error:
                 id = fields.get("id")
                 left_out.append(f"{one}:{line}: {'' if id is None else f'id {id}: '}{error}")
@@ -190,7 +190,7 @@ def _parse(data: bytes) -> Fields:
     return fields
 
 
-def _example(record: Fields, default_id: str, rationale: bool, compared: bool) -> Example:
+def example_of(record: Fields, default_id: str, rationale: bool, compared: bool) -> Example:
     """Checks everything; ``compared``: also that replies can be compared with the gold answer."""
     fields = to_fields(record)
     choices = _texts(fields, "choices")
