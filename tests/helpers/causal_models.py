@@ -242,8 +242,12 @@ def eager_calls(model: PreTrainedModel) -> Iterator[list[Call]]:
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             out = original(module, query, key, value, *args, **kwargs)
-            identity = torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:2], -1, -1)
-            weights = original(module, query, key, identity, *args, **kwargs)[0].transpose(1, 2)
+            n, width = key.shape[2], value.shape[-1]  # in blocks of the values' width, from which some take their scale
+            blocks = nn.functional.pad(torch.eye(n, dtype=key.dtype), (0, -n % width)).split(width, -1)
+            outs = [
+                original(module, query, key, b.expand(*value.shape[:2], -1, -1), *args, **kwargs)[0] for b in blocks
+            ]
+            weights = torch.cat(outs, -1)[..., :n].transpose(1, 2)
             calls.append(Call(getattr(module, "layer_idx", None), weights, out[1]))
             return out
 
