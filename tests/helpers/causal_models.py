@@ -170,7 +170,8 @@ class Late(Exception):
 class Call:
     """One call of a model's eager attention: the weights ``(B, H, M, n)`` that it applies, and those it returns."""
 
-    layer: int | None
+    module: nn.Module
+    running: int  # the number of the running decoder layer
     weights: Tensor
     returned: Tensor | None
 
@@ -238,17 +239,22 @@ def build(name: str, dtype: torch.dtype) -> PreTrainedModel:
 def eager_calls(model: PreTrainedModel) -> Iterator[list[Call]]:
     """Record the weights that the model's eager attention applies: its output where the values are the identity."""
     calls: list[Call] = []
+    running = 0
+
+    def enter(index: int) -> None:
+        nonlocal running
+        running = index
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             out = original(module, query, key, value, *args, **kwargs)
-            n, width = key.shape[2], value.shape[-1]  # in blocks of the values' width, from which some take their scale
-            blocks = nn.functional.pad(torch.eye(n, dtype=key.dtype), (0, -n % width)).split(width, -1)
-            outs = [
-                original(module, query, key, b.expand(*value.shape[:2], -1, -1), *args, **kwargs)[0] for b in blocks
-            ]
+            # In blocks of the values' width, from which some functions take their scale.
+            n, width = key.shape[2], value.shape[-1]
+            padded = nn.functional.pad(torch.eye(n, dtype=key.dtype), (0, -n % width))
+            blocks = [block.expand(*value.shape[:2], -1, -1) for block in padded.split(width, -1)]
+            outs = [original(module, query, key, block, *args, **kwargs)[0] for block in blocks]
             weights = torch.cat(outs, -1)[..., :n].transpose(1, 2)
-            calls.append(Call(getattr(module, "layer_idx", None), weights, out[1]))
+            calls.append(Call(module, running, weights, out[1]))
             return out
 
         return attention
@@ -257,7 +263,22 @@ def eager_calls(model: PreTrainedModel) -> Iterator[list[Call]]:
         for module in {sys.modules[type(m).__module__] for m in model.modules()}:
             if hasattr(module, "eager_attention_forward"):
                 patch.setattr(module, "eager_attention_forward", recording(module.eager_attention_forward))
+        handles = []
+        for path, layer in model.named_modules():
+            *parents, last = path.split(".")
+            if last.isdigit() and not any(part.isdigit() for part in parents):  # in the outermost list
+                handles.append(layer.register_forward_pre_hook(lambda *_, index=int(last): enter(index)))
         yield calls
+        for handle in handles:
+            handle.remove()
+
+
+def layers_of(calls: list[Call]) -> tuple[int, ...]:
+    """The layer of each call: the ``layer_idx`` of its module, or the running one where layers share a module."""
+    runs = {(id(call.module), call.running) for call in calls}
+    if len(runs) > len({module for module, _ in runs}):
+        return tuple(call.running for call in calls)
+    return tuple(getattr(call.module, "layer_idx", None) or 0 for call in calls)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -401,7 +422,7 @@ class Comparison:
         finally:
             handle.remove()
         self.outcome.layers = record.layers
-        called = tuple(0 if call.layer is None else call.layer for call in self.calls)
+        called = layers_of(self.calls)
         if record.layers != called:
             raise Mismatch(f"layers: {record.layers}, expected {called}")
         short = min(self.lengths)
