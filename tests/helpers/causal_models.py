@@ -274,7 +274,7 @@ def eager_calls(model: PreTrainedModel) -> Iterator[list[Call]]:
 
 
 def layers_of(calls: list[Call]) -> tuple[int, ...]:
-    """The layer of each call: the ``layer_idx`` of its module, or the number of the running one where layers share it."""
+    """The layer of each call: the ``layer_idx`` of its module, or the running layer where layers share it."""
     known = [getattr(call.module, "layer_idx", None) or 0 for call in calls]
     shared = len({(index, call.running) for index, call in zip(known, calls, strict=True)}) > len(set(known))
     return tuple(call.running for call in calls) if shared else tuple(known)
@@ -567,12 +567,11 @@ that eager attention applies to the values.
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Under transformers 4.57.6 (139 names, same command, 2026-11-27): 57 right, 68 refused, 13 not built, none silently wrong;
-one fault, `generate()` of blt without a plan, which raises an error about the shape of its mask. More is refused there
+Under transformers 4.57.6 (139 names, same command, 2026-11-27): 57 right, 68 refused, 13 not built, none silently
+wrong, and one fault: `generate()` of blt without a plan raises an error about the shape of its mask. More is refused there
 because many models build their mask themselves (bart and its kin, bamba, biogpt, falcon_h1, fuyu, granitemoe,
-granitemoeshared, musicgen, opt, persimmon), and `capture` recognises only masks of transformers' mask functions in that
-version. GPT-2's `scale_attn_by_inverse_layer_idx` is ignored, as it is by sdpa: its modeling file applies it in its eager
-function alone.
+granitemoeshared, musicgen, opt, persimmon). GPT-2's `scale_attn_by_inverse_layer_idx` is ignored, as it is by sdpa: its
+modeling file applies it in its eager function alone.
 
 Variants, not counted above:
 
