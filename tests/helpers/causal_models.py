@@ -568,8 +568,8 @@ that eager attention applies to the values.
 {rows}
 
 Under transformers 4.57.6 (139 names, same command, 2026-11-27): 57 right, 68 refused, 13 not built, none silently
-wrong, and one fault: `generate()` of blt without a plan raises an error about the shape of its mask. More is refused there
-because many models build their mask themselves (bart and its kin, bamba, biogpt, falcon_h1, fuyu, granitemoe,
+wrong, and one fault: `generate()` of blt without a plan raises an error about the shape of its mask. More is refused
+there because many models build their mask themselves (bart and its kin, bamba, biogpt, falcon_h1, fuyu, granitemoe,
 granitemoeshared, musicgen, opt, persimmon). GPT-2's `scale_attn_by_inverse_layer_idx` is ignored, as it is by sdpa: its
 modeling file applies it in its eager function alone.
 
