@@ -114,9 +114,11 @@ def as_examples(data: Any, name: str) -> Sequence[Example]:
         row, where = data[number], f"{name}: row {number}"
         if not isinstance(row, (Example, Mapping)):
             raise TypeError(f"{where}: expected an Example or a dict, got {type(row).__name__}")
+        if isinstance(row, Example):
+            examples.append(row)
+            continue
         try:
-            is_read = isinstance(row, Example)
-            examples.append(row if is_read else example_of(dict(row), str(number), rationale=True, compared=False))
+            examples.append(example_of(dict(row), str(number), rationale=True, compared=False))
         except (ValueError, TypeError) as error:
             left_out.append(f"{where}: {error}")
     if left_out and not examples:

@@ -68,7 +68,7 @@ def attention(
             Dv)``.
         attention_mask: None means as in transformers' "sdpa": causal if ``is_causal``, else that all keys are visible.
         dropout: of the weights that give the output; the map is of the undropped weights.
-        is_causal: the module's own ``is_causal`` if None.
+        is_causal: the module's own ``is_causal`` if None; without one, a mask of None hides nothing.
         sliding_window: used where the mask does not say what is visible.
         position_bias: ``(B or 1, Hq, M, M)``, added to the scores; not with a plan.
         step_plan: of this batch, passed as a keyword of the model's forward, with ``output_attentions=True``.
@@ -89,7 +89,7 @@ def attention(
     if output_attentions and plan is None:
         raise ValueError('step_plan: expected a StepPlan with output_attentions=True under "molsaki", got None')
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = getattr(module, "is_causal", attention_mask is not None)  # cross-attention may not say it
     is_whole = key.shape[2] == query.shape[2]
     if attention_mask is None and is_causal and not is_whole and query.shape[2] > 1:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # the rest of a static cache is empty
@@ -129,8 +129,8 @@ def attention(
             f"step_plan: the model's attention has {query.shape[2]} tokens where its forward was given "
             f"{record.length}; tokens that a model puts before the text (prompt tuning, images) would shift the plan"
         )
-    if compact is not None and not compact.is_checked and not is_packed:
-        compact.check()
+    if compact is not None and not compact.is_checked:
+        compact.check(cu_seqlens)
     if compact is not None and compact.padding is not None and is_packed:
         message = "attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some"
         if compact.is_checked:
@@ -150,7 +150,7 @@ def attention(
         cu_seqlens = cu_seqlens[: len(shared_prefix) + 1]
     sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if plan is None:
-        used = StepPlan.from_spans([[]] * sequences, [[]] * sequences, device=query.device)
+        used = _empty_plan(sequences, query.device)
     else:
         used = plan.to(query.device)
         if record is None or record.is_first_layer:
@@ -177,6 +177,12 @@ def attention(
     return out, None if plan is None else maps
 
 
+def _empty_plan(sequences: int, device: torch.device) -> StepPlan:
+    """The plan of sequences without steps and words, also in a compiled graph."""
+    none = torch.zeros(sequences, 0, dtype=torch.int64, device=device)
+    return StepPlan(none[..., None].expand(-1, -1, 2), none, none, none.bool(), none.bool(), extents=())
+
+
 def _bounds(
     cu_seq_lens_q: Tensor | None, query: Tensor, compact: CompactMask | None, shared_prefix: SharedPrefix | None
 ) -> Tensor | None:
@@ -187,11 +193,13 @@ def _bounds(
     if not isinstance(cu_seq_lens_q, Tensor) or cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.is_floating_point():
         raise ValueError(f"cu_seq_lens_q: expected a tensor (N + 1,) of integers, got {cu_seq_lens_q!r}")
     bounds = cu_seq_lens_q.to(query.device, torch.int32)
-    if told is not None and shared_prefix is None and not torch.equal(told, bounds):
-        raise ValueError(
-            f"cu_seq_lens_q: expected the bounds at which position_ids start again, {told.tolist()}, "
-            f"got {bounds.tolist()}"
-        )
+    if compact is not None and told is not None and shared_prefix is None and not compact.is_compared:
+        if not torch.equal(told, bounds.unique_consecutive()):
+            raise ValueError(
+                f"cu_seq_lens_q: expected the bounds at which position_ids start again, {told.tolist()}, "
+                f"got {bounds.tolist()}"
+            )
+        compact.is_compared = True
     return bounds
 
 

@@ -97,7 +97,7 @@ class Record:
 
     def _stacked(self, tensors: list[Tensor]) -> Tensor:
         if not tensors:
-            raise ValueError("capture: the last forward ended before its first attention: no maps")
+            raise ValueError("capture: the last forward failed, so there are no maps")
         return torch.stack([tensor.to(tensors[0].device) for tensor in tensors], dim=1)
 
     def add(
@@ -131,14 +131,19 @@ class Record:
                 "as under gradient checkpointing with use_reentrant=True, which loses the gradient of the map; use "
                 '{"use_reentrant": False}'
                 if self.uses_checkpointing
-                else "as in a model that repeats its layers under no_grad, which is not supported; run the whole "
-                "forward under torch.no_grad() if no gradient is needed"
+                else "as in a model that repeats its layers under no_grad, which is not supported"
             )
             raise ValueError(
                 f"capture: {type(module).__name__} runs without gradients inside a forward with gradients, {why}"
             )
         layer = getattr(module, "layer_idx", None) if self.calling_layer is None else self.calling_layer
-        self._layers.append(0 if layer is None else layer)
+        layer = 0 if layer is None else layer
+        if self._layers and layer < self._layers[-1]:
+            raise ValueError(
+                f"capture: layer {layer} ran after layer {self._layers[-1]} in one forward; expected one pass over the "
+                "layers in their order, not a model that repeats them or a wrapper that runs the model twice"
+            )
+        self._layers.append(layer)
         self._maps.append(maps)
         if values is not None:
             self._values.append(values)
@@ -147,7 +152,8 @@ class Record:
     def _start(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_sequence_parallelism()
         self._is_open, self._has_run, self._has_grad = True, True, torch.is_grad_enabled()
-        self._layers, self._maps, self._values, self.why_no_map = [], [], [], None
+        self._forget()
+        self.why_no_map = self.calling_layer = None
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
         self.length = next(
             (tokens.shape[1] for tokens in given if isinstance(tokens, Tensor) and tokens.dim() > 1), None
@@ -156,14 +162,21 @@ class Record:
         self.cu_seqlens = kwargs.get("cu_seq_lens_q")
         if self.cu_seqlens is None:
             self.cu_seqlens = _bounds_of_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
-        if self.cu_seqlens is not None and len(self.cu_seqlens) > 2 and not can_pack(model):
+        if self.cu_seqlens is None or len(self.cu_seqlens) <= 2:
+            return
+        if kwargs.get("position_ids") is None and can_pack(model) and not can_pack(model, positions=False):
+            raise ValueError(
+                "position_ids: expected positions that start again in each packed text (cu_seq_lens_q), which "
+                f"{type(model).__name__} needs, got None"
+            )
+        if not can_pack(model):
             raise ValueError(
                 f"cu_seq_lens_q: {type(model).__name__} does not keep packed texts separate (it may use convolutions, "
                 "a recurrent state or absolute positions); expected one text per sequence, right-padded"
             )
 
-        self._outer = active_record()
-        set_active_record(self)
+    def _forget(self) -> None:
+        self._layers, self._maps, self._values = [], [], []
 
     def _stop(self) -> None:
         if active_record() is self:
@@ -218,14 +231,19 @@ def capture(
     if structure is None or structure.configs[0] is not inner.config:
         structure = _structures[inner] = _examine(inner)
     record = Record(plan, values, value_heads, pooling, inner)
+    takes_keywords = structure.takes_keywords and (model is inner or _takes_keywords(model))
 
     def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         record._start(inner, args, kwargs)
-        return args, {**kwargs, "step_record": record} if structure.takes_keywords else kwargs
+        record._outer = active_record()
+        set_active_record(record)
+        return args, {**kwargs, "step_record": record} if takes_keywords else kwargs
 
     def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record._stop()
-        if output is not None and not record._layers:
+        if output is None:
+            record._forget()  # it ended by an exception
+        elif not record._layers:
             raise ValueError(
                 f"capture: no attention of {type(inner).__name__} was computed by transformers' attention interface, "
                 "so there are no maps"
@@ -289,8 +307,11 @@ def _examine(model: PreTrainedModel) -> _Structure:
                 "output_attentions=True for its weights"
             )
         raise ValueError(f"model: {name} has no attention layers, so it has no maps")
-    takes_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-    return _Structure(configs, takes_keywords, _layers_to_count(decoder))
+    return _Structure(configs, _takes_keywords(model), _layers_to_count(decoder))
+
+
+def _takes_keywords(model: nn.Module) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
 
 
 def _layers_to_count(decoder: nn.Module) -> list[nn.Module]:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
-from transformers.masking_utils import causal_mask_function, eager_mask
 
 from molsaki.modeling.sequence_parallel import refuse_sequence_parallelism
 
@@ -56,6 +54,7 @@ class CompactMask:
         self._tensor: Tensor | None = None
         self.batch_size, self.length, self.padding, self.window, self.chunk = batch_size, length, padding, window, chunk
         self.cu_seqlens, self.record, self.is_checked = cu_seqlens, record, is_checked
+        self.is_compared = False  # cu_seqlens with those given as a keyword
 
     @property
     def lengths(self) -> Tensor | None:
@@ -73,13 +72,17 @@ class CompactMask:
             self._tensor = self._build()
         return self._tensor
 
-    def check(self) -> None:
-        """Check in a compiled graph that the mask is what its attributes say."""
+    def check(self, cu_seqlens: Tensor | None) -> None:
+        """Check in a compiled graph that the mask is what its attributes say, within each of the packed texts."""
         if self.padding is not None:
             is_right_padded = ~(self.padding[:, 1:] & ~self.padding[:, :-1]).any()
             torch._assert_async(is_right_padded, "attention_mask: expected a right-padded batch with a plan")
-        message = "attention_mask: expected the causal mask of texts that are not packed, with a plan"
-        torch._assert_async(self._equal().all(), message)
+        equal = self._equal()
+        if cu_seqlens is not None:
+            text = torch.searchsorted(cu_seqlens[1:], torch.arange(self.length, device=self.device), right=True)
+            equal = equal | (text[:, None] != text)
+        message = "attention_mask: expected a causal mask, and packed texts with their bounds as cu_seq_lens_q"
+        torch._assert_async(equal.all(), message)
 
     def hides_the_same(self) -> bool:
         """Whether the additive mask hides what its attributes say. False for a mask per head."""
@@ -180,7 +183,7 @@ def attention_mask(
     kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | CompactMask | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -195,20 +198,23 @@ def attention_mask(
     """
     if isinstance(attention_mask, CompactMask):
         return attention_mask  # prepared before the model's forward
+    masking = _masking_utils()
+    mask_function = masking.causal_mask_function if mask_function is None else mask_function
     position = kwargs.pop("cache_position", None)  # transformers 4 passes the queries' positions so
     length = q_length if position is None else position.shape[0]
     start = q_offset if position is None else position[0]
     where = {"q_length": q_length, "q_offset": q_offset} if position is None else {"cache_position": position}
     kwargs |= {"kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, **where}
-    build = functools.partial(eager_mask, batch_size=batch_size, kv_length=kv_length, device=device, **kwargs)
-    record, is_traced = active_record(), torch.compiler.is_compiling()
+    build = functools.partial(masking.eager_mask, batch_size=batch_size, kv_length=kv_length, device=device, **kwargs)
+    record, is_traced = active_record(), _is_traced(attention_mask)
     if not is_traced:
         refuse_sequence_parallelism()
     if length == 1 and kv_length > 1 and allow_is_causal_skip and not is_traced:
         sees_all = local_size is None or kv_length < local_size
         if sees_all and (attention_mask is None or (attention_mask.shape[-1] == kv_length and attention_mask.all())):
             return None
-    pattern, reason = _pattern(mask_function, local_size, kwargs.get("config"), allow_is_causal_skip), None
+    reason = None
+    pattern = _pattern(mask_function, local_size, kwargs.get("config"), allow_is_causal_skip, is_traced)
     padding = None if attention_mask is None else attention_mask.bool()
     if length != kv_length or kv_offset != 0 or (not is_traced and start != 0):
         reason = f"queries beside a cache (queries {length}, keys {kv_length}); a plan needs a forward of whole texts"
@@ -223,13 +229,14 @@ def attention_mask(
     if padding is not None and not is_traced and padding.all():
         padding = None
     is_checked = not is_traced or (padding is None and allow_is_causal_skip)
-    window, chunk, texts = pattern or _Pattern(local_size, None)
-    cu_seqlens = None if texts is None else _bounds(texts)
-    mask = CompactMask(build, batch_size, kv_length, padding, window, chunk, cu_seqlens, record, is_checked)
-    # A pattern of the model's own, such as blocks of images, may hide the same keys in this batch.
-    if pattern is None and (record is None or not mask.hides_the_same()):
-        return _explicit(build, record, "a mask of the model's own pattern, which is not causal, local or in chunks")
-    return mask
+    # A pattern of the model's own, such as blocks of images, may hide the keys that a usual mask hides.
+    windows = {local_size, getattr(kwargs.get("config"), "sliding_window", None)}
+    for window, chunk, texts in [_Pattern(window, None) for window in windows] if pattern is None else [pattern]:
+        cu_seqlens = None if texts is None else _bounds(texts)
+        mask = CompactMask(build, batch_size, kv_length, padding, window, chunk, cu_seqlens, record, is_checked)
+        if pattern is not None or (record is not None and mask.hides_the_same()):
+            return mask
+    return _explicit(build, record, "a mask of the model's own pattern, which is not causal, local or in chunks")
 
 
 def _explicit(build: Callable[[], Tensor], record: Record | None, reason: str) -> Tensor:
@@ -239,14 +246,14 @@ def _explicit(build: Callable[[], Tensor], record: Record | None, reason: str) -
 
 
 def _pattern(
-    function: Callable[..., Any], local_size: int | None, config: Any, allow_is_causal_skip: bool
+    function: Callable[..., Any], local_size: int | None, config: Any, allow_is_causal_skip: bool, is_traced: bool
 ) -> _Pattern | None:
     """The pattern of a mask function, None if it is another one or the model needs the elements of the mask.
 
     ``allow_is_causal_skip`` is False where the function may be anything, or the model operates on the mask. A compiled
     graph cannot look into the function: there its pattern is checked by its values (`CompactMask.check`).
     """
-    if allow_is_causal_skip or torch.compiler.is_compiling():
+    if allow_is_causal_skip or is_traced:
         is_chunk = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
         if is_chunk and local_size == getattr(config, "sliding_window", None):
             return None
@@ -260,7 +267,7 @@ def _pattern(
             chunk = _enclosed(part)["chunk_size"]
         elif code is _code_of("packed_sequence_mask_function", None):
             texts = _enclosed(part)["packed_sequence_mask"]
-        elif part is not causal_mask_function:
+        elif part is not _masking_utils().causal_mask_function:
             return None
     return None if texts is None else _Pattern(window, chunk, texts)
 
@@ -272,7 +279,7 @@ def _bounds(texts: Tensor) -> Tensor:
 
 
 def _parts(function: Callable[..., Any]) -> Iterator[Any]:
-    if getattr(function, "__code__", None) is _code_of("and_masks", causal_mask_function):
+    if getattr(function, "__code__", None) is _code_of("and_masks", _visible_everywhere):
         for part in _enclosed(function)["mask_functions"]:
             yield from _parts(part)
     else:
@@ -282,7 +289,26 @@ def _parts(function: Callable[..., Any]) -> Iterator[Any]:
 @functools.cache
 def _code_of(factory: str, *arguments: Any) -> Any:
     """The code object of the mask functions that a factory of transformers returns."""
-    return getattr(masking_utils, factory)(*arguments).__code__
+    return getattr(_masking_utils(), factory)(*arguments).__code__
+
+
+def _is_traced(mask: Tensor | None) -> bool:
+    """Whether the values of tensors cannot be read: torch.compile, export, jit.trace, capture of a CUDA graph."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    is_tracing = getattr(_masking_utils(), "is_tracing", None)  # transformers 5
+    return is_tracing is not None and bool(is_tracing(mask))
+
+
+def _visible_everywhere(*_: Any) -> bool:
+    return True
+
+
+def _masking_utils() -> Any:
+    """transformers' module, imported late: importing transformers imports this module (registration.py)."""
+    from transformers import masking_utils
+
+    return masking_utils
 
 
 def _enclosed(function: Any) -> dict[str, Any]:

@@ -16,26 +16,29 @@ from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.modeling.decoder import decoder_configs, using_molsaki
 from molsaki.modeling.unwrap import causal_model, input_device
 
-_found: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
 
 
-def can_pack(model: nn.Module) -> bool:
+def can_pack(model: nn.Module, positions: bool = True) -> bool:
     """True if the model keeps packed texts separate. Checked once per model, on two short texts.
+
+    Args:
+        positions: whether the packed forward gets position_ids that start again in each text.
 
     Raises:
         ValueError: the model is sharded by FSDP and was not checked before.
     """
     inner = causal_model(model)
     decoder = inner.base_model
-    if decoder not in _found:
+    found = _found.setdefault(decoder, {})
+    if positions not in found:
         if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
             raise ValueError("model: expected can_pack(model) to be called before FSDP shards the model")
         # Llama 4 scales queries by their position in the sequence, from its 8,192nd token on: too far for the probe.
         scales_positions = getattr(inner.config.get_text_config(), "attn_temperature_tuning", False)
-        _found[decoder] = not scales_positions and _runs_alike(
-            inner, [[0, 1, 2, 1, 0], [1, 2, 0, 0, 2, 1]], [0, 0], None
-        )
-    return _found[decoder]
+        texts = [[0, 1, 2, 1, 0], [1, 2, 0, 0, 2, 1]]
+        found[positions] = not scales_positions and _runs_alike(inner, texts, [0, 0], None, positions)
+    return found[positions]
 
 
 def choose_packing(wanted: bool | None, model: nn.Module) -> bool:
@@ -56,7 +59,13 @@ def can_share_prefix(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], shared: SharedPrefix | None) -> bool:
+def _runs_alike(
+    model: nn.Module,
+    texts: list[list[int]],
+    prefixes: list[int],
+    shared: SharedPrefix | None,
+    positions: bool = True,
+) -> bool:
     """Compare the decoder's output for texts, each from its prefix on, packed and alone."""
     causal = causal_model(model)
     was_training, device = causal.training, input_device(causal)
@@ -66,6 +75,8 @@ def _runs_alike(model: nn.Module, texts: list[list[int]], prefixes: list[int], s
     bounds = torch.tensor([0, *(len(text) - prefix for text, prefix in pairs)], device=device).cumsum(0).int()
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     inputs |= {"position_ids": position, "cu_seq_lens_q": bounds, "use_cache": False}
+    if not positions:
+        del inputs["position_ids"]
     if shared is not None:
         inputs["shared_prefix"] = shared.to(device)
     causal.eval()  # type: ignore[no-untyped-call]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from accelerate.state import AcceleratorState
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def refuse_sequence_parallelism() -> None:
     """Raise a ValueError under PyTorch's or accelerate's context parallelism, or DeepSpeed's Ulysses."""
+    from accelerate.state import AcceleratorState
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # late, as in compact_mask.py
+
     kind = None
     sdpa = torch.nn.functional.scaled_dot_product_attention
     if str(getattr(sdpa, "__module__", "")).startswith("torch.distributed"):  # PyTorch replaces it inside the context

@@ -73,7 +73,9 @@ class Examples(Sequence[Example]):
             if _state(file.fileno()) != self._states[entry["file"]]:
                 raise ValueError(f"{path}: has changed since it was opened; run again")
             file.seek(entry["offset"])
-            return example_of(json.loads(file.read(entry["length"])), str(entry["line"]), rationale=False, compared=False)
+            return example_of(
+                json.loads(file.read(entry["length"])), str(entry["line"]), rationale=False, compared=False
+            )
 
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Examples:

@@ -46,10 +46,6 @@ class Distiller(nn.Module):
         """The student's model config, which trackers log and DeepSpeed reads."""
         return self.student.config
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The student's embedding, to which NEFTune adds noise."""
-        return self.student.get_input_embeddings()
-
     @property
     def _no_split_modules(self) -> Any:
         """The student's decoder layers, which FSDP shards one by one."""

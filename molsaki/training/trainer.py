@@ -190,8 +190,11 @@ class DistillTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._bad_batch: str | None = None
         self._is_in_checkpoint = False
+        distiller: Any = Distiller(student, mixture, config)
+        if config.neftune_noise_alpha is not None:  # only then: accelerate's FSDP would shard the embedding apart
+            distiller.get_input_embeddings = student.get_input_embeddings
         super().__init__(
-            model=Distiller(student, mixture, config),
+            model=distiller,
             args=config,
             data_collator=Collator(  # type: ignore[arg-type]
                 student_pad=tokenizer.pad_token_id,

@@ -501,3 +501,135 @@ def test_models_that_share_a_config():
     second.__exit__(None, None, None)
     assert record.maps.shape == (2, 4, 3, 4)
     assert model.config._attn_implementation == before
+
+
+def test_a_forward_that_failed_has_no_maps():
+    model = make("Llama")
+    inputs, plan = batch()
+
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    with molsaki.capture(model, plan) as record:
+        handle = model.model.layers[2].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="mine"):
+            model(**inputs)
+        with pytest.raises(ValueError, match="the last forward failed"):
+            record.maps
+        handle.remove()
+        model(**inputs)
+        assert record.maps.shape == (2, 4, 3, 4)
+
+
+def test_a_wrapper_that_runs_the_model_twice_is_refused():
+    class Twice(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):  # takes no keywords: the record comes with the mask
+            self.model(input_ids)
+            return self.model(input_ids)
+
+    model = Twice(make("Llama"))
+    inputs, plan = batch()
+    with molsaki.capture(model, plan), pytest.raises(ValueError, match="layer 0 ran after layer 3 in one forward"):
+        model(inputs["input_ids"])
+
+
+def test_bounds_of_packed_texts_are_checked():
+    ids = torch.randint(3, 61, (1, 12), generator=torch.Generator().manual_seed(7))
+    position = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    bounds = torch.tensor([0, 5, 12])
+    plan = StepPlan.from_spans([[(0, 5)], [(0, 7)]], [[[1]], [[2]]])
+    model = make("Llama")
+    hole = (torch.arange(12) != 3)[None].long()
+    model.set_attn_implementation("molsaki")
+    expected = model(ids, position_ids=position, cu_seq_lens_q=bounds, use_cache=False).logits
+    for attend in (None, torch.ones_like(ids)):
+        packed = dict(position_ids=position, attention_mask=attend, use_cache=False)
+        empty = model(ids, cu_seq_lens_q=torch.tensor([0, 5, 5, 12]), **packed).logits
+        assert relative(empty, expected) < 1e-7
+    for keywords, message in (
+        (dict(cu_seq_lens_q=torch.tensor([0, 12]), position_ids=position), "at which position_ids start again"),
+        (dict(cu_seq_lens_q=[0, 5, 12]), "cu_seq_lens_q: expected a tensor"),
+        (dict(cu_seq_lens_q=bounds, attention_mask=hole), "cu_seq_lens_q: expected packed texts"),
+        (dict(cu_seq_lens_q=bounds, attention_mask=(torch.arange(12) < 9)[None].long()), "no padding beside packed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, use_cache=False, **keywords)
+    if TRANSFORMERS > 4:
+        gpt2 = make("GPT2")
+        with molsaki.capture(gpt2, plan), pytest.raises(ValueError, match="position_ids: expected positions"):
+            gpt2(ids, cu_seq_lens_q=bounds, use_cache=False)
+
+
+@pytest.mark.slow
+def test_compiled_packed_texts_are_checked():
+    model = make("Llama", torch.float32, num_hidden_layers=1)
+    model.set_attn_implementation("molsaki")
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids = torch.randint(3, 61, (1, 12), generator=torch.Generator().manual_seed(7))
+    position = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = dict(position_ids=position, cu_seq_lens_q=torch.tensor([0, 5, 12]).int(), use_cache=False)
+    expected = model(ids, **packed).logits
+    ones = torch.ones_like(ids)
+    for attend in (None, ones):
+        torch.testing.assert_close(compiled(ids, attention_mask=attend, **packed).logits, expected)
+    with pytest.raises(RuntimeError, match="packed texts with their bounds"):
+        compiled(ids, attention_mask=None, **packed | {"cu_seq_lens_q": torch.tensor([0, 7, 12]).int()})
+    ones[0, 9:] = 0
+    with pytest.raises(RuntimeError, match="no padding beside packed texts|packed texts with their bounds"):
+        compiled(ids, attention_mask=ones, **packed)
+
+
+@five
+def test_cross_attention_that_does_not_say_that_it_is_causal():
+    module = torch.nn.Identity()
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(attention(module, q, k, v, None)[0], expected)
+    with pytest.raises(ValueError, match="attention that is not causal"):
+        attention(module, q, k, v, None, step_plan=StepPlan.from_spans([[(0, 4)]], [[[1]]]))
+
+
+@five
+def test_a_pattern_of_the_models_own_that_hides_the_usual_keys():
+    """Gemma 3 with images builds its masks from blocks of tokens; without an image they are the usual ones."""
+    model = make("Gemma3Text")
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.Gemma3Config(text_config=model.config.to_dict(), vision_config=vision, mm_tokens_per_image=4,
+                                       image_token_index=60, boi_token_index=59, eoi_token_index=58)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).double().eval()
+    inputs, plan = batch()
+    inputs["input_ids"] = inputs["input_ids"].clamp(max=50)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    with molsaki.capture(model, plan) as record:
+        model(**inputs)
+    assert relative(record.maps, eager(model, inputs, plan)[0]) < 1e-6
+    inputs["token_type_ids"][0, 3:7] = 1  # tokens of an image see one another
+    with molsaki.capture(model, plan), pytest.raises(ValueError, match="a mask of the model's own pattern"):
+        model(**inputs)
+
+
+def test_traced_by_jit_for_another_padding():
+    model = make("Llama", torch.float32, num_hidden_layers=1)
+    model.set_attn_implementation("molsaki")
+    ids = batch()[0]["input_ids"][:, :12]
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    traced = torch.jit.trace(Logits(), (ids, torch.ones_like(ids)), check_trace=False)
+    left = torch.ones_like(ids)
+    left[1, :4] = 0
+    assert relative(traced(ids, left)[left.bool()], Logits()(ids, left)[left.bool()]) < 1e-5
