@@ -141,6 +141,11 @@ class EvaluateConfig:
     template: str | None = option(
         None, "The template of the question. Default: the student_template of the model's run, else plain."
     )
+    thinking: bool | None = option(
+        None,
+        "With mode rationale: whether the model thinks in <think> first, which some chat templates have to know. "
+        "Default: whether most rationales of the model's run do.",
+    )
     compare: str | None = option(None, "predictions.jsonl of another model on the same data, for a paired test.")
     batch_size: int = option(32, "Questions per batch.")
     max_new_tokens: int | None = option(None, "Longest reply in tokens. Default: 16 for answers, 256 for rationales.")

@@ -46,6 +46,7 @@ class DistillDataset(Dataset[Item]):
         used: ``(N,)`` the numbers of those that are used.
         lengths: ``(N,)`` the student's tokens of each.
         left_out: the ids of those that are not, by reason.
+        thinking: how many of the used ones have a rationale that begins with ``<think>``.
         without_words: how many of the used ones have no key word: they train both tasks, but have no map.
         store: the teacher's stored maps.
     """
@@ -55,7 +56,7 @@ class DistillDataset(Dataset[Item]):
         self._tokenization = tokenization
         self._kept: list[bytes] = []
         self.left_out: dict[str, list[str]] = {}
-        self.without_words = 0
+        self.without_words = self.thinking = 0
         used, lengths = array("i"), array("i")
         for number, example in enumerate(tqdm(examples, desc="tokenize", unit="example", leave=False, delay=2)):
             try:
@@ -70,6 +71,7 @@ class DistillDataset(Dataset[Item]):
             used.append(number)
             lengths.append(len(tokenized.explain.input_ids) + len(tokenized.predict.input_ids))
             self.without_words += not tokenized.explain.words
+            self.thinking += example.rationale.lstrip().startswith("<think>")
             if len(self._kept) < KEPT:
                 self._kept.append(pickle.dumps(tokenized))
         if not used:

@@ -101,6 +101,7 @@ def with_templates(config: EvaluateConfig) -> EvaluateConfig:
         config,
         template=template if config.template is None else config.template,
         predict_template=predict if config.predict_template is None else config.predict_template,
+        thinking=bool(run.get("thinking")) if config.thinking is None else config.thinking,
     )
 
 
@@ -123,7 +124,7 @@ def generate(
         try:
             with left_out_if_refused():
                 if config.mode == "rationale":
-                    ids = prompt(example.question, tokenizer, template=config.template)
+                    ids = prompt(example.question, tokenizer, template=config.template, thinking=bool(config.thinking))
                 else:
                     ids = predict_prompt(example, tokenizer, config.template, config.predict_template)
             if limit is not None and len(ids) + new_tokens > limit:

@@ -181,6 +181,7 @@ def attention_mask(
     batch_size: int,
     q_length: int | None = None,
     kv_length: int = 0,
+    *,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,

@@ -469,8 +469,10 @@ class DistillTrainer(Trainer):
                 student, weights = cast(Any, copy.deepcopy(student)).merge_and_unload(), None
             student.save_pretrained(part, state_dict=weights)
             self.processing_class.save_pretrained(part)
-            options = self.args.to_json_string()  # type: ignore[no-untyped-call]
-            Path(part, checkpoints.CONFIG).write_text(options, encoding="utf-8")
+            trained = cast("DistillDataset | None", self.train_dataset)
+            options = json.loads(self.args.to_json_string())  # type: ignore[no-untyped-call]
+            options["thinking"] = trained is not None and 2 * trained.thinking > len(trained)
+            write_json(Path(part, checkpoints.CONFIG), options, indent=2)
             if router:
                 save_file({name: value.contiguous() for name, value in router.items()}, Path(part, checkpoints.ROUTER))
             for path in [path for path in Path(part).rglob("*") if path.is_file()]:

@@ -11,7 +11,7 @@ import torch
 from molsaki.annotation.annotate import annotate
 from molsaki.batches.tokenized import predict_prompt
 from molsaki.config import PREDICT_TEMPLATE, AnnotateConfig, EvaluateConfig, ExtractConfig
-from molsaki.evaluation.evaluate import evaluate, generate, paired_test, wilson
+from molsaki.evaluation.evaluate import evaluate, generate, paired_test, wilson, with_templates
 from molsaki.evaluation.generate import decode
 from molsaki.teacher.extract import extract
 from molsaki.text.alignment import prompt
@@ -167,3 +167,17 @@ def test_a_run_is_asked_in_its_own_templates(tmp_path):
         ids = predict_prompt(training.examples(1)[0], tokenizer, *expected)
         reply = json.loads((tmp_path / "o/predictions.jsonl").read_text().splitlines()[0])["reply"]
         assert reply == decode(trainer.model.student.eval(), tokenizer, [ids], 4)[0][0].text
+
+
+def test_a_run_trained_on_thinking_traces_is_asked_to_think(tmp_path):
+    rationale = "<think>\n5 plus 5 is 10.\n</think>\n\nThe answer is 10."
+    trainer = training.trainer(
+        tmp_path / "run", [Example(str(i), "What is 5 plus 5?", rationale, "10") for i in range(4)], max_steps=1
+    )
+    trainer.train()
+    trainer.save_model()
+    saved = json.loads((tmp_path / "run" / "distill.json").read_text())
+    assert saved["thinking"] is True and saved["max_steps"] == 1
+    asked = EvaluateConfig(model=str(tmp_path / "run"), data_file="x", output_dir="y")
+    assert with_templates(asked).thinking is True
+    assert with_templates(dataclasses.replace(asked, thinking=False)).thinking is False
