@@ -47,6 +47,7 @@ class CompactMask:
         window: int | None,
         chunk: int | None,
         cu_seqlens: Tensor | None,
+        *,
         record: Record | None,
         is_checked: bool,
     ):
@@ -112,7 +113,7 @@ class CompactMask:
         padding, cu_seqlens = (None if t is None else t.to(target) for t in (self.padding, self.cu_seqlens))
         build = functools.partial(_moved, self._build, device=torch.device(target))
         numbers = (self.batch_size, self.length, padding, self.window, self.chunk, cu_seqlens)
-        return CompactMask(build, *numbers, self.record, self.is_checked)
+        return CompactMask(build, *numbers, record=self.record, is_checked=self.is_checked)
 
     @property
     def shape(self) -> torch.Size:
@@ -234,7 +235,8 @@ def attention_mask(
     windows = {local_size, getattr(kwargs.get("config"), "sliding_window", None)}
     for window, chunk, texts in [_Pattern(window, None) for window in windows] if pattern is None else [pattern]:
         cu_seqlens = None if texts is None else _bounds(texts)
-        mask = CompactMask(build, batch_size, kv_length, padding, window, chunk, cu_seqlens, record, is_checked)
+        numbers = (batch_size, kv_length, padding, window, chunk, cu_seqlens)
+        mask = CompactMask(build, *numbers, record=record, is_checked=is_checked)
         if pattern is not None or (record is not None and mask.hides_the_same()):
             return mask
     return _explicit(build, record, "a mask of the model's own pattern, which is not causal, local or in chunks")

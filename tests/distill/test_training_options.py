@@ -223,14 +223,19 @@ class Table:
         return self.rows[index]
 
 
-def test_rows(tmp_path):
-    """Dicts train as the lines of a file do, and what is no row is refused by name."""
+def test_rows(tmp_path, caplog):
+    """Dicts train as the lines of a file do; one that is no example is left out and named, and no row is refused."""
     expected = gradients(one_step(tmp_path / "a", limit=4))
     for number, data in enumerate((tiny.problems(8), Table(tiny.problems(8)))):
         found = gradients(one_step(tmp_path / f"b{number}", data=data, limit=4))
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-    with pytest.raises(ValueError, match="train_dataset: row 1: question: missing"):
-        one_step(tmp_path, data=[tiny.problems(1)[0], {"rationale": "a 1", "answer": "1"}])
+    bad = {"rationale": "a 1", "answer": "1"}
+    caplog.clear()
+    found = gradients(one_step(tmp_path / "c", data=[bad, *tiny.problems(8)], limit=4))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert "1 of 9 examples left out, the first: train_dataset: row 0: question: missing" in caplog.text
+    with pytest.raises(ValueError, match="train_dataset: row 0: question: missing"):
+        one_step(tmp_path, data=[bad, bad])
     for bad, kind in ((iter([]), "list_iterator"), ({"question": ["a"]}, "dict"), ("train.jsonl", "str")):
         with pytest.raises(TypeError, match=f"train_dataset: expected a sequence of examples or of dicts, got {kind}"):
             one_step(tmp_path, data=bad)

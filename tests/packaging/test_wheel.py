@@ -118,7 +118,7 @@ def test_core_dependencies_are_torch_and_numpy(wheel):
     requires = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert {re.match(r"[\w-]+", x).group() for x in requires if "extra ==" not in x} == {"torch", "numpy"}
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"train", "plot", "triton", "flash", "fused", "demo", "test", "dev", "all"}
+    assert extras == {"train", "plot", "triton", "flash", "fused", "math", "demo", "test", "dev", "all"}
 
 
 @needs_compiler

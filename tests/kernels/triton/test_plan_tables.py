@@ -89,10 +89,12 @@ def test_one_computation_for_all_layers_until_the_plan_changes(computed):
     first = tables_of(case, x)
     other = dataclasses.replace(x, q=torch.randn_like(x.q), k=torch.randn_like(x.k))  # another layer
     assert tables_of(case, other) is first and len(computed) == 1
+    swapped = torch.tensor([1, 0, *range(2, x.plan.num_words), -1])  # -1: padding keeps its number
     for change in (
-        lambda: x.plan.steps.copy_(x.plan.steps.clone()),
-        lambda: x.plan.word_of_token.copy_(x.plan.word_of_token.clone()),
-        lambda: x.plan.tokens.add_(0),
+        lambda: x.plan.steps[0, -1].sub_(1),
+        lambda: x.plan.word_of_token.copy_(swapped[x.plan.word_of_token]),
+        lambda: x.plan.tokens[0, -1:].sub_(1),
+        lambda: x.plan.steps.data[0, -1].sub_(1),  # no version counts it
         lambda: x.cu_seqlens.copy_(torch.tensor([0, 20, 40])),
     ):
         change()
