@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.modeling.decoder import decoder_configs, using_molsaki
@@ -32,13 +31,21 @@ def can_pack(model: nn.Module, positions: bool = True) -> bool:
     decoder = inner.base_model
     found = _found.setdefault(decoder, {})
     if positions not in found:
-        if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        if _is_sharded(model):
             raise ValueError("model: expected can_pack(model) to be called before FSDP shards the model")
         # Llama 4 scales queries by their position in the sequence, from its 8,192nd token on: too far for the probe.
         scales_positions = getattr(inner.config.get_text_config(), "attn_temperature_tuning", False)
         texts = [[0, 1, 2, 1, 0], [1, 2, 0, 0, 2, 1]]
         found[positions] = not scales_positions and _runs_alike(inner, texts, [0, 0], None, positions)
     return found[positions]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    if not torch.distributed.is_available():  # some builds of PyTorch have no torch.distributed.fsdp
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
 
 
 def choose_packing(wanted: bool | None, model: nn.Module) -> bool:

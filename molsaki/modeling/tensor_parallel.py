@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -67,7 +66,7 @@ def head_group(model: PreTrainedModel) -> HeadGroup | None:
         mesh: Any = model._device_mesh
         mesh = mesh["tp"] if mesh.ndim > 1 else mesh
         return HeadGroup(mesh.get_group(), size)
-    if any(isinstance(p, DTensor) and _is_head_sharded(p) for p in model.parameters()):
+    if any(_is_head_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(
             "capture: expected a model without tensor parallelism, or one that transformers divided "
             '(from_pretrained(..., tp_plan="auto")), got parameters that are DTensors over a dimension "tp"'
@@ -75,8 +74,9 @@ def head_group(model: PreTrainedModel) -> HeadGroup | None:
     return None
 
 
-def _is_head_sharded(parameter: DTensor) -> bool:
-    return "tp" in (parameter.device_mesh.mesh_dim_names or ())
+def _is_head_sharded(parameter: Tensor) -> bool:
+    mesh = getattr(parameter, "device_mesh", None)  # of a DTensor
+    return mesh is not None and "tp" in (mesh.mesh_dim_names or ())
 
 
 def _total(module: nn.Module, name: str) -> int | None:

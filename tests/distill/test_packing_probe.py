@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from molsaki.modeling import packing_probe
 from molsaki.modeling.packing_probe import can_pack, can_share_prefix
 from molsaki.modeling.unwrap import causal_model
 from tests.helpers.architectures import HEADS, SHARING, make, make_headed, skip_gpt2_before_transformers_5  # noqa: F401
@@ -59,3 +60,14 @@ def test_a_wrapped_model():
     assert causal_model(wrapped) is model
     assert can_pack(wrapped)
     assert can_share_prefix(wrapped)
+
+
+def test_a_sharded_model_has_to_be_probed_before(monkeypatch):
+    model = make("Llama")
+    monkeypatch.setattr(packing_probe, "_is_sharded", lambda _: True)
+    with pytest.raises(ValueError, match="to be called before FSDP"):
+        can_pack(model)
+    monkeypatch.undo()
+    assert can_pack(model)
+    monkeypatch.setattr(packing_probe, "_is_sharded", lambda _: True)
+    assert can_pack(model)  # known
