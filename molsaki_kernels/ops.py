@@ -166,7 +166,8 @@ def _attention_gradients(
 ) -> InputGradients:
     with without_autocast(inputs.q):
         if ENGINES[engine].COMPUTES_MAP:
-            result = _engine_gradients(gradients, inputs, outputs, options, plan, engine)
+            served = _padded(inputs, options, engine, backward=True)
+            result = _engine_gradients(gradients, inputs, served, outputs, options, plan, engine)
         else:
             result = _gradients_with_map(gradients, inputs, outputs, options, plan, engine, map_engine)
         dq, dk, dv = result.dq, result.dk, result.dv
@@ -190,8 +191,9 @@ def _gradients_with_map(
 ) -> InputGradients:
     """Compute the gradients by an engine that does not compute the map: the map's gradient passes through dlse."""
     module: Any = ENGINES[engine]  # three of its functions are optional
+    served = _padded(inputs, options, engine, backward=True)
     may_fuse = gradients.dmaps is not None and map_engine == "triton" and hasattr(module, "why_not_fused")
-    if may_fuse and module.why_not_fused(inputs, options, plan) is None:
+    if may_fuse and served is inputs and module.why_not_fused(inputs, options, plan) is None:
         fused: InputGradients = module.backward_with_map(gradients, inputs, outputs, options, plan)
         return fused
     dlse = gradients.dlse
@@ -201,13 +203,13 @@ def _gradients_with_map(
     if gradients.dmaps is not None:
         map_inputs = inputs.map_inputs(outputs.lse)
         map_gradient = MAP_ENGINES[map_engine].Gradient(gradients.dmaps, map_inputs, options, plan)
-        if hasattr(module, "folds_dlse") and module.folds_dlse(_padded(inputs, options, engine, backward=True)):
+        if hasattr(module, "folds_dlse") and module.folds_dlse(served):
             folded_out, folded_dout, dlse = map_gradient.fold(outputs.out, dout, dlse)
             upstream, attention = OutputGradients(folded_dout), AttentionOutputs(folded_out, outputs.lse)
         else:
             dlse = map_gradient.dlse if dlse is None else map_gradient.dlse + dlse
             upstream = OutputGradients(dout, dlse)
-    result = _engine_gradients(upstream, inputs, attention, options, plan, engine)
+    result = _engine_gradients(upstream, inputs, served, attention, options, plan, engine)
     # Folding dlse replaces a vanished dO by tiny numbers, which leave a trace in dv.
     dv = torch.zeros_like(inputs.v) if gradients.dout is None else result.dv
     if map_gradient is not None:
@@ -223,20 +225,20 @@ def _gradients_with_map(
 def _engine_gradients(
     gradients: OutputGradients,
     inputs: AttentionInputs,
+    served: AttentionInputs,
     outputs: AttentionOutputs,
     options: AttentionOptions,
     plan: PlanTensors,
     engine: str,
 ) -> InputGradients:
-    """Call the engine's backward, padded where it does not take v of another width than q and k."""
-    D, Dv = inputs.q.shape[3], inputs.v.shape[3]
-    if Dv == D:
+    """Call the engine's backward with ``served``, the inputs as it takes them, and cut the gradients to the inputs."""
+    if served is inputs:
         return ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
-    inputs = _padded(inputs, options, engine, backward=True)
-    width, dout = inputs.v.shape[3], gradients.dout
+    D, Dv = inputs.q.shape[3], inputs.v.shape[3]
+    width, dout = served.v.shape[3], gradients.dout
     gradients = dataclasses.replace(gradients, dout=None if dout is None else _with_width(dout, width))
     outputs = dataclasses.replace(outputs, out=_with_width(outputs.out, width))
-    result = ENGINES[engine].backward(gradients, inputs, outputs, options, plan)
+    result = ENGINES[engine].backward(gradients, served, outputs, options, plan)
     return InputGradients(result.dq[..., :D], result.dk[..., :D], result.dv[..., :Dv], result.dsinks)
 
 

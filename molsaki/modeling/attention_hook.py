@@ -131,11 +131,8 @@ def attention(
         )
     if compact is not None and not compact.is_checked:
         compact.check(cu_seqlens)
-    if compact is not None and compact.padding is not None and is_packed:
-        message = "attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some"
-        if compact.is_checked:
-            raise ValueError(message)
-        torch._assert_async(compact.padding.all(), message)
+    elif compact is not None and compact.padding is not None and is_packed:
+        raise ValueError("attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some")
     lengths = None if compact is None or cu_seqlens is not None else compact.lengths
     suffixes = None
     if shared_prefix is not None:

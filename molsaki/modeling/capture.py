@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from molsaki.batches.shared_prefix import SharedPrefix
-from molsaki.modeling.compact_mask import active_record, set_active_record
+from molsaki.modeling.compact_mask import active_record, bounds_of, set_active_record
 from molsaki.modeling.decoder import decoder_configs, text_decoder, using_molsaki
 from molsaki.modeling.packing_probe import can_pack
 from molsaki.modeling.sequence_parallel import refuse_sequence_parallelism
@@ -381,5 +381,4 @@ def _bounds_of_positions(position_ids: Any, attention_mask: Any) -> Tensor | Non
             "position_ids: expected positions that ascend by one; where they start again (packed texts), expected one "
             f"sequence (batch size 1), and its bounds as cu_seq_lens_q; got shape {tuple(position_ids.shape)}"
         )
-    first = breaks[0].nonzero()[:, 0] + 1
-    return torch.cat([first.new_zeros(1), first, first.new_full((1,), position_ids.shape[1])]).int()
+    return bounds_of(breaks[0])

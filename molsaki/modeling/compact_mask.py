@@ -29,6 +29,7 @@ class CompactMask:
     Attributes:
         batch_size, length: B and M.
         padding: ``(B, M)`` bool, True at the tokens before the right padding; None if there is none.
+        lengths: ``(B,)`` tokens before the padding; None if there is none.
         window: a query sees its last ``window`` keys, itself included; None: no limit.
         chunk: a query sees the keys of its own chunk of ``chunk`` tokens only; None: no chunks.
         cu_seqlens: ``(N + 1,)`` int32 bounds of packed texts that position_ids tell apart; None: the texts are not
@@ -55,12 +56,8 @@ class CompactMask:
         self._tensor: Tensor | None = None
         self.batch_size, self.length, self.padding, self.window, self.chunk = batch_size, length, padding, window, chunk
         self.cu_seqlens, self.record, self.is_checked = cu_seqlens, record, is_checked
-        self.is_compared = False  # cu_seqlens with those given as a keyword
-
-    @property
-    def lengths(self) -> Tensor | None:
-        """``(B,)`` tokens before the padding, None if there is no padding."""
-        return None if self.padding is None else self.padding.sum(-1)
+        self.lengths = None if padding is None else padding.sum(-1)
+        self.is_compared = False  # with the bounds given as a keyword, or in a compiled graph with the mask function
 
     def tensor(self) -> Tensor:
         """The additive mask ``(B, 1, M, M)``."""
@@ -74,7 +71,16 @@ class CompactMask:
         return self._tensor
 
     def check(self, cu_seqlens: Tensor | None) -> None:
-        """Check in a compiled graph that the mask is what its attributes say, within each of the packed texts."""
+        """Check in a compiled graph that the mask is what its attributes say, within each of the packed texts.
+
+        All layers share a mask; it is checked in the first of them.
+        """
+        if self.is_compared:
+            return
+        self.is_compared = True
+        if self.padding is not None and cu_seqlens is not None:
+            message = "attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some"
+            torch._assert_async(self.padding.all(), message)
         if self.padding is not None:
             is_right_padded = ~(self.padding[:, 1:] & ~self.padding[:, :-1]).any()
             torch._assert_async(is_right_padded, "attention_mask: expected a right-padded batch with a plan")
@@ -234,7 +240,7 @@ def attention_mask(
     # A pattern of the model's own, such as blocks of images, may hide the keys that a usual mask hides.
     windows = {local_size, getattr(kwargs.get("config"), "sliding_window", None)}
     for window, chunk, texts in [_Pattern(window, None) for window in windows] if pattern is None else [pattern]:
-        cu_seqlens = None if texts is None else _bounds(texts)
+        cu_seqlens = None if texts is None else bounds_of(texts[0].diff() != 0)
         numbers = (batch_size, kv_length, padding, window, chunk, cu_seqlens)
         mask = CompactMask(build, *numbers, record=record, is_checked=is_checked)
         if pattern is not None or (record is not None and mask.hides_the_same()):
@@ -275,10 +281,10 @@ def _pattern(
     return None if texts is None else _Pattern(window, chunk, texts)
 
 
-def _bounds(texts: Tensor) -> Tensor:
-    """The bounds ``(N + 1,)`` of the packed texts of one sequence, from the text of each token ``(1, M)``."""
-    first = (texts[0].diff() != 0).nonzero()[:, 0] + 1
-    return torch.cat([first.new_zeros(1), first, first.new_full((1,), texts.shape[1])]).int()
+def bounds_of(starts: Tensor) -> Tensor:
+    """The bounds ``(N + 1,)`` int32 of packed texts; ``starts (M - 1,)``: whether a text starts at the next token."""
+    first = starts.nonzero()[:, 0] + 1
+    return torch.cat([first.new_zeros(1), first, first.new_full((1,), len(starts) + 1)]).int()
 
 
 def _parts(function: Callable[..., Any]) -> Iterator[Any]:

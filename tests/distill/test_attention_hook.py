@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import molsaki
+from molsaki.modeling.attention_hook import attention
 from molsaki_kernels import StepPlan, ops
 from molsaki_kernels._native import build
 from molsaki_kernels.reference import pool_values
@@ -16,6 +18,7 @@ from tests.helpers.architectures import (  # noqa: F401
     TRANSFORMERS,
     batch,
     eager,
+    five,
     make,
     objective,
     relative,
@@ -322,3 +325,58 @@ def test_a_real_causality():
         model(**inputs)
     torch.testing.assert_close(record.maps[..., 0, 0], torch.ones(2, 4, dtype=torch.float64))
     assert (record.maps[..., 0, 1] == 0).all()
+
+
+def test_unknown_keywords_are_refused():
+    model = make("Llama", torch.float32)
+    inputs, plan = batch()
+    model.set_attn_implementation("molsaki")
+    for name in ("indices", "block_indices", "anything_new"):
+        with pytest.raises(ValueError, match=f"^{name}: the attention implementation"):
+            model(**inputs, **{name: torch.zeros(1)})
+        with molsaki.capture(model, plan), pytest.raises(ValueError, match=f"^{name}: "):
+            model(**inputs, **{name: torch.zeros(1)})
+        model(**inputs, **{name: None})
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_position_bias_and_masks_mean_what_they_mean_in_sdpa(is_causal, mask):
+    if TRANSFORMERS < 5:
+        pytest.skip("transformers 4 has no position_bias")
+    module = torch.nn.Identity()
+    module.is_causal, module.num_key_value_groups = is_causal, 2
+    q, k, v = (torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    bias = torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    given = None if mask is None else torch.rand(2, 1, 9, 9) > 0.3
+    if mask is not None:
+        given |= torch.eye(9, dtype=torch.bool)
+    if mask == "float":
+        given = torch.where(given, q.new_zeros(()), torch.finfo(q.dtype).min)
+    for position_bias in (None, bias):
+        expected, _ = sdpa_attention_forward(module, q, k, v, given, position_bias=position_bias)
+        found, _ = attention(module, q, k, v, given, position_bias=position_bias)
+        torch.testing.assert_close(found, expected)
+    plan = StepPlan.from_spans([[(0, 4)]] * 2, [[[1]]] * 2)
+    with pytest.raises(ValueError, match="step_plan: .*position_bias"):
+        attention(module, q, k, v, given, position_bias=bias, step_plan=plan)
+
+
+def test_a_mask_of_none_beside_a_static_cache_is_causal():
+    module = torch.nn.Identity()
+    module.is_causal, module.num_key_value_groups = True, 1
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (5, 9, 9))
+    expected, _ = attention(module, q, k[:, :, :5], v[:, :, :5], None)
+    torch.testing.assert_close(attention(module, q, k, v, None)[0], expected)
+    with pytest.raises(ValueError, match="step_plan: .*5 queries beside"):
+        attention(module, q, k, v, None, step_plan=StepPlan.from_spans([[(0, 4)]], [[[1]]]))
+
+
+@five
+def test_cross_attention_that_does_not_say_that_it_is_causal():
+    module = torch.nn.Identity()
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(attention(module, q, k, v, None)[0], expected)
+    with pytest.raises(ValueError, match="attention that is not causal"):
+        attention(module, q, k, v, None, step_plan=StepPlan.from_spans([[(0, 4)]], [[[1]]]))

@@ -24,6 +24,7 @@ SMALL = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+five = pytest.mark.skipif(TRANSFORMERS < 5, reason="transformers 4 has other caches and models")
 HALF = ["sliding_attention", "full_attention"] * 2
 NO_KV = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
 
@@ -61,6 +62,16 @@ def make(name: str, dtype: torch.dtype = torch.float64, **overrides):
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     if name == "GptOss" and dtype == torch.float64 and TRANSFORMERS > 4:
         model.set_experts_implementation("eager")  # the grouped product takes no float64
+    return model.eval()
+
+
+def random_model(name: str, config: dict, config_class: str | None = None):
+    """A causal language model in float64 with random weights large enough for uneven maps."""
+    torch.manual_seed(0)
+    made = getattr(transformers, config_class or f"{name}Config")(**config)
+    model = getattr(transformers, f"{name}ForCausalLM")(made).double()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
     return model.eval()
 
 
