@@ -70,14 +70,18 @@ def batch(rows: Sequence[Problem], tokens: PreTrainedTokenizerBase) -> tuple[tor
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequence[Problem], size: int = 250) -> float:
+def accuracy(
+    model: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequence[Problem], size: int = 250
+) -> float:
     """Share of problems whose greedy rationale ends in the right number."""
     model.eval()
     tokens.padding_side = "left"
     right = 0
     for first in range(0, len(rows), size):
         part = rows[first : first + size]
-        inputs = tokens([row["question"] for row in part], return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = tokens(
+            [row["question"] for row in part], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
         out = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs.input_ids.shape[1] :]
         replies = tokens.batch_decode(out, skip_special_tokens=True)
         right += sum(
@@ -176,5 +180,15 @@ if __name__ == "__main__":
     p.add_argument("--threads", type=int, default=1)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    pretrain(a.folder, layers=a.layers, width=a.width, heads=a.heads, seed=0, steps=a.steps, muon=a.muon,
-             drills=((0.1, 0.8), (0.5, 0.1), (1.0, 0.0)), target=0.95, check=500)
+    pretrain(
+        a.folder,
+        layers=a.layers,
+        width=a.width,
+        heads=a.heads,
+        seed=0,
+        steps=a.steps,
+        muon=a.muon,
+        drills=((0.1, 0.8), (0.5, 0.1), (1.0, 0.0)),
+        target=0.95,
+        check=500,
+    )
