@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# plan: which fact comes next; base: the first amount; carry: the amount of the step before; operand: which number of the
-# question, or its sign; sum: the result; form: anything else, such as a missing or superfluous step.
+# plan: which fact comes next; base: the first amount; carry: the amount of the step before; operand: which number of
+# the question, or its sign; sum: the result; form: anything else, such as a missing step.
 KINDS = ("plan", "base", "carry", "operand", "sum", "form")
 
 
