@@ -35,7 +35,8 @@ OF_THE_STUDY = {
 }
 # Options that change the state of the whole process, which runs arms one after another.
 OF_THE_PROCESS = ("tf32", "full_determinism", "deepspeed", "fsdp", "fsdp_config", "accelerator_config")
-Scores = Mapping[str, Sequence[float]]
+# Takes rows of a test's file and the replies to them; returns one number per example under each name.
+Scorer = Callable[[list[dict[str, Any]], list[str]], Mapping[str, Sequence[float]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +126,7 @@ class Study:
         """The options of an evaluation of the run's student, with those that are not in the YAML file as ``more``."""
         return build(EvaluateConfig, run.evaluate | more, f"{self.path}: arms.{run.arm}: evaluate")
 
-    def scorer(self) -> Callable[[list[dict[str, Any]], list[str]], Scores] | None:
+    def scorer(self) -> Scorer | None:
         """The function that ``score`` names, imported with the YAML file's folder on the path."""
         if self.score is None:
             return None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from molsaki.io import atomic_write
-from molsaki.study.config import Run, Scores, Study
+from molsaki.study.config import Run, Study
 from molsaki.study.run import LOG, RESULT
-from molsaki.text.examples import Examples, read_examples
+from molsaki.text.examples import read_examples
 
 NO_COLUMNS = ("seed", "content of ")  # beginnings of the names of options that are no columns of their own
 NOT_LOGGED = "train_runtime"  # in the trainer's summary, which is no point of a curve
@@ -25,33 +25,51 @@ class Result:
 
     Attributes:
         record: the content of its ``result.json``.
-        predictions: the records of each test's ``predictions.jsonl``, in the order of the test's file.
+        right: for each test, whether each example that could be asked was answered right, by id.
+        scores: for each test, the means of what the study's own scoring function returns.
     """
 
     run: Run
     record: dict[str, Any]
-    predictions: dict[str, list[dict[str, Any]]]
-
-    def asked(self, test: str) -> list[dict[str, Any]]:
-        """The predictions of a test without the examples that could not be asked."""
-        return [one for one in self.predictions[test] if "left_out" not in one]
+    right: dict[str, dict[str, bool]]
+    scores: dict[str, dict[str, float]]
 
 
 def read_results(study: Study) -> list[Result]:
-    """The finished runs of a study, in the order of its runs."""
-    found = []
+    """The finished runs of a study, in the order of its runs.
+
+    Raises:
+        TypeError, ValueError: what the study's scoring function returns.
+    """
+    scorer = study.scorer()
+
+    @functools.cache
+    def rows_of(file: str) -> dict[str, dict[str, Any]]:
+        examples = read_examples(study.file(file), rationale=False)
+        return {examples[i].id: examples.record(i) for i in range(len(examples))}
+
+    results = []
     for run in study.runs:
         path = run.folder / RESULT
-        if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            predictions = {test: _json_lines(run.folder / "tests" / test / "predictions.jsonl") for test in run.tests}
-            found.append(Result(run, record, predictions))
-    return found
+        if not path.is_file():
+            continue
+        result = Result(run, json.loads(path.read_text(encoding="utf-8")), {}, {})
+        for test, file in run.tests.items():
+            lines = (run.folder / "tests" / test / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+            asked = [one for one in map(json.loads, lines) if "left_out" not in one]
+            result.right[test] = {one["id"]: one["right"] for one in asked}
+            result.scores[test] = {}
+            if scorer is not None:
+                rows = rows_of(file)
+                found = scorer([rows[one["id"]] for one in asked], [one["reply"] for one in asked])
+                result.scores[test] = _means(study, found, len(asked))
+        results.append(result)
+    return results
 
 
-def results_table(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
+def results_table(results: Sequence[Result]) -> list[dict[str, Any]]:
     """One row per run and test set, by column."""
-    options, scores = _differing(results), _scores(study, results)
+    options = _differing(results)
     rows = []
     for result in results:
         record, run = result.record, result.run
@@ -59,7 +77,7 @@ def results_table(study: Study, results: Sequence[Result]) -> list[dict[str, Any
             row: dict[str, Any] = {"data": run.data, "arm": run.arm, "seed": run.seed, "test": test}
             row |= {"accuracy": found["accuracy"], "right": found["right"], "total": found["examples"]}
             row |= {"without_answer": found["without_answer"], "left_out": found["left_out"]}
-            row |= scores[result, test]
+            row |= result.scores[test]
             row |= record["losses"]
             row |= {name: record[name] for name in ("steps", "train_seconds", "step_ms")}
             row |= {"evaluate_seconds": found["seconds"]}
@@ -105,45 +123,16 @@ def _differing(results: Sequence[Result]) -> list[str]:
     return list(found)
 
 
-def _scores(study: Study, results: Sequence[Result]) -> dict[tuple[Result, str], dict[str, float]]:
-    """The means of what the study's own scoring function returns, by run and test."""
-    scorer = study.scorer()
-    if scorer is None:
-        return {(result, test): {} for result in results for test in result.run.tests}
-
-    @functools.cache
-    def rows_of(file: str) -> dict[str, dict[str, Any]]:
-        examples: Examples = read_examples(study.file(file), rationale=False)
-        return {examples[i].id: examples.record(i) for i in range(len(examples))}
-
-    found = {}
-    for result in results:
-        for test, file in result.run.tests.items():
-            asked, rows = result.asked(test), rows_of(file)
-            values = scorer([rows[one["id"]] for one in asked], [one["reply"] for one in asked])
-            found[result, test] = {
-                f"score.{name}": _mean(study, name, numbers, len(asked))
-                for name, numbers in _checked(study, values).items()
-            }
-    return found
-
-
-def _checked(study: Study, values: Any) -> Scores:
-    if not isinstance(values, Mapping):
+def _means(study: Study, found: Any, count: int) -> dict[str, float]:
+    """The mean of each of the scoring function's numbers per example, named as a column."""
+    if not isinstance(found, Mapping):
         raise TypeError(
             f"{study.path}: score: expected {study.score} to return a dict of one number per example, got "
-            f"{type(values).__name__}"
+            f"{type(found).__name__}"
         )
-    return values
-
-
-def _mean(study: Study, name: str, numbers: Sequence[float], count: int) -> float:
-    if len(numbers) != count:
-        raise ValueError(
-            f"{study.path}: score: expected {count} numbers for {name!r} of {study.score}, got {len(numbers)}"
-        )
-    return float(sum(numbers)) / max(count, 1)
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for name, numbers in found.items():
+        if len(numbers) != count:
+            raise ValueError(
+                f"{study.path}: score: expected {count} numbers for {name!r} of {study.score}, got {len(numbers)}"
+            )
+    return {f"score.{name}": float(sum(numbers)) / max(count, 1) for name, numbers in found.items()}

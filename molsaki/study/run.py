@@ -184,7 +184,8 @@ def execute(study: Study, run: Run, stores: set[Path]) -> dict[str, Any]:
     curve = None if run.curve is None else _Curve(trainer, study, run)
     if curve is not None:
         trainer.add_callback(curve)
-    student = fingerprint_model(trainer.model.student)
+    models = _fingerprints(run, trainer)
+    _check_models(study, models)
     metrics = trainer.train().metrics
     trainer.save_model()
     steps, history = trainer.state.global_step, trainer.state.log_history
@@ -219,7 +220,7 @@ def execute(study: Study, run: Run, stores: set[Path]) -> dict[str, Any]:
         "step_ms": 1000 * seconds / max(steps, 1),
         "evaluate_seconds": evaluate_seconds,
         "data": counts,
-        "student": student,
+        "models": models,
         "versions": _versions(),
         "commit": _commit(study.path.parent),
         "machine": {"processor": processor(), "gpu": _gpu(), "threads": torch.get_num_threads()},
@@ -243,6 +244,26 @@ def _with_store(study: Study, run: Run, config: DistillConfig, stores: set[Path]
         stores.add(folder)
     teacher = config.teacher if config.too_long == "cut" else None  # cutting needs the teacher's tokenizer
     return study.distill_config(run, store=str(folder), teacher=teacher)
+
+
+def _fingerprints(run: Run, trainer: DistillTrainer) -> dict[str, str]:
+    """Fingerprints of the models that a run uses, by name and floating-point type. Students with adapters have none."""
+    config, found = trainer.args, {}
+    if not config.lora_rank:
+        found[f"{run.options['student']} in {config.student_dtype}"] = fingerprint_model(trainer.model.student)
+    if trainer.teacher is not None:
+        found[f"{run.options['teacher']} in {config.teacher_dtype}"] = fingerprint_model(trainer.teacher)
+    return found
+
+
+def _check_models(study: Study, models: dict[str, str]) -> None:
+    """Refuse models that have changed since another run of the study; `extract` refuses another teacher of a store."""
+    for run in study.runs:
+        text = _read(run.folder / RESULT)
+        found = {} if text is None else json.loads(text)["models"]
+        for name in models.keys() & found.keys():
+            if models[name] != found[name]:
+                raise ValueError(f"{name}: the model has changed since {run} was run; use another name, or delete that")
 
 
 class _Curve(TrainerCallback):
