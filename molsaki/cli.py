@@ -17,7 +17,12 @@ from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 1 (``store verify`` found faults), 2 (an error), 130 (interrupted)."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 1 (``store verify`` found faults, or runs of a study are not finished), 2 (an error),
+        130 (interrupted).
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {name:10}{help}" for name, help in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -32,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command in CONFIGURED:
             return _run_configured(command, argv[1:])
-        return _store(argv[1:]) if command == "store" else _doctor(argv[1:])
+        return {"study": _study, "store": _store, "doctor": _doctor}[command](argv[1:])
     except KeyboardInterrupt:
         print(f"\nmolsaki {command}: interrupted. {CONTINUE.get(command, 'Run it again.')}", file=sys.stderr)
         return 130
@@ -49,6 +54,7 @@ COMMANDS = {
     "distill": "train a student, with the teacher live or from the store",
     "evaluate": "decode greedily, score exactly, write every prediction",
     "plot": "draw losses, layer weights and maps",
+    "study": "train and compare a grid of methods, seeds and data sets",
     "store": "look at a store: verify, info or head",
     "doctor": "print versions, devices, engines, and why each is or is not ready",
 }
@@ -64,6 +70,7 @@ CONTINUE = {
     "annotate": "All replies so far are kept; run the same command again to continue.",
     "extract": "All finished shards are kept; run the same command again to continue.",
     "distill": "Run the same command with --resume to continue from the last checkpoint.",
+    "study": "All finished runs are kept; run the same command again to continue.",
 }
 
 
@@ -79,6 +86,29 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         _print(result)
     return 0
+
+
+def _study(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="molsaki study")
+    parser.add_argument("config", help="YAML file of the study: see docs/study.md")
+    parser.add_argument("--processes", type=int, default=1, help="how many to start here; others may join, also later")
+    parser.add_argument("--threads", type=int, help="threads per process. Default: all processors, shared evenly")
+    parser.add_argument("--arms", nargs="+", default=[], help="only the runs of these arms")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only the runs of these seeds")
+    parser.add_argument("--report", action="store_true", help="run nothing; write the CSV files and the report")
+    args = parser.parse_args(argv)
+    from molsaki.extras import require
+
+    require("train")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a line per run in place of bars; tqdm reads it when it is imported
+    from molsaki.study.report import write_report
+    from molsaki.study.run import study
+
+    unfinished = [] if args.report else study(args.config, args.processes, args.threads, args.arms, args.seeds)
+    print(*write_report(args.config), sep="\n")
+    if unfinished:
+        print(f"{len(unfinished)} runs are not finished:", *unfinished, sep="\n", file=sys.stderr)
+    return 1 if unfinished else 0
 
 
 def _store(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -248,6 +248,36 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
         ValueError: an unknown flag or YAML key (with the nearest valid one) or a value of the wrong kind.
         FileNotFoundError: there is no such YAML file.
     """
+    parser, names = _parser(config_class, prog)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such flag" + _nearest(unknown[0].lstrip("-").split("=")[0], names, "--"))
+    if given.config is not None:
+        path = Path(given.config)
+        values = read_yaml(path)
+        check_keys(values, names, path)
+        argv = _flags(parser, values, path) + argv
+    return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
+
+
+def build(config_class: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """A config from values as a YAML file has them, such as ``"1e-3"`` for a number; errors begin with ``where``.
+
+    Raises:
+        ValueError: an unknown name (with the nearest valid one) or a value of the wrong kind.
+    """
+    parser, names = _parser(config_class)
+    check_keys(values, names, where)
+    argv = _flags(parser, values, where)
+    try:
+        return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _parser(config_class: type[Config], prog: str | None = None) -> tuple[Any, list[str]]:
+    """A parser whose errors are ValueErrors, and the names of its flags."""
     from transformers.hf_argparser import HfArgumentParser
 
     class Parser(HfArgumentParser):
@@ -256,14 +286,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
 
     parser = Parser(cast(Any, config_class), prog=prog, allow_abbrev=False, description=config_class.__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file that sets these flags; flags given here override.")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    names = [field.name for field in dataclasses.fields(config_class) if field.init]
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise ValueError(f"{unknown[0]}: no such flag" + _nearest(unknown[0].lstrip("-").split("=")[0], names, "--"))
-    if given.config is not None:
-        argv = _yaml_flags(parser, Path(given.config), names) + argv
-    return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
+    return parser, [field.name for field in dataclasses.fields(config_class) if field.init]
 
 
 def check_options(config: Any, **least: float) -> None:
@@ -290,8 +313,8 @@ def require(config: Any, name: str) -> Any:
     return value
 
 
-def _yaml_flags(parser: argparse.ArgumentParser, path: Path, names: Sequence[str]) -> list[str]:
-    """The flags that a YAML file sets, checked by the parser."""
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds, empty if it holds nothing."""
     import yaml
 
     try:
@@ -300,14 +323,23 @@ def _yaml_flags(parser: argparse.ArgumentParser, path: Path, names: Sequence[str
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `name: value` lines, got {type(values).__name__}")
+    return values
+
+
+def check_keys(values: Iterable[Any], names: Sequence[str], where: str | Path) -> None:
+    """Refuse the first of the keys that is not among the names; the message begins with ``where``."""
     for key in values:
         if key not in names:
-            raise ValueError(f"{path}: {key}: no such key" + _nearest(str(key), names))
+            raise ValueError(f"{where}: {key}: no such key" + _nearest(str(key), names))
+
+
+def _flags(parser: argparse.ArgumentParser, values: Mapping[str, Any], where: str | Path) -> list[str]:
+    """The flags that set these values, checked by the parser; None leaves the default."""
     flags = [word for key, value in values.items() if value is not None for word in _as_flag(key, value)]
     try:
         parser.parse_known_args(flags)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     return flags
 
 

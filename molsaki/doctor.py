@@ -107,7 +107,7 @@ def _version(package: str) -> str | None:
 def _devices() -> Section:
     import torch
 
-    devices: Section = {"cpu": platform.processor() or platform.machine()}
+    devices: Section = {"cpu": processor()}
     if not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "no usable CUDA device or driver"
         devices["cuda"] = f"not available: {reason}"
@@ -115,3 +115,12 @@ def _devices() -> Section:
         p = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{p.name}, sm{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
     return devices
+
+
+def processor() -> str:
+    """The name of the processor, or that of its architecture where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

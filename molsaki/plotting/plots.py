@@ -204,6 +204,58 @@ def plot_losses(
     return _save(figure, path, title)
 
 
+def plot_differences(
+    differences: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    baseline: str,
+    path: str | Path,
+    title: str = "",
+) -> Path:
+    """Differences of accuracy to a baseline with their intervals, one panel per test and one line per method.
+
+    Args:
+        differences: by test and method, ``(difference, low, high)`` in percentage points.
+        baseline: the name of the method that is subtracted.
+    """
+    methods = list(dict.fromkeys(name for panel in differences.values() for name in panel))
+    figure = Figure(figsize=(1.6 + 3.2 * len(differences), 1.2 + 0.28 * len(methods)), layout="constrained")
+    axes = figure.subplots(1, len(differences), squeeze=False, sharey=True)[0]
+    for ax, (test, panel) in zip(axes, differences.items(), strict=True):
+        ax.axvline(0, color="black", linewidth=0.8)
+        for name, (mean, low, high) in panel.items():
+            colour = TEACHER if low <= 0 <= high else STUDENT
+            ax.plot([low, high], [methods.index(name)] * 2, color=colour)
+            ax.plot(mean, methods.index(name), "o", color=colour, markersize=5)
+        ax.set_yticks(range(len(methods)), methods, parse_math=False)
+        ax.set(ylim=(len(methods) - 0.5, -0.5))
+        ax.set_xlabel(f"difference to {baseline}, points", parse_math=False)
+        ax.set_title(test, parse_math=False)
+        ax.grid(axis="x", alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path, title)
+
+
+def plot_accuracy(points: Mapping[str, Mapping[int, Sequence[float]]], path: str | Path, title: str = "") -> Path:
+    """Accuracy along the way: each method's mean over seeds, and the range of its seeds as a band.
+
+    Args:
+        points: by method and training step, the accuracies of its seeds in per cent.
+    """
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for number, (name, values) in enumerate(points.items()):
+        steps = sorted(values)
+        colour, style = f"C{number % 10}", ("-", "--", ":", "-.")[number // 10 % 4]
+        mean, low, high = ([f(values[step]) for step in steps] for f in (np.mean, np.min, np.max))
+        ax.plot(steps, mean, style, color=colour, label=name, marker="o", markersize=3)
+        ax.fill_between(steps, low, high, color=colour, alpha=0.1, linewidth=0)
+    ax.set(xlabel="training step", ylabel="accuracy, %")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _save(figure, path, title)
+
+
 def shorten(text: str, width: int, lines: int = 1) -> str:
     """A text on at most ``lines`` lines of ``width`` characters, with an ellipsis where words are left out."""
     text = " ".join(text.split())

@@ -7,7 +7,6 @@ once; a shard whose process was lost is computed by another one, and a killed ru
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from molsaki.io import digest, hash64, write_json
+from molsaki.locks import claim, locked
 from molsaki.teacher import checked_file
 from molsaki.teacher.map_store import DESCRIPTION, INDEX, VERSION, Entry, compare, id_at, shard_name
 
@@ -47,7 +46,7 @@ class StoreWriter:
         self.description = json.loads(json.dumps(size | description))
         self.shards = -(-examples // shard_size)
         self._digest = digest(self.description)
-        with self._locked(DESCRIPTION):
+        with locked(self._lock(DESCRIPTION)):
             try:
                 found = json.loads((self.folder / DESCRIPTION).read_bytes())
             except (FileNotFoundError, ValueError):
@@ -79,13 +78,7 @@ class StoreWriter:
         When none is free, waits for those that other processes compute; if one of these is lost, its shard is yielded
         here.
         """
-        computed = set()
-        for wait in (False, True):
-            for shard in [shard for shard in shards if shard not in computed]:
-                with self._locked(shard_name(shard), wait) as is_mine:
-                    if is_mine and self._is_missing(shard):
-                        yield shard
-                        computed.add(shard)
+        return claim(shards, lambda shard: self._lock(shard_name(shard)), self._is_missing)
 
     def write(self, shard: int, entries: Sequence[Entry]) -> None:
         """Write one shard: one entry per number of `examples_of`, in order.
@@ -127,7 +120,7 @@ class StoreWriter:
 
     def finish(self) -> bool:
         """Write the index if every shard is there; False if not. Any number of processes may call it."""
-        with self._locked(DESCRIPTION):
+        with locked(self._lock(DESCRIPTION)):
             paths = [self.folder / shard_name(shard) for shard in range(self.shards)]
             if any(not path.is_file() for path in paths):
                 return False
@@ -154,25 +147,5 @@ class StoreWriter:
     def _is_missing(self, shard: int) -> bool:
         return checked_file.fault(self.folder / shard_name(shard), self._digest) is not None
 
-    @contextlib.contextmanager
-    def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock of a file; False if another process holds it and ``wait`` is False.
-
-        The operating system releases the lock when the process ends, for whatever reason. filelock's fallback for file
-        systems without locks does not, so a lost process would block the others: it is turned off.
-        """
-        lock = FileLock(self.folder / LOCKS / f"{name}.lock", timeout=-1 if wait else 0, fallback_to_soft=False)
-        try:
-            held = lock.acquire()
-        except Timeout:
-            yield False
-            return
-        except (NotImplementedError, OSError) as error:
-            if getattr(error, "filename", None) is not None:
-                raise  # the lock's file cannot be opened
-            raise OSError(
-                f"{self.folder}: its file system has no file locks ({error}), which keep two processes from writing "
-                "one file; choose another folder"
-            ) from None
-        with held:
-            yield True
+    def _lock(self, name: str) -> Path:
+        return self.folder / LOCKS / f"{name}.lock"

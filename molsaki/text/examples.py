@@ -12,7 +12,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 
@@ -67,15 +67,17 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
             return Examples(self._paths, self._index[index], self.left_out)
+        return example_of(self.record(index), str(self._index[index]["line"]), rationale=False, compared=False)
+
+    def record(self, index: int) -> Fields:
+        """The JSON object of an example as its file has it."""
         entry = self._index[index]
         path = self._paths[entry["file"]]
         with path.open("rb") as file:
             if _state(file.fileno()) != self._states[entry["file"]]:
                 raise ValueError(f"{path}: has changed since it was opened; run again")
             file.seek(entry["offset"])
-            return example_of(
-                json.loads(file.read(entry["length"])), str(entry["line"]), rationale=False, compared=False
-            )
+            return cast(Fields, json.loads(file.read(entry["length"])))
 
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Examples:

@@ -1,0 +1,58 @@
+"""Compares the arms of a study: accuracies, differences to the baseline, intervals and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molsaki.evaluation.statistics import accuracy, difference, holm
+from molsaki.study.config import Study
+from molsaki.study.results import Result
+
+RESAMPLES = 1  # the bootstrap's interval is not reported
+
+
+def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row per data set, test and arm that has a finished run.
+
+    Only problems that every finished run of the data set was asked count, and in a difference only the seeds that both
+    arms have: ``pairs``. ``p_holm`` is corrected for all comparisons of the test. Accuracies and differences are from
+    0 to 1. ``over`` is ``problems`` where there is one seed only, whose interval says nothing about other seeds.
+    """
+    rows = []
+    for data in study.data:
+        of_data = [result for result in results if result.run.data == data]
+        for test in of_data[0].run.tests if of_data else ():
+            asked = set.intersection(*(set(result.right[test]) for result in of_data))
+            ids = [id for id in of_data[0].right[test] if id in asked]
+            arms: dict[str, dict[int, NDArray[np.bool_]]] = {}
+            for result in of_data:
+                right = np.array([result.right[test][id] for id in ids], dtype=bool)
+                arms.setdefault(result.run.arm, {})[result.run.seed] = right
+            base = arms.get(study.baseline or "", {})
+            of_test = []
+            for arm, seeds in arms.items():
+                row: dict[str, Any] = {
+                    "data": data,
+                    "test": test,
+                    "arm": arm,
+                    "seeds": len(seeds),
+                    "problems": len(ids),
+                }
+                found = accuracy(np.stack(list(seeds.values())), resamples=RESAMPLES)
+                row |= {"accuracy": found.mean, "low": found.low, "high": found.high, "over": found.over}
+                pairs = [seed for seed in seeds if seed in base]
+                if arm != study.baseline and pairs:
+                    both = (np.stack([one[seed] for seed in pairs]) for one in (seeds, base))
+                    change = difference(*both, resamples=RESAMPLES)
+                    row |= {"pairs": len(pairs), "difference": change.mean, "difference_low": change.low}
+                    row |= {"difference_high": change.high, "difference_over": change.over, "p": change.p_value}
+                of_test.append(row)
+            compared = [row for row in of_test if "p" in row]
+            for row, adjusted in zip(compared, holm([row["p"] for row in compared]), strict=True):
+                row["p_holm"] = adjusted
+            rows += of_test
+    return rows

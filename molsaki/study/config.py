@@ -1,0 +1,343 @@
+"""Reads the YAML file of a study: its methods (arms), seeds and data sets, every name and value in it checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from molsaki.config import EvaluateConfig, ExtractConfig, MixtureOptions, TextOptions, build, check_keys, read_yaml
+from molsaki.training.config import DistillConfig
+from molsaki.training.objectives import OBJECTIVES
+
+KEYS = (
+    "output_dir", "student", "teacher", "live_teacher", "seeds", "data", "options", "evaluate", "extract", "arms",
+    "baseline", "keep_students", "curve", "score",
+)  # fmt: skip
+NEEDED = ("output_dir", "student", "seeds", "data", "arms")
+FILES = ("train_file", "eval_file", "store")  # options of DistillConfig that name a file or folder
+OVERRIDES = ("evaluate", "extract", "live_teacher")  # keys of an arm that are no options of DistillConfig
+# Options of DistillConfig that an arm must not set, and why.
+OF_THE_STUDY = {
+    "output_dir": "the study names the folder of each run",
+    "seed": "it is the run's, one of seeds",
+    "data_seed": "it is the run's, one of seeds",
+    "resume": "a run always continues where it stopped",
+    "resume_from_checkpoint": "a run always continues where it stopped",
+}
+# Options that change the state of the whole process, which runs arms one after another.
+OF_THE_PROCESS = ("tf32", "full_determinism", "deepspeed", "fsdp", "fsdp_config", "accelerator_config")
+# Takes rows of a test's file and the replies to them; returns one number per example under each name.
+Scorer = Callable[[list[dict[str, Any]], list[str]], Mapping[str, Sequence[float]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One student: a data set, an arm and a seed.
+
+    Attributes:
+        folder: of its results.
+        options: those of `DistillConfig` but for folders and seeds, as the YAML file has them, {seed} and {data} filled
+            in; the student among them, and the teacher or store if the objective has a teacher.
+        extract: options of `ExtractConfig` if its maps come from a store that the study extracts, else None.
+        tests: the file of each test set.
+        evaluate: options of `EvaluateConfig`.
+        curve: as in the YAML file, or None.
+    """
+
+    data: str
+    arm: str
+    seed: int
+    folder: Path
+    options: dict[str, Any]
+    extract: dict[str, Any] | None
+    tests: dict[str, str]
+    evaluate: dict[str, Any]
+    curve: dict[str, Any] | None
+
+    def __str__(self) -> str:
+        return f"{self.data}/{self.arm}/{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """A study that was read from a YAML file.
+
+    Attributes:
+        path: the YAML file; relative names in it are relative to its folder.
+        runs: all runs in their order, seed by seed.
+    """
+
+    path: Path
+    output_dir: Path
+    seeds: list[int]
+    data: list[str]
+    arms: list[str]
+    baseline: str | None
+    keep_students: bool
+    score: str | None
+    runs: list[Run]
+
+    def file(self, name: str) -> str:
+        """The path of a file that the YAML file names."""
+        return str(self.path.parent / Path(name).expanduser())
+
+    def model(self, name: str) -> str:
+        """The folder of a model that the YAML file names, or its hub name."""
+        path = self.path.parent / Path(name).expanduser()
+        return str(path) if path.is_dir() else name
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        """What the result of a run depends on, under dotted names: its options, and the content of its data files."""
+        found: dict[str, Any] = {"seed": run.seed}
+        for section, values in (
+            ("", run.options),
+            ("extract.", run.extract or {}),
+            ("tests.", run.tests),
+            ("evaluate.", run.evaluate),
+            ("curve.", run.curve or {}),
+        ):
+            found |= {section + name: value for name, value in values.items()}
+        files = [run.options["train_file"], *run.tests.values(), *([run.curve["data_file"]] if run.curve else [])]
+        found |= {f"content of {name}": _content(self.file(name)) for name in files}
+        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+    def distill_config(self, run: Run, **more: Any) -> DistillConfig:
+        """The options of the run's training.
+
+        Args:
+            more: options that take the place of the run's.
+        """
+        values: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True} | run.options
+        values |= {name: self.file(values[name]) for name in FILES if values.get(name)}
+        values |= {name: self.model(values[name]) for name in ("student", "teacher") if values.get(name)}
+        values |= {"output_dir": str(run.folder / "student"), "seed": run.seed, "data_seed": run.seed, "resume": True}
+        return build(DistillConfig, values | more, f"{self.path}: arms.{run.arm}")
+
+    def evaluate_config(self, run: Run, **more: Any) -> EvaluateConfig:
+        """The options of an evaluation of the run's student, with those that are not in the YAML file as ``more``."""
+        return build(EvaluateConfig, run.evaluate | more, f"{self.path}: arms.{run.arm}: evaluate")
+
+    def scorer(self) -> Scorer | None:
+        """The function that ``score`` names, imported with the YAML file's folder on the path."""
+        if self.score is None:
+            return None
+        module, _, name = self.score.partition(":")
+        folder = str(self.path.parent.resolve())
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        try:
+            return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: score: expected module:function that can be imported, got {self.score!r}: {error}"
+            ) from error
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study and check all of it: keys, options of every arm, files and models.
+
+    Raises:
+        ValueError, TypeError: a key, option or value; the message names the file, the key and the value.
+        FileNotFoundError: a file that is named does not exist.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    check_keys(values, KEYS, path)
+    for key in NEEDED:
+        if not values.get(key):
+            raise ValueError(f"{path}: {key}: required, got {values.get(key)!r}")
+    seeds = values["seeds"]
+    if not isinstance(seeds, list) or not all(type(one) is int for one in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{path}: seeds: expected a list of different whole numbers, got {seeds!r}")
+    for key in ("keep_students", "live_teacher"):
+        if not isinstance(values.get(key, False), bool):
+            raise ValueError(f"{path}: {key}: expected true or false, got {values[key]!r}")
+    arms = {name: _section(arm, path, f"arms.{name}") for name, arm in _section(values["arms"], path, "arms").items()}
+    data = {name: _section(one, path, f"data.{name}") for name, one in _section(values["data"], path, "data").items()}
+    for key, names in (("arms", arms), ("data", data)):
+        _check_names(names, path, key)
+    if values.get("baseline") is not None and values["baseline"] not in arms:
+        raise ValueError(f"{path}: baseline: expected one of the arms {', '.join(arms)}, got {values['baseline']!r}")
+    for name, one in data.items():
+        check_keys(one, ("train_file", "tests", "options", "evaluate"), f"{path}: data.{name}")
+        _check_names(_section(one.get("tests"), path, f"data.{name}.tests"), path, f"data.{name}.tests")
+    study = Study(
+        path=path,
+        output_dir=path.parent / Path(values["output_dir"]).expanduser(),
+        seeds=seeds,
+        data=list(data),
+        arms=list(arms),
+        baseline=values.get("baseline"),
+        keep_students=values.get("keep_students", True),
+        score=values.get("score"),
+        runs=[],
+    )
+    _check_options(values, arms, data, path)
+    for seed in seeds:
+        for data_name in data:
+            for arm in arms:
+                study.runs.append(_run(study, values, data_name, arm, seed))
+    _check_runs(study)
+    study.scorer()
+    return study
+
+
+def _run(study: Study, values: dict[str, Any], data: str, arm: str, seed: int) -> Run:
+    def filled(value: Any) -> Any:
+        return value.replace("{seed}", str(seed)).replace("{data}", data) if isinstance(value, str) else value
+
+    one, own = values["data"][data], values["arms"][arm]
+    options = {"student": values["student"], "teacher": values.get("teacher"), "train_file": one.get("train_file")}
+    for section in (values.get("options"), one.get("options"), own):
+        options |= {name: value for name, value in (section or {}).items() if name not in OVERRIDES}
+    for name in ("student", "teacher", *FILES):
+        if options.get(name) is not None:
+            options[name] = filled(options[name])
+    evaluate = (values.get("evaluate") or {}) | (one.get("evaluate") or {}) | (own.get("evaluate") or {})
+    extract = (values.get("extract") or {}) | (own.get("extract") or {})
+    curve = values.get("curve")
+    run = Run(
+        data=data,
+        arm=arm,
+        seed=seed,
+        folder=study.output_dir / data / arm / str(seed),
+        options=options,
+        extract=None,
+        tests={name: filled(file) for name, file in one["tests"].items()},
+        evaluate=evaluate,
+        curve=None if curve is None else {name: filled(value) for name, value in curve.items()},
+    )
+    name = options.get("objective") or DistillConfig.objective
+    if name not in OBJECTIVES:
+        raise ValueError(f"{study.path}: arms.{arm}: objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
+    objective = OBJECTIVES[name]
+    if not objective.has_teacher or options.get("store"):
+        options.pop("teacher", None)
+    elif not options.get("teacher"):
+        raise ValueError(f"{study.path}: arms.{arm}: teacher: required by its objective, got none")
+    elif objective.maps and not own.get("live_teacher", values.get("live_teacher", False)):
+        return dataclasses.replace(run, extract=extract)
+    return run
+
+
+def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConfig:
+    """The options of the store that the run needs: its texts' options, and all layers unless the study says no."""
+    assert run.extract is not None
+    values = {"all_layers": True} | run.extract
+    shared = (TextOptions,) if values["all_layers"] else (TextOptions, MixtureOptions)
+    for options in shared:
+        values |= {field.name: getattr(config, field.name) for field in dataclasses.fields(options)}
+    if not values["all_layers"] or config.too_long == "cut":
+        values["student"] = config.student
+    values |= {"teacher": config.teacher, "data_files": [config.train_file]}
+    return build(ExtractConfig, values, f"{study.path}: arms.{run.arm}: extract")
+
+
+def _section(value: Any, path: Path, key: str) -> dict[Any, Any]:
+    if value is None and key.startswith("arms."):
+        return {}
+    if not isinstance(value, dict) or (not value and not key.startswith("arms.")):
+        raise ValueError(f"{path}: {key}: expected `name: value` lines, got {value!r}")
+    return value
+
+
+def _check_names(names: Mapping[Any, Any], path: Path, key: str) -> None:
+    """Refuse a name that cannot be that of a folder."""
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(f"{path}: {key}: expected names of letters, digits and . _ + -, got {name!r}")
+        if key == "data" and name == "stores":
+            raise ValueError(f"{path}: data: expected another name than stores, which is the folder of the maps")
+
+
+def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str, Any], path: Path) -> None:
+    """Refuse unknown options, and those that are not an arm's to set."""
+    sections = {"options": values.get("options"), "curve": values.get("curve")}
+    sections |= {key: values.get(key) for key in ("evaluate", "extract")}
+    for kind, named in (("data", data), ("arms", arms)):
+        for name, one in named.items():
+            sections |= {f"{kind}.{name}.{key}": one[key] for key in ("options", *OVERRIDES[:2]) if key in one}
+            if kind == "arms":
+                sections[f"arms.{name}"] = one
+    known = {
+        one: {f.name for f in dataclasses.fields(one) if f.init}
+        for one in (DistillConfig, ExtractConfig, EvaluateConfig)
+    }
+    of_texts = {field.name for field in dataclasses.fields(TextOptions)}
+    of_mixtures = {field.name for field in dataclasses.fields(MixtureOptions)}
+    for key, section in sections.items():
+        if section is None:
+            continue
+        section, where = _section(section, path, key), f"{path}: {key}"
+        if key.endswith("evaluate"):
+            names = known[EvaluateConfig] - {"model", "data_file", "output_dir", "compare"}
+        elif key.endswith("extract"):
+            names = known[ExtractConfig] - {"teacher", "student", "data_files", "store"} - of_texts - of_mixtures
+        elif key == "curve":
+            names = {"every", "data_file", "limit"}
+        else:
+            names = known[DistillConfig] | (set(OVERRIDES) if key.startswith("arms.") else set())
+            for name in section:
+                if name in OF_THE_STUDY:
+                    raise ValueError(f"{where}: {name}: must not be set: {OF_THE_STUDY[name]}")
+                if name in OF_THE_PROCESS and key != "options":
+                    raise ValueError(f"{where}: {name}: must be in options, alike for all runs: it changes the process")
+                if name in ("student", "teacher", "train_file") and not key.startswith("arms."):
+                    raise ValueError(f"{where}: {name}: must be in an arm or outside of options")
+        check_keys(section, sorted(names), where)
+
+
+def _check_runs(study: Study) -> None:
+    """Build the options of every arm, and look for every file and model."""
+    checked: set[Any] = set()
+    for run in study.runs:
+        where = f"{study.path}: {run}"
+        if run.options.get("train_file") is None:
+            raise ValueError(f"{where}: train_file: required, got none")
+        for name, file in {**{name: run.options.get(name) for name in FILES[:2]}, **run.tests}.items():
+            if file is not None and not Path(study.file(file)).is_file():
+                raise FileNotFoundError(f"{where}: {name}: no such file: {study.file(file)}")
+        if run.options.get("store") and not Path(study.file(run.options["store"])).is_dir():
+            raise FileNotFoundError(f"{where}: store: no such folder: {study.file(run.options['store'])}")
+        for name in ("student", "teacher"):
+            model = run.options.get(name)
+            if model is not None and model not in checked:
+                try:
+                    AutoConfig.from_pretrained(study.model(model))
+                except (OSError, ValueError) as error:
+                    reason = str(error).strip().splitlines()[0]
+                    raise ValueError(f"{where}: {name}: no model folder or hub name: {model!r}: {reason}") from error
+                checked.add(model)
+        if (run.data, run.arm) not in checked:
+            config = study.distill_config(run)
+            study.evaluate_config(run)
+            if run.extract is not None:
+                extract_config(study, run, config)
+            checked.add((run.data, run.arm))
+        if run.curve is not None:
+            every, limit = run.curve.get("every"), run.curve.get("limit")
+            if type(every) is not int or every < 1:
+                raise ValueError(f"{study.path}: curve.every: expected a number of steps of at least 1, got {every!r}")
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise ValueError(f"{study.path}: curve.limit: expected a number of at least 1, got {limit!r}")
+            if not Path(study.file(str(run.curve.get("data_file")))).is_file():
+                raise FileNotFoundError(f"{study.path}: curve.data_file: no such file: {run.curve.get('data_file')}")
+
+
+_contents: dict[str, str] = {}
+
+
+def _content(path: str) -> str:
+    """A digest of a file, which is read once per process."""
+    if path not in _contents:
+        _contents[path] = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+    return _contents[path]
