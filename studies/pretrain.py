@@ -167,4 +167,3 @@ def _text(rng: random.Random, drills: float) -> Problem:
     if rng.random() < drills:
         return drill(rng)
     return problem(rng, (1, 2), (1, 2)) if rng.random() < 0.1 else problem(rng)
-

@@ -236,6 +236,7 @@ def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConf
     shared = (TextOptions,) if values["all_layers"] else (TextOptions, MixtureOptions)
     for options in shared:
         values |= {field.name: getattr(config, field.name) for field in dataclasses.fields(options)}
+    values["map_heads"] = config.map_heads
     if not values["all_layers"] or config.too_long == "cut":
         values["student"] = config.student
     values |= {"teacher": config.teacher, "data_files": [config.train_file]}

@@ -21,30 +21,34 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import molsaki
+from molsaki.batches.dataset import DistillDataset
+from molsaki.config import TextOptions
 from molsaki.doctor import processor
 from molsaki.evaluation.evaluate import evaluate, generate
 from molsaki.evaluation.scoring import score
 from molsaki.io import digest, write_json
 from molsaki.locks import claim
-from molsaki.modeling.loading import load_both
+from molsaki.modeling.loading import context_length, load_both, load_tokenizer
 from molsaki.study.config import Run, Study, extract_config, read_study
 from molsaki.teacher.extract import extract
-from molsaki.teacher.fingerprints import fingerprint_model
+from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.examples import read_examples
 from molsaki.training.checkpoints import CONFIG, WEIGHTS_LOG
 from molsaki.training.config import DistillConfig
+from molsaki.training.objectives import OBJECTIVES
 from molsaki.training.trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
 RESULT, FAILED, OPTIONS, LOG = "result.json", "failed.json", "options.json", "log.json"
+KEPT = 8  # data sets that a process keeps tokenized
 LOCKS = ".locks"  # folder of empty files in the output folder
 
 
@@ -145,11 +149,12 @@ def work(study: Study, runs: Sequence[Run], earlier: dict[str, str | None], thre
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     stores: set[Path] = set()
+    datasets: dict[str, DistillDataset] = {}
     for run in claim(runs, lock_of, is_missing):
         start = time.perf_counter()
         try:
             with _environment():
-                tests = execute(study, run, stores)
+                tests = execute(study, run, stores, datasets)
         except Exception as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -164,11 +169,12 @@ def work(study: Study, runs: Sequence[Run], earlier: dict[str, str | None], thre
         gc.collect()
 
 
-def execute(study: Study, run: Run, stores: set[Path]) -> dict[str, Any]:
+def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, DistillDataset]) -> dict[str, Any]:
     """Train, evaluate and record one student; the summary of each test.
 
     Args:
         stores: of maps that this process has checked; the run's is added.
+        datasets: tokenized training data of this process's last runs, by what they depend on; the run's is added.
     """
     identity = study.identity(run)
     text = _read(run.folder / OPTIONS)
@@ -179,7 +185,11 @@ def execute(study: Study, run: Run, stores: set[Path]) -> dict[str, Any]:
     config = study.distill_config(run)
     if run.extract is not None:
         config = _with_store(study, run, config, stores)
-    trainer = DistillTrainer(config)
+    key = _key_of_data(study, run, config)
+    trainer = DistillTrainer(config, train_dataset=datasets.get(key))
+    datasets[key] = cast(DistillDataset, trainer.train_dataset)
+    if len(datasets) > KEPT:
+        datasets.pop(next(iter(datasets)))
     trainer.remove_callback(PrinterCallback)
     curve = None if run.curve is None else _Curve(trainer, study, run)
     if curve is not None:
@@ -244,6 +254,20 @@ def _with_store(study: Study, run: Run, config: DistillConfig, stores: set[Path]
         stores.add(folder)
     teacher = config.teacher if config.too_long == "cut" else None  # cutting needs the teacher's tokenizer
     return study.distill_config(run, store=str(folder), teacher=teacher)
+
+
+def _key_of_data(study: Study, run: Run, config: DistillConfig) -> str:
+    """A digest of everything that the tokenized training data depend on."""
+    texts = {field.name: getattr(config, field.name) for field in dataclasses.fields(TextOptions)}
+    tokenizers = [
+        fingerprint_tokenizer(load_tokenizer(name, flag))
+        for name, flag in ((config.student, "--student"), (config.teacher, "--teacher"))
+        if name is not None
+    ]
+    more = [config.predict_template, config.cot_template, config.limit, config.store, config.objective == "cot"]
+    context = context_length(AutoConfig.from_pretrained(str(config.student)))
+    content = study.identity(run)[f"content of {run.options['train_file']}"]
+    return digest([texts, tokenizers, more, context, content, OBJECTIVES[config.objective].has_teacher])
 
 
 def _fingerprints(run: Run, trainer: DistillTrainer) -> dict[str, str]:

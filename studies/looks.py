@@ -1,0 +1,105 @@
+"""Where the students of a finished study look, on held-out problems with the right rationale, against the teacher.
+
+Writes ``looks.csv`` beside the study's results: per student, and per base before its training,
+
+- ``operand_right``, ``operand_wrong``: of a sum's attention on the numbers up to it, the share on the number
+  that it needs, by the student's best head; over problems whose rationale the student itself wrote exactly, or not
+- ``divergence``: of the student's map from the teacher's, both averaged over layers (Eq. 6 with ``normalise=sum`` and
+  ``causal_words``)
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from molsaki import capture, plan, segment
+from molsaki.training import losses
+from molsaki_kernels import StepPlan
+from studies.heads import operands
+from studies.mistakes import first_mistake
+from studies.world import Problem, problems
+
+COUNT = 500
+
+
+@torch.no_grad()
+def maps_of(model: PreTrainedModel, tokens: PreTrainedTokenizerBase, row: Problem) -> tuple[Tensor, StepPlan]:
+    """The maps of all heads ``(L * H, S, W)`` for one text, and its plan."""
+    spans = segment(row["question"], row["rationale"])
+    one = plan(spans, tokens)
+    with capture(model, one, map_heads="each") as record:
+        model(**tokens(spans.text, return_tensors="pt", return_token_type_ids=False))
+    return record.maps[0], one
+
+
+def shares(maps: Tensor, row: Problem) -> Tensor:
+    """Per head and sum ``(L * H, sums)``: the share on the number that the sum needs."""
+    spans = segment(row["question"], row["rationale"])
+    found = []
+    for step, word in operands(spans):
+        seen = torch.tensor([start < spans.steps[step][1] for start, _ in spans.words])
+        found.append(maps[:, step, word] / maps[:, step, seen].sum(-1).clamp_min(losses.NO_MASS))
+    return torch.stack(found, 1)
+
+
+def look(
+    model: PreTrainedModel,
+    tokens: PreTrainedTokenizerBase,
+    rows: Sequence[Problem],
+    teacher: Sequence[Tensor],
+    right: Sequence[bool] | None,
+) -> dict[str, float]:
+    """The numbers of one model; ``right``: which of the rows it solved, None if it was not asked."""
+    pointing: list[Tensor] = []
+    divergences = []
+    for row, wanted in zip(rows, teacher, strict=True):
+        maps, one = maps_of(model, tokens, row)
+        pointing.append(shares(maps, row).mean(1))
+        mean, other = (m.mean(0)[None, None] for m in (maps, wanted))
+        divergences.append(losses.attention(mean, other, one, "sum", causal_words=True))
+    table = torch.stack(pointing)  # (rows, heads)
+    best = table[:, table.mean(0).argmax()]
+    solved = torch.tensor([True] * len(rows) if right is None else list(right))
+    return {
+        "operand_right": best[solved].mean().item(),
+        "operand_wrong": best[~solved].mean().item(),
+        "divergence": torch.cat(divergences).mean().item(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of studies.prepare, with the study's results")
+    args = parser.parse_args(argv)
+    folder: Path = args.folder
+    rows = problems("test", COUNT)
+    tokens = AutoTokenizer.from_pretrained(folder / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
+    wanted = [maps_of(teacher, tokens, row)[0] for row in rows]
+    found = [{"arm": "teacher", "seed": ""} | look(teacher, tokens, rows, wanted, None)]
+    for result in sorted(folder.glob("results/world/*/*/result.json")):
+        arm, seed = result.parts[-3:-1]
+        predictions = result.parent / "tests" / "test" / "predictions.jsonl"
+        replies = [json.loads(line)["reply"] for line in predictions.read_text(encoding="utf-8").splitlines()[:COUNT]]
+        right = [first_mistake(reply, row["rationale"]) is None for reply, row in zip(replies, rows, strict=True)]
+        model = AutoModelForCausalLM.from_pretrained(result.parent / "student").eval()
+        found.append({"arm": arm, "seed": seed} | look(model, tokens, rows, wanted, right))
+    for base in sorted((folder / "bases").iterdir()):
+        model = AutoModelForCausalLM.from_pretrained(base).eval()
+        found.append({"arm": "base", "seed": base.name} | look(model, tokens, rows, wanted, None))
+    with open(folder / "results" / "looks.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()
