@@ -2,6 +2,7 @@
 # make test       the whole test suite
 # make test-fast  the tests that are not marked slow
 # make bench      the benchmarks
+# make study      the study of docs/evidence.md: hours; it continues where it was interrupted (STUDY=path, PROCESSES=2)
 # make check      lint, format, types
 # make format     apply the fixes that ruff can make
 # make docs       list the documentation
@@ -15,7 +16,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast bench check format docs plots gpu-kit clean
+.PHONY: demo test test-fast bench study check format docs plots gpu-kit clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +38,14 @@ test-fast: $(VENV)/.test-installed
 
 bench: $(VENV)/.test-installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+STUDY ?= studies/work
+PROCESSES ?= 2
+
+study: $(VENV)/.demo-installed
+	$(BIN)/python -m studies.prepare $(STUDY) --processes $(PROCESSES)
+	$(BIN)/python -m molsaki.cli study $(STUDY)/evidence.yaml --processes $(PROCESSES) --threads 1
+	$(BIN)/python -m studies.looks $(STUDY)
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .

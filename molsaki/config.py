@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from molsaki import presets
 from molsaki.text.key_words import KEY_WORDS
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ class AnnotateConfig:
 
 
 def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: str | None = None) -> Config:
-    """A config from the command line, on top of the YAML file that ``--config`` names.
+    """A config from the command line, on top of the YAML file that ``--config`` names, on top of ``--preset``.
 
     Raises:
         ValueError: an unknown flag or YAML key (with the nearest valid one) or a value of the wrong kind.
@@ -253,11 +254,15 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"{unknown[0]}: no such flag" + _nearest(unknown[0].lstrip("-").split("=")[0], names, "--"))
+    preset = getattr(given, "preset", None)
     if given.config is not None:
         path = Path(given.config)
         values = read_yaml(path)
         check_keys(values, names, path)
+        preset = preset or values.pop("preset", None)
         argv = _flags(parser, values, path) + argv
+    if preset is not None:
+        argv = _flags(parser, presets.options(preset, config_class), f"--preset {preset}") + argv
     return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
 
 
@@ -269,7 +274,9 @@ def build(config_class: type[Config], values: Mapping[str, Any], where: str) -> 
     """
     parser, names = _parser(config_class)
     check_keys(values, names, where)
-    argv = _flags(parser, values, where)
+    preset = {} if "preset" not in values else presets.options(values["preset"], config_class)
+    given = {name: value for name, value in values.items() if name != "preset"}
+    argv = _flags(parser, preset | given, where)
     try:
         return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
     except (ValueError, TypeError, ImportError) as error:
@@ -286,7 +293,13 @@ def _parser(config_class: type[Config], prog: str | None = None) -> tuple[Any, l
 
     parser = Parser(cast(Any, config_class), prog=prog, allow_abbrev=False, description=config_class.__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file that sets these flags; flags given here override.")
-    return parser, [field.name for field in dataclasses.fields(config_class) if field.init]
+    names = [field.name for field in dataclasses.fields(config_class) if field.init]
+    if issubclass(config_class, MixtureOptions):
+        parser.add_argument(
+            "--preset", choices=list(presets.PRESETS), help="Values of the method's options that are not given."
+        )
+        names.append("preset")
+    return parser, names
 
 
 def check_options(config: Any, **least: float) -> None:

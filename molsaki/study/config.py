@@ -286,7 +286,7 @@ def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str,
         elif key == "curve":
             names = {"every", "data_file", "limit"}
         else:
-            names = known[DistillConfig] | (set(OVERRIDES) if key.startswith("arms.") else set())
+            names = known[DistillConfig] | {"preset"} | (set(OVERRIDES) if key.startswith("arms.") else set())
             for name in section:
                 if name in OF_THE_STUDY:
                     raise ValueError(f"{where}: {name}: must not be set: {OF_THE_STUDY[name]}")

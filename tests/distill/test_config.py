@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from molsaki import presets
 from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig, PlotConfig, parse, require
 from molsaki.training.config import DistillConfig
 from molsaki.training.objectives import OBJECTIVES
@@ -90,3 +91,23 @@ def test_missing_file_and_required_fields(tmp_path):
     with pytest.raises(ValueError, match="--data_file: required"):
         require(EvaluateConfig(model="m"), "data_file")
     assert require(EvaluateConfig(model="m"), "model") == "m"
+
+
+def test_presets(tmp_path):
+    """A preset is below the YAML file, which is below the flags, and gives a config only the options that it has."""
+    flags = ["--preset", "paper", "--output_dir", str(tmp_path)]
+    paper = parse(DistillConfig, [*flags, "--beta", "7"])
+    assert (paper.splitter, paper.pooling, paper.normalise, paper.beta) == ("periods", "sum", "softmax", 7)
+    (tmp_path / "c.yaml").write_text("preset: paper\nsplitter: rules\ntau_t: 0.5\n")
+    mixed = parse(DistillConfig, ["--config", str(tmp_path / "c.yaml"), "--tau_t", "0.7", "--output_dir", "x"])
+    assert (mixed.splitter, mixed.tau_t, mixed.pooling) == ("rules", 0.7, "sum")
+    assert parse(ExtractConfig, ["--preset", "paper"]).splitter == "periods"
+    for name in presets.PRESETS:
+        built = DistillConfig(output_dir=str(tmp_path), use_cpu=True, **presets.options(name, DistillConfig))
+        given = parse(DistillConfig, ["--preset", name, "--output_dir", str(tmp_path), "--use_cpu", "true"])
+        for option, value in presets.PRESETS[name].items():
+            assert getattr(built, option) == getattr(given, option) == value
+    with pytest.raises(ValueError, match="invalid choice: 'best'"):
+        parse(DistillConfig, ["--preset", "best"])
+    with pytest.raises(ValueError, match="preset: expected one of paper"):
+        presets.options("best", DistillConfig)
