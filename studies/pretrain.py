@@ -102,6 +102,8 @@ def pretrain(
     size: int = 32,
     muon: float = 0.01,
     adam: float = 2e-3,
+    applied: float = 0.0,
+    start: Path | None = None,
     target: float = 1.0,
     check: int = 0,
 ) -> None:
@@ -112,6 +114,8 @@ def pretrain(
         seed: of the weights and of the problems.
         drills: pairs (progress, share): up to that part of the steps, this share of texts are drills, not problems.
         size: texts per step.
+        applied: the share of drills that compute sums (`drill`).
+        start: a folder whose model is trained on, in place of a new one.
         muon, adam: peak learning rates, constant for half of the steps, then a cosine to 2 %.
         target, check: every ``check`` steps, stop if this share of 500 validation problems is right.
     """
@@ -119,10 +123,12 @@ def pretrain(
         return
     folder.mkdir(parents=True, exist_ok=True)
     tokens, model = tokenizer(), llama(layers, width, heads, seed)
+    if start is not None:
+        model = type(model).from_pretrained(start)
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name]
     rest = [w for name, w in model.named_parameters() if not (w.ndim == 2 and ".layers." in name)]
     optimizers = [torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.0), Muon(matrices, lr=muon)]
-    rng, start = random.Random(1_000_000 + seed), time.time()
+    rng, begun = random.Random(1_000_000 + seed), time.time()
     pool: list[list[Problem]] = []
     validation = problems("validation", 500)
     window: list[float] = []
@@ -131,7 +137,7 @@ def pretrain(
         progress = step / steps
         if not pool:
             share = next(share for end, share in drills if progress < end)
-            rows = [_text(rng, share) for _ in range(POOL * size)]
+            rows = [_text(rng, share, applied) for _ in range(POOL * size)]
             rows.sort(key=lambda row: len(row["question"]) + len(row["rationale"]))
             pool = [rows[first : first + size] for first in range(0, len(rows), size)]
             rng.shuffle(pool)
@@ -151,7 +157,7 @@ def pretrain(
             optimizer.zero_grad()
         window.append(loss.item())
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            row = {"step": step + 1, "seconds": round(time.time() - start, 1), "loss": sum(window) / len(window)}
+            row = {"step": step + 1, "seconds": round(time.time() - begun, 1), "loss": sum(window) / len(window)}
             window = []
             if check and ((step + 1) % check == 0 or step + 1 == steps):
                 row["accuracy"] = accuracy(model, tokens, validation)
@@ -163,7 +169,7 @@ def pretrain(
     model.save_pretrained(folder)
 
 
-def _text(rng: random.Random, drills: float) -> Problem:
+def _text(rng: random.Random, drills: float, applied: float) -> Problem:
     if rng.random() < drills:
-        return drill(rng)
+        return drill(rng, rng.random() < applied)
     return problem(rng, (1, 2), (1, 2)) if rng.random() < 0.1 else problem(rng)

@@ -94,10 +94,14 @@ def _change(rng: random.Random, value: int) -> tuple[str, int]:
     return rng.choice(["+"] * (value <= 60) + ["-"] * (value > number)), number
 
 
-def drill(rng: random.Random) -> Problem:
+def drill(rng: random.Random, applied: bool = False) -> Problem:
     """Practice without a question: repeat the facts in another order, or sums in a row.
 
     A student that has seen only drills can copy and add but has never solved a problem, as a small pretrained model.
+
+    Args:
+        applied: compute each fact's sum from an amount that is not in the facts, in place of repeating it. A teacher
+            learns so to find the number of each fact; the bases of the students do not get these.
     """
     if rng.random() < 0.3:
         sums = []
@@ -110,7 +114,20 @@ def drill(rng: random.Random) -> Problem:
     asked = list(found["order"])
     rng.shuffle(asked)
     question = found["question"][: found["question"].rindex(".") + 1]
-    return {"question": question, "rationale": " ".join(f"{name} {found['amounts'][name]}." for name in asked)}
+    told = [
+        _applied(rng, name, found["amounts"][name]) if applied else f"{name} {found['amounts'][name]}."
+        for name in asked
+    ]
+    return {"question": question, "rationale": " ".join(told)}
+
+
+def _applied(rng: random.Random, name: str, amount: str) -> str:
+    if amount.isdigit():
+        return f"{name} {amount}."
+    _, sign, number = amount.split()
+    value = rng.randint(13, 60)
+    result = value + int(number) if sign == "+" else value - int(number)
+    return f"{name} {value} {sign} {number} = {result}."
 
 
 def problems(name: str, count: int) -> list[Problem]:
