@@ -68,8 +68,8 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
     teacher.set_attn_implementation(NAME)
     specs = [TokenizerSpec(load_tokenizer(arguments.model, "--model"), "plain", context_length(teacher.config))]
     examples = read_examples(arguments.data, rationale=False)[: arguments.examples]
-    depth, _ = probe(teacher.base_model)
-    mixture = mixture_of(config, depth, 1, 1)
+    depth, layers, _ = probe(teacher.base_model)
+    mixture = mixture_of(config, depth, 1, layers, 1)
 
     def extraction(packing: bool) -> Callable[[], object]:
         return lambda: collections.deque(

@@ -255,9 +255,11 @@ def own_loss(
     """Return the loss of ``DistillTrainer``'s module on one batch, and the parameters to train."""
     device = torch.device(setup.device)
     student.set_attn_implementation(NAME)
-    depth, width = probe(student)
+    depth, layers, width = probe(student)
     teacher_depth = depth if setup.teacher == setup.student else probe(teacher or load(setup.teacher))[0]
-    mixture = mixture_of(config, teacher_depth, depth, width).to(device) if OBJECTIVES[config.objective].maps else None
+    mixture = None
+    if OBJECTIVES[config.objective].maps:
+        mixture = mixture_of(config, teacher_depth, depth, layers, width).to(device)
     distiller = Distiller(student, mixture, config)
     packing = layout != "padded"
     collator = Collator(0, 0, packing, packing, share_question=layout not in LAYOUTS)
@@ -295,7 +297,7 @@ def eager_loss(
         student.config.num_hidden_layers,
         student.config.num_key_value_heads * student.model.layers[0].self_attn.head_dim,
     )
-    mixture = mixture_of(config, teacher.config.num_hidden_layers, depth, width).to(device)
+    mixture = mixture_of(config, teacher.config.num_hidden_layers, depth, depth, width).to(device)
     batch = Collator(0, 0)([(example, None) for example in examples]).to(device)
     (explain, predict), plan = batch.student, batch.plan
     rows_of_step, columns_of_word = indicators(plan, explain.input_ids.shape[1])

@@ -25,6 +25,7 @@ Config = TypeVar("Config", bound="DataclassInstance")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 PREDICT_TEMPLATE = "{question}\nAnswer: {answer}"
+COT_TEMPLATE = "{rationale} The answer is {answer}."
 PREDICT_HELP = (
     "The text of the answer task, with {question} and then {answer}; with a chat template, the part before {answer} is "
     "the user's turn."
@@ -70,8 +71,13 @@ class TextOptions:
 class MixtureOptions:
     """Which layers of the teacher teach which layers of the student."""
 
-    mixture: Literal["mixture", "single", "last", "uniform", "one_to_one", "reverse", "random"] = option(
-        "mixture", "The paper's weighted mixture of all layers, or one of the fixed pairings of layers."
+    mixture: Literal["mixture", "matched", "single", "last", "uniform", "one_to_one", "reverse", "random"] = option(
+        "mixture",
+        "The paper's weighted mixture of all layers, learnt weights for each of teacher_layers (matched), or one of "
+        "the fixed pairings of layers.",
+    )
+    map_heads: Literal["mean", "each"] = option(
+        "mean", "One map per layer, the mean over its heads, or one per head, which then counts as a layer (each)."
     )
     tau_t: float = option(0.1, "Temperature of the teacher's layer weights (Eq. 4).")
     tau_s: float = option(0.5, "Temperature of the student's layer weights (Eq. 5).")
@@ -87,6 +93,7 @@ class MixtureOptions:
     pooling: Literal["sum", "mean"] = option("sum", "How value vectors are pooled over the tokens of a text (Eq. 5).")
     teacher_layer: int = option(-1, "mixture=single: the teacher's layer; negative counts from the end.")
     student_layer: int = option(-1, "mixture=single: the student's layer; negative counts from the end.")
+    teacher_layers: list[int] = option([], "mixture=matched: the teacher's layers. Default: all.")
     mixture_seed: int = option(0, "mixture=random: the seed of the pairing of layers.")
 
 

@@ -5,7 +5,6 @@ The matrices of the layers are trained by Muon, the rest by AdamW, on problems t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -70,14 +69,18 @@ def batch(rows: Sequence[Problem], tokens: PreTrainedTokenizerBase) -> tuple[tor
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequence[Problem], size: int = 250) -> float:
+def accuracy(
+    model: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequence[Problem], size: int = 250
+) -> float:
     """Share of problems whose greedy rationale ends in the right number."""
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     tokens.padding_side = "left"
     right = 0
     for first in range(0, len(rows), size):
         part = rows[first : first + size]
-        inputs = tokens([row["question"] for row in part], return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = tokens(
+            [row["question"] for row in part], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
         out = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs.input_ids.shape[1] :]
         replies = tokens.batch_decode(out, skip_special_tokens=True)
         right += sum(
@@ -119,7 +122,8 @@ def pretrain(
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name]
     rest = [w for name, w in model.named_parameters() if not (w.ndim == 2 and ".layers." in name)]
     optimizers = [torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.0), Muon(matrices, lr=muon)]
-    rng, pool, start = random.Random(1_000_000 + seed), [], time.time()
+    rng, start = random.Random(1_000_000 + seed), time.time()
+    pool: list[list[Problem]] = []
     validation = problems("validation", 500)
     window: list[float] = []
     log = open(folder / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
@@ -164,17 +168,3 @@ def _text(rng: random.Random, drills: float) -> Problem:
         return drill(rng)
     return problem(rng, (1, 2), (1, 2)) if rng.random() < 0.1 else problem(rng)
 
-
-if __name__ == "__main__":
-    p = argparse.ArgumentParser()
-    p.add_argument("folder", type=Path)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--width", type=int, default=144)
-    p.add_argument("--heads", type=int, default=6)
-    p.add_argument("--steps", type=int, default=4500)
-    p.add_argument("--muon", type=float, default=0.01)
-    p.add_argument("--threads", type=int, default=1)
-    a = p.parse_args()
-    torch.set_num_threads(a.threads)
-    pretrain(a.folder, layers=a.layers, width=a.width, heads=a.heads, seed=0, steps=a.steps, muon=a.muon,
-             drills=((0.1, 0.8), (0.5, 0.1), (1.0, 0.0)), target=0.95, check=500)

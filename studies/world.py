@@ -20,8 +20,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-NAMES = "Ann Bob Cid Dan Eve Fay Gus Hal Ida Jim Kay Leo Mia Ned Oda Pam Quin Rob Sue Tom Uma Vic Wim Zoe".split()
-WORDS = "Facts How many has how now The answer is".split()
+NAMES = ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jim", "Kay", "Leo"]
+NAMES += ["Mia", "Ned", "Oda", "Pam", "Quin", "Rob", "Sue", "Tom", "Uma", "Vic", "Wim", "Zoe"]
+WORDS = ["Facts", "How", "many", "has", "how", "now", "The", "answer", "is"]
 PAD, END = "<|pad|>", "<|end|>"
 
 FACTS = ("{name} {amount}.", "{name} has {amount}.", "{name} now has {amount}.")

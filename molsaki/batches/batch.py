@@ -59,6 +59,7 @@ class Batch(Movable):
         plan: steps and key words of the N explain texts, in the student's tokens.
         student: the texts of each forward of the student. Packed, one forward of the N explain texts and then the N
             predict texts; padded, one forward of each; of predict alone for an objective without explain texts.
+        rationale_steps: ``(N, S)`` bool, the steps of the rationale, not of the question, padding excluded.
         teacher: the explain texts in the teacher's tokens, for a live teacher.
         teacher_map: ``(N, K, S, W)`` mixed maps of the teacher (Eq. 6), with ``teacher_weights``.
         teacher_weights: ``(N, K, Lt)`` layer weights of the teacher (Eq. 4).
@@ -70,6 +71,7 @@ class Batch(Movable):
     ids: list[str]
     plan: StepPlan
     student: list[TextBatch]
+    rationale_steps: Tensor | None = None
     teacher: TextBatch | None = None
     teacher_map: Tensor | None = None
     teacher_weights: Tensor | None = None

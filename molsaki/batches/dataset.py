@@ -137,6 +137,7 @@ def prepare(
     teacher: TokenizerSpec | None = None,
     predict_template: str = PREDICT_TEMPLATE,
     store: Store | None = None,
+    cot_template: str | None = None,
 ) -> DistillDataset:
     """Tokenize every example once, to check and count it.
 
@@ -147,6 +148,7 @@ def prepare(
     Args:
         teacher: needed for a live teacher, and with ``too_long="cut"``.
         store: the teacher's stored maps.
+        predict_template, cot_template: as in `Tokenization`.
 
     Raises:
         ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
@@ -158,7 +160,8 @@ def prepare(
     text_options = TextOptions(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(TextOptions)}
     )
-    return DistillDataset(examples, Tokenization(text_options, student, teacher, predict_template), store)
+    tokenization = Tokenization(text_options, student, teacher, predict_template, cot_template)
+    return DistillDataset(examples, tokenization, store)
 
 
 def _check_stored(store: Store, id: str, spans: Spans) -> None:

@@ -151,21 +151,34 @@ class TokenizedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenization:
-    """Tokenizes examples: the options, the tokenizers of both sides, and the template of the predict text."""
+    """Tokenizes examples.
+
+    Attributes:
+        options: how texts are read.
+        student, teacher: the tokenizers of both sides.
+        predict_template: of the predict text, question and answer.
+        cot_template: if given, the predict text is the question and, by this template, rationale and answer.
+    """
 
     options: TextOptions
     student: TokenizerSpec
     teacher: TokenizerSpec | None
     predict_template: str
+    cot_template: str | None = None
 
     def __call__(self, example: Example) -> TokenizedExample:
         """Raises `LeftOut` as `cut` does, also for the predict text."""
         student, teacher = self.student, self.teacher
         spans, encoded, is_cut = cut(example, self.options, [student] if teacher is None else [student, teacher])
         end = student.tokenizer.eos_token_id
-        question, template = _predict_task(example, student.template, self.predict_template)
+        if self.cot_template is None:
+            reply = example.answer
+            question, template = _predict_task(example, student.template, self.predict_template)
+        else:
+            question, template = example.question, student.template
+            reply = self.cot_template.replace("{rationale}", example.rationale).replace("{answer}", example.answer)
         with left_out_if_refused():
-            predict = encode(segment(question, example.answer, key=()), student.tokenizer, template=template)
+            predict = encode(segment(question, reply, key=()), student.tokenizer, template=template)
         tokenized = TokenizedExample(
             example.id,
             spans,

@@ -153,6 +153,8 @@ def attention(
         if record is None or record.is_first_layer:
             _check_plan(used, sequences, lengths)
     options = {**scores, "cu_seqlens": cu_seqlens}
+    if record is not None and record.map_heads == "each":
+        options["head_reduction"] = "none"
     if chunk is None or chunk >= query.shape[2]:
         out, maps = stepwise_attention(query, key, value, used, window=window, **options)
     else:

@@ -39,8 +39,11 @@ class Record:
         calling_layer: the number of the running decoder layer, where the attention modules do not know theirs.
     """
 
-    def __init__(self, plan: StepPlan, values: bool, value_heads: str, pooling: str, model: PreTrainedModel):
+    def __init__(
+        self, plan: StepPlan, values: bool, value_heads: str, pooling: str, map_heads: str, model: PreTrainedModel
+    ):
         self.plan = plan
+        self.map_heads = map_heads
         self.cu_seqlens: Tensor | None = None
         self.shared_prefix: SharedPrefix | None = None
         self.has_ended = False
@@ -68,9 +71,14 @@ class Record:
 
     @property
     def maps(self) -> Tensor:
-        """``(N, L, S, W)`` float32 stepwise maps of the attention of every layer (Eq. 2 and 3), differentiable."""
+        """``(N, L, S, W)`` float32 stepwise maps of the attention of every layer (Eq. 2 and 3), differentiable.
+
+        With ``map_heads="each"``: of every head, those of the first layer first, ``(N, L * H, S, W)``.
+        """
         self._check_has_run()
-        return self._stacked(self._maps)
+        if self.map_heads == "mean" or not self._maps:
+            return self._stacked(self._maps)
+        return torch.cat([maps.to(self._maps[0].device) for maps in self._maps], dim=1)
 
     @property
     def values(self) -> Tensor:
@@ -112,13 +120,15 @@ class Record:
         """Record one call of attention, as the attention function does, and return its map.
 
         Args:
-            maps: ``(N, S, W)``, the mean over ``heads`` query heads: those of this process under tensor parallelism.
+            maps: ``(N, S, W)``, the mean over ``heads`` query heads, or ``(N, H, S, W)`` of each: those of this
+                process under tensor parallelism.
             value: ``(B, Hkv, M, Dv)``.
             lengths: ``(B,)`` tokens before the padding, None if there is none.
             cu_seqlens: ``(N + 1,)`` bounds of packed sequences.
         """
         if self._heads is not None:
-            maps = self._heads.mean(maps, heads, module)
+            together = self._heads.mean if self.map_heads == "mean" else self._heads.gather_queries
+            maps = together(maps, heads, module)
             if self._has_values:
                 value = self._heads.gather(value, module)
         values = None
@@ -187,7 +197,13 @@ class Record:
 
 @contextlib.contextmanager
 def capture(
-    model: nn.Module, plan: StepPlan, values: bool = False, *, value_heads: str = "concat", pooling: str = "sum"
+    model: nn.Module,
+    plan: StepPlan,
+    values: bool = False,
+    *,
+    value_heads: str = "concat",
+    pooling: str = "sum",
+    map_heads: str = "mean",
 ) -> Iterator[Record]:
     """Record the stepwise maps of every layer from the model's forwards inside the block.
 
@@ -199,10 +215,11 @@ def capture(
         plan: of the batch that will be run: right-padded, or packed with ``cu_seq_lens_q`` in the forward's keywords.
         values: also record Eq. 5's pooled value vectors, without padding.
         value_heads, pooling: as `pool_values`' ``heads`` and ``pooling``.
+        map_heads: ``"mean"``, one map per layer, the mean over its query heads; ``"each"``, one per head.
 
     Yields:
-        A record with ``maps (N, L, S, W)``, ``layers`` (which they are of) and, with ``values``, ``values (N, L,
-        Hkv * Dv)``, of the last forward.
+        A record with ``maps (N, L, S, W)`` or ``(N, L * H, S, W)``, ``layers`` (which they are of) and, with
+        ``values``, ``values (N, L, Hkv * Dv)``, of the last forward.
 
     Raises:
         TypeError: ``model`` holds no Hugging Face model, or ``plan`` is not a StepPlan.
@@ -211,6 +228,8 @@ def capture(
     """
     if not isinstance(plan, StepPlan):
         raise TypeError(f"plan: expected a StepPlan, got {type(plan).__name__}")
+    if map_heads not in ("mean", "each"):
+        raise ValueError(f'map_heads: expected "mean" or "each", got {map_heads!r}')
     inner = causal_model(model)
     modules = list(model.modules())
     if any(isinstance(module, nn.DataParallel) for module in modules):
@@ -230,7 +249,7 @@ def capture(
     structure = _structures.get(inner)
     if structure is None or structure.configs[0] is not inner.config:
         structure = _structures[inner] = _examine(inner)
-    record = Record(plan, values, value_heads, pooling, inner)
+    record = Record(plan, values, value_heads, pooling, map_heads, inner)
     takes_keywords = structure.takes_keywords and (model is inner or _takes_keywords(model))
 
     def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -30,6 +30,12 @@ class HeadGroup:
             return maps
         return _apply_mean(maps, self)
 
+    def gather_queries(self, maps: Tensor, heads: int, module: nn.Module) -> Tensor:
+        """The maps ``(N, H, S, W)`` of all query heads, from those of this process's ``heads``."""
+        if not self._divides(heads, _total(module, "num_attention_heads"), module):
+            return maps
+        return _apply_gather(maps, self)
+
     def gather(self, value: Tensor, module: nn.Module) -> Tensor:
         """The values ``(B, Hkv, M, D)`` of all heads, from those of this process's heads."""
         names = (

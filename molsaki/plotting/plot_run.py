@@ -98,9 +98,10 @@ def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Pat
     if teacher.model is None and student.model is None and store is None:
         raise ValueError("--data_file: needs --teacher, --store or --student to draw maps of it")
 
-    layers, width = (1, 1) if student.model is None else probe(student.model, options.value_heads)
-    depth = layers if teacher.model is None else probe(teacher.model)[0]
-    mixture = mixture_of(options, depth if store is None else store.num_layers, layers, width)
+    heads = options.map_heads
+    own, layers, width = (1, 1, 1) if student.model is None else probe(student.model, options.value_heads, heads)
+    other = own if teacher.model is None else probe(teacher.model, map_heads=heads)[0]
+    mixture = mixture_of(options, other if store is None else store.num_layers, own, layers, width)
     student_name = "student" if _load_router(mixture, config) else "student, layers weighted alike"
 
     drawn = []
@@ -109,7 +110,7 @@ def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Pat
         steps, words = ([spans.text[a:b] for a, b in ranges] for ranges in (spans.steps, spans.words))
         maps: dict[str, Tensor] = {}
         if store is not None or teacher.model is not None:
-            maps["teacher"] = _teacher_map(example, spans, store, teacher, mixture)
+            maps["teacher"] = _teacher_map(example, spans, store, teacher, mixture, heads)
         if student.model is not None:
             maps[student_name] = _student_map(spans, student, mixture, options)
         values = {side: value.float().cpu().numpy() for side, value in maps.items()}
@@ -164,12 +165,14 @@ def _chosen(config: PlotConfig, data_file: str) -> list[Example]:
     return [known[id] for id in config.ids]
 
 
-def _teacher_map(example: Example, spans: Spans, store: Store | None, side: _Side, mixture: MixtureOfLayers) -> Tensor:
+def _teacher_map(
+    example: Example, spans: Spans, store: Store | None, side: _Side, mixture: MixtureOfLayers, map_heads: str
+) -> Tensor:
     """``(S, W)``, averaged over the pairs of layers."""
     if store is None:
         assert side.model is not None
         inputs, plan = side.tokens(spans)
-        maps = teacher_maps(side.model, **inputs, plan=plan)
+        maps = teacher_maps(side.model, **inputs, plan=plan, map_heads=map_heads)
     else:
         entry = store[example.id]
         if entry.maps is None:
@@ -186,6 +189,7 @@ def _student_map(spans: Spans, side: _Side, mixture: MixtureOfLayers, options: P
     """``(S, W)``, averaged over the pairs of layers."""
     assert side.model is not None
     inputs, plan = side.tokens(spans)
-    with capture(side.model, plan, True, value_heads=options.value_heads, pooling=options.pooling) as record:
+    how = {"value_heads": options.value_heads, "pooling": options.pooling, "map_heads": options.map_heads}
+    with capture(side.model, plan, True, **how) as record:
         side.model(**inputs, logits_to_keep=1, use_cache=False)
     return mixture.student(record.maps, record.values, plan)[1][0].mean(0)

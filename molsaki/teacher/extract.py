@@ -9,6 +9,7 @@ do not communicate, and the shards of a lost process are computed by the others.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import os
 import time
@@ -78,9 +79,14 @@ def extract(
         teacher.to(_local_device())  # type: ignore[arg-type]
     teacher.set_attn_implementation(NAME)
     packing = choose_packing(config.packing, teacher)
-    layers, _ = probe(teacher.base_model)
+    maps, layers, _ = probe(teacher.base_model, map_heads=config.map_heads)
     limit = config.teacher_max_length or context_length(teacher.config)
     spec = TokenizerSpec(tokenizer, config.teacher_template, limit)
+    pairs_all = config.mixture not in ("mixture", "matched", "single", "last")
+    if config.map_heads == "each" and pairs_all and not config.all_layers:
+        raise ValueError(
+            f"map_heads: each needs --all_layers with mixture={config.mixture}, which pairs the heads of both sides"
+        )
     specs, student_layers = [spec], None
     if config.student is not None:
         student = AutoConfig.from_pretrained(config.student)
@@ -93,10 +99,11 @@ def extract(
             f"key: {config.key} finds no key word in any of the {len(examples)} examples, so every map is empty; use "
             "another --key, or give the examples their keywords"
         )
-    description = describe(config, layers, config.all_layers, student_layers, teacher, spec)
-    description |= {"num_layers": layers, "data": fingerprint_examples(examples)}
+    description = describe(config, maps, config.all_layers, student_layers, teacher, spec)
+    description |= {"num_layers": maps, "data": fingerprint_examples(examples)}
     writer = StoreWriter(folder, description, len(examples), config.shard_size)
-    mixture = None if config.all_layers else mixture_of(config, layers, student_layers or 1, 1)
+    side = dataclasses.replace(config, student_layer=-1)  # the student's side is not used here
+    mixture = None if config.all_layers else mixture_of(side, maps, student_layers or 1, layers, 1)
     for one in specs:
         frame_of(one.tokenizer, one.template)  # refuses a template that fails for every text
 
@@ -175,7 +182,7 @@ def entries_of(
         found = {number: entry for number, entry, _ in pending}
         if texts is not None:
             run = [number for number, _, text in pending if text is not None]
-            for number, maps, weights in zip(run, *_run(teacher, mixture, texts), strict=True):
+            for number, maps, weights in zip(run, *_run(teacher, mixture, texts, config.map_heads), strict=True):
                 found[number] = found[number]._replace(maps=maps, weights=weights)
         yield found, sum(item.tokens for item in pending)
 
@@ -236,12 +243,12 @@ def _grouped(texts: Iterable[_Pending], batch_tokens: int, packing: bool) -> Ite
 
 
 def _run(
-    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, texts: TextBatch
+    teacher: PreTrainedModel, mixture: MixtureOfLayers | None, texts: TextBatch, map_heads: str
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each text's maps, ``(K, S, W)`` or ``(Lt, S, W)`` without a mixture, and weights ``(K, Lt)`` or None."""
     moved, plan = texts.to(input_device(teacher)), texts.plan
     assert plan is not None and moved.plan is not None
-    maps = teacher_maps(teacher, plan=moved.plan, **moved.model_inputs())
+    maps = teacher_maps(teacher, plan=moved.plan, map_heads=map_heads, **moved.model_inputs())
     weights: list[Tensor | None] = [None] * len(plan)
     if mixture is not None:
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))

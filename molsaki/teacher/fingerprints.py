@@ -81,7 +81,7 @@ def describe(
         all_layers: whether the store holds the maps of all layers, to be mixed when they are read.
         teacher, spec: the teacher and its tokenizer; if None, the description leaves them out.
     """
-    found: dict[str, Any] = {"all_layers": all_layers}
+    found: dict[str, Any] = {"all_layers": all_layers, "map_heads": options.map_heads}
     found |= {name: getattr(options, name) for name in ("key", "splitter", "number_words")}
     if teacher is not None and spec is not None:
         found["teacher"] = fingerprint_model(teacher)
@@ -93,6 +93,8 @@ def describe(
             found |= {"tau_t": options.tau_t, "teacher_scale": options.teacher_scale}
         elif options.mixture == "single":
             found["teacher_layer"] = options.teacher_layer % teacher_layers
+        elif options.mixture == "matched":
+            found["teacher_layers"] = [layer % teacher_layers for layer in options.teacher_layers]
         elif options.mixture != "last":
             if student_layers is None:
                 raise ValueError(f"--student: required: mixture={options.mixture} depends on the student's depth")

@@ -26,6 +26,7 @@ from molsaki.teacher import checked_file
 VERSION = 2
 DESCRIPTION, INDEX = "store.json", "index.safetensors"
 NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # in every description
+ABSENT = {"map_heads": "mean"}  # the value of a key that older descriptions lack
 OPEN_SHARDS = 128  # kept open for random access; each holds a file descriptor
 REMEDY = "run molsaki extract again with the same options to repair it"
 
@@ -92,7 +93,7 @@ class Store:
 
     @property
     def num_layers(self) -> int:
-        """Lt, the teacher's layers."""
+        """Lt, the teacher's layers, or with ``map_heads="each"`` all their heads."""
         return int(self.description["num_layers"])
 
     @property
@@ -217,10 +218,10 @@ def verify(folder: str | Path) -> list[str]:
 def compare(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise a ValueError with both values for the first key of ``expected`` whose value differs in ``found``."""
     for name, value in json.loads(json.dumps(expected)).items():
-        if found.get(name) != value:
+        stored = found.get(name, ABSENT.get(name))
+        if stored != value:
             raise ValueError(
-                f"{folder}: this store is of another {name.replace('_', ' ')}: it has {found.get(name)!r}, "
-                f"expected {value!r}"
+                f"{folder}: this store is of another {name.replace('_', ' ')}: it has {stored!r}, expected {value!r}"
             )
 
 

@@ -53,6 +53,7 @@ class StoreWriter:
                 found = None
             if found is not None:
                 compare(self.folder, found, self.description)
+                self.description, self._digest = found, digest(found)
             else:
                 for path in self.folder.glob("*.safetensors"):
                     if (fault := checked_file.fault(path, self._digest)) is not None:

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def teacher_maps(
-    teacher: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, plan: StepPlan, **packed: Any
+    teacher: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    plan: StepPlan,
+    map_heads: str = "mean",
+    **packed: Any,
 ) -> Tensor:
     """The teacher's map of every layer, ``(N, L, S, W)`` float32, for a batch, right-padded or packed; no logits.
 
@@ -28,30 +33,39 @@ def teacher_maps(
         teacher: a causal language model; only its decoder runs.
         input_ids, attention_mask: ``(N, M)`` right-padded, or ``(1, total)`` packed.
         plan: of the N texts.
+        map_heads: as in `capture`; "each" gives the maps of all heads of all layers.
         **packed: ``position_ids`` and ``cu_seq_lens_q`` of packed texts.
     """
     decoder = teacher.base_model
-    with capture(decoder, plan) as record:
+    with capture(decoder, plan, map_heads=map_heads) as record:
         decoder(**{"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | packed)
     return record.maps
 
 
 @torch.no_grad()
-def probe(model: nn.Module, value_heads: str = "concat") -> tuple[int, int]:
-    """The number of attention layers of a model and the width of Eq. 5's values, from a forward of two tokens."""
+def probe(model: nn.Module, value_heads: str = "concat", map_heads: str = "mean") -> tuple[int, int, int]:
+    """From a forward of two tokens: the number of a model's maps, of its attention layers, and Eq. 5's width of values.
+
+    There are as many maps as layers, or with ``map_heads="each"`` as heads of all layers.
+    """
     ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     was_training = model.training
     model.eval()
-    with capture(model, StepPlan.from_spans([[(0, 2)]], [[[0]]]), values=True, value_heads=value_heads) as record:
+    plan = StepPlan.from_spans([[(0, 2)]], [[[0]]])
+    with capture(model, plan, values=True, value_heads=value_heads, map_heads=map_heads) as record:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     model.train(was_training)
     _, layers, width = record.values.shape
-    return layers, width
+    return record.maps.shape[1], layers, width
 
 
-def mixture_of(options: MixtureOptions, teacher_layers: int, student_layers: int, value_width: int) -> MixtureOfLayers:
-    """The mixture that a config describes, for models of these depths."""
+def mixture_of(
+    options: MixtureOptions, teacher_maps: int, student_maps: int, value_layers: int, value_width: int
+) -> MixtureOfLayers:
+    """The mixture that a config describes, for models with these numbers of maps, see `probe`."""
     names = ("router", "tau_t", "tau_s", "teacher_scale", "value_heads", "pooling", "teacher_layer", "student_layer")
-    same = {name: getattr(options, name) for name in names}
+    same = {name: getattr(options, name) for name in (*names, "teacher_layers")}
     kind, seed = options.mixture, options.mixture_seed
-    return MixtureOfLayers(teacher_layers, student_layers, value_width, kind=kind, seed=seed, **same)
+    return MixtureOfLayers(
+        teacher_maps, student_maps, value_width, value_layers=value_layers, kind=kind, seed=seed, **same
+    )

@@ -6,6 +6,7 @@ To add one, write a function as `SelectKeyWords` describes and enter it in `KEY_
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,20 @@ def _keywords(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
     return lambda text: _find_keywords(text, patterns)
 
 
-KEY_WORDS: dict[str, SelectKeyWords] = {"numbers": _numbers, "keywords": _keywords}
+def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
+    """as many other words as there are numbers, chosen by a hash of the text (a control)"""
+
+    def find(text: str) -> list[Span]:
+        numbers = find_numbers(text, number_words)
+        words = [match.span() for match in regex.finditer(r"\w+", text)]
+        others = [w for w in words if not any(w[0] < stop and start < w[1] for start, stop in numbers)]
+        rng = random.Random(text)  # seeded by the text itself, equally in every process
+        return sorted(rng.sample(others, min(len(numbers), len(others))))
+
+    return find
+
+
+KEY_WORDS: dict[str, SelectKeyWords] = {"numbers": _numbers, "keywords": _keywords, "random": _random}
 
 
 # Scripts in which a word may follow another without a space: there every occurrence counts. In Korean particles follow

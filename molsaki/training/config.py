@@ -8,7 +8,16 @@ from typing import Any, Literal, cast
 import torch
 from transformers import TrainingArguments
 
-from molsaki.config import PREDICT_HELP, PREDICT_TEMPLATE, Dtype, MixtureOptions, TextOptions, check_options, option
+from molsaki.config import (
+    COT_TEMPLATE,
+    PREDICT_HELP,
+    PREDICT_TEMPLATE,
+    Dtype,
+    MixtureOptions,
+    TextOptions,
+    check_options,
+    option,
+)
 
 # Options of TrainingArguments that must keep their default, and what to use. All: docs/training-options.md.
 _NO_METRICS = "only losses are evaluated; molsaki evaluate scores replies"
@@ -64,13 +73,24 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     store: str | None = option(None, "Folder of the teacher's stored maps, in place of a live teacher.")
     train_file: str | None = option(None, "JSON lines file with id, question, rationale and answer.")
     eval_file: str | None = option(None, "JSON lines file whose losses are computed with eval_strategy steps or epoch.")
-    objective: Literal["vanilla", "dss", "mmi", "logits", "molsaki"] = option(
+    objective: Literal["vanilla", "cot", "dss", "mmi", "logits", "molsaki"] = option(
         "molsaki",
-        "The loss: of answers only (vanilla); of answers and rationales (dss); with the mutual information of the two "
-        "(mmi), the teacher's logits (logits) or the teacher's attention (molsaki) added.",
+        "The loss: of answers only (vanilla); of one text with rationale and answer (cot, Fine-tune-CoT); of answers "
+        "and rationales as two texts (dss); with the mutual information of the two (mmi), the teacher's logits "
+        "(logits) or the teacher's attention (molsaki) added.",
     )
     alpha: float = option(0.5, "Weight of the answer's cross-entropy; the rationale's has 1 - alpha (Eq. 7).")
     beta: float = option(1.0, "Weight of the attention loss (Eq. 7).")
+    beta_until: float = option(1.0, "The part of the training after which the attention loss has weight 0.")
+    attention_share: float | None = option(
+        None,
+        "Change beta during training so that the gradient of the attention loss has this share of the norm of the "
+        "other losses' gradient, in the student's weights, such as 0.1. beta is then the weight before the first "
+        "measurement.",
+    )
+    share_steps: int = option(
+        0, "Measure and log that share every so many steps; 0: never, or every 20 steps with attention_share."
+    )
     beta_mmi: float = option(0.1, "objective=mmi: weight of the cross-entropy between the two tasks' predictions.")
     beta_logits: float = option(0.3, "objective=logits: weight of the divergence from the teacher's logits.")
     temperature: float = option(2.0, "objective=logits: temperature that softens both models' logits.")
@@ -78,7 +98,19 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
         "softmax", "How each row of a map becomes a distribution over words (Eq. 6)."
     )
     causal_words: bool = option(False, "Leave out of each row of a map the words after the last token of its step.")
+    map_steps: Literal["all", "rationale"] = option(
+        "all", "The rows of a map in the attention loss: all steps, or those of the rationale only."
+    )
+    teacher_temperature: float = option(
+        1.0, "Temperature of each row of the teacher's map; below 1 its largest words get more."
+    )
+    control: Literal["none", "other_example"] = option(
+        "none", "A control: each example gets the teacher's map of another example of its batch (other_example)."
+    )
     predict_template: str = option(PREDICT_TEMPLATE, PREDICT_HELP)
+    cot_template: str = option(
+        COT_TEMPLATE, "objective=cot: what follows the question, with {rationale} and then {answer}."
+    )
     packing: bool | None = option(
         None, "Pack all texts of a batch, of both tasks, without padding. Default: on if the student supports it."
     )
@@ -120,12 +152,43 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
                 raise ValueError(f"{field.name}: expected {default}, got {value!r}: {REFUSED[field.name]}")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments refuses bf16 otherwise
         super().__post_init__()  # type: ignore[no-untyped-call]
-        check_options(self, beta=0, beta_mmi=0, beta_logits=0)
+        check_options(self, beta=0, beta_mmi=0, beta_logits=0, share_steps=0)
         self._check_inherited()
+        self._check_attention()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+
+    def _check_attention(self) -> None:
+        """Refuse options of the attention loss that cannot be followed."""
+        for name in ("teacher_temperature", "attention_share"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not 0 <= self.beta_until <= 1:
+            raise ValueError(f"beta_until: expected a part of the training, 0 to 1, got {self.beta_until}")
+        if "{rationale}" not in self.cot_template.partition("{answer}")[0] or "{answer}" not in self.cot_template:
+            raise ValueError(
+                f"cot_template: expected a text with {{rationale}} and then {{answer}}, got {self.cot_template!r}"
+            )
+        if self.control == "other_example" and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "control: other_example needs another example in the batch; expected per_device_train_batch_size of at "
+                f"least 2, got {self.per_device_train_batch_size}"
+            )
+        if self.attention_share is not None and self.share_steps == 0:
+            self.share_steps = 20
+        if self.share_steps and self.objective != "molsaki":
+            raise ValueError(
+                f"share_steps, attention_share: expected objective molsaki, got {self.objective}, which has no "
+                "attention loss"
+            )
+        for name in ("deepspeed", "fsdp", "torch_compile"):
+            if self.share_steps and getattr(self, name):
+                raise ValueError(
+                    f"share_steps, attention_share: expected no {name}, which does not allow a second backward of the "
+                    "same forward"
+                )
 
     def _check_inherited(self) -> None:
         """Refuse values of inherited options, other than `REFUSED`, that the training cannot follow."""

@@ -23,6 +23,10 @@ from molsaki_kernels import StepPlan
 class Distiller(nn.Module):
     """The student and, for objectives with maps, the mixture with its router; the forward returns every loss.
 
+    Attributes:
+        beta: the weight of the attention loss, which the trainer may change between steps.
+        keeps_graph: whether the forward returns ``loss_att`` with its graph, to measure its gradient.
+
     Args:
         student: a causal language model, or a PEFT model around one.
         mixture: the layer weights of both sides; None for objectives without maps.
@@ -37,6 +41,7 @@ class Distiller(nn.Module):
         self.student = student
         self.mixture = mixture
         self.options = config
+        self.beta, self.keeps_graph = config.beta, False
         self.objective = OBJECTIVES[config.objective]
         self.head = Head.of(student)
         self.fused = use_fused(config.fused_cross_entropy, config.device)
@@ -61,7 +66,8 @@ class Distiller(nn.Module):
         """All losses of a batch of N examples.
 
         Returns:
-            ``(N,)`` each: ``loss``, the objective's; detached, its terms and what else is logged. For objectives with
+            ``(N,)`` each: ``loss``, the objective's; detached, its terms and what else is logged (``loss_att`` keeps
+            its graph too under ``keeps_graph``). For objectives with
             maps also ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
         """
         size, record = len(batch), None
@@ -77,11 +83,13 @@ class Distiller(nn.Module):
             predict=predictions[-1],
             explain=predictions[0] if self.objective.explain_texts else None,
             maps=None if record is None else self._mixed(record, batch.plan),
+            beta=self.beta,
         )
         words = batch.plan.word_mask.sum(1)
         terms = self.objective.loss(student, batch, self.options)
         terms |= {"steps_mean": batch.plan.step_mask.sum(1), "words_mean": words, "without_words": (words == 0).float()}
-        return {name: value if name == "loss" else value.detach() for name, value in terms.items()}
+        attached = ("loss", "loss_att") if self.keeps_graph else ("loss",)
+        return {name: value if name in attached else value.detach() for name, value in terms.items()}
 
     def _label_values(self, texts: TextBatch) -> Tensor:
         """The cross-entropy ``(n,)`` of each label, or its logits ``(n, V)`` if objective or head need them."""
@@ -99,7 +107,8 @@ class Distiller(nn.Module):
             return contextlib.nullcontext()
         model = self.student if self.head is None else causal_model(self.student).base_model
         options = self.options
-        return capture(model, plan, values=True, value_heads=options.value_heads, pooling=options.pooling)
+        how = {"value_heads": options.value_heads, "pooling": options.pooling, "map_heads": options.map_heads}
+        return capture(model, plan, values=True, **how)
 
     def _mixed(self, record: Record, plan: StepPlan) -> StudentMaps:
         """Eq. 5 and the student's side of Eq. 6, of the texts that have a map, which are the record's first."""

@@ -41,7 +41,13 @@ def per_example(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def attention(
-    student: Tensor, teacher: Tensor, plan: StepPlan, normalise: str = "softmax", causal_words: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    plan: StepPlan,
+    normalise: str = "softmax",
+    causal_words: bool = False,
+    teacher_temperature: float = 1.0,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """Eq. 6: KL(teacher || student) of each step's distribution over words, the mean over steps and pairs K.
 
@@ -52,7 +58,12 @@ def attention(
             divides by their sum and excludes steps for which the teacher's sum is 0.
         causal_words: exclude from each step the words that begin after its last token, and steps with no other word.
             Both sides have the words in the same order.
+        teacher_temperature: T: the teacher's distribution is proportional to ``p ** (1 / T)``, so below 1 it is
+            sharper than the teacher's own.
+        steps: ``(N, S)`` bool, the steps that count; all if None.
     """
+    if not teacher_temperature > 0:
+        raise ValueError(f"teacher_temperature: expected a positive number, got {teacher_temperature}")
     if student.shape != teacher.shape or student.dim() != 4:
         raise ValueError(
             f"student, teacher: expected (N, K, S, W) both, got {tuple(student.shape)} and {tuple(teacher.shape)}"
@@ -65,17 +76,18 @@ def attention(
     if normalise not in ("softmax", "sum"):
         raise ValueError(f'normalise: expected "softmax" or "sum", got {normalise!r}')
     teacher = teacher.detach().to(student.dtype)
-    words = plan.step_mask[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): the entries that count
+    counting = plan.step_mask if steps is None else plan.step_mask & steps
+    words = counting[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): the entries that count
     if causal_words:
         words = words & (first_tokens(plan)[:, None, :] < plan.steps[:, :, 1:])
     words = words[:, None]
     if normalise == "softmax":
-        divergence = _softmax_divergence(student, teacher, words)
-        steps = words.any(-1).expand(divergence.shape)  # (N, K, S)
+        divergence = _softmax_divergence(student, teacher / teacher_temperature, words)
+        counts = words.any(-1).expand(divergence.shape)  # (N, K, S)
     else:
-        divergence, steps = _share_divergence(student, teacher, words)
-    total = torch.where(steps, divergence, 0).sum(2)
-    return (total / steps.sum(2).clamp_min(1)).mean(1)
+        divergence, counts = _share_divergence(student, teacher, words, 1 / teacher_temperature)
+    total = torch.where(counts, divergence, 0).sum(2)
+    return (total / counts.sum(2).clamp_min(1)).mean(1)
 
 
 def _softmax_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> Tensor:
@@ -85,11 +97,14 @@ def _softmax_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> Tens
     return torch.where(words, log_teacher.exp() * (log_teacher - log_student), 0).sum(-1)
 
 
-def _share_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+def _share_divergence(student: Tensor, teacher: Tensor, words: Tensor, power: float) -> tuple[Tensor, Tensor]:
     """``(N, K, S)``, and a mask of the steps that count."""
     student, teacher = (torch.where(words, x, 0) for x in (student, teacher))
     mass = teacher.sum(-1, keepdim=True)
     p = teacher / mass.clamp_min(NO_MASS)
+    if power != 1:
+        p = (p / p.amax(-1, keepdim=True).clamp_min(NO_MASS)) ** power
+        p = p / p.sum(-1, keepdim=True).clamp_min(NO_MASS)
     q = student / student.sum(-1, keepdim=True).clamp_min(NO_MASS)
     return (torch.special.xlogy(p, p) - p * q.clamp_min(NO_MASS).log()).sum(-1), mass[..., 0] > NO_MASS
 

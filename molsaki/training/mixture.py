@@ -1,12 +1,16 @@
 """The Mixture of Layers (Eq. 4 and 5), which weighs the layers of both sides, and its controls, which pair them.
 
 Every kind has K pairs of weights over layers, ``p_t (N, K, Lt)`` and ``p_s (N, K, Ls)``, and the mixed maps are
-``A_k = sum_l p_kl A_l``. The paper's mixture has K = 1 and weights that depend on the example. The controls pair single
+``A_k = sum_l p_kl A_l``. The paper's mixture has K = 1 and weights that depend on the example. The kind ``matched`` has
+one-hot weights of the teacher and learns the student's, which do not depend on the example. The controls pair single
 layers: their weights are one-hot and are not trained.
+
+With ``map_heads="each"`` every head counts as a layer: the maps of the heads of layer 0 come first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 from molsaki.training.losses import at_least_float32
 from molsaki_kernels import StepPlan
 
-KINDS = ("mixture", "single", "last", "uniform", "one_to_one", "reverse", "random")
+KINDS = ("mixture", "matched", "single", "last", "uniform", "one_to_one", "reverse", "random")
 
 
 class MixtureOfLayers(nn.Module):
@@ -26,24 +30,28 @@ class MixtureOfLayers(nn.Module):
     W and b start at zero, so ``p_s`` starts uniform.
 
     Args:
-        num_teacher_layers, num_student_layers: Lt and Ls.
+        num_teacher_layers, num_student_layers: Lt and Ls, the numbers of maps.
         value_width: d, the width of a layer's pooled values.
-        kind: ``mixture`` (the paper's); ``single``, any one pair; ``last``, the last layers of both (MiniLM);
+        value_layers: Lv, the layers that have pooled values; Ls if None. It differs if each head has a map.
+        kind: ``mixture`` (the paper's); ``matched``, each of ``teacher_layers`` with its own learnt weights of all
+            student layers; ``single``, any one pair; ``last``, the last layers of both (MiniLM);
             ``uniform``, student layer m with teacher layer m Lt / Ls, rounded, counting from 1 (TinyBERT);
             ``one_to_one``, equal depths (MobileBERT); ``reverse``, uniform's teacher layers in reverse order;
             ``random``, teacher layers sampled once.
-        router: ``joint``, one linear map from all layers' values ``(Ls d -> Ls)``; ``shared``, one ``(d -> 1)`` for
-            all layers and a bias per layer.
+        router: ``joint``, one linear map from all layers' values ``(Lv d -> Ls)``; ``shared``, one ``(d -> 1)`` for
+            all layers and a bias per layer, which needs Lv = Ls.
         tau_t, tau_s: temperatures.
         teacher_scale: ``std`` divides G by its standard deviation over layers, so that tau_t means the same for
             every teacher.
         value_heads, pooling: how the values are pooled (``pool_values``); recorded because a trained router fits one
             way only.
         teacher_layer, student_layer: the layers of ``single``; negative numbers count from the end.
+        teacher_layers: the K layers of ``matched``, all if empty; negative numbers count from the end.
         seed: the seed of ``random``.
 
     Raises:
-        ValueError: an argument is out of range, or the depths differ under ``one_to_one``.
+        ValueError: an argument is out of range, the depths differ under ``one_to_one``, or heads have maps of their own
+            under the shared router.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class MixtureOfLayers(nn.Module):
         num_student_layers: int,
         value_width: int,
         *,
+        value_layers: int | None = None,
         kind: str = "mixture",
         router: Literal["joint", "shared"] = "joint",
         tau_t: float = 0.1,
@@ -61,6 +70,7 @@ class MixtureOfLayers(nn.Module):
         pooling: Literal["sum", "mean"] = "sum",
         teacher_layer: int = -1,
         student_layer: int = -1,
+        teacher_layers: Sequence[int] = (),
         seed: int = 0,
     ):
         super().__init__()
@@ -82,13 +92,29 @@ class MixtureOfLayers(nn.Module):
         ):
             if not number > 0:
                 raise ValueError(f"{name}: expected a positive number, got {number}")
+        self.value_layers = num_student_layers if value_layers is None else value_layers
         self.kind, self.tau_t, self.tau_s = kind, tau_t, tau_s
         self.num_teacher_layers, self.num_student_layers = num_teacher_layers, num_student_layers
         self.value_width, self.teacher_scale = value_width, teacher_scale
         self.value_heads, self.pooling = value_heads, pooling
         self.router: nn.Module | None = None
         if kind == "mixture":
-            self.router = {"joint": _JointRouter, "shared": _SharedRouter}[router](num_student_layers, value_width)
+            if router == "joint":
+                self.router = _JointRouter(num_student_layers, self.value_layers * value_width)
+            elif self.value_layers != num_student_layers:
+                raise ValueError(
+                    f"router: shared needs one map per layer; expected {self.value_layers} maps of the student, got "
+                    f"{num_student_layers} (map_heads=each?); use router joint"
+                )
+            else:
+                self.router = _SharedRouter(num_student_layers, value_width)
+            return
+        if kind == "matched":
+            layers = [_layer("teacher_layers", layer, num_teacher_layers) for layer in teacher_layers]
+            chosen = torch.tensor(layers or range(num_teacher_layers))
+            teachers = nn.functional.one_hot(chosen, num_teacher_layers).float()
+            self.register_buffer("_teacher_pairs", teachers, persistent=False)
+            self.matching = nn.Parameter(torch.zeros(len(chosen), num_student_layers))
             return
         single = {"teacher_layer": teacher_layer, "student_layer": student_layer}
         pairs = torch.tensor(layer_pairs(kind, num_teacher_layers, num_student_layers, **single, seed=seed))
@@ -125,15 +151,18 @@ class MixtureOfLayers(nn.Module):
 
         Args:
             maps: ``(N, Ls, S, W)``.
-            values: ``(N, Ls, d)`` pooled values.
+            values: ``(N, Lv, d)`` pooled values.
         """
         maps = self._checked(maps, self.num_student_layers, plan)
-        if self.router is None:
+        if self.kind == "matched":
+            matched = (at_least_float32(self.matching) / self.tau_s).softmax(-1)
+            weights = matched.to(maps.dtype).expand(maps.shape[0], -1, -1)
+        elif self.router is None:
             weights = self._student_pairs.to(maps).expand(maps.shape[0], -1, -1)
         else:
-            expected = (maps.shape[0], self.num_student_layers, self.value_width)
+            expected = (maps.shape[0], self.value_layers, self.value_width)
             if values.shape != expected:
-                raise ValueError(f"values: expected (N, Ls, d) = {expected}, got {tuple(values.shape)}")
+                raise ValueError(f"values: expected (N, Lv, d) = {expected}, got {tuple(values.shape)}")
             with torch.autocast(values.device.type, enabled=False):
                 logits: Tensor = self.router(values.to(next(self.router.parameters()).dtype))
             weights = (logits / self.tau_s).softmax(-1)[:, None]
@@ -141,7 +170,7 @@ class MixtureOfLayers(nn.Module):
 
     def uniform(self, maps: Tensor) -> Tensor:
         """The student's maps ``(N, Ls, S, W)`` mixed with uniform weights, ``(N, K, S, W)``, as by a new router."""
-        pairs = 1 if self.router is not None else len(self._student_pairs)
+        pairs = 1 if self.router is not None else len(self._teacher_pairs)
         return at_least_float32(maps).mean(1, keepdim=True).expand(-1, pairs, -1, -1)
 
     def _checked(self, maps: Tensor, layers: int, plan: StepPlan) -> Tensor:
@@ -155,11 +184,11 @@ class MixtureOfLayers(nn.Module):
 
 
 class _JointRouter(nn.Module):
-    """``logits = W concat(h_1 .. h_L) + b``, W ``(L, L d)``."""
+    """``logits = W concat(h_1 .. h_L) + b``, W ``(layers, width)``."""
 
     def __init__(self, layers: int, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(layers, layers * width))
+        self.weight = nn.Parameter(torch.zeros(layers, width))
         self.bias = nn.Parameter(torch.zeros(layers))
 
     def forward(self, values: Tensor) -> Tensor:

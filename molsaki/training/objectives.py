@@ -43,11 +43,15 @@ class StudentMaps:
 
 @dataclasses.dataclass(frozen=True)
 class StudentOutput:
-    """The student's output for a batch; ``explain`` and ``maps`` are None if the objective does not need them."""
+    """The student's output for a batch; ``explain`` and ``maps`` are None if the objective does not need them.
+
+    ``beta`` is the weight of the attention loss at this step of the training.
+    """
 
     predict: Prediction
     explain: Prediction | None
     maps: StudentMaps | None
+    beta: float = 0.0
 
 
 Loss = Callable[[StudentOutput, Batch, DistillConfig], dict[str, Tensor]]
@@ -61,6 +65,7 @@ class Objective:
         loss: from the student's output, the batch with the teacher's part, and the options: ``loss (N,)``, which is
             minimised, and whatever else is logged per example.
         explain_texts: the student runs the explain texts as well as the predict texts.
+        rationale_first: the predict texts have the rationale before the answer (``cot_template``).
         student_logits: the loss reads the student's logits, not only its cross-entropies.
         maps: the loss compares the maps of both sides; the teacher's are stored or come from a live teacher.
         teacher_logits: the loss compares the logits of both sides; needs a live teacher with the student's vocabulary.
@@ -68,6 +73,7 @@ class Objective:
 
     loss: Loss
     explain_texts: bool = True
+    rationale_first: bool = False
     student_logits: bool = False
     maps: bool = False
     teacher_logits: bool = False
@@ -78,7 +84,7 @@ class Objective:
 
 
 def vanilla(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
-    """The cross-entropy of the answers."""
+    """The cross-entropy of the predict texts: of answers, or of rationales with answers (Fine-tune-CoT)."""
     return {"loss": student.predict.cross_entropy, "loss_pre": student.predict.cross_entropy}
 
 
@@ -118,12 +124,13 @@ def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dic
     maps, teacher_map, teacher_weights = student.maps, batch.teacher_map, batch.teacher_weights
     assert maps is not None and teacher_map is not None and teacher_weights is not None
     terms = dss(student, batch, options)
-    how = (options.normalise, options.causal_words)
+    steps = batch.rationale_steps if options.map_steps == "rationale" else None
+    how = (options.normalise, options.causal_words, options.teacher_temperature, steps)
     with torch.autocast(batch.plan.device.type, enabled=False):  # maps are float32
         term = losses.attention(maps.mixed, teacher_map, batch.plan, *how)
         with torch.no_grad():
             uniform = losses.attention(maps.uniform, teacher_map, batch.plan, *how)
-    terms |= {"loss": terms["loss"] + options.beta * term, "loss_att": term, "loss_att_uniform": uniform}
+    terms |= {"loss": terms["loss"] + student.beta * term, "loss_att": term, "loss_att_uniform": uniform}
     for side, weights in (("teacher", teacher_weights), ("student", maps.weights.detach())):
         terms[f"entropy_{side}"] = torch.special.entr(weights).sum(-1).mean(1)
         terms[f"{side}_weights"] = weights.mean(1)
@@ -132,6 +139,7 @@ def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dic
 
 OBJECTIVES = {
     "vanilla": Objective(vanilla, explain_texts=False),
+    "cot": Objective(vanilla, explain_texts=False, rationale_first=True),
     "dss": Objective(dss),
     "mmi": Objective(mmi, student_logits=True),
     "logits": Objective(logits, student_logits=True, teacher_logits=True),

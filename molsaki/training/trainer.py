@@ -46,6 +46,7 @@ from molsaki.teacher.map_store import Store
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
 from molsaki.training import checkpoints
+from molsaki.training.attention_share import AttentionShare
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import OBJECTIVES, Objective
@@ -151,12 +152,13 @@ class DistillTrainer(Trainer):
         if objective.maps or packing:
             student.set_attn_implementation(NAME)
         if objective.maps:
-            student_layers, width = probe(student, config.value_heads)
+            student_maps, value_layers, width = probe(student, config.value_heads, config.map_heads)
             if store is not None:
-                store.check(describe(config, store.num_layers, store.all_layers, student_layers, teacher, teacher_spec))
-                teacher = None
-            teacher_layers = store.num_layers if store is not None else probe(cast(PreTrainedModel, teacher))[0]
-            mixture = mixture_of(config, teacher_layers, student_layers, width)
+                store.check(describe(config, store.num_layers, store.all_layers, student_maps, teacher, teacher_spec))
+                teacher, maps = None, store.num_layers
+            else:
+                maps = probe(cast(PreTrainedModel, teacher), map_heads=config.map_heads)[0]
+            mixture = mixture_of(config, maps, student_maps, value_layers, width)
         teacher_packing = packing and teacher is not None and can_pack(teacher)
         if teacher is not None:
             teacher.to(config.device).eval().requires_grad_(False)  # type: ignore[arg-type]
@@ -170,7 +172,9 @@ class DistillTrainer(Trainer):
                 found = data
             else:
                 data = as_examples(data, name)[:limit]
-                found = prepare(data, config, student_spec, teacher_spec, config.predict_template, store)
+                cot_template = config.cot_template if objective.rationale_first else None
+                templates = config.predict_template, cot_template
+                found = prepare(data, config, student_spec, teacher_spec, templates[0], store, templates[1])
                 if found.left_out and config.process_index == 0:
                     logger.warning("%s: %s", name, found.summary())
             if objective.maps and found is not None and found.without_words == len(found):
@@ -188,6 +192,7 @@ class DistillTrainer(Trainer):
         self._prepared = prepared
         self.objective, self.teacher = objective, teacher
         self._sums: dict[str, Tensor] = {}
+        self._share = AttentionShare(config)
         self._bad_batch: str | None = None
         self._is_in_checkpoint = False
         distiller: Any = Distiller(student, mixture, config)
@@ -243,6 +248,9 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This process's share of the mean loss over all examples of the optimizer step."""
+        if self._share.is_due(self.state):
+            self._share.measure(lambda: self._forward(self.model, inputs), self.model, self.accelerator)
+        self.model.beta = self._share.beta_at(self.state)
         out = self._forward(model, inputs)
         loss = out["loss"].sum() * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
@@ -272,7 +280,7 @@ class DistillTrainer(Trainer):
         if "loss" in logs and self._sums:
             metrics, weights = _means(self.accelerator.reduce(self._sums, "sum"))
             self._sums = {}
-            logs |= metrics | {"loss": logs["loss"]}
+            logs |= metrics | self._share.logs() | {"loss": logs["loss"]}
             if weights and self.is_world_process_zero():
                 with open(self._folder / checkpoints.WEIGHTS_LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")
@@ -291,7 +299,8 @@ class DistillTrainer(Trainer):
                     "prepare the data set with store or with teacher"
                 )
             if mixture is not None:
-                maps = teacher_maps(teacher, plan=live.plan, **live.model_inputs())
+                inputs = live.model_inputs()
+                maps = teacher_maps(teacher, plan=live.plan, map_heads=self.args.map_heads, **inputs)
                 weights, mixed = mixture.teacher(maps, live.plan)
                 batch = dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights)
             elif torch.equal(live.targets, batch.student[0].targets[: len(live.targets)]):
@@ -303,6 +312,8 @@ class DistillTrainer(Trainer):
                     f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
                     "the two templates give different ones"
                 )
+        if self.args.control == "other_example" and batch.teacher_map is not None:
+            batch = dataclasses.replace(batch, teacher_map=batch.teacher_map.roll(1, 0))
         return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
 
     def _add(self, out: dict[str, Tensor]) -> None:
@@ -527,6 +538,7 @@ class _StartOfRun(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._sums = {}
+        self.trainer._share.start(state)
         best = self.trainer._folder / f"checkpoint-{state.best_global_step}"
         if best.is_dir():
             state.best_model_checkpoint = str(best)

@@ -235,3 +235,46 @@ def test_a_wrapper_that_runs_the_model_twice_is_refused():
     inputs, plan = batch()
     with molsaki.capture(model, plan), pytest.raises(ValueError, match="layer 0 ran after layer 3 in one forward"):
         model(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_maps_of_each_head(name):
+    """Against the weights of eager attention, and their mean is the map of the layer, with the gradient."""
+    model = make(name)
+    inputs, plan = batch()
+    with molsaki.capture(model, plan) as record:
+        model(**inputs)
+    mean = record.maps
+    with molsaki.capture(model, plan, values=True, map_heads="each") as record:
+        model(**inputs)
+    heads, layers = model.config.num_attention_heads, len(record.layers)
+    assert record.maps.shape == (len(plan), layers * heads, plan.num_steps, plan.num_words)
+    each = record.maps.unflatten(1, (layers, heads))
+    assert relative(each.mean(2), mean) < 1e-6
+    model.set_attn_implementation("eager")
+    weights = torch.stack(model(**inputs, output_attentions=True).attentions, 1)  # (B, L, H, M, M)
+    for n in range(len(plan)):
+        for s, (start, stop) in enumerate(plan.steps[n][plan.step_mask[n]].tolist()):
+            for w in range(int(plan.word_mask[n].sum())):
+                tokens = plan.tokens[n][plan.word_of_token[n] == w]
+                expected = weights[n, :, :, start:stop][..., tokens].sum((-1, -2))
+                assert relative(each[n, :, :, s, w], expected) < 1e-5
+    model.set_attn_implementation("molsaki")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+    found = {}
+    for map_heads in ("mean", "each"):
+        model.zero_grad()
+        with molsaki.capture(model, plan, map_heads=map_heads) as record:
+            model(**inputs)
+        maps = record.maps if map_heads == "mean" else record.maps.unflatten(1, (layers, heads)).mean(2)
+        (maps * weight).sum().backward()
+        found[map_heads] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found["mean"].keys() == found["each"].keys()
+    for parameter, gradient in found["mean"].items():
+        assert relative(found["each"][parameter], gradient) < 1e-5, parameter
+
+
+def test_map_heads_is_checked():
+    with pytest.raises(ValueError, match='map_heads: expected "mean" or "each", got \'all\''):
+        molsaki.capture(make("Llama"), batch()[1], map_heads="all").__enter__()

@@ -165,3 +165,38 @@ def test_bad_input():
         losses.attention(x, x, plan_of((1, 3)))
     with pytest.raises(ValueError, match='normalise: expected "softmax" or "sum"'):
         losses.attention(x, x, plan, "max")
+
+
+def test_attention_of_some_steps_and_of_sharper_teachers():
+    plan = plan_of((3, 3))
+    student, teacher = torch.rand(1, 2, 3, 3) + 0.1, torch.rand(1, 2, 3, 3) + 0.1
+    for normalise in ("softmax", "sum"):
+        each = [
+            losses.attention(student[:, :, s : s + 1], teacher[:, :, s : s + 1], plan_of((1, 3)), normalise)
+            for s in range(3)
+        ]
+        some = torch.tensor([[False, True, True]])
+        got = losses.attention(student, teacher, plan, normalise, steps=some)
+        torch.testing.assert_close(got, (each[1] + each[2]) / 2)
+        none = losses.attention(student, teacher, plan, normalise, steps=torch.zeros(1, 3, dtype=torch.bool))
+        assert none.tolist() == [0]
+    p, q = teacher / teacher.sum(-1, keepdim=True), student / student.sum(-1, keepdim=True)
+    sharp = p**4 / (p**4).sum(-1, keepdim=True)  # T = 1 / 4
+    expected = (sharp * (sharp / q).log()).sum(-1).mean((1, 2))
+    got = losses.attention(student, teacher, plan, "sum", teacher_temperature=0.25)
+    torch.testing.assert_close(got, expected)
+    sharp, q = (4 * teacher).softmax(-1), student.softmax(-1)
+    expected = (sharp * (sharp / q).log()).sum(-1).mean((1, 2))
+    torch.testing.assert_close(losses.attention(student, teacher, plan, teacher_temperature=0.25), expected)
+    with pytest.raises(ValueError, match="teacher_temperature: expected a positive number, got 0"):
+        losses.attention(student, teacher, plan, teacher_temperature=0)
+
+
+def test_sharp_rows_that_underflow_stay_finite():
+    plan = plan_of((1, 3))
+    student = torch.tensor([[[[0.2, 0.3, 0.5]]]], requires_grad=True)
+    teacher = torch.tensor([[[[1e-30, 1.0, 1e-3]]]])
+    loss = losses.attention(student, teacher, plan, "sum", teacher_temperature=0.01)
+    torch.testing.assert_close(loss, -torch.tensor([0.3]).log())  # all on the second word
+    loss.sum().backward()
+    assert student.grad.isfinite().all()

@@ -128,7 +128,7 @@ def test_random_pairs_are_fixed_by_the_seed():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(kind="best"), "kind: expected one of mixture, single"),
+        (dict(kind="best"), "kind: expected one of mixture, matched, single"),
         (dict(kind="one_to_one"), "the teacher has 4 layers, the student 3"),
         (dict(kind="single", teacher_layer=4), "teacher_layer: expected one of 4 layers"),
         (dict(kind="single", student_layer=-4), "student_layer: expected one of 3 layers"),
@@ -146,5 +146,38 @@ def test_bad_shapes():
     mixture, plan = MixtureOfLayers(4, 3, 2), plan_of((2, 3))
     with pytest.raises(ValueError, match=r"maps: expected \(N, L, S, W\) = \(1, 4, 2, 3\), got \(1, 3, 2, 3\)"):
         mixture.teacher(torch.zeros(1, 3, 2, 3), plan)
-    with pytest.raises(ValueError, match=r"values: expected \(N, Ls, d\) = \(1, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"values: expected \(N, Lv, d\) = \(1, 3, 2\)"):
         mixture.student(torch.zeros(1, 3, 2, 3), torch.zeros(1, 3, 5), plan)
+
+
+def test_matched_pairs_start_uniform_and_learn_one_layer_each():
+    mixture, plan = MixtureOfLayers(5, 3, 4, kind="matched", teacher_layers=[4, -5]), plan_of((2, 3))
+    maps = torch.rand(1, 5, 2, 3)
+    weights, mixed = mixture.teacher(maps, plan)
+    assert weights[0].argmax(-1).tolist() == [4, 0]
+    torch.testing.assert_close(mixed[0], maps[0, [4, 0]])
+    own, values = torch.rand(1, 3, 2, 3), torch.rand(1, 3, 4)
+    weights, mixed = mixture.student(own, values, plan)
+    torch.testing.assert_close(weights, torch.full((1, 2, 3), 1 / 3))
+    torch.testing.assert_close(mixed, mixture.uniform(own))
+    optimizer = torch.optim.Adam(mixture.parameters(), lr=0.1)
+    for _ in range(300):  # the wanted maps are those of layers 2 and 0
+        _, mixed = mixture.student(own, values, plan)
+        optimizer.zero_grad()
+        (mixed[0] - own[0, [2, 0]]).square().sum().backward()
+        optimizer.step()
+    assert mixture.student(own, values, plan)[0][0].argmax(-1).tolist() == [2, 0]
+    assert len(MixtureOfLayers(5, 3, 4, kind="matched").teacher(maps, plan)[1][0]) == 5
+    with pytest.raises(ValueError, match="teacher_layers: expected one of 5 layers"):
+        MixtureOfLayers(5, 3, 4, kind="matched", teacher_layers=[5])
+
+
+def test_a_router_of_heads_reads_the_values_of_layers():
+    mixture, plan = MixtureOfLayers(8, 6, 4, value_layers=3), plan_of((2, 3))
+    maps, values = torch.rand(2, 6, 2, 3)[:1], torch.rand(1, 3, 4)
+    weights, _ = mixture.student(maps, values, plan)
+    torch.testing.assert_close(weights, torch.full((1, 1, 6), 1 / 6))
+    with pytest.raises(ValueError, match=r"values: expected \(N, Lv, d\) = \(1, 3, 4\)"):
+        mixture.student(maps, torch.rand(1, 6, 4), plan)
+    with pytest.raises(ValueError, match="router: shared needs one map per layer"):
+        MixtureOfLayers(8, 6, 4, value_layers=3, router="shared")

@@ -42,7 +42,7 @@ def test_objectives_train(tmp_path, objective):
     rows = logged(t, "loss", "loss_pre")
     assert rows[-1][1] < rows[0][1]
     assert (t.model.mixture is None) == (objective != "molsaki")
-    assert (t.teacher is None) == (objective in ("vanilla", "dss", "mmi"))
+    assert (t.teacher is None) == (objective in ("vanilla", "cot", "dss", "mmi"))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -54,7 +54,7 @@ def test_packing_changes_nothing(tmp_path, objective):
         (False, False, False, torch.float64), (False, False, True, torch.float32), (True, False, False, torch.float32),
         (True, False, True, torch.float32), (True, True, False, torch.float32), (True, True, True, torch.float32),
     ):  # fmt: skip
-        sharing &= objective != "vanilla"
+        sharing &= OBJECTIVES[objective].explain_texts
         t = DistillTrainer(
             config(tmp_path, objective=objective, packing=packing, share_question=sharing), tiny.model(2), TOKENIZER,
             tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(4),
@@ -67,7 +67,7 @@ def test_packing_changes_nothing(tmp_path, objective):
         if t.teacher is not None:
             t.teacher.to(dtype)
         batch = t.data_collator([t.train_dataset[i] for i in range(4)])
-        assert len(batch.student) == (1 if packing or objective == "vanilla" else 2)
+        assert len(batch.student) == (2 if OBJECTIVES[objective].explain_texts and not packing else 1)
         assert (batch.student[0].cu_seq_lens_q is not None) == packing
         assert (batch.student[0].shared_prefix is not None) == sharing
         out = t._forward(t.model, batch)
@@ -78,3 +78,16 @@ def test_packing_changes_nothing(tmp_path, objective):
     for values in found.values():
         for name, value in values.items():
             assert_within_budget(name, value, oracle[name], padded[name])
+
+
+def test_cot_trains_one_text_of_rationale_and_answer(tmp_path):
+    options = config(tmp_path, objective="cot", cot_template="{rationale} So {answer}!")
+    t = DistillTrainer(options, tiny.model(2), TOKENIZER, train_dataset=examples(2))
+    (item, _), example = t.train_dataset[0], examples(1)[0]
+    ids = item.predict.input_ids
+    assert TOKENIZER.decode(ids[item.predict.target_start :]).strip() == (
+        f"{example.rationale} So {example.answer}!{TOKENIZER.eos_token}"
+    )
+    assert TOKENIZER.decode(ids[: item.predict.target_start]).strip() == example.question
+    with pytest.raises(ValueError, match="cot_template: expected a text with {rationale} and then {answer}"):
+        config(tmp_path, cot_template="{answer} because {rationale}")

@@ -22,6 +22,7 @@ def test_no_logits_are_computed(monkeypatch):
 
 
 def test_probe():
-    assert probe(TEACHER) == (3, 16)
-    assert probe(TEACHER, "mean") == (3, 8)
+    assert probe(TEACHER) == (3, 3, 16)
+    assert probe(TEACHER, "mean") == (3, 3, 8)
+    assert probe(TEACHER, map_heads="each") == (3 * TEACHER.config.num_attention_heads, 3, 16)
     assert TEACHER.training is False

@@ -26,8 +26,8 @@ def test_two_processes_equal_one(tmp_path, name):
     for rank in range(2):
         found = torch.load(f"{tmp_path / 'found'}.{rank}")
         assert found["query_rows"] == model.model.layers[0].self_attn.q_proj.weight.shape[0] // 2
-        for value_heads in ("concat", "mean"):
-            expected, got = tensor_parallel.results(model, value_heads), found[value_heads]
+        for heads in (("concat", "mean"), ("mean", "each")):
+            expected, got = tensor_parallel.results(model, *heads), found[heads]
             for what in ("maps", "values", "logits"):
                 assert relative(got[what], expected[what]) < 1e-6, (
                     what,

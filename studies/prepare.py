@@ -1,0 +1,77 @@
+"""Writes what the study needs into a folder: data, teacher, an untrained teacher, a base per seed, and the YAML file.
+
+What is there already is left as it is, so an interrupted preparation is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molsaki.io import write_json, write_json_lines
+from studies.heads import choose
+from studies.pretrain import pretrain
+from studies.world import SEEDS, llama, problems, tokenizer
+
+STUDY = Path(__file__).with_name("evidence.yaml")
+TRAIN, TEST = 10_000, 2_000
+TEACHER = {"layers": 4, "width": 144, "heads": 6}
+STUDENT = {"layers": 2, "width": 48, "heads": 2}
+
+
+def train_teacher(folder: Path) -> None:
+    drills = ((0.1, 0.8), (0.5, 0.1), (1.0, 0.0))
+    pretrain(folder / "teacher", **TEACHER, seed=0, steps=4500, drills=drills, target=0.95, check=500)
+
+
+def train_base(folder: Path, seed: int) -> None:
+    pretrain(folder / "bases" / str(seed), **STUDENT, seed=seed, steps=2000, drills=((1.0, 1.0),))
+
+
+def write_data(folder: Path) -> None:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name in SEEDS:
+        write_json_lines(folder / "data" / f"{name}.jsonl", problems(name, TRAIN if name == "train" else TEST))
+
+
+def write_study(folder: Path) -> None:
+    """The untrained teacher, the choice of heads (``heads.json``) and the YAML file."""
+    untrained = folder / "untrained"
+    if not (untrained / "model.safetensors").exists():
+        llama(TEACHER["layers"], TEACHER["width"], TEACHER["heads"], seed=2).save_pretrained(untrained)
+        tokenizer().save_pretrained(untrained)
+    chosen_file = folder / "heads.json"
+    if not chosen_file.exists():
+        teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
+        tokens = AutoTokenizer.from_pretrained(folder / "teacher")
+        write_json(chosen_file, choose(teacher, tokens, problems("train", 500)), indent=1)
+    chosen = json.loads(chosen_file.read_text(encoding="utf-8"))
+    text = string.Template(STUDY.read_text(encoding="utf-8"))
+    (folder / STUDY.name).write_text(text.substitute({name: chosen[name] for name in ("heads", "pointer", "layer")}))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
+    parser.add_argument("--processes", type=int, default=2, help="one thread each")
+    args = parser.parse_args(argv)
+    write_data(args.folder)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.processes, torch.set_num_threads, (1,)) as pool:
+        jobs = [pool.apply_async(train_teacher, (args.folder,))]
+        jobs += [pool.apply_async(train_base, (args.folder, seed)) for seed in args.seeds]
+        for job in jobs:
+            job.get()
+    write_study(args.folder)
+
+
+if __name__ == "__main__":
+    main()

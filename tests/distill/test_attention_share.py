@@ -1,0 +1,165 @@
+"""The attention loss's share of the gradient: measured against the gradients themselves, held, and switched off."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molsaki.config import ExtractConfig
+from molsaki.teacher.extract import extract
+from molsaki.training.trainer import DistillTrainer
+from tests.helpers import tiny
+from tests.helpers.tiny import one_thread  # noqa: F401
+from tests.helpers.training import OTHER, TOKENIZER, StopAt, config, examples, gradients, logged, trainer
+
+OPTIONS = {"learning_rate": 1e-3, "max_grad_norm": 1e9, "save_strategy": "no"}
+
+
+def norm_of_gradient(t: DistillTrainer, beta: float) -> torch.Tensor:
+    t.model.zero_grad()
+    batch = t.data_collator([t.train_dataset[i] for i in range(8)])
+    t.model.beta = beta
+    t._forward(t.model, batch)["loss"].mean().backward()
+    return torch.cat([p.grad.flatten() for p in t.model.student.parameters()])
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+def test_the_share_is_that_of_the_gradients(tmp_path, options):
+    t = trainer(tmp_path, beta=3.0, share_steps=2, per_device_train_batch_size=8, max_steps=3, **OPTIONS, **options)
+    rest = norm_of_gradient(t, 0.0)
+    attention = norm_of_gradient(t, 1.0) - rest
+    expected = 3 * (attention.norm() / rest.norm()).item()
+    t.train()
+    rows = [entry for entry in t.state.log_history if "attention_share" in entry]
+    assert rows[0]["attention_share"] == pytest.approx(expected, rel=1e-3) and rows[0]["beta"] == 3
+    shares = [row["attention_share"] for row in rows]
+    assert shares[0] == shares[1] != shares[2]  # measured at steps 0 and 2
+
+
+def test_measuring_changes_no_gradient(tmp_path):
+    plain = gradients(trainer(tmp_path / "a", max_steps=1, **OPTIONS))
+    measured = gradients(trainer(tmp_path / "b", max_steps=1, share_steps=1, **OPTIONS))
+    assert plain.keys() == measured.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(measured[name], value, rtol=0, atol=0)
+
+
+def test_a_held_share(tmp_path):
+    t = trainer(tmp_path, attention_share=0.2, share_steps=1, per_device_train_batch_size=8, max_steps=8, **OPTIONS)
+    t.train()
+    rows = logged(t, "attention_share", "beta", "loss", "loss_att", "loss_pre", "loss_exp")
+    for share, *_ in rows:
+        assert share == pytest.approx(0.2, rel=0.3)
+    betas = [beta for _, beta, *_ in rows]
+    assert len(set(betas)) == len(betas)
+    for _, beta, loss, att, pre, exp in rows:
+        assert loss == pytest.approx(0.5 * pre + 0.5 * exp + beta * att, abs=2e-4)
+
+
+def test_a_resumed_run_continues_with_its_beta(tmp_path):
+    options = OPTIONS | {"save_strategy": "steps", "save_steps": 3, "attention_share": 0.2, "share_steps": 2}
+    whole = trainer(tmp_path / "a", max_steps=6, **options)
+    whole.train()
+    first = trainer(tmp_path / "b", max_steps=6, **options)
+    first.add_callback(StopAt(3))
+    first.train()
+    second = trainer(tmp_path / "b", max_steps=6, resume=True, **options)
+    second.train()
+    names = ("step", "beta", "loss", "loss_att")
+    assert logged(second, *names) == logged(whole, *names)
+
+
+def test_the_loss_can_end_early(tmp_path):
+    t = trainer(tmp_path, beta=3.0, beta_until=0.5, max_steps=4, **OPTIONS)
+    t.train()
+    for step, (loss, att, pre, exp) in enumerate(logged(t, "loss", "loss_att", "loss_pre", "loss_exp")):
+        beta = 3 if step < 2 else 0
+        assert loss == pytest.approx(0.5 * pre + 0.5 * exp + beta * att, abs=2e-4)
+
+
+def test_a_map_of_another_example(tmp_path):
+    """The losses are those of a batch whose teacher's maps are exchanged."""
+    found = {}
+    for control in ("none", "other_example"):
+        t = trainer(tmp_path / control, control=control, per_device_train_batch_size=4, **OPTIONS)
+        batch = t.data_collator([t.train_dataset[i] for i in range(4)])
+        seen: list = []
+        t.model.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        t._forward(t.model, batch)
+        found[control] = seen[0]
+    own, other = found["none"].teacher_map, found["other_example"].teacher_map
+    torch.testing.assert_close(other, own[[3, 0, 1, 2]])
+    assert not torch.equal(other, own)
+    with pytest.raises(ValueError, match="control: other_example needs another example"):
+        config(tmp_path, control="other_example", per_device_train_batch_size=1)
+
+
+def test_steps_of_the_rationale_only(tmp_path):
+    t = trainer(tmp_path, map_steps="rationale", **OPTIONS)
+    items = [t.train_dataset[i] for i in range(4)]
+    batch = t.data_collator(items)
+    for n, (item, _) in enumerate(items):
+        spans = item.spans
+        expected = [start >= spans.rationale_start for start, _ in spans.steps]
+        assert batch.rationale_steps[n, : len(expected)].tolist() == expected and True in expected and False in expected
+        assert not batch.rationale_steps[n, len(expected) :].any()
+    everything = trainer(tmp_path / "all", **OPTIONS)
+    got, whole = (x._forward(x.model, batch)["loss_att"] for x in (t, everything))
+    assert (got != whole).any()
+
+
+@pytest.mark.parametrize(
+    ("mixture", "all_layers"),
+    [
+        ("mixture", False),
+        ("mixture", True),
+        ("matched", False),
+        ("matched", True),
+        ("single", False),
+        ("uniform", True),
+    ],
+)
+def test_maps_of_single_heads(tmp_path, mixture, all_layers):
+    """A store of heads gives the losses of a live teacher, and the student's pairs are learnt."""
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(8))
+    heads = {"map_heads": "each", "mixture": mixture, "teacher_layers": [1, 5] if mixture == "matched" else []}
+    heads |= {"teacher_layer": 4, "student_layer": 2}
+    teacher = tiny.model(3, len(OTHER), seed=1)
+    store = str(tmp_path / "store")
+    extract(ExtractConfig(data_files=[str(data)], store=store, all_layers=all_layers, **heads), teacher, OTHER)
+    rows = []
+    for source in ({"store": store}, {}):
+        options = config(tmp_path / f"run{len(rows)}", max_steps=3, normalise="sum", **OPTIONS, **heads, **source)
+        live = () if source else (tiny.model(3, len(OTHER), seed=1), OTHER)
+        t = DistillTrainer(options, tiny.model(2), TOKENIZER, *live, train_dataset=examples())
+        t.train()
+        rows.append(logged(t, "loss", "loss_att", "entropy_student"))
+        units = 2 * t.model.student.config.num_attention_heads
+        assert t.model.mixture.num_student_layers == units
+        if mixture in ("mixture", "matched"):
+            assert rows[-1][0][2] == pytest.approx(torch.tensor(float(units)).log().item())
+            assert rows[-1][-1][2] < rows[-1][0][2]
+    tolerance = 2e-3 if all_layers else 1e-5
+    for a, b in zip(*rows, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=1e-6)
+    for wrong in ({"map_heads": "mean"}, {"mixture": "matched", "teacher_layers": [0, 5]}):
+        if all_layers and "map_heads" not in wrong or mixture != "matched" and "map_heads" not in wrong:
+            continue
+        options = config(tmp_path / "wrong", store=store, **heads | wrong)
+        with pytest.raises(ValueError, match="this store is of another (map heads|teacher layers)"):
+            DistillTrainer(options, tiny.model(2), TOKENIZER, train_dataset=examples())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(attention_share=0.0), "attention_share: expected a positive number, got 0.0"),
+        (dict(beta_until=1.5), "beta_until: expected a part of the training, 0 to 1, got 1.5"),
+        (dict(share_steps=5, objective="dss"), "share_steps, attention_share: expected objective molsaki, got dss"),
+        (dict(share_steps=5, torch_compile=True), "share_steps, attention_share: expected no torch_compile"),
+        (dict(teacher_temperature=-1.0), "teacher_temperature: expected a positive number, got -1.0"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)

@@ -1,0 +1,169 @@
+"""The study's world: its problems are right, its tests are not in the training data, and its scoring is by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import molsaki
+from studies import heads, mistakes, pretrain, world
+
+
+def facts_of(question: str) -> dict[str, list[str]]:
+    """Name: words of its amount, read from the question without the generator's help."""
+    sentences = question.removeprefix("Facts: ").removesuffix(".").split(". ")
+    kept = [
+        [w for w in sentence.split() if w not in ("now", "has")] for sentence in sentences if "many" not in sentence
+    ]
+    return {words[0]: words[1:] for words in kept}
+
+
+def solve(question: str) -> int:
+    facts = facts_of(question)
+    asked = [word.strip("?") for word in question[question.rindex(".") + 1 :].split()]
+    (name,) = [word for word in asked if word in world.NAMES]
+
+    def amount(name: str) -> int:
+        words = facts[name]
+        if len(words) == 1:
+            return int(words[0])
+        base, sign, number = words
+        return amount(base) + int(number) * (1 if sign == "+" else -1)
+
+    return amount(name)
+
+
+@pytest.mark.parametrize("name", world.SEEDS)
+def test_every_problem_has_the_answer_that_its_facts_give(name):
+    rows = world.problems(name, 300)
+    assert rows == world.problems(name, 300)
+    for row in rows:
+        assert solve(row["question"]) == int(row["answer"]) >= 0
+        assert row["rationale"].endswith(f" {row['answer']}.")
+        for sentence in row["rationale"].removesuffix(".").split(". "):
+            if "=" in sentence:
+                _, value, sign, number, _, result = sentence.split()
+                assert int(value) + int(number) * (1 if sign == "+" else -1) == int(result)
+
+
+def test_tests_differ_from_the_training_data_as_they_say():
+    train = {row["question"] for row in world.problems("train", 10_000)}
+    sums = {}
+    for name in ("test", "distractors", "hops", "templates"):
+        rows = world.problems(name, 2000)
+        assert not train & {row["question"] for row in rows}
+        counts = [(len(facts_of(row["question"])), row["rationale"].count("=")) for row in rows]
+        sums[name] = [sum(c) / len(rows) for c in zip(*counts, strict=True)]
+        assert ("now how" in rows[0]["question"]) is False
+        assert all(("how many now" in row["question"]) == (name == "templates") for row in rows)
+    assert sums["distractors"][0] > sums["test"][0] + 3 and sums["hops"][1] == pytest.approx(3.5, abs=0.05)
+    assert sums["templates"] == pytest.approx(sums["test"], abs=0.1)
+
+
+def test_tokens():
+    tokens = world.tokenizer()
+    for name in world.SEEDS:
+        for row in world.problems(name, 50):
+            text = f"{row['question']} {row['rationale']} The answer is {row['answer']}."
+            ids = tokens(text).input_ids
+            assert tokens.decode(ids) == text and tokens.unk_token_id not in ids
+    assert tokens.convert_ids_to_tokens(tokens("Eve 17").input_ids) == ["Eve", " 1", "7"]
+
+
+def test_first_mistakes_by_hand():
+    right = "Eve Pam. Mia 15. Pam 15 + 2 = 17. Eve 17 + 10 = 27."
+    for reply, kind in (
+        (right, None),
+        (right + " The answer is 27.", None),
+        ("Eve Mia. Mia 15.", "plan"),
+        ("Eve Pam. Mia 12. Pam 12 + 2 = 14.", "base"),
+        ("Eve Pam. Mia 15. Pam 16 + 2 = 18.", "carry"),
+        ("Eve Pam. Mia 15. Pam 15 - 2 = 13.", "operand"),
+        ("Eve Pam. Mia 15. Pam 15 + 9 = 24.", "operand"),
+        ("Eve Pam. Mia 15. Pam 15 + 2 = 18.", "sum"),
+        ("Eve Pam. Mia 15. Eve 15 + 2 = 17.", "plan"),
+        ("Eve Pam. Mia 15. Pam 15 + + 2", "form"),
+        ("Eve Pam. Mia 15. Pam 15 + 2 = 17.", "form"),
+        ("", "plan"),
+    ):
+        assert mistakes.first_mistake(reply, right) == kind, reply
+    scores = mistakes.score([{"rationale": right}] * 2, [right, "Eve Pam. Mia 12."])
+    assert scores["exact"] == [1, 0] and scores["first_mistake_base"] == [0, 1]
+
+
+def test_operands_are_the_numbers_that_sums_need():
+    for row in world.problems("train", 100):
+        spans = molsaki.segment(row["question"], row["rationale"])
+        found = heads.operands(spans)
+        texts = [spans.text[a:b].strip() for a, b in spans.steps]
+        assert len(found) == row["rationale"].count("=")
+        for step, word in found:
+            start, stop = spans.words[word]
+            assert stop < spans.question_end
+            assert texts[step].split()[3] == spans.text[start:stop]
+
+
+def test_a_head_that_points_is_chosen(monkeypatch):
+    """A model whose maps are replaced: its sixth head puts all its attention on the operand."""
+    tokens, teacher = world.tokenizer(), world.llama(2, 32, 4, seed=0).eval()
+    rows = world.problems("train", 5)
+
+    class Record:
+        pass
+
+    def capture(model, plan, map_heads):
+        (row,) = [row for row in rows if tokens(f"{row['question']} {row['rationale']}").input_ids == seen[-1]]
+        spans = molsaki.segment(row["question"], row["rationale"])
+        record = Record()
+        record.maps = torch.ones(1, 8, plan.num_steps, plan.num_words)
+        for step, word in heads.operands(spans):
+            record.maps[0, 5, step] = 0
+            record.maps[0, 5, step, word] = 1
+        return contextlib_null(record)
+
+    import contextlib
+
+    def contextlib_null(value):
+        return contextlib.nullcontext(value)
+
+    seen = []
+    real = heads.plan
+
+    def spy(spans, tokenizer):
+        seen.append(tokenizer(spans.text).input_ids)
+        return real(spans, tokenizer)
+
+    monkeypatch.setattr(heads, "plan", spy)
+    monkeypatch.setattr(heads, "capture", capture)
+    chosen = heads.choose(teacher, tokens, rows)
+    assert chosen["pointer"] == 5 and chosen["heads"][0] == 5 and chosen["layer"] == 1
+    assert chosen["share_of_the_operand"][5] == pytest.approx(1)
+
+
+def test_pretraining_learns_drills_and_is_repeatable(tmp_path):
+    options = dict(layers=1, width=32, heads=2, seed=3, steps=60, drills=((1.0, 1.0),), size=8)
+    for name in ("a", "b"):
+        pretrain.pretrain(tmp_path / name, **options)
+    first, second = ((tmp_path / name / "log.jsonl").read_text() for name in ("a", "b"))
+    losses = [float(line.split('"loss": ')[1].rstrip("}")) for line in first.splitlines()]
+    assert losses[-1] < losses[0]
+    assert [float(line.split('"loss": ')[1].rstrip("}")) for line in second.splitlines()] == losses
+    before = (tmp_path / "a" / "log.jsonl").stat().st_mtime_ns
+    pretrain.pretrain(tmp_path / "a", **options)  # a finished model is left as it is
+    assert (tmp_path / "a" / "log.jsonl").stat().st_mtime_ns == before
+
+
+def test_drills_are_right():
+    rng = random.Random(5)
+    for _ in range(200):
+        found = world.drill(rng)
+        if found["question"] == "Facts:":
+            for sentence in found["rationale"].removesuffix(".").split(". "):
+                value, sign, number, _, result = sentence.split()
+                assert int(value) + int(number) * (1 if sign == "+" else -1) == int(result)
+        else:
+            told = facts_of(found["question"])
+            repeated = [sentence.split() for sentence in found["rationale"].removesuffix(".").split(". ")]
+            assert sorted((name, amount) for name, *amount in repeated) == sorted(told.items())
