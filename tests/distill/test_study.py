@@ -16,7 +16,7 @@ import yaml
 from molsaki.cli import main
 from molsaki.evaluation import statistics
 from molsaki.study import run as run_module
-from molsaki.study.config import read_study
+from molsaki.study.config import extract_config, read_study
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 
@@ -366,13 +366,18 @@ def test_the_order_of_runs_and_the_options_of_data_sets_and_arms(inputs):
         "dss": {"objective": "dss", "alpha": 0.1, "evaluate": {"mode": "rationale"}},
         "live": {"live_teacher": True},
         "stored": {"store": "bases"},
+        "heads": {"map_heads": "each", "mixture": "last", "key": "random"},
     }
     data = {"a": one | {"options": {"alpha": 0.2, "beta": 7.0}, "evaluate": {"batch_size": 5}}, "b": one}
-    runs = read_study(write(inputs, data=data, arms=arms)).runs
+    found = read_study(write(inputs, data=data, arms=arms))
+    runs = found.runs
     names = [f"{d}/{arm}/{seed}" for seed in (0, 1) for d in ("a", "b") for arm in arms]
     assert [str(run) for run in runs] == names
-    dss, live, stored = runs[:3]
+    dss, live, stored, heads = runs[:4]
     assert (dss.options["alpha"], dss.options["beta"], live.options["alpha"]) == (0.1, 7.0, 0.2)
     assert dss.evaluate == {"max_new_tokens": 3, "batch_size": 5, "mode": "rationale"}
     assert live.options["teacher"] == "teacher" and live.extract is None
     assert "teacher" not in stored.options and stored.extract is None and "teacher" not in dss.options
+    options = extract_config(found, heads, found.distill_config(heads))
+    assert (options.map_heads, options.key, options.all_layers, options.mixture) == ("each", "random", True, "mixture")
+    assert (options.teacher, options.data_files) == (str(inputs / "teacher"), [str(inputs / "train.jsonl")])
