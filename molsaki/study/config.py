@@ -233,10 +233,10 @@ def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConf
     """The options of the store that the run needs: its texts' options, and all layers unless the study says no."""
     assert run.extract is not None
     values = {"all_layers": True} | run.extract
-    shared = [field.name for field in dataclasses.fields(TextOptions)] + ["map_heads"]
-    if not values["all_layers"]:
-        shared += [field.name for field in dataclasses.fields(MixtureOptions)]
-    values |= {name: getattr(config, name) for name in shared}
+    shared = (TextOptions,) if values["all_layers"] else (TextOptions, MixtureOptions)
+    for options in shared:
+        values |= {field.name: getattr(config, field.name) for field in dataclasses.fields(options)}
+    values["map_heads"] = config.map_heads
     if not values["all_layers"] or config.too_long == "cut":
         values["student"] = config.student
     values |= {"teacher": config.teacher, "data_files": [config.train_file]}
