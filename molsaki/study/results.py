@@ -79,7 +79,7 @@ def results_table(results: Sequence[Result]) -> list[dict[str, Any]]:
             row |= {"without_answer": found["without_answer"], "left_out": found["left_out"]}
             row |= result.scores[test]
             row |= record["losses"]
-            row |= {name: record[name] for name in ("steps", "train_seconds", "step_ms")}
+            row |= {name: record[name] for name in ("steps", "resumed_at_step", "train_seconds", "step_ms")}
             row |= {"evaluate_seconds": found["seconds"]}
             row |= {name: record["data"][name] for name in ("examples", "without_words")}
             row |= {name: record["options"].get(name) for name in options}

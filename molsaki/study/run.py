@@ -40,7 +40,7 @@ from molsaki.study.config import Run, Study, extract_config, read_study
 from molsaki.teacher.extract import extract
 from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.examples import read_examples
-from molsaki.training.checkpoints import CONFIG, WEIGHTS_LOG
+from molsaki.training.checkpoints import CONFIG, WEIGHTS_LOG, last_checkpoint, step_of
 from molsaki.training.config import DistillConfig
 from molsaki.training.objectives import OBJECTIVES
 from molsaki.training.trainer import DistillTrainer
@@ -145,7 +145,7 @@ def work(study: Study, runs: Sequence[Run], earlier: dict[str, str | None], thre
         return not (run.folder / RESULT).is_file() and (failed is None or failed == earlier[str(run)])
 
     def lock_of(run: Run) -> Path:
-        return study.output_dir / LOCKS / f"{run.data}-{run.arm}-{run.seed}.lock"
+        return study.output_dir / LOCKS / f"{run.data}@{run.arm}@{run.seed}.lock"
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     stores: set[Path] = set()
@@ -196,6 +196,8 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
         trainer.add_callback(curve)
     models = _fingerprints(run, trainer)
     _check_models(study, models)
+    checkpoint = last_checkpoint(str(config.output_dir))
+    resumed = step_of(checkpoint) if checkpoint else 0
     metrics = trainer.train().metrics
     trainer.save_model()
     steps, history = trainer.state.global_step, trainer.state.log_history
@@ -226,8 +228,9 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
         "tests": tests,
         "losses": {name: value for name, value in logged.items() if name.startswith("loss")},
         "steps": steps,
-        "train_seconds": seconds,
-        "step_ms": 1000 * seconds / max(steps, 1),
+        "resumed_at_step": resumed,
+        "train_seconds": seconds,  # since then
+        "step_ms": 1000 * seconds / max(steps - resumed, 1),
         "evaluate_seconds": evaluate_seconds,
         "data": counts,
         "models": models,
