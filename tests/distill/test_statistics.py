@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from molsaki.evaluation.statistics import accuracy, difference, holm
+from molsaki.evaluation.statistics import accuracy, difference, holm, paired_test, wilson
 
 
 def simulated(generator, seeds, problems, level, *, problem_effect=0.0, seed_effect=0.0):
@@ -129,3 +129,21 @@ def test_bad_arrays():
         difference(right, right.astype(int))
     with pytest.raises(ValueError, match=r"baseline: expected the shape of right, \(2, 5\), got \(1, 5\)"):
         difference(right, right[:1])
+
+
+def test_wilson_interval_by_hand():
+    n, p, z = 40, 0.25, 1.959963985
+    center, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5,
+    )
+    assert wilson(10, 40) == pytest.approx((center - half, center + half), abs=1e-9)
+
+
+def test_paired_test_by_hand():
+    a = [True] * 6 + [False] * 1 + [True] * 5
+    b = [False] * 6 + [True] * 1 + [True] * 5
+    assert paired_test(a, b) == {"only_this": 6, "only_other": 1, "p_value": pytest.approx(2 * (1 + 7) / 2**7)}
+    assert paired_test(a, a)["p_value"] == 1.0
+    with pytest.raises(ValueError, match="expected 12 results"):
+        paired_test(a, b[1:])
