@@ -1,4 +1,12 @@
-"""Accuracy and differences of accuracy with several seeds on the same problems: intervals and tests."""
+"""Accuracy and differences of accuracy with several seeds on the same problems: intervals and tests.
+
+Three kinds of intervals are computed; the first is the one to report. Simulated coverage of nominal 95% intervals of a
+difference, with 3, 5 and 8 seeds (table in tests/distill/test_statistics.py):
+
+- a random-effects t interval over seeds and problems: 93% or more in all settings (of an accuracy: 91% or more);
+- the paired t test over seeds: 92% to 96%, but 92%, 85% and 80% if the problems differ much in the effect;
+- the crossed bootstrap: 79%, 89% and 91% if the seeds differ much, more than 95% if they do not.
+"""
 
 from __future__ import annotations
 
