@@ -141,7 +141,9 @@ class EvaluateConfig:
     data_file: str | None = option(
         None, "JSON lines file with id, question and gold (or answer), and optionally choices."
     )
-    output_dir: str | None = option(None, "Folder for predictions.jsonl and summary.json.")
+    output_dir: str | None = option(
+        None, "Folder for predictions.jsonl and summary.json; with --predictions for summary.json and compare.csv."
+    )
     mode: Literal["answer", "rationale"] = option(
         "answer", "Ask for the answer alone, or for a rationale whose last number (or choice) is the answer."
     )
@@ -154,7 +156,16 @@ class EvaluateConfig:
         "With mode rationale: whether the model thinks in <think> first, which some chat templates have to know. "
         "Default: whether most rationales of the model's run do.",
     )
-    compare: str | None = option(None, "predictions.jsonl of another model on the same data, for a paired test.")
+    predictions: list[str] = option(
+        [],
+        "Score what evaluate wrote before, and run no model: its folders or predictions.jsonl files, one per seed, all "
+        "of the same data.",
+    )
+    compare: list[str] = option(
+        [],
+        "predictions.jsonl of another model on the same data, or its folder, for a paired test; with --predictions one "
+        "per seed, in the same order.",
+    )
     batch_size: int = option(32, "Questions per batch.")
     max_new_tokens: int | None = option(None, "Longest reply in tokens. Default: 16 for answers, 256 for rationales.")
     dtype: Dtype = option("auto", "The model's floating-point type.")
@@ -163,6 +174,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for name in ("predictions", "compare"):
+            if not isinstance(getattr(self, name), list):
+                raise ValueError(f"{name}: expected a list of paths, got {getattr(self, name)!r}")
 
 
 @dataclasses.dataclass

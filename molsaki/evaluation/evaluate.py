@@ -1,7 +1,7 @@
 """The command ``molsaki evaluate``: decodes greedily in batches and scores the answers exactly.
 
 The model is any Hugging Face causal language model. Every prediction is written, so two models can be compared on the
-same questions with an exact paired test.
+same questions with an exact paired test, and the seeds of two methods with `molsaki.evaluation.compare`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.tokenized import LeftOut, all_left_out, left_out_if_refused, list_left_out, predict_prompt
 from molsaki.config import PREDICT_TEMPLATE, EvaluateConfig, require
+from molsaki.evaluation.compare import compare, read_predictions
 from molsaki.evaluation.generate import batches, decode
 from molsaki.evaluation.scoring import score
+from molsaki.evaluation.statistics import paired_test, wilson
 from molsaki.io import write_json, write_json_lines
 from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.text.alignment import prompt
@@ -48,11 +49,17 @@ def evaluate(
     Returns:
         The summary: ``accuracy`` with its 95% Wilson interval, counts, throughput and, with ``config.compare``, the
         exact paired (McNemar) test. ``left_out``: the ids of the examples that could not be asked, by reason; they are
-        in no other number.
+        in no other number. With ``config.predictions`` no model runs: the summary of `compare`.
     """
+    if config.predictions:
+        if model is not None or tokenizer is not None:
+            raise ValueError("model: expected none with config.predictions, which runs no model")
+        return compare(config)
+    if len(config.compare) > 1:
+        raise ValueError(f"--compare: expected one path without --predictions, got {' '.join(config.compare)}")
     data_file, folder = require(config, "data_file"), Path(require(config, "output_dir"))
     examples = read_examples(data_file, rationale=False)[: config.limit]
-    other = None if config.compare is None else read_predictions(config.compare, examples)
+    other = read_predictions("--compare", config.compare[0], examples) if config.compare else None
     model, tokenizer = load_for_command(config, "model", model, tokenizer)
     config = with_templates(config)
     model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
@@ -85,7 +92,7 @@ def evaluate(
         pairs = zip(records, other, strict=True)
         both = [(one["right"], right) for one, right in pairs if right is not None and "left_out" not in one]
         paired = paired_test([a for a, _ in both], [b for _, b in both])
-        summary["paired"] = {"other": config.compare, "questions": len(both)} | paired
+        summary["paired"] = {"other": config.compare[0], "questions": len(both)} | paired
     folder.mkdir(parents=True, exist_ok=True)
     write_json_lines(folder / "predictions.jsonl", records)
     write_json(folder / "summary.json", summary, indent=2)
@@ -142,48 +149,3 @@ def generate(
             decoded += tokens
             bar.update(len(batch))
     return replies, decoded
-
-
-def wilson(right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's confidence interval of a proportion."""
-    interval = binomtest(right, total).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def paired_test(right: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
-    """The exact McNemar test of two models on the same questions.
-
-    Returns:
-        ``only_this`` and ``only_other``: questions that only one model answered right; ``p_value``, two-sided.
-    """
-    if len(right) != len(other):
-        raise ValueError(f"other: expected {len(right)} results for a paired test, got {len(other)}")
-    wins = sum(a and not b for a, b in zip(right, other, strict=True))
-    losses = sum(b and not a for a, b in zip(right, other, strict=True))
-    p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return {"only_this": wins, "only_other": losses, "p_value": p_value}
-
-
-def read_predictions(path: str, examples: Sequence[Example]) -> list[bool | None]:
-    """For each example whether another model answered it right, from that model's predictions.jsonl; None if left out.
-
-    Raises:
-        ValueError: the file is not one, or not of the same questions with the same gold answers.
-    """
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        found = {one["id"]: (one["question"], one["gold"], one["right"], "left_out" in one) for one in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--compare: {path}: not a predictions.jsonl of molsaki evaluate ({error!r})") from None
-    missing = [e.id for e in examples if e.id not in found]
-    if missing or len(found) != len(examples):
-        detail = f"lacks {missing[0]!r}" if missing else f"holds {len(found)} examples in place of {len(examples)}"
-        raise ValueError(f"--compare: {path}: is of other data: it {detail}")
-    for e in examples:
-        question, gold, *_ = found[e.id]
-        if (question, gold) != (e.question, e.answer):
-            raise ValueError(
-                f"--compare: {path}: is of other data: expected {e.id!r} to be {e.question!r} with the answer "
-                f"{e.answer!r}, got {question!r} with {gold!r}"
-            )
-    return [None if found[e.id][3] else found[e.id][2] for e in examples]

@@ -1,10 +1,18 @@
-"""Accuracy and differences of accuracy with several seeds on the same problems: intervals and tests."""
+"""Accuracy and differences of accuracy with several seeds on the same problems: intervals and tests.
+
+Three kinds of intervals are computed; the first is the one to report. Simulated coverage of nominal 95% intervals of a
+difference, with 3, 5 and 8 seeds (table in tests/distill/test_statistics.py):
+
+- a random-effects t interval over seeds and problems: 93% or more in all settings (of an accuracy: 91% or more);
+- the paired t test over seeds: 92% to 96%, but 92%, 85% and 80% if the problems differ much in the effect;
+- the crossed bootstrap: 79%, 89% and 91% if the seeds differ much, more than 95% if they do not.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -130,6 +138,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return [float(one) for one in adjusted]
+
+
+def wilson(right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's confidence interval of a proportion."""
+    interval = stats.binomtest(right, total).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired_test(right: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
+    """The exact McNemar test of two models on the same questions.
+
+    Returns:
+        ``only_this`` and ``only_other``: questions that only one model answered right; ``p_value``, two-sided.
+    """
+    if len(right) != len(other):
+        raise ValueError(f"other: expected {len(right)} results for a paired test, got {len(other)}")
+    wins = sum(a and not b for a, b in zip(right, other, strict=True))
+    losses = sum(b and not a for a, b in zip(right, other, strict=True))
+    p_value = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return {"only_this": wins, "only_other": losses, "p_value": p_value}
 
 
 def _checked(name: str, right: ArrayLike) -> NDArray[np.int64]:

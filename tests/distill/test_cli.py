@@ -132,6 +132,7 @@ def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
     [
         ("import molsaki", ["torch", "transformers", "numpy"]),
         ("import molsaki; molsaki.segment('Why 4?', 'So 5.')", ["torch", "transformers"]),
+        ("import molsaki.evaluation.statistics, molsaki.evaluation.compare", ["torch", "transformers"]),
         ("from molsaki.cli import main; main(['--help'])", ["torch", "transformers", "numpy", "yaml"]),
         ("from molsaki.cli import main; main(['extract', '--help'])", ["torch", "accelerate", "matplotlib"]),
     ],

@@ -11,7 +11,7 @@ import torch
 from molsaki.annotation.annotate import annotate
 from molsaki.batches.tokenized import predict_prompt
 from molsaki.config import PREDICT_TEMPLATE, AnnotateConfig, EvaluateConfig, ExtractConfig
-from molsaki.evaluation.evaluate import evaluate, generate, paired_test, wilson, with_templates
+from molsaki.evaluation.evaluate import evaluate, generate, with_templates
 from molsaki.evaluation.generate import decode
 from molsaki.teacher.extract import extract
 from molsaki.text.alignment import prompt
@@ -19,24 +19,6 @@ from molsaki.text.examples import Example
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny, training
 from tests.helpers.tiny import one_thread  # noqa: F401
-
-
-def test_wilson_interval_by_hand():
-    n, p, z = 40, 0.25, 1.959963985
-    center, half = (
-        (p + z * z / 2 / n) / (1 + z * z / n),
-        z / (1 + z * z / n) * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5,
-    )
-    assert wilson(10, 40) == pytest.approx((center - half, center + half), abs=1e-9)
-
-
-def test_paired_test_by_hand():
-    a = [True] * 6 + [False] * 1 + [True] * 5
-    b = [False] * 6 + [True] * 1 + [True] * 5
-    assert paired_test(a, b) == {"only_this": 6, "only_other": 1, "p_value": pytest.approx(2 * (1 + 7) / 2**7)}
-    assert paired_test(a, a)["p_value"] == 1.0
-    with pytest.raises(ValueError, match="expected 12 results"):
-        paired_test(a, b[1:])
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +54,16 @@ def test_files_and_paired_comparison(folder, tmp_path):
     assert summary["right"] == sum(record["right"] for record in written)
     assert json.loads((tmp_path / "a/summary.json").read_text()) == summary
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["predictions.jsonl", "summary.json"]
-    config.compare, config.output_dir = str(tmp_path / "a/predictions.jsonl"), str(tmp_path / "b")
+    config.compare, config.output_dir = [str(tmp_path / "a/predictions.jsonl")], str(tmp_path / "b")
     paired = evaluate(config)["paired"]
     assert (paired["only_this"], paired["only_other"], paired["p_value"]) == (0, 0, 1.0)
     other = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
     for field, value in (("question", "How many?"), ("gold", "-1")):
         changed = [record | ({field: value} if record["id"] == "p2" else {}) for record in other]
-        config.compare = str(tiny.write_jsonl(tmp_path / "c.jsonl", changed))
+        config.compare = [str(tiny.write_jsonl(tmp_path / "c.jsonl", changed))]
         with pytest.raises(ValueError, match=f"is of other data: expected 'p2' to be .*, got .*{re.escape(value)}"):
             evaluate(config)
-    config.compare = str(tmp_path / "a/predictions.jsonl")
+    config.compare = [str(tmp_path / "a")]
     config.limit = 3
     with pytest.raises(ValueError, match="is of other data: it holds 6 examples in place of 3"):
         evaluate(config)
@@ -100,7 +82,7 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluateConfig(**base, max_new_tokens=500))
     with pytest.raises(ValueError, match="not a predictions.jsonl"):
-        evaluate(EvaluateConfig(**base, compare=str(data)))
+        evaluate(EvaluateConfig(**base, compare=[str(data)]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="--model: cannot load"):
         evaluate(EvaluateConfig(**{**base, "model": str(tmp_path / "empty")}))
@@ -135,7 +117,7 @@ def test_a_question_that_cannot_be_asked_is_left_out(folder, tmp_path, caplog):
     assert all(name in caplog.text for name in ("(p1)", "(p2)"))
     records = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
     assert [("left_out" in one) for one in records] == [False, True, True, False]
-    base |= dict(template="plain", compare=str(tmp_path / "a/predictions.jsonl"))
+    base |= dict(template="plain", compare=[str(tmp_path / "a/predictions.jsonl")])
     paired = evaluate(EvaluateConfig(**base, output_dir=str(tmp_path / "b")), tiny.model(2), tokenizer)["paired"]
     assert paired["questions"] == 2
 

@@ -1,4 +1,27 @@
-"""Intervals and tests of several seeds on the same problems."""
+"""Intervals and tests of several seeds on the same problems.
+
+Coverage in % of nominal 95% intervals, with the mean half-width in points, in 1,000 simulated studies per line of a
+method and an equally good baseline (`simulated`). "Over seeds" is the paired t test over seeds.
+At an accuracy of 30 %, a seed effect of 0.1 gives the seeds' differences a standard deviation of about 3.6 points.
+
+| problems | level | problem effect | seed effect | seeds | accuracy | bootstrap | difference | over seeds | bootstrap |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| 1000 | 30 % | 0.2 | 0 | 3 | 96 (2.6) | 97 (2.6) | 100 (4.5) | 94 (3.7) | 99 (2.9) |
+| 1000 | 30 % | 0.2 | 0 | 5 | 96 (2.1) | 97 (2.3) | 99 (2.3) | 95 (2.0) | 100 (2.4) |
+| 1000 | 30 % | 0.2 | 0 | 8 | 96 (1.9) | 97 (2.1) | 98 (1.6) | 92 (1.3) | 100 (2.0) |
+| 1000 | 30 % | 0.2 | 0.1 | 3 | 93 (5.4) | 88 (3.4) | 98 (8.3) | 95 (8.2) | 89 (4.0) |
+| 1000 | 30 % | 0.2 | 0.1 | 5 | 94 (3.4) | 93 (3.0) | 95 (4.4) | 94 (4.4) | 94 (3.5) |
+| 1000 | 30 % | 0.2 | 0.1 | 8 | 96 (2.8) | 96 (2.7) | 96 (3.1) | 95 (3.1) | 95 (2.9) |
+| 1000 | 30 % | 0.2 | 0.2 | 3 | 92 (10.5) | 80 (5.1) | 95 (15.1) | 94 (15.1) | 79 (6.1) |
+| 1000 | 30 % | 0.2 | 0.2 | 5 | 94 (6.1) | 88 (4.5) | 95 (8.0) | 95 (8.0) | 89 (5.4) |
+| 1000 | 30 % | 0.2 | 0.2 | 8 | 95 (4.6) | 93 (3.9) | 96 (5.7) | 96 (5.7) | 91 (4.6) |
+| 500 | 30 % | 0.7 | 0 | 3 | 97 (3.7) | 98 (3.7) | 100 (4.9) | 92 (5.0) | 99 (4.4) |
+| 500 | 30 % | 0.7 | 0 | 5 | 96 (3.1) | 98 (3.3) | 97 (3.4) | 85 (2.7) | 99 (3.8) |
+| 500 | 30 % | 0.7 | 0 | 8 | 95 (2.8) | 97 (3.1) | 96 (2.8) | 80 (1.8) | 98 (3.3) |
+| 200 | 3 % | 0 | 0.1 | 3 | 98 (2.9) | 98 (2.1) | 100 (4.3) | 96 (3.8) | 99 (2.7) |
+| 200 | 3 % | 0 | 0.1 | 5 | 97 (1.8) | 97 (1.8) | 99 (2.2) | 96 (2.0) | 99 (2.2) |
+| 200 | 3 % | 0 | 0.1 | 8 | 95 (1.4) | 98 (1.6) | 98 (1.5) | 94 (1.3) | 100 (1.8) |
+"""
 
 from __future__ import annotations
 
@@ -6,7 +29,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from molsaki.evaluation.statistics import accuracy, difference, holm
+from molsaki.evaluation.statistics import accuracy, difference, holm, paired_test, wilson
 
 
 def simulated(generator, seeds, problems, level, *, problem_effect=0.0, seed_effect=0.0):
@@ -129,3 +152,21 @@ def test_bad_arrays():
         difference(right, right.astype(int))
     with pytest.raises(ValueError, match=r"baseline: expected the shape of right, \(2, 5\), got \(1, 5\)"):
         difference(right, right[:1])
+
+
+def test_wilson_interval_by_hand():
+    n, p, z = 40, 0.25, 1.959963985
+    center, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5,
+    )
+    assert wilson(10, 40) == pytest.approx((center - half, center + half), abs=1e-9)
+
+
+def test_paired_test_by_hand():
+    a = [True] * 6 + [False] * 1 + [True] * 5
+    b = [False] * 6 + [True] * 1 + [True] * 5
+    assert paired_test(a, b) == {"only_this": 6, "only_other": 1, "p_value": pytest.approx(2 * (1 + 7) / 2**7)}
+    assert paired_test(a, a)["p_value"] == 1.0
+    with pytest.raises(ValueError, match="expected 12 results"):
+        paired_test(a, b[1:])
