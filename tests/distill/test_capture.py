@@ -12,7 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 import molsaki
 from molsaki_kernels import StepPlan
-from tests.helpers.architectures import SMALL, TRANSFORMERS, batch, eager, five, make, objective, random_model, relative
+from tests.helpers.architectures import (
+    SMALL,
+    TRANSFORMERS,
+    batch,
+    eager,
+    five,
+    make,
+    objective,
+    random_model,
+    relative,
+    softmax_in_float64,
+)
 
 
 @pytest.mark.parametrize("name", ["StableLm", "Nemotron"])
@@ -252,7 +263,9 @@ def test_maps_of_each_head(name):
     each = record.maps.unflatten(1, (layers, heads))
     assert relative(each.mean(2), mean) < 1e-6
     model.set_attn_implementation("eager")
-    weights = torch.stack(model(**inputs, output_attentions=True).attentions, 1)  # (B, L, H, M, M)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", softmax_in_float64)
+        weights = torch.stack(model(**inputs, output_attentions=True).attentions, 1)  # (B, L, H, M, M)
     for n in range(len(plan)):
         for s, (start, stop) in enumerate(plan.steps[n][plan.step_mask[n]].tolist()):
             for w in range(int(plan.word_mask[n].sum())):

@@ -81,7 +81,7 @@ def test_python_callers_get_the_same_checks():
         DistillConfig(objective="sft", use_cpu=True)
     with pytest.raises(ValueError, match="mode: expected one of answer, rationale"):
         EvaluateConfig(mode="both")
-    with pytest.raises(ValueError, match="key: expected one of numbers, keywords, got 'words'"):
+    with pytest.raises(ValueError, match="key: expected one of numbers, keywords, random, got 'words'"):
         ExtractConfig(key="words")
 
 

@@ -228,11 +228,11 @@ def test_the_next_texts_are_cut_while_the_teacher_runs(tmp_path, monkeypatch):
             seen.notify_all()
         return cut(example, *args)
 
-    def waiting(teacher, mixture, texts):
+    def waiting(teacher, mixture, texts, map_heads):
         runs.append(len(texts.plan))
         with seen:
             assert seen.wait_for(lambda: len(cut_ids) >= min(sum(runs) + 2, 10), timeout=10)  # one closes a batch
-        return run(teacher, mixture, texts)
+        return run(teacher, mixture, texts, map_heads)
 
     monkeypatch.setattr(extract_module, "cut", watched)
     monkeypatch.setattr(extract_module, "_run", waiting)
