@@ -63,7 +63,7 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
     read = [read_predictions("--predictions", path, examples) for path in config.predictions]
     read += [read_predictions("--compare", path, examples) for path in config.compare]
     kept = [number for number in range(len(examples)) if all(one[number] is not None for one in read)]
-    left_out = [one.id for number, one in enumerate(examples) if number not in set(kept)]
+    left_out = [examples[number].id for number in sorted(set(range(len(examples))) - set(kept))]
     if left_out:
         logger.warning("%d of %d questions are left out: a run did not ask them", len(left_out), len(examples))
     if len(kept) < 2:
