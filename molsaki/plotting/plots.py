@@ -248,7 +248,7 @@ def plot_accuracy(
     columns = min(len(groups), 3)
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(0.4 + 4.4 * columns, 3.4 * lines + 0.2), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     for ax in axes[len(groups) :]:
         ax.remove()
     for ax, names in zip(axes, groups, strict=False):
