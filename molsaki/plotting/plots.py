@@ -245,6 +245,7 @@ def plot_accuracy(
     """
     others = [name for name in points if name != baseline] or list(points)
     groups = [others[first : first + 5] for first in range(0, len(others), 5)]
+    shown = [] if baseline is None or baseline not in points else [baseline]
     columns = min(len(groups), 3)
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(0.4 + 4.4 * columns, 3.4 * lines + 0.2), layout="constrained")
@@ -252,7 +253,7 @@ def plot_accuracy(
     for ax in axes[len(groups) :]:
         ax.remove()
     for ax, names in zip(axes, groups, strict=False):
-        for name in dict.fromkeys([*names, *([baseline] if baseline in points else [])]):
+        for name in dict.fromkeys(names + shown):
             values = points[name]
             mean, low, high = ([f(values[step]) for step in sorted(values)] for f in (np.mean, np.min, np.max))
             look = {"color": "black", "linestyle": "--"} if name == baseline else {"marker": "o", "markersize": 3}
