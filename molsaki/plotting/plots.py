@@ -234,25 +234,36 @@ def plot_differences(
     return _save(figure, path, title)
 
 
-def plot_accuracy(points: Mapping[str, Mapping[int, Sequence[float]]], path: str | Path, title: str = "") -> Path:
+def plot_accuracy(
+    points: Mapping[str, Mapping[int, Sequence[float]]], baseline: str | None, path: str | Path, title: str = ""
+) -> Path:
     """Accuracy along the way: each method's mean over seeds, and the range of its seeds as a band.
 
     Args:
         points: by method and training step, the accuracies of its seeds in per cent.
+        baseline: the method that every panel shows, dashed; the others are divided among panels of five.
     """
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for number, (name, values) in enumerate(points.items()):
-        steps = sorted(values)
-        colour, style = f"C{number % 10}", ("-", "--", ":", "-.")[number // 10 % 4]
-        mean, low, high = ([f(values[step]) for step in steps] for f in (np.mean, np.min, np.max))
-        ax.plot(steps, mean, style, color=colour, label=name, marker="o", markersize=3)
-        ax.fill_between(steps, low, high, color=colour, alpha=0.1, linewidth=0)
-    ax.set(xlabel="training step", ylabel="accuracy, %")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    others = [name for name in points if name != baseline] or list(points)
+    groups = [others[first : first + 5] for first in range(0, len(others), 5)]
+    shown = [] if baseline is None or baseline not in points else [baseline]
+    columns = min(len(groups), 3)
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(0.4 + 4.4 * columns, 3.4 * lines + 0.2), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for ax in axes[len(groups) :]:
+        ax.remove()
+    for ax, names in zip(axes, groups, strict=False):
+        for name in dict.fromkeys(names + shown):
+            values = points[name]
+            mean, low, high = ([f(values[step]) for step in sorted(values)] for f in (np.mean, np.min, np.max))
+            look = {"color": "black", "linestyle": "--"} if name == baseline else {"marker": "o", "markersize": 3}
+            (drawn,) = ax.plot(sorted(values), mean, label=name, **look)
+            ax.fill_between(sorted(values), low, high, color=drawn.get_color(), alpha=0.1, linewidth=0)
+        ax.set(xlabel="training step", ylabel="accuracy, %")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
     return _save(figure, path, title)
 
 

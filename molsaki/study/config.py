@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -334,11 +336,13 @@ def _check_runs(study: Study) -> None:
                 raise FileNotFoundError(f"{study.path}: curve.data_file: no such file: {run.curve.get('data_file')}")
 
 
-_contents: dict[str, str] = {}
-
-
 def _content(path: str) -> str:
-    """A digest of a file, which is read once per process."""
-    if path not in _contents:
-        _contents[path] = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-    return _contents[path]
+    """A digest of a file."""
+    found = os.stat(path)
+    return _digest(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: str, size: int, time: int) -> str:
+    """A digest of a file of this size and time of change, which is read once per process."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()

@@ -76,11 +76,11 @@ def _finding(study: Study, data: str, test: str, compared: Sequence[dict[str, An
     if not rows:
         return f"- {data}, {test}: nothing to compare yet."
     clear = [f"{row['arm']} {100 * row['difference']:+.1f}" for row in rows if row["p_holm"] < LEVEL]
-    which = f"{len(clear)} ({', '.join(clear)} points)" if clear else "none"
-    note = (
-        " (seeds not included where there is one)" if any(row["difference_over"] == "problems" for row in rows) else ""
-    )
-    return f"- {data}, {test}: of {len(rows)} arms {which} differ from {study.baseline}, p (Holm) below {LEVEL}{note}."
+    many = str(len(clear)) if clear else "none"
+    which = f" ({', '.join(clear)} points)" if clear else ""
+    if any(row["difference_over"] == "problems" for row in rows):
+        which += "; one seed only, so for these seeds"
+    return f"- {data}, {test}: {many} of {len(rows)} arms against {study.baseline} with p (Holm) below {LEVEL}{which}."
 
 
 def _table(study: Study, data: str, test: str, compared: Sequence[dict[str, Any]]) -> list[str]:
@@ -138,7 +138,7 @@ def _origins(results: Sequence[Result]) -> list[str]:
     found = collections.Counter(
         ", ".join(
             [*(f"{name} {version}" for name, version in result.record["versions"].items())]
-            + [f"commit {result.record['commit']}", *(f"{n} {v}" for n, v in result.record["machine"].items() if v)]
+            + [f"{n} {v}" for n, v in ({"commit": result.record["commit"]} | result.record["machine"]).items() if v]
         )
         for result in results
     )
@@ -174,5 +174,5 @@ def _draw(study: Study, compared: Sequence[dict[str, Any]], curves: Sequence[dic
             if row["data"] == data and "accuracy" in row:
                 points.setdefault(row["arm"], {}).setdefault(row["step"], []).append(100 * row["accuracy"])
         if points:
-            drawn.append(plot_accuracy(points, study.output_dir / f"accuracy-{data}.png", data))
+            drawn.append(plot_accuracy(points, study.baseline, study.output_dir / f"accuracy-{data}.png", data))
     return drawn, ""

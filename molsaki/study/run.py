@@ -326,7 +326,9 @@ class _Curve(TrainerCallback):
             student.train(was_training)
         asked = [(example, reply) for example, reply in zip(self.examples, replies, strict=True) if type(reply) is str]
         right = sum(score(example, reply, self.options.mode)["right"] for example, reply in asked)
+        should_log = control.should_log
         self.trainer.log({"accuracy": right / max(len(asked), 1)})
+        control.should_log = should_log  # the losses of this step are still to be logged
         self.seconds += time.perf_counter() - start
 
 
