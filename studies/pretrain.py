@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from studies.world import Problem, drill, llama, problem, problems, tokenizer
 
 POOL = 8  # batches that are sorted by length together
+SAVE = 250  # steps after which the state is saved
+STATE = "state.pt"
 
 
 class Muon(torch.optim.Optimizer):
@@ -110,7 +113,7 @@ def pretrain(
     """Train and save a model, with its log.
 
     Args:
-        folder: the output; a finished one is left as it is.
+        folder: the output; a finished one is left as it is, and an interrupted one is continued.
         seed: of the weights and of the problems.
         drills: pairs (progress, share): up to that part of the steps, this share of texts are drills, not problems.
         size: texts per step.
@@ -132,8 +135,17 @@ def pretrain(
     pool: list[list[Problem]] = []
     validation = problems("validation", 500)
     window: list[float] = []
-    log = open(folder / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-    for step in range(steps):
+    first, spent = 0, 0.0
+    saved = folder / STATE
+    if saved.exists():
+        state = torch.load(saved, weights_only=False)
+        model.load_state_dict(state["model"])
+        for optimizer, one in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(one)
+        rng.setstate(state["rng"])
+        pool, window, first, spent = state["pool"], state["window"], state["step"], state["seconds"]
+    log = open(folder / "log.jsonl", "a" if first else "w", encoding="utf-8")  # noqa: SIM115
+    for step in range(first, steps):
         progress = step / steps
         if not pool:
             share = next(share for end, share in drills if progress < end)
@@ -156,17 +168,24 @@ def pretrain(
             optimizer.step()
             optimizer.zero_grad()
         window.append(loss.item())
+        seconds = spent + time.time() - begun
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            row = {"step": step + 1, "seconds": round(time.time() - begun, 1), "loss": sum(window) / len(window)}
+            row = {"step": step + 1, "seconds": round(seconds, 1), "loss": sum(window) / len(window)}
             window = []
             if check and ((step + 1) % check == 0 or step + 1 == steps):
                 row["accuracy"] = accuracy(model, tokens, validation)
             print(json.dumps(row), file=log, flush=True)
             if row.get("accuracy", 0) >= target:
                 break
+        if (step + 1) % SAVE == 0:
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state |= {"rng": rng.getstate(), "pool": pool, "window": window, "step": step + 1, "seconds": seconds}
+            torch.save(state, folder / f"{STATE}.part")
+            os.replace(folder / f"{STATE}.part", saved)
     log.close()
     tokens.save_pretrained(folder)
     model.save_pretrained(folder)
+    saved.unlink(missing_ok=True)
 
 
 def _text(rng: random.Random, drills: float, applied: float) -> Problem:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import molsaki
 from studies import heads, mistakes, pretrain, world
@@ -153,6 +154,28 @@ def test_pretraining_learns_drills_and_is_repeatable(tmp_path):
     before = (tmp_path / "a" / "log.jsonl").stat().st_mtime_ns
     pretrain.pretrain(tmp_path / "a", **options)  # a finished model is left as it is
     assert (tmp_path / "a" / "log.jsonl").stat().st_mtime_ns == before
+
+
+def test_interrupted_pretraining_continues_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE", 10)
+    options = dict(layers=1, width=32, heads=2, seed=3, steps=30, drills=((0.5, 1.0), (1.0, 0.5)), size=4, applied=0.5)
+    pretrain.pretrain(tmp_path / "whole", **options)
+    calls = iter(range(100))
+
+    def interrupted(*args):
+        if next(calls) == 17:
+            raise KeyboardInterrupt
+        return batch(*args)
+
+    batch = pretrain.batch
+    monkeypatch.setattr(pretrain, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(tmp_path / "part", **options)
+    monkeypatch.setattr(pretrain, "batch", batch)
+    pretrain.pretrain(tmp_path / "part", **options)
+    whole, part = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    assert not (tmp_path / "part" / pretrain.STATE).exists()
 
 
 def test_drills_are_right():
