@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from molsaki.io import write_json, write_json_lines
 from studies.heads import choose
 from studies.pretrain import pretrain
-from studies.world import SEEDS, llama, problems, tokenizer
+from studies.world import SEEDS, decoder, problems, tokenizer
 
 STUDY = Path(__file__).with_name("evidence.yaml")
 TRAIN, TEST = 10_000, 2_000
@@ -27,8 +27,9 @@ STUDENT = {"layers": 2, "width": 48, "heads": 2}
 
 
 def train_teacher(folder: Path) -> None:
-    drills = ((0.1, 0.8), (0.5, 0.1), (1.0, 0.0))
-    pretrain(folder / "teacher", **TEACHER, seed=0, steps=4500, drills=drills, target=0.95, check=500)
+    drills = ((0.3, 0.9), (0.6, 0.4), (1.0, 0.0))
+    options = {"applied": 0.7, "size": 16, "target": 0.97, "check": 500}
+    pretrain(folder / "teacher", **TEACHER, seed=0, steps=6000, drills=drills, **options)
 
 
 def train_base(folder: Path, seed: int) -> None:
@@ -45,7 +46,7 @@ def write_study(folder: Path) -> None:
     """The untrained teacher, the choice of heads (``heads.json``) and the YAML file."""
     untrained = folder / "untrained"
     if not (untrained / "model.safetensors").exists():
-        llama(TEACHER["layers"], TEACHER["width"], TEACHER["heads"], seed=2).save_pretrained(untrained)
+        decoder(TEACHER["layers"], TEACHER["width"], TEACHER["heads"], seed=2).save_pretrained(untrained)
         tokenizer().save_pretrained(untrained)
     chosen_file = folder / "heads.json"
     if not chosen_file.exists():

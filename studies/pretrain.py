@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studies.world import Problem, drill, llama, problem, problems, tokenizer
+from studies.world import Problem, decoder, drill, problem, problems, tokenizer
 
 POOL = 8  # batches that are sorted by length together
 SAVE = 250  # steps after which the state is saved
@@ -125,7 +125,7 @@ def pretrain(
     if (folder / "model.safetensors").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, model = tokenizer(), llama(layers, width, heads, seed)
+    tokens, model = tokenizer(), decoder(layers, width, heads, seed)
     if start is not None:
         model = type(model).from_pretrained(start)
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name]

@@ -2,13 +2,14 @@
 
 A problem is a list of facts in random order and a question::
 
-    Facts: Eve has Pam + 10. Cid 8. Pam now has Mia + 2. Mia 15. How many has Eve?
+    Facts: Eve has Pam + 9. Cid 8. Pam now has Mia + 2. Mia 5. How many has Eve?
 
 and its rationale a plan and the sums, each of which needs one number of the question, and not the others::
 
-    Eve Pam. Pam Mia. Mia 15. Pam 15 + 2 = 17. Eve 17 + 10 = 27.
+    Eve Pam. Pam Mia. Mia 5. Pam 5 + 2 = 7. Eve 7 + 9 = 16.
 
-Everything is computed from a seed. Names, words and single digits are the tokens.
+Everything is computed from a seed. Names, words and single digits are the tokens. The numbers of the facts have one
+digit: to find numbers of two takes small models several times as many steps to learn.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 NAMES = ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jim", "Kay", "Leo"]
 NAMES += ["Mia", "Ned", "Oda", "Pam", "Quin", "Rob", "Sue", "Tom", "Uma", "Vic", "Wim", "Zoe"]
@@ -60,7 +61,7 @@ def problem(
     length, extra = rng.randint(*hops), rng.randint(*noise)
     people = rng.sample(NAMES, length + extra)
     chain, others = people[:length], people[length:]
-    value = rng.randint(3, 30)
+    value = rng.randint(2, 9)
     amounts, sums = {chain[0]: str(value)}, [f"{chain[0]} {value}."]
     for before, name in zip(chain, chain[1:], strict=False):
         sign, number = _change(rng, value)
@@ -70,7 +71,7 @@ def problem(
         value = new
     for name in others:
         if rng.random() < 0.4:
-            amounts[name] = str(rng.randint(3, 30))
+            amounts[name] = str(rng.randint(2, 9))
         else:
             sign, number = _change(rng, 30)
             amounts[name] = f"{rng.choice([other for other in people if other != name])} {sign} {number}"
@@ -90,8 +91,8 @@ def problem(
 
 
 def _change(rng: random.Random, value: int) -> tuple[str, int]:
-    number = rng.randint(2, 12)
-    return rng.choice(["+"] * (value <= 60) + ["-"] * (value > number)), number
+    number = rng.randint(2, 9)
+    return rng.choice(["+", "-"] if value > number else ["+"]), number
 
 
 def drill(rng: random.Random, applied: bool = False) -> Problem:
@@ -151,11 +152,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def llama(layers: int, width: int, heads: int, seed: int) -> LlamaForCausalLM:
-    """A Llama from scratch; its random numbers are those of ``seed``."""
+def decoder(layers: int, width: int, heads: int, seed: int) -> Qwen3ForCausalLM:
+    """A Qwen 3 from scratch, a Llama that normalises queries and keys; its random numbers are those of ``seed``."""
     torch.manual_seed(seed)
     tokens = tokenizer()
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=len(tokens),
         hidden_size=width,
         intermediate_size=width * 8 // 3 // 16 * 16,
@@ -169,4 +170,4 @@ def llama(layers: int, width: int, heads: int, seed: int) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         max_position_embeddings=512,
     )
-    return LlamaForCausalLM(config)
+    return Qwen3ForCausalLM(config)

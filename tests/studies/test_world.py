@@ -108,7 +108,7 @@ def test_operands_are_the_numbers_that_sums_need():
 
 def test_a_head_that_points_is_chosen(monkeypatch):
     """A model whose maps are replaced: its sixth head puts all its attention on the operand."""
-    tokens, teacher = world.tokenizer(), world.llama(2, 32, 4, seed=0).eval()
+    tokens, teacher = world.tokenizer(), world.decoder(2, 32, 4, seed=0).eval()
     rows = world.problems("train", 5)
 
     class Record:
