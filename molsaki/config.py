@@ -288,7 +288,7 @@ def build(config_class: type[Config], values: Mapping[str, Any], where: str) -> 
     """
     parser, names = _parser(config_class)
     check_keys(values, names, where)
-    preset = {} if "preset" not in values else presets.options(values["preset"], config_class)
+    preset = {} if values.get("preset") is None else presets.options(values["preset"], config_class)
     given = {name: value for name, value in values.items() if name != "preset"}
     argv = _flags(parser, preset | given, where)
     try:
@@ -310,7 +310,9 @@ def _parser(config_class: type[Config], prog: str | None = None) -> tuple[Any, l
     names = [field.name for field in dataclasses.fields(config_class) if field.init]
     if issubclass(config_class, MixtureOptions):
         parser.add_argument(
-            "--preset", choices=list(presets.PRESETS), help="Values of the method's options that are not given."
+            "--preset",
+            choices=list(presets.PRESETS),
+            help="paper: every option of the method as in arXiv 2604.15701; options that are given override it.",
         )
         names.append("preset")
     return parser, names

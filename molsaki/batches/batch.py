@@ -63,6 +63,7 @@ class Batch(Movable):
         teacher: the explain texts in the teacher's tokens, for a live teacher.
         teacher_map: ``(N, K, S, W)`` mixed maps of the teacher (Eq. 6), with ``teacher_weights``.
         teacher_weights: ``(N, K, Lt)`` layer weights of the teacher (Eq. 4).
+        teacher_entries: ``(N, S, W)`` bool, the entries of ``teacher_map`` that are compared; all if None.
         teacher_layers: ``(N, Lt, S, W)`` maps of every layer, from a store that has these instead.
         teacher_logits: ``(n, V)`` logits of the teacher for the n labels of the explain texts and the V tokens of the
             tokenizer, without the rows that pad an embedding.
@@ -75,11 +76,29 @@ class Batch(Movable):
     teacher: TextBatch | None = None
     teacher_map: Tensor | None = None
     teacher_weights: Tensor | None = None
+    teacher_entries: Tensor | None = None
     teacher_layers: Tensor | None = None
     teacher_logits: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    def with_other_maps(self) -> Batch:
+        """The control of a wrong map: each example with the teacher's map of the next one that has key words.
+
+        Only the steps and words that both examples have are compared; none, if no other example has any.
+        """
+        assert self.teacher_map is not None and self.teacher_weights is not None
+        has_words = self.plan.word_mask.any(1).tolist()
+        count, donors, alone = len(self), [], []
+        for n in range(count):
+            found = [m % count for m in range(n + 1, n + count) if has_words[m % count]]
+            donors.append(found[0] if found else n)
+            alone.append(not found)
+        entries = self.plan.step_mask[donors][:, :, None] & self.plan.word_mask[donors][:, None, :]
+        entries = entries & ~torch.tensor(alone, device=entries.device)[:, None, None]
+        maps, weights = self.teacher_map[donors], self.teacher_weights[donors]
+        return dataclasses.replace(self, teacher_map=maps, teacher_weights=weights, teacher_entries=entries)
 
     def __contains__(self, name: str) -> bool:
         return name in ("input_ids", "attention_mask")

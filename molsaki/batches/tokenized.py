@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -176,7 +177,8 @@ class Tokenization:
             question, template = _predict_task(example, student.template, self.predict_template)
         else:
             question, template = example.question, student.template
-            reply = self.cot_template.replace("{rationale}", example.rationale).replace("{answer}", example.answer)
+            parts = {"{rationale}": example.rationale, "{answer}": example.answer}
+            reply = re.sub(r"\{(rationale|answer)\}", lambda match: parts[match[0]], self.cot_template)
         with left_out_if_refused():
             predict = encode(segment(question, reply, key=()), student.tokenizer, template=template)
         tokenized = TokenizedExample(

@@ -93,6 +93,8 @@ class _Side:
 def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Path]:
     options = _options(config)
     store = None if config.store is None else Store(config.store)
+    if store is not None:
+        store.check({"map_heads": options.map_heads})
     teacher = _Side.load(config.teacher, "--teacher", options.teacher_template, needs_model=store is None)
     student = _Side.load(config.student, "--student", options.student_template)
     if teacher.model is None and student.model is None and store is None:

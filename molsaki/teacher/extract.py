@@ -102,7 +102,7 @@ def extract(
     description = describe(config, maps, config.all_layers, student_layers, teacher, spec)
     description |= {"num_layers": maps, "data": fingerprint_examples(examples)}
     writer = StoreWriter(folder, description, len(examples), config.shard_size)
-    side = dataclasses.replace(config, student_layer=-1)  # the student's side is not used here
+    side = dataclasses.replace(config, student_layer=-1, router="joint")  # the student's side is not used here
     mixture = None if config.all_layers else mixture_of(side, maps, student_layers or 1, layers, 1)
     for one in specs:
         frame_of(one.tokenizer, one.template)  # refuses a template that fails for every text

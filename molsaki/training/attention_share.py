@@ -12,6 +12,8 @@ from transformers import TrainerState
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
 
+LARGEST_CHANGE = 10.0  # of beta per measurement
+
 
 class AttentionShare:
     """The weight of the attention loss over a training, and its share of the gradient.
@@ -24,33 +26,32 @@ class AttentionShare:
 
     def __init__(self, config: DistillConfig):
         self.config = config
-        self.beta = config.beta
+        self.beta = self._used = config.beta
         self.share: float | None = None
-        self._is_set = False  # beta follows a measurement
         self._measured_step: int | None = None
 
     def start(self, state: TrainerState) -> None:
-        """Begin a run, or continue one: beta is the last that was logged, and checkpoints are logged."""
+        """Begin a run, or continue one with the last beta and share that were logged; checkpoints are logged."""
         self.beta, self.share, self._measured_step = self.config.beta, None, None
-        logged = [
-            entry["beta"] for entry in state.log_history if "beta" in entry and entry["step"] <= state.global_step
-        ]
-        self._is_set = bool(logged)
-        if logged:
-            self.beta = logged[-1]
+        for entry in state.log_history:
+            if "attention_share" in entry and entry["step"] <= state.global_step:
+                self.beta, self.share = entry["beta"], entry["attention_share"]
 
     def beta_at(self, state: TrainerState) -> float:
         """The weight of the attention loss at this step."""
-        is_over = self.config.beta_until < 1 and state.global_step >= self.config.beta_until * state.max_steps
-        return 0.0 if is_over else self.beta
+        self._used = 0.0 if self._is_over(state) else self.beta
+        return self._used
 
     def is_due(self, state: TrainerState) -> bool:
         """Whether to measure before this forward, the first of its step."""
         every = self.config.share_steps
-        if not every or state.global_step % every or state.global_step == self._measured_step:
+        if not every or state.global_step % every or state.global_step == self._measured_step or self._is_over(state):
             return False
         self._measured_step = state.global_step
         return True
+
+    def _is_over(self, state: TrainerState) -> bool:
+        return self.config.beta_until < 1 and state.global_step >= self.config.beta_until * state.max_steps
 
     def measure(self, forward: Callable[[], dict[str, Tensor]], model: Distiller, accelerator: Accelerator) -> None:
         """Measure the share in one ``forward`` of the distiller; the generators of random numbers are not advanced."""
@@ -62,21 +63,24 @@ class AttentionShare:
             model.keeps_graph = False
         weights = [p for p in model.student.parameters() if p.requires_grad]
         # The attention loss first: the cross-entropy's backward overwrites its logits.
-        norms = torch.stack([_gradient_norm(out[name].mean(), weights) for name in ("loss_att", "loss")])
-        attention, rest = accelerator.reduce(norms, "mean").tolist()
-        if not (attention > 0 and rest > 0):
-            return  # no key word in the batch
+        norms = [_gradient_norm(out[name].mean(), weights) for name in ("loss_att", "loss")]
+        found = accelerator.reduce(torch.stack([*norms, out["loss_att"].detach().mean().float()]), "mean")
+        attention, rest, loss = found.tolist()
+        if loss < torch.finfo(torch.float32).eps or not (attention > 0 and rest > 0):
+            return  # no step has two key words to choose from: what is left of the gradient is rounding
         if self.config.attention_share is not None:
             wanted = self.config.attention_share * rest / attention
-            self.beta = (self.beta * wanted) ** 0.5 if self._is_set else wanted
-            self._is_set = True
+            if self.share is not None:
+                wanted = min(max((self.beta * wanted) ** 0.5, self.beta / LARGEST_CHANGE), self.beta * LARGEST_CHANGE)
+            self.beta = wanted
         self.share = self.beta * attention / rest
 
     def logs(self) -> dict[str, float]:
-        """What is logged beside the losses."""
+        """What is logged beside the losses: beta of the last step, and the last share where there is one."""
         if not self.config.share_steps:
             return {}
-        return {"beta": self.beta} | ({} if self.share is None else {"attention_share": self.share})
+        is_over = self._used == 0.0 and self.beta > 0
+        return {"beta": self._used} | ({} if self.share is None or is_over else {"attention_share": self.share})
 
 
 def _gradient_norm(loss: Tensor, weights: Sequence[nn.Parameter]) -> Tensor:

@@ -86,7 +86,7 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
         None,
         "Change beta during training so that the gradient of the attention loss has this share of the norm of the "
         "other losses' gradient, in the student's weights, such as 0.1. beta is then the weight before the first "
-        "measurement.",
+        "measurement, and the weight in eval_loss.",
     )
     share_steps: int = option(
         0, "Measure and log that share every so many steps; 0: never, or every 20 steps with attention_share."
@@ -171,11 +171,14 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
             raise ValueError(
                 f"cot_template: expected a text with {{rationale}} and then {{answer}}, got {self.cot_template!r}"
             )
-        if self.control == "other_example" and self.per_device_train_batch_size < 2:
+        sizes = (self.per_device_train_batch_size, self.per_device_eval_batch_size)
+        if self.control == "other_example" and (min(sizes) < 2 or self.auto_find_batch_size):
             raise ValueError(
-                "control: other_example needs another example in the batch; expected per_device_train_batch_size of at "
-                f"least 2, got {self.per_device_train_batch_size}"
+                "control: other_example needs another example in the batch; expected per_device_train_batch_size and "
+                f"per_device_eval_batch_size of at least 2, and no auto_find_batch_size; got {sizes[0]} and {sizes[1]}"
             )
+        if self.objective == "cot" and self.too_long == "cut":
+            raise ValueError("too_long: expected skip with objective cot, got cut, which would cut off the answer")
         if self.attention_share is not None and self.share_steps == 0:
             self.share_steps = 20
         if self.share_steps and self.objective != "molsaki":
@@ -183,11 +186,11 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
                 f"share_steps, attention_share: expected objective molsaki, got {self.objective}, which has no "
                 "attention loss"
             )
-        for name in ("deepspeed", "fsdp", "torch_compile"):
+        for name, why in (("deepspeed", "it shards"), ("fsdp", "it shards"), ("torch_compile", "it compiles"),
+                          ("fp16", "it scales")):  # fmt: skip
             if self.share_steps and getattr(self, name):
                 raise ValueError(
-                    f"share_steps, attention_share: expected no {name}, which does not allow a second backward of the "
-                    "same forward"
+                    f"share_steps, attention_share: expected no {name}: a gradient that {why} is not measured"
                 )
 
     def _check_inherited(self) -> None:

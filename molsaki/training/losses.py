@@ -47,7 +47,7 @@ def attention(
     normalise: str = "softmax",
     causal_words: bool = False,
     teacher_temperature: float = 1.0,
-    steps: Tensor | None = None,
+    entries: Tensor | None = None,
 ) -> Tensor:
     """Eq. 6: KL(teacher || student) of each step's distribution over words, the mean over steps and pairs K.
 
@@ -60,7 +60,7 @@ def attention(
             Both sides have the words in the same order.
         teacher_temperature: T: the teacher's distribution is proportional to ``p ** (1 / T)``, so below 1 it is
             sharper than the teacher's own.
-        steps: ``(N, S)`` bool, the steps that count; all if None.
+        entries: broadcasts to ``(N, S, W)``, bool: the steps and words that count; all if None.
     """
     if not teacher_temperature > 0:
         raise ValueError(f"teacher_temperature: expected a positive number, got {teacher_temperature}")
@@ -76,8 +76,9 @@ def attention(
     if normalise not in ("softmax", "sum"):
         raise ValueError(f'normalise: expected "softmax" or "sum", got {normalise!r}')
     teacher = teacher.detach().to(student.dtype)
-    counting = plan.step_mask if steps is None else plan.step_mask & steps
-    words = counting[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): the entries that count
+    words = plan.step_mask[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): the entries that count
+    if entries is not None:
+        words = words & entries
     if causal_words:
         words = words & (first_tokens(plan)[:, None, :] < plan.steps[:, :, 1:])
     words = words[:, None]

@@ -113,7 +113,7 @@ class MixtureOfLayers(nn.Module):
             layers = [_layer("teacher_layers", layer, num_teacher_layers) for layer in teacher_layers]
             chosen = torch.tensor(layers or range(num_teacher_layers))
             teachers = nn.functional.one_hot(chosen, num_teacher_layers).float()
-            self.register_buffer("_teacher_pairs", teachers, persistent=False)
+            self.register_buffer("_teacher_pairs", teachers)  # saved: the matching belongs to these layers
             self.matching = nn.Parameter(torch.zeros(len(chosen), num_student_layers))
             return
         single = {"teacher_layer": teacher_layer, "student_layer": student_layer}

@@ -124,8 +124,11 @@ def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dic
     maps, teacher_map, teacher_weights = student.maps, batch.teacher_map, batch.teacher_weights
     assert maps is not None and teacher_map is not None and teacher_weights is not None
     terms = dss(student, batch, options)
-    steps = batch.rationale_steps if options.map_steps == "rationale" else None
-    how = (options.normalise, options.causal_words, options.teacher_temperature, steps)
+    entries = batch.teacher_entries
+    if options.map_steps == "rationale" and batch.rationale_steps is not None:
+        steps = batch.rationale_steps[:, :, None]
+        entries = steps if entries is None else entries & steps
+    how = (options.normalise, options.causal_words, options.teacher_temperature, entries)
     with torch.autocast(batch.plan.device.type, enabled=False):  # maps are float32
         term = losses.attention(maps.mixed, teacher_map, batch.plan, *how)
         with torch.no_grad():

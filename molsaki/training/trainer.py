@@ -221,6 +221,10 @@ class DistillTrainer(Trainer):
         asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if asked_for_fsdp and not self.is_fsdp_enabled:
             logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
+        if config.share_steps and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "share_steps, attention_share: expected no FSDP and no DeepSpeed, which shard the gradient"
+            )
         self._complete_optimizer(*kwargs.get("optimizers", (None, None)))
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_apart
@@ -270,7 +274,11 @@ class DistillTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         training, self._sums = self._sums, {}
-        output = super().evaluation_loop(*args, **kwargs)
+        beta, self.model.beta = self.model.beta, self.args.beta  # a loss that can be compared over the training
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.model.beta = beta
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = {f"{prefix}_{name}": value for name, value in _means(self._sums)[0].items()}
         self._sums = training
@@ -313,7 +321,7 @@ class DistillTrainer(Trainer):
                     "the two templates give different ones"
                 )
         if self.args.control == "other_example" and batch.teacher_map is not None:
-            batch = dataclasses.replace(batch, teacher_map=batch.teacher_map.roll(1, 0))
+            batch = batch.with_other_maps()
         return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
 
     def _add(self, out: dict[str, Tensor]) -> None:
@@ -498,7 +506,14 @@ class DistillTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.student)
         mixture = self.model.mixture
         if mixture is not None and mixture.state_dict():
-            mixture.load_state_dict(load_file(Path(resume_from_checkpoint, checkpoints.ROUTER)))
+            saved = load_file(Path(resume_from_checkpoint, checkpoints.ROUTER))
+            if any(not torch.equal(saved[name].cpu(), value.cpu()) for name, value in mixture.named_buffers()
+                   if name in saved):  # fmt: skip
+                raise ValueError(
+                    f"teacher_layers: expected those of {resume_from_checkpoint}, whose weights belong to its layers; "
+                    f"got {self.args.teacher_layers}"
+                )
+            mixture.load_state_dict(saved)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

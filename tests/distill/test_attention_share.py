@@ -7,6 +7,7 @@ import torch
 
 from molsaki.config import ExtractConfig
 from molsaki.teacher.extract import extract
+from molsaki.text.examples import Example
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
@@ -75,6 +76,11 @@ def test_the_loss_can_end_early(tmp_path):
     for step, (loss, att, pre, exp) in enumerate(logged(t, "loss", "loss_att", "loss_pre", "loss_exp")):
         beta = 3 if step < 2 else 0
         assert loss == pytest.approx(0.5 * pre + 0.5 * exp + beta * att, abs=2e-4)
+    t = trainer(tmp_path / "b", beta=3.0, beta_until=0.5, max_steps=4, share_steps=1, **OPTIONS)
+    t.train()
+    rows = [entry for entry in t.state.log_history if "loss" in entry]
+    assert [row["beta"] for row in rows] == [3, 3, 0, 0]
+    assert ["attention_share" in row for row in rows] == [True, True, False, False]
 
 
 def test_a_map_of_another_example(tmp_path):
@@ -88,10 +94,74 @@ def test_a_map_of_another_example(tmp_path):
         t._forward(t.model, batch)
         found[control] = seen[0]
     own, other = found["none"].teacher_map, found["other_example"].teacher_map
-    torch.testing.assert_close(other, own[[3, 0, 1, 2]])
+    torch.testing.assert_close(other, own[[1, 2, 3, 0]])
     assert not torch.equal(other, own)
-    with pytest.raises(ValueError, match="control: other_example needs another example"):
-        config(tmp_path, control="other_example", per_device_train_batch_size=1)
+    for wrong in (
+        {"per_device_train_batch_size": 1},
+        {"per_device_eval_batch_size": 1},
+        {"auto_find_batch_size": True},
+    ):
+        options = {"per_device_train_batch_size": 2} | wrong
+        with pytest.raises(ValueError, match="control: other_example needs another example"):
+            config(tmp_path, control="other_example", **options)
+
+
+def test_only_what_both_examples_have_is_compared(tmp_path):
+    """Examples of other shapes, one of them without words, and a batch of one example, which has no attention loss."""
+    data = [
+        *examples(2),
+        Example("short", "Ann has 3 nuts.", "She eats 1.", "2"),
+        Example("none", "Who has nuts?", "Ann has. Bob has not. So Ann.", "Ann"),
+    ]
+    t = trainer(tmp_path, data=data, control="other_example", mixture="last", normalise="sum", **OPTIONS)
+    batch = t.data_collator([t.train_dataset[i] for i in range(4)])
+    seen: list = []
+    t.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    t._forward(t.model, batch)
+    given, steps, words = seen[0], batch.plan.step_mask.sum(1).tolist(), batch.plan.word_mask.sum(1).tolist()
+    assert words[3] == 0 and words[2] < words[0]
+    for n, donor in enumerate((1, 2, 0, 0)):  # the next one that has words
+        both = given.teacher_entries[n] & batch.plan.step_mask[n][:, None] & batch.plan.word_mask[n]
+        assert both.sum() == min(steps[n], steps[donor]) * min(words[n], words[donor])
+    alone = t.data_collator([t.train_dataset[0]])
+    assert t._forward(t.model, alone)["loss_att"].tolist() == [0]
+
+
+def test_batches_without_a_choice_of_words_are_not_measured(tmp_path):
+    """What is left of their gradient is rounding: beta would become enormous."""
+    data = [
+        Example("a", "Ann has 3 nuts.", "She eats some.", "x"),
+        Example("b", "Who?", "Ann does.", "Ann"),
+        *examples(2),
+    ]
+    options = OPTIONS | {"attention_share": 0.2, "share_steps": 1, "train_sampling_strategy": "sequential"}
+    t = trainer(tmp_path, data=data, max_steps=4, **options)
+    t.train()
+    rows = [entry for entry in t.state.log_history if "loss" in entry]
+    assert rows[0]["beta"] == 1 and "attention_share" not in rows[0]
+    assert rows[1]["attention_share"] == pytest.approx(0.2, rel=0.01) and 0.1 < rows[1]["beta"] < 1e4
+    assert rows[2]["beta"] == rows[1]["beta"]
+    assert all(row["loss"] < 20 for row in rows)
+
+
+def test_the_loss_of_evaluation_has_one_beta(tmp_path):
+    t = trainer(tmp_path, beta=50.0, beta_until=0.5, max_steps=4, **OPTIONS)
+    t.train()
+    found = t.evaluate(examples(4))
+    expected = 0.5 * found["eval_loss_pre"] + 0.5 * found["eval_loss_exp"] + 50 * found["eval_loss_att"]
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_matched_weights_are_resumed_for_their_layers_only(tmp_path):
+    options = OPTIONS | {"save_strategy": "steps", "save_steps": 2, "mixture": "matched", "map_heads": "each"}
+    first = trainer(tmp_path, max_steps=4, teacher_layers=[1, 5], **options)
+    first.add_callback(StopAt(2))
+    first.train()
+    with pytest.raises(ValueError, match=r"teacher_layers: expected those of .*; got \[0, 2\]"):
+        trainer(tmp_path, max_steps=4, teacher_layers=[0, 2], resume=True, **options).train()
+    second = trainer(tmp_path, max_steps=4, teacher_layers=[1, 5], resume=True, **options)
+    second.train()
+    assert second.state.global_step == 4
 
 
 def test_steps_of_the_rationale_only(tmp_path):
@@ -158,6 +228,7 @@ def test_maps_of_single_heads(tmp_path, mixture, all_layers):
         (dict(share_steps=5, objective="dss"), "share_steps, attention_share: expected objective molsaki, got dss"),
         (dict(share_steps=5, torch_compile=True), "share_steps, attention_share: expected no torch_compile"),
         (dict(teacher_temperature=-1.0), "teacher_temperature: expected a positive number, got -1.0"),
+        (dict(objective="cot", too_long="cut"), "too_long: expected skip with objective cot, got cut"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

@@ -175,10 +175,10 @@ def test_attention_of_some_steps_and_of_sharper_teachers():
             losses.attention(student[:, :, s : s + 1], teacher[:, :, s : s + 1], plan_of((1, 3)), normalise)
             for s in range(3)
         ]
-        some = torch.tensor([[False, True, True]])
-        got = losses.attention(student, teacher, plan, normalise, steps=some)
+        some = torch.tensor([[False, True, True]])[:, :, None]
+        got = losses.attention(student, teacher, plan, normalise, entries=some)
         torch.testing.assert_close(got, (each[1] + each[2]) / 2)
-        none = losses.attention(student, teacher, plan, normalise, steps=torch.zeros(1, 3, dtype=torch.bool))
+        none = losses.attention(student, teacher, plan, normalise, entries=torch.zeros(1, 1, 1, dtype=torch.bool))
         assert none.tolist() == [0]
     p, q = teacher / teacher.sum(-1, keepdim=True), student / student.sum(-1, keepdim=True)
     sharp = p**4 / (p**4).sum(-1, keepdim=True)  # T = 1 / 4
