@@ -122,7 +122,8 @@ def difference(right: ArrayLike, baseline: ArrayLike, *, resamples: int = 10_000
         interval = test.confidence_interval(0.95)
         seeds = float(interval.low), float(interval.high), float(test.pvalue)
     resampled = _bootstrap(changes, resamples, seed)
-    return Difference(mean, mean - half, mean + half, p_value, *seeds, *resampled, _over(changes))
+    low, high = max(-1.0, mean - half), min(1.0, mean + half)
+    return Difference(mean, low, high, p_value, *seeds, *resampled, _over(changes))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -20,7 +20,8 @@ def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]
 
     Only problems that every finished run of the data set was asked count, and in a difference only the seeds that both
     arms have: ``pairs``. ``p_holm`` is corrected for all comparisons of the test. Accuracies and differences are from
-    0 to 1. ``over`` is ``problems`` where there is one seed only, whose interval says nothing about other seeds.
+    0 to 1. A difference has neither interval nor p if no answer differs, since its variance cannot be estimated then.
+    ``over`` is ``problems`` where there is one seed only, whose interval says nothing about other seeds.
     """
     rows = []
     for data in study.data:
@@ -48,8 +49,10 @@ def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]
                 if arm != study.baseline and pairs:
                     both = (np.stack([one[seed] for seed in pairs]) for one in (seeds, base))
                     change = difference(*both, resamples=RESAMPLES)
-                    row |= {"pairs": len(pairs), "difference": change.mean, "difference_low": change.low}
-                    row |= {"difference_high": change.high, "difference_over": change.over, "p": change.p_value}
+                    row |= {"pairs": len(pairs), "difference": change.mean}
+                    if change.low < change.high:
+                        row |= {"difference_low": change.low, "difference_high": change.high}
+                        row |= {"difference_over": change.over, "p": change.p_value}
                 of_test.append(row)
             compared = [row for row in of_test if "p" in row]
             for row, adjusted in zip(compared, holm([row["p"] for row in compared]), strict=True):

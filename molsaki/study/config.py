@@ -144,8 +144,8 @@ class Study:
             ) from error
 
 
-def read_study(path: str | Path) -> Study:
-    """Read a study and check all of it: keys, options of every arm, files and models.
+def read_study(path: str | Path, with_models: bool = True) -> Study:
+    """Read a study and check all of it: keys, options of every arm, files and, ``with_models``, models.
 
     Raises:
         ValueError, TypeError: a key, option or value; the message names the file, the key and the value.
@@ -188,7 +188,7 @@ def read_study(path: str | Path) -> Study:
         for data_name in data:
             for arm in arms:
                 study.runs.append(_run(study, values, data_name, arm, seed))
-    _check_runs(study)
+    _check_runs(study, with_models)
     study.scorer()
     return study
 
@@ -299,7 +299,7 @@ def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str,
         check_keys(section, sorted(names), where)
 
 
-def _check_runs(study: Study) -> None:
+def _check_runs(study: Study, with_models: bool) -> None:
     """Build the options of every arm, and look for every file and model."""
     checked: set[Any] = set()
     for run in study.runs:
@@ -313,7 +313,7 @@ def _check_runs(study: Study) -> None:
             raise FileNotFoundError(f"{where}: store: no such folder: {study.file(run.options['store'])}")
         for name in ("student", "teacher"):
             model = run.options.get(name)
-            if model is not None and model not in checked:
+            if with_models and model is not None and model not in checked:
                 try:
                     AutoConfig.from_pretrained(study.model(model))
                 except (OSError, ValueError) as error:

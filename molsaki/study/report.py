@@ -17,6 +17,7 @@ from molsaki.study.results import Result, curves_table, read_results, results_ta
 from molsaki.study.run import FAILED, LOCKS, RESULT, check_finished
 
 LEVEL = 0.05  # of the adjusted p-values that the first lines of the report name
+CONSTANT = 0.9  # a larger share of one answer is reported
 NOTES = """\
 Accuracies are in per cent, differences in percentage points, and brackets hold 95 % intervals, which take both seeds
 and problems as random samples (`molsaki.evaluation.statistics`). A difference is paired by seed and problem; *pairs* is
@@ -32,7 +33,7 @@ def write_report(path: str | Path) -> list[Path]:
         The files: ``results.csv`` (a row per run and test), ``curves.csv`` (per run and logged step),
         ``comparisons.csv`` (per arm and test), ``report.md``, and pictures if matplotlib is installed.
     """
-    study = read_study(path)
+    study = read_study(path, with_models=False)
     check_finished(study)
     folder = study.output_dir
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,7 @@ def _report(
         lines += [f"## {data}: {test}", ""] + _table(study, data, test, compared) + [""]
         if scores:
             lines += _scores_table(data, test, results, list(scores)) + [""]
+        lines += _constant_replies(data, test, results)
     lines += [f"![{path.stem}]({path.name})" for path in pictures] + [note, ""]
     lines += ["## Runs that are not finished", ""] + (_unfinished(study) or ["None."]) + [""]
     lines += ["## Where the runs were done", ""] + _origins(results) + [""]
@@ -92,10 +94,22 @@ def _table(study: Study, data: str, test: str, compared: Sequence[dict[str, Any]
     lines += ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for row in rows:
         cells = [row["arm"], row["seeds"], _interval(row, "", ".1f")]
-        if "p" in row:
+        if "difference" in row and "p" not in row:
+            cells += [f"{100 * row['difference']:+.1f} (no answer differs)", row["pairs"]]
+        elif "p" in row:
             cells += [_interval(row, "difference_", "+.1f"), row["pairs"], _p(row["p"]), _p(row["p_holm"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |" + " |" * (len(columns) - len(cells)))
     return lines
+
+
+def _constant_replies(data: str, test: str, results: Sequence[Result]) -> list[str]:
+    """Lines about students that give nearly always the same answer: their accuracy says nothing about a method."""
+    found = [
+        f"- {result.run}: {100 * result.most_common[test]:.0f} % of the replies give the same answer."
+        for result in results
+        if result.run.data == data and result.most_common[test] > CONSTANT
+    ]
+    return [*found, ""] if found else []
 
 
 def _scores_table(data: str, test: str, results: Sequence[Result], names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import functools
@@ -27,12 +28,14 @@ class Result:
         record: the content of its ``result.json``.
         right: for each test, whether each example that could be asked was answered right, by id.
         scores: for each test, the means of what the study's own scoring function returns.
+        most_common: for each test, the share of replies that give the most common answer.
     """
 
     run: Run
     record: dict[str, Any]
     right: dict[str, dict[str, bool]]
     scores: dict[str, dict[str, float]]
+    most_common: dict[str, float]
 
 
 def read_results(study: Study) -> list[Result]:
@@ -53,11 +56,13 @@ def read_results(study: Study) -> list[Result]:
         path = run.folder / RESULT
         if not path.is_file():
             continue
-        result = Result(run, json.loads(path.read_text(encoding="utf-8")), {}, {})
+        result = Result(run, json.loads(path.read_text(encoding="utf-8")), {}, {}, {})
         for test, file in run.tests.items():
             lines = (run.folder / "tests" / test / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
             asked = [one for one in map(json.loads, lines) if "left_out" not in one]
             result.right[test] = {one["id"]: one["right"] for one in asked}
+            counts = collections.Counter(one["prediction"] for one in asked)
+            result.most_common[test] = max(counts.values(), default=0) / max(len(asked), 1)
             result.scores[test] = {}
             if scorer is not None:
                 rows = rows_of(file)
@@ -76,14 +81,16 @@ def results_table(results: Sequence[Result]) -> list[dict[str, Any]]:
         for test, found in record["tests"].items():
             row: dict[str, Any] = {"data": run.data, "arm": run.arm, "seed": run.seed, "test": test}
             row |= {"accuracy": found["accuracy"], "right": found["right"], "total": found["examples"]}
-            row |= {"without_answer": found["without_answer"], "left_out": found["left_out"]}
+            row |= {"without_answer": found["without_answer"], "most_common_answer": result.most_common[test]}
+            row |= {"left_out": found["left_out"]}
             row |= result.scores[test]
             row |= record["losses"]
             row |= {name: record[name] for name in ("steps", "resumed_at_step", "train_seconds", "step_ms")}
             row |= {"evaluate_seconds": found["seconds"]}
             row |= {name: record["data"][name] for name in ("examples", "without_words")}
             row |= {name: record["options"].get(name) for name in options}
-            row |= record["versions"] | {"commit": record["commit"]} | record["machine"] | {"date": record["date"]}
+            row |= record["versions"] | {name: record.get(name) for name in ("commit", "study_commit")}
+            row |= record["machine"] | {"date": record["date"]}
             rows.append(row)
     return rows
 

@@ -89,6 +89,8 @@ def study(
     runs = [run for run in found.runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
     earlier = {str(run): _read(run.folder / FAILED) for run in runs}
     (found.output_dir / LOCKS).mkdir(parents=True, exist_ok=True)
+    done = sum((run.folder / RESULT).is_file() for run in runs)
+    print(f"{len(runs)} runs, {done} of them finished; {processes} process{'es' * (processes > 1)}", flush=True)
     if processes == 1:
         work(found, runs, earlier, threads)
     else:
@@ -101,7 +103,10 @@ def study(
             worker.join()
         for worker in workers:
             if worker.exitcode:
-                logger.warning("a process of the study ended with exit code %s", worker.exitcode)
+                logger.warning(
+                    "a process of the study ended with exit code %s; another one, or the next command, repeats its run",
+                    worker.exitcode,
+                )
     unfinished = []
     for run in runs:
         if not (run.folder / RESULT).is_file():
@@ -125,7 +130,7 @@ def check_finished(study: Study) -> None:
             if found.get(name) != expected.get(name):
                 raise ValueError(
                     f"{run.folder}: was run with {name} = {found.get(name)!r}, and {study.path} has "
-                    f"{expected.get(name)!r}; take the old value, name a new arm, or delete the folder"
+                    f"{expected.get(name)!r} (None: not set); take the old value, name a new arm, or delete the folder"
                 )
 
 
@@ -165,7 +170,8 @@ def work(study: Study, runs: Sequence[Run], earlier: dict[str, str | None], thre
             (run.folder / FAILED).unlink(missing_ok=True)
             done = sum((one.folder / RESULT).is_file() for one in runs)
             accuracies = ", ".join(f"{name} {100 * test['accuracy']:.1f} %" for name, test in tests.items())
-            print(f"{run}: {accuracies}; {time.perf_counter() - start:.0f} s; {done} of {len(runs)} runs", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"{run}: {accuracies}; took {seconds:.0f} s; {done} of {len(runs)} runs finished", flush=True)
         gc.collect()
 
 
@@ -235,7 +241,8 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
         "data": counts,
         "models": models,
         "versions": _versions(),
-        "commit": _commit(study.path.parent),
+        "commit": _commit(Path(molsaki.__file__).parent),
+        "study_commit": _commit(study.path.parent),
         "machine": {"processor": processor(), "gpu": _gpu(), "threads": torch.get_num_threads()},
         "date": _now(),
     }

@@ -106,7 +106,9 @@ def test_a_batch_is_pinned_as_a_whole(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
     batch = batch_of(prepare(examples(2), TextOptions(), STUDENT), packing=True, share_question=True)
     again = batch.pin_memory()
-    assert len(pinned) == 5 + (7 + 3 + 5)  # of the plan, of the texts, of their shared prefix and plan
+    assert len(pinned) == 5 + 1 + (
+        7 + 3 + 5
+    )  # the plan's; rationale_steps; the texts', of their shared prefix and plan
     assert torch.equal(again.student[0].input_ids, batch.student[0].input_ids)
 
 

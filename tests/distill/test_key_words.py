@@ -8,6 +8,7 @@ from molsaki.config import ExtractConfig, parse
 from molsaki.text import key_words
 from molsaki.text.segment import segment
 from molsaki.text.spans import Spans
+from tests.helpers import processes
 
 
 def steps(spans: Spans) -> list[str]:
@@ -72,7 +73,9 @@ def test_a_new_selector_is_one_entry(monkeypatch):
 
     monkeypatch.setitem(key_words.KEY_WORDS, "capitals", capitals)
     assert words(segment("Ann and Bob?", "Cid.", key="capitals")) == ["A", "B", "C"]
-    with pytest.raises(ValueError, match="key: expected one of numbers, keywords, capitals or a list of keywords, got"):
+    with pytest.raises(
+        ValueError, match="key: expected one of numbers, keywords, random, capitals or a list of keywords, got"
+    ):
         segment("Why?", "So.", key="digits")
 
 
@@ -80,4 +83,23 @@ def test_the_option_lists_the_table(capsys):
     with pytest.raises(SystemExit):
         parse(ExtractConfig, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--key {numbers,keywords} The key words: numbers = every number; keywords = each example's own" in shown
+    expected = "--key {numbers,keywords,random} The key words: numbers = every number; keywords = each example's own"
+    assert expected in shown
+
+
+def test_random_words_are_as_many_and_no_numbers():
+    """The control: the same words in every process, others for another text."""
+    text = "Ann has 12 nuts and 3.5 bags. She gives 4 away, how many does she have after 2 days?"
+    spans = segment(text, "Ann has 12 - 4 = 8.", key="random")
+    numbers = segment(text, "Ann has 12 - 4 = 8.")
+    assert words(spans) == words(segment(text, "Ann has 12 - 4 = 8.", key="random"))
+    in_question = [one for one in spans.words if one[1] <= spans.question_end]
+    assert len(in_question) == sum(stop <= numbers.question_end for _, stop in numbers.words)
+    assert not any(character.isdigit() for word in words(spans) for character in word)
+    assert len(spans.words) < len(numbers.words)  # the rationale has two other words only
+    program = (
+        f"from molsaki import segment; s = segment({text!r}, 'Ann has 12 - 4 = 8.', key='random'); print(list(s.words))"
+    )
+    run = processes.python("-c", program)
+    assert run.stdout.strip() == str(list(spans.words)), run.stderr
+    assert segment(text + " So?", "", key="random").words != spans.words

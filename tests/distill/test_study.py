@@ -154,6 +154,26 @@ def test_report(finished):
         assert f"({name})" in text and (finished / "results" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_of_replies_that_say_nothing(copy):
+    """Without the models; of an arm whose answers are the baseline's, and of students that repeat one answer."""
+    for name in ("teacher", "bases"):
+        shutil.rmtree(copy / name)
+    for seed in (0, 1):
+        path = folder_of(copy, f"world/dss/{seed}") / "tests/more/predictions.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        text = "".join(json.dumps(row | {"prediction": "4", "right": row["gold"] == "4"}) + "\n" for row in rows)
+        for arm in ("dss", "paper"):
+            (folder_of(copy, f"world/{arm}/{seed}") / "tests/more/predictions.jsonl").write_text(text)
+    assert study(copy, "--report") == 0
+    row = next(r for r in table(copy / "results/comparisons.csv") if (r["arm"], r["test"]) == ("paper", "more"))
+    assert (row["difference"], row["difference_low"], row["p"], row["pairs"]) == ("0.0", "", "", "2")
+    text = (copy / "results/report.md").read_text()
+    assert "| +0.0 (no answer differs) | 2 |" in text
+    assert "- world/paper/1: 100 % of the replies give the same answer." in text
+    shares = [float(r["most_common_answer"]) for r in table(copy / "results/results.csv") if r["test"] == "more"]
+    assert shares == [1] * 4
+
+
 def test_a_finished_run_is_never_repeated(copy, monkeypatch):
     monkeypatch.setattr(run_module, "execute", None)
     before = contents(copy)
