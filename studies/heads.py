@@ -14,30 +14,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki import capture, plan, segment
 from molsaki.text.spans import Spans
+from molsaki.training.losses import NO_MASS
 from molsaki.training.mixture import layer_scores
+from molsaki_kernels import StepPlan
 from studies.world import Problem
 
 
-@torch.no_grad()
 def choose(teacher: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequence[Problem]) -> dict[str, Any]:
     """``heads``, ``pointer`` and ``layer``, and the scores of all heads, layer by layer, that they follow from."""
     count = teacher.config.num_attention_heads
     sharpness, shares = [], []
     for row in rows:
-        spans = segment(row["question"], row["rationale"])
-        one = plan(spans, tokens)
-        with capture(teacher, one, map_heads="each") as record:
-            teacher(**tokens(spans.text, return_tensors="pt", return_token_type_ids=False))
-        sharpness.append(layer_scores(record.maps, one)[0])
-        maps = record.maps[0]  # (L * H, S, W)
-        for step, word in operands(spans):
-            seen = torch.tensor([start < spans.steps[step][1] for start, _ in spans.words])
-            shares.append(maps[:, step, word] / maps[:, step, seen].sum(-1).clamp_min(1e-8))
-    sharp, share = torch.stack(sharpness).mean(0), torch.stack(shares).mean(0)
+        maps, one = maps_of(teacher, tokens, row)
+        sharpness.append(layer_scores(maps[None], one)[0])
+        shares.append(shares_of_operands(maps, row))
+    sharp, share = torch.stack(sharpness).mean(0), torch.cat(shares, 1).mean(1)
     return {
         "heads": sharp.topk(4).indices.tolist(),
         "pointer": int(share.argmax()),
@@ -45,6 +41,26 @@ def choose(teacher: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequ
         "sharpness": [round(x, 4) for x in sharp.tolist()],
         "share_of_the_operand": [round(x, 4) for x in share.tolist()],
     }
+
+
+@torch.no_grad()
+def maps_of(model: PreTrainedModel, tokens: PreTrainedTokenizerBase, row: Problem) -> tuple[Tensor, StepPlan]:
+    """The maps of all heads ``(L * H, S, W)`` for one text, and its plan."""
+    spans = segment(row["question"], row["rationale"])
+    one = plan(spans, tokens)
+    with capture(model, one, map_heads="each") as record:
+        model(**tokens(spans.text, return_tensors="pt", return_token_type_ids=False))
+    return record.maps[0], one
+
+
+def shares_of_operands(maps: Tensor, row: Problem) -> Tensor:
+    """Per head and sum ``(L * H, sums)``: of the mass on the numbers up to it, the share on the number that it needs."""
+    spans = segment(row["question"], row["rationale"])
+    found = []
+    for step, word in operands(spans):
+        seen = torch.tensor([start < spans.steps[step][1] for start, _ in spans.words])
+        found.append(maps[:, step, word] / maps[:, step, seen].sum(-1).clamp_min(NO_MASS))
+    return torch.stack(found, 1)
 
 
 def operands(spans: Spans) -> list[tuple[int, int]]:

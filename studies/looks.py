@@ -20,34 +20,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from molsaki import capture, plan, segment
 from molsaki.training import losses
-from molsaki_kernels import StepPlan
-from studies.heads import operands
+from studies.heads import maps_of, shares_of_operands
 from studies.mistakes import first_mistake
 from studies.world import Problem, problems
 
 COUNT = 500
-
-
-@torch.no_grad()
-def maps_of(model: PreTrainedModel, tokens: PreTrainedTokenizerBase, row: Problem) -> tuple[Tensor, StepPlan]:
-    """The maps of all heads ``(L * H, S, W)`` for one text, and its plan."""
-    spans = segment(row["question"], row["rationale"])
-    one = plan(spans, tokens)
-    with capture(model, one, map_heads="each") as record:
-        model(**tokens(spans.text, return_tensors="pt", return_token_type_ids=False))
-    return record.maps[0], one
-
-
-def shares(maps: Tensor, row: Problem) -> Tensor:
-    """Per head and sum ``(L * H, sums)``: the share on the number that the sum needs."""
-    spans = segment(row["question"], row["rationale"])
-    found = []
-    for step, word in operands(spans):
-        seen = torch.tensor([start < spans.steps[step][1] for start, _ in spans.words])
-        found.append(maps[:, step, word] / maps[:, step, seen].sum(-1).clamp_min(losses.NO_MASS))
-    return torch.stack(found, 1)
 
 
 def look(
@@ -62,7 +40,7 @@ def look(
     divergences = []
     for row, wanted in zip(rows, teacher, strict=True):
         maps, one = maps_of(model, tokens, row)
-        pointing.append(shares(maps, row).mean(1))
+        pointing.append(shares_of_operands(maps, row).mean(1))
         mean, other = (m.mean(0)[None, None] for m in (maps, wanted))
         divergences.append(losses.attention(mean, other, one, "sum", causal_words=True))
     table = torch.stack(pointing)  # (rows, heads)

@@ -106,7 +106,6 @@ def pretrain(
     muon: float = 0.01,
     adam: float = 2e-3,
     applied: float = 0.0,
-    start: Path | None = None,
     target: float = 1.0,
     check: int = 0,
 ) -> None:
@@ -118,7 +117,6 @@ def pretrain(
         drills: pairs (progress, share): up to that part of the steps, this share of texts are drills, not problems.
         size: texts per step.
         applied: the share of drills that compute sums (`drill`).
-        start: a folder whose model is trained on, in place of a new one.
         muon, adam: peak learning rates, constant for half of the steps, then a cosine to 2 %.
         target, check: every ``check`` steps, stop if this share of 500 validation problems is right.
     """
@@ -126,8 +124,6 @@ def pretrain(
         return
     folder.mkdir(parents=True, exist_ok=True)
     tokens, model = tokenizer(), decoder(layers, width, heads, seed)
-    if start is not None:
-        model = type(model).from_pretrained(start)
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name]
     rest = [w for name, w in model.named_parameters() if not (w.ndim == 2 and ".layers." in name)]
     optimizers = [torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.98), weight_decay=0.0), Muon(matrices, lr=muon)]
@@ -144,7 +140,10 @@ def pretrain(
             optimizer.load_state_dict(one)
         rng.setstate(state["rng"])
         pool, window, first, spent = state["pool"], state["window"], state["step"], state["seconds"]
-    log = open(folder / "log.jsonl", "a" if first else "w", encoding="utf-8")  # noqa: SIM115
+    log_file = folder / "log.jsonl"
+    kept = log_file.read_text(encoding="utf-8").splitlines(keepends=True) if first else []
+    log_file.write_text("".join(line for line in kept if json.loads(line)["step"] <= first), encoding="utf-8")
+    log = open(log_file, "a", encoding="utf-8")  # noqa: SIM115
     for step in range(first, steps):
         progress = step / steps
         if not pool:

@@ -274,10 +274,11 @@ def _key_of_data(study: Study, run: Run, config: DistillConfig) -> str:
         for name, flag in ((config.student, "--student"), (config.teacher, "--teacher"))
         if name is not None
     ]
-    more = [config.predict_template, config.cot_template, config.limit, config.store, config.objective == "cot"]
+    more = [config.predict_template, config.cot_template, config.limit, config.store]
     context = context_length(AutoConfig.from_pretrained(str(config.student)))
     content = study.identity(run)[f"content of {run.options['train_file']}"]
-    return digest([texts, tokenizers, more, context, content, OBJECTIVES[config.objective].has_teacher])
+    objective = OBJECTIVES[config.objective]
+    return digest([texts, tokenizers, more, context, content, objective.rationale_first, objective.has_teacher])
 
 
 def _fingerprints(run: Run, trainer: DistillTrainer) -> dict[str, str]:

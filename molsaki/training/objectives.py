@@ -125,7 +125,8 @@ def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dic
     assert maps is not None and teacher_map is not None and teacher_weights is not None
     terms = dss(student, batch, options)
     entries = batch.teacher_entries
-    if options.map_steps == "rationale" and batch.rationale_steps is not None:
+    if options.map_steps == "rationale":
+        assert batch.rationale_steps is not None
         steps = batch.rationale_steps[:, :, None]
         entries = steps if entries is None else entries & steps
     how = (options.normalise, options.causal_words, options.teacher_temperature, entries)

@@ -507,8 +507,8 @@ class DistillTrainer(Trainer):
         mixture = self.model.mixture
         if mixture is not None and mixture.state_dict():
             saved = load_file(Path(resume_from_checkpoint, checkpoints.ROUTER))
-            if any(not torch.equal(saved[name].cpu(), value.cpu()) for name, value in mixture.named_buffers()
-                   if name in saved):  # fmt: skip
+            layers = saved.get("_teacher_pairs")
+            if layers is not None and not torch.equal(layers.cpu(), mixture._teacher_pairs.cpu()):
                 raise ValueError(
                     f"teacher_layers: expected those of {resume_from_checkpoint}, whose weights belong to its layers; "
                     f"got {self.args.teacher_layers}"
