@@ -54,7 +54,7 @@ def maps_of(model: PreTrainedModel, tokens: PreTrainedTokenizerBase, row: Proble
 
 
 def shares_of_operands(maps: Tensor, row: Problem) -> Tensor:
-    """Per head and sum ``(L * H, sums)``: of the mass on the numbers up to it, the share on the number that it needs."""
+    """Per head and sum ``(L * H, sums)``: of the mass on the numbers up to it, how much is on the one that it needs."""
     spans = segment(row["question"], row["rationale"])
     found = []
     for step, word in operands(spans):
