@@ -108,6 +108,7 @@ def pretrain(
     applied: float = 0.0,
     target: float = 1.0,
     check: int = 0,
+    enough: float = 0.0,
 ) -> None:
     """Train and save a model, with its log.
 
@@ -119,6 +120,10 @@ def pretrain(
         applied: the share of drills that compute sums (`drill`).
         muon, adam: peak learning rates, constant for half of the steps, then a cosine to 2 %.
         target, check: every ``check`` steps, stop if this share of 500 validation problems is right.
+        enough: stop if the mean loss of 50 steps is below this.
+
+    Raises:
+        RuntimeError: the loss never fell below ``enough``.
     """
     if (folder / "model.safetensors").exists():
         return
@@ -174,8 +179,11 @@ def pretrain(
             if check and ((step + 1) % check == 0 or step + 1 == steps):
                 row["accuracy"] = accuracy(model, tokens, validation)
             print(json.dumps(row), file=log, flush=True)
-            if row.get("accuracy", 0) >= target:
+            done = row["loss"] < enough
+            if done or row.get("accuracy", 0) >= target:
                 break
+            if enough and step + 1 == steps:
+                raise RuntimeError(f"{folder}: the loss did not fall below {enough} in {steps} steps")
         if (step + 1) % SAVE == 0:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             state |= {"rng": rng.getstate(), "pool": pool, "window": window, "step": step + 1, "seconds": seconds}

@@ -205,16 +205,12 @@ def plot_losses(
 
 
 def plot_differences(
-    differences: Mapping[str, Mapping[str, tuple[float, float, float]]],
-    baseline: str,
-    path: str | Path,
-    title: str = "",
+    differences: Mapping[str, Mapping[str, tuple[float, float, float]]], path: str | Path, title: str = ""
 ) -> Path:
-    """Differences of accuracy to a baseline with their intervals, one panel per test and one line per method.
+    """Differences of accuracy with their intervals, one panel per test and one line per comparison.
 
     Args:
-        differences: by test and method, ``(difference, low, high)`` in percentage points.
-        baseline: the name of the method that is subtracted.
+        differences: by test and comparison, ``(difference, low, high)`` in percentage points.
     """
     methods = list(dict.fromkeys(name for panel in differences.values() for name in panel))
     figure = Figure(figsize=(1.6 + 3.2 * len(differences), 1.2 + 0.28 * len(methods)), layout="constrained")
@@ -227,7 +223,7 @@ def plot_differences(
             ax.plot(mean, methods.index(name), "o", color=colour, markersize=5)
         ax.set_yticks(range(len(methods)), methods, parse_math=False)
         ax.set(ylim=(len(methods) - 0.5, -0.5))
-        ax.set_xlabel(f"difference to {baseline}, points", parse_math=False)
+        ax.set_xlabel("difference, points")
         ax.set_title(test, parse_math=False)
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,8 @@ def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]
     """One row per data set, test and arm that has a finished run.
 
     Only problems that every finished run of the data set was asked count, and in a difference only the seeds that both
-    arms have: ``pairs``. ``p_holm`` is corrected for all comparisons of the test. Accuracies and differences are from
+    arms have: ``pairs``. ``p_holm`` is corrected for all comparisons of the test, ``p_holm_primary`` for the study's
+    primary ones, also for those that cannot be made yet. Accuracies and differences are from
     0 to 1. A difference has neither interval nor p if no answer differs, since its variance cannot be estimated then.
     ``over`` is ``problems`` where there is one seed only, whose interval says nothing about other seeds.
     """
@@ -33,23 +34,19 @@ def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]
             for result in of_data:
                 right = np.array([result.right[test][id] for id in ids], dtype=bool)
                 arms.setdefault(result.run.arm, {})[result.run.seed] = right
-            base = arms.get(study.baseline or "", {})
             of_test = []
             for arm, seeds in arms.items():
-                row: dict[str, Any] = {
-                    "data": data,
-                    "test": test,
-                    "arm": arm,
-                    "seeds": len(seeds),
-                    "problems": len(ids),
-                }
+                row: dict[str, Any] = {"data": data, "test": test, "arm": arm}
+                row |= {"seeds": len(seeds), "problems": len(ids)}
                 found = accuracy(np.stack(list(seeds.values())), resamples=RESAMPLES)
                 row |= {"accuracy": found.mean, "low": found.low, "high": found.high, "over": found.over}
+                baseline = study.baselines[arm]
+                base = arms.get(baseline or "", {})
                 pairs = [seed for seed in seeds if seed in base]
-                if arm != study.baseline and pairs:
+                if pairs:
                     both = (np.stack([one[seed] for seed in pairs]) for one in (seeds, base))
                     change = difference(*both, resamples=RESAMPLES)
-                    row |= {"pairs": len(pairs), "difference": change.mean}
+                    row |= {"baseline": baseline, "pairs": len(pairs), "difference": change.mean}
                     if change.low < change.high:
                         row |= {"difference_low": change.low, "difference_high": change.high}
                         row |= {"difference_over": change.over, "p": change.p_value}
@@ -57,5 +54,11 @@ def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]
             compared = [row for row in of_test if "p" in row]
             for row, adjusted in zip(compared, holm([row["p"] for row in compared]), strict=True):
                 row["p_holm"] = adjusted
+            primary = study.primary
+            if primary is not None and primary.test == test:
+                named = [row for row in compared if row["arm"] in primary.arms]
+                missing = [1.0] * (len(primary.arms) - len(named))
+                for row, adjusted in zip(named, holm([row["p"] for row in named] + missing), strict=False):
+                    row["p_holm_primary"] = adjusted
             rows += of_test
     return rows

@@ -22,11 +22,11 @@ from molsaki.training.objectives import OBJECTIVES
 
 KEYS = (
     "output_dir", "student", "teacher", "live_teacher", "seeds", "data", "options", "evaluate", "extract", "arms",
-    "baseline", "keep_students", "curve", "score",
+    "baseline", "primary", "keep_students", "curve", "score",
 )  # fmt: skip
 NEEDED = ("output_dir", "student", "seeds", "data", "arms")
 FILES = ("train_file", "eval_file", "store")  # options of DistillConfig that name a file or folder
-OVERRIDES = ("evaluate", "extract", "live_teacher")  # keys of an arm that are no options of DistillConfig
+OVERRIDES = ("evaluate", "extract", "live_teacher", "baseline")  # keys of an arm that are no options of DistillConfig
 # Options of DistillConfig that an arm must not set, and why.
 OF_THE_STUDY = {
     "output_dir": "the study names the folder of each run",
@@ -69,12 +69,21 @@ class Run:
         return f"{self.data}/{self.arm}/{self.seed}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Primary:
+    """The comparisons with the baseline that a study was made for, all on one test."""
+
+    test: str
+    arms: list[str]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
     """A study that was read from a YAML file.
 
     Attributes:
         path: the YAML file; relative names in it are relative to its folder.
+        baselines: for each arm the one that it is compared with, None if it is compared with none.
         runs: all runs in their order, seed by seed.
     """
 
@@ -83,7 +92,8 @@ class Study:
     seeds: list[int]
     data: list[str]
     arms: list[str]
-    baseline: str | None
+    baselines: dict[str, str | None]
+    primary: Primary | None
     keep_students: bool
     score: str | None
     runs: list[Run]
@@ -167,8 +177,6 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
     data = {name: _section(one, path, f"data.{name}") for name, one in _section(values["data"], path, "data").items()}
     for key, names in (("arms", arms), ("data", data)):
         _check_names(names, path, key)
-    if values.get("baseline") is not None and values["baseline"] not in arms:
-        raise ValueError(f"{path}: baseline: expected one of the arms {', '.join(arms)}, got {values['baseline']!r}")
     for name, one in data.items():
         check_keys(one, ("train_file", "tests", "options", "evaluate"), f"{path}: data.{name}")
         _check_names(_section(one.get("tests"), path, f"data.{name}.tests"), path, f"data.{name}.tests")
@@ -178,7 +186,8 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
         seeds=seeds,
         data=list(data),
         arms=list(arms),
-        baseline=values.get("baseline"),
+        baselines=_baselines(values.get("baseline"), arms, path),
+        primary=_primary(values.get("primary"), _baselines(values.get("baseline"), arms, path), data, path),
         keep_students=values.get("keep_students", True),
         score=values.get("score"),
         runs=[],
@@ -243,6 +252,38 @@ def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConf
         values["student"] = config.student
     values |= {"teacher": config.teacher, "data_files": [config.train_file]}
     return build(ExtractConfig, values, f"{study.path}: arms.{run.arm}: extract")
+
+
+def _baselines(baseline: Any, arms: Mapping[str, Any], path: Path) -> dict[str, str | None]:
+    """For each arm its own baseline, or the study's."""
+    for where, name in (
+        {"baseline": baseline} | {f"arms.{arm}.baseline": own.get("baseline") for arm, own in arms.items()}
+    ).items():
+        if name is not None and name not in arms:
+            raise ValueError(f"{path}: {where}: expected one of the arms {', '.join(arms)}, got {name!r}")
+    found = {arm: own.get("baseline") or baseline for arm, own in arms.items()}
+    return {arm: None if name == arm else name for arm, name in found.items()}
+
+
+def _primary(value: Any, baselines: Mapping[str, str | None], data: Mapping[str, Any], path: Path) -> Primary | None:
+    if value is None:
+        return None
+    where = f"{path}: primary"
+    section = _section(value, path, "primary")
+    check_keys(section, ("test", "arms"), where)
+    others = [arm for arm, baseline in baselines.items() if baseline is not None]
+    if not others:
+        raise ValueError(f"{where}: expected a baseline beside it, got none")
+    tests = dict.fromkeys(test for one in data.values() for test in one["tests"])
+    if section.get("test") not in tests:
+        raise ValueError(f"{where}: test: expected one of {', '.join(tests)}, got {section.get('test')!r}")
+    named = section.get("arms")
+    if not isinstance(named, list) or not named or len(set(map(str, named))) < len(named):
+        raise ValueError(f"{where}: arms: expected a list of different arms, got {named!r}")
+    for arm in named:
+        if arm not in others:
+            raise ValueError(f"{where}: arms: expected some of {', '.join(others)}, got {arm!r}")
+    return Primary(section["test"], named)
 
 
 def _section(value: Any, path: Path, key: str) -> dict[Any, Any]:

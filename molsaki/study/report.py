@@ -55,8 +55,10 @@ def _report(
     tests = dict.fromkeys((row["data"], row["test"]) for row in compared)
     scores = {name: None for result in results for one in result.scores.values() for name in one}
     lines = [f"# {study.path.name}: {len(results)} of {len(study.runs)} runs are finished", ""]
+    lines += _primary_findings(study, compared)
     lines += [_finding(study, data, test, compared) for data, test in tests]
     lines += ["", NOTES]
+    lines += _primary_tables(study, compared)
     for data, test in tests:
         lines += [f"## {data}: {test}", ""] + _table(study, data, test, compared) + [""]
         if scores:
@@ -72,6 +74,42 @@ def _report(
     return "\n".join(lines)
 
 
+def _primary_findings(study: Study, compared: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per data set, in bold: which primary arms differ from the baseline."""
+    if study.primary is None:
+        return []
+    lines = []
+    for data in study.data:
+        rows = [row for row in compared if row["data"] == data and "p_holm_primary" in row]
+        arms, test = study.primary.arms, study.primary.test
+        made = [row for row in compared if (row["data"], row["test"]) == (data, test) and "pairs" in row]
+        missing = [arm for arm in arms if arm not in [row["arm"] for row in made]]
+        clear = [f"{row['arm']} {100 * row['difference']:+.1f}" for row in rows if row["p_holm_primary"] < LEVEL]
+        which = f" ({', '.join(clear)} points)" if clear else ""
+        not_yet = f" No pair yet: {', '.join(missing)}." if missing else ""
+        lines.append(
+            f"- **{data}, {test}: {len(clear) or 'none'} of {len(arms)} primary comparisons with p (Holm) below "
+            f"{LEVEL}{which}.{not_yet}**"
+        )
+    return lines
+
+
+def _primary_tables(study: Study, compared: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for data in study.data if study.primary is not None else ():
+        rows = [row for row in compared if row["data"] == data and "p_holm_primary" in row]
+        if rows:
+            lines += [f"## {data}: primary comparisons on {rows[0]['test']}", ""]
+            lines += ["p (Holm) is corrected for these comparisons alone.", ""]
+            lines += ["| arm | difference | pairs | p | p (Holm) |", "| --- | --- | --- | --- | --- |"]
+            for row in rows:
+                cells = [f"{row['arm']} - {row['baseline']}", _interval(row, "difference_", "+.1f")]
+                cells += [row["pairs"], _p(row["p"])]
+                lines.append("| " + " | ".join(map(str, [*cells, _p(row["p_holm_primary"])])) + " |")
+            lines.append("")
+    return lines
+
+
 def _finding(study: Study, data: str, test: str, compared: Sequence[dict[str, Any]]) -> str:
     """One line: which arms differ from the baseline."""
     rows = [row for row in compared if (row["data"], row["test"]) == (data, test) and "p" in row]
@@ -82,22 +120,23 @@ def _finding(study: Study, data: str, test: str, compared: Sequence[dict[str, An
     which = f" ({', '.join(clear)} points)" if clear else ""
     if any(row["difference_over"] == "problems" for row in rows):
         which += "; one seed only, so for these seeds"
-    return f"- {data}, {test}: {many} of {len(rows)} arms against {study.baseline} with p (Holm) below {LEVEL}{which}."
+    return f"- {data}, {test}: {many} of {len(rows)} comparisons with p (Holm) below {LEVEL}{which}."
 
 
 def _table(study: Study, data: str, test: str, compared: Sequence[dict[str, Any]]) -> list[str]:
     rows = [row for row in compared if (row["data"], row["test"]) == (data, test)]
     lines = [f"{rows[0]['problems']} problems.", ""]
     columns = ["arm", "seeds", "accuracy"]
-    if study.baseline is not None:
-        columns += [f"difference to {study.baseline}", "pairs", "p", "p (Holm)"]
+    if any(study.baselines.values()):
+        columns += ["difference", "to", "pairs", "p", "p (Holm)"]
     lines += ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for row in rows:
         cells = [row["arm"], row["seeds"], _interval(row, "", ".1f")]
         if "difference" in row and "p" not in row:
-            cells += [f"{100 * row['difference']:+.1f} (no answer differs)", row["pairs"]]
+            cells += [f"{100 * row['difference']:+.1f} (no answer differs)", row["baseline"], row["pairs"]]
         elif "p" in row:
-            cells += [_interval(row, "difference_", "+.1f"), row["pairs"], _p(row["p"]), _p(row["p_holm"])]
+            cells += [_interval(row, "difference_", "+.1f"), row["baseline"], row["pairs"]]
+            cells += [_p(row["p"]), _p(row["p_holm"])]
         lines.append("| " + " | ".join(map(str, cells)) + " |" + " |" * (len(columns) - len(cells)))
     return lines
 
@@ -179,14 +218,15 @@ def _draw(study: Study, compared: Sequence[dict[str, Any]], curves: Sequence[dic
         for row in compared:
             if row["data"] == data and "p" in row:
                 mean, low, high = (100 * row[f"difference{name}"] for name in ("", "_low", "_high"))
-                differences.setdefault(row["test"], {})[row["arm"]] = (mean, low, high)
+                differences.setdefault(row["test"], {})[f"{row['arm']} - {row['baseline']}"] = (mean, low, high)
         if differences:
             path = study.output_dir / f"differences-{data}.png"
-            drawn.append(plot_differences(differences, str(study.baseline), path, data))
+            drawn.append(plot_differences(differences, path, data))
         points: dict[str, dict[int, list[float]]] = {}
         for row in curves:
             if row["data"] == data and "accuracy" in row:
                 points.setdefault(row["arm"], {}).setdefault(row["step"], []).append(100 * row["accuracy"])
         if points:
-            drawn.append(plot_accuracy(points, study.baseline, study.output_dir / f"accuracy-{data}.png", data))
+            baseline = next(filter(None, study.baselines.values()), None)
+            drawn.append(plot_accuracy(points, baseline, study.output_dir / f"accuracy-{data}.png", data))
     return drawn, ""

@@ -15,6 +15,7 @@ import yaml
 
 from molsaki.cli import main
 from molsaki.evaluation import statistics
+from molsaki.study import report
 from molsaki.study import run as run_module
 from molsaki.study.config import extract_config, read_study
 from tests.helpers import tiny
@@ -168,10 +169,44 @@ def test_a_report_of_replies_that_say_nothing(copy):
     row = next(r for r in table(copy / "results/comparisons.csv") if (r["arm"], r["test"]) == ("paper", "more"))
     assert (row["difference"], row["difference_low"], row["p"], row["pairs"]) == ("0.0", "", "", "2")
     text = (copy / "results/report.md").read_text()
-    assert "| +0.0 (no answer differs) | 2 |" in text
+    assert "| +0.0 (no answer differs) | dss | 2 |" in text
     assert "- world/paper/1: 100 % of the replies give the same answer." in text
     shares = [float(r["most_common_answer"]) for r in table(copy / "results/results.csv") if r["test"] == "more"]
     assert shares == [1] * 4
+
+
+def test_primary_comparisons(copy, monkeypatch):
+    """Corrected for them alone, those without a finished run among them."""
+    monkeypatch.setattr(report, "LEVEL", 0.5)  # two seeds are few
+    for seed in (0, 1):
+        for arm, right in (("dss", {seed}), ("paper", set(range(20)) - {seed + 2})):  # one right, one wrong
+            predictions = folder_of(copy, f"world/{arm}/{seed}") / "tests/more/predictions.jsonl"
+            rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+            rows = [row | {"right": n in right} for n, row in enumerate(rows)]
+            predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arms = STUDY["arms"] | {"other": {"objective": "vanilla"}}
+    assert study(copy, "--report", arms=arms, primary={"test": "more", "arms": ["other", "paper"]}) == 0
+    rows = table(copy / "results/comparisons.csv")
+    row = next(r for r in rows if (r["arm"], r["test"]) == ("paper", "more"))
+    assert float(row["p_holm_primary"]) == 2 * float(row["p"]) and row["p_holm"] == row["p"]
+    assert 0 < float(row["p_holm_primary"]) < 0.5
+    assert [r["p_holm_primary"] for r in rows if r["test"] == "test"] == [""] * 2
+    text = (copy / "results/report.md").read_text()
+    found = f"(paper {100 * float(row['difference']):+.1f} points). No pair yet: other.**"
+    assert f"- **world, more: 1 of 2 primary comparisons with p (Holm) below 0.5 {found}" in text
+    assert "## world: primary comparisons on more" in text and "\n| paper - dss | +" in text
+
+
+def test_an_arm_with_its_own_baseline(copy):
+    arms = STUDY["arms"] | {"dss": STUDY["arms"]["dss"] | {"baseline": "paper"}}
+    assert study(copy, "--report", arms=arms, baseline=None) == 0
+    rows = table(copy / "results/comparisons.csv")
+    assert [(r["arm"], r["baseline"]) for r in rows] == [("dss", "paper"), ("paper", "")] * 2
+    first = [r["difference"] for r in rows if r["arm"] == "dss"]
+    assert study(copy, "--report") == 0
+    other = [float(r["difference"]) for r in table(copy / "results/comparisons.csv") if r["arm"] == "paper"]
+    assert [-float(d) for d in first] == other and any(other)
+    assert "| difference | to | pairs |" in (copy / "results/report.md").read_text()
 
 
 def test_a_finished_run_is_never_repeated(copy, monkeypatch):
@@ -361,6 +396,11 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
         ),
         ({"curve": {"every": 0, "data_file": "test.jsonl"}}, "curve.every: expected a number of steps of at least 1"),
         ({"curve": {"every": 5}}, "curve.data_file: no such file: None"),
+        ({"arms": {"a": {}, "b": {"baseline": "c"}}, "baseline": "a"}, "arms.b.baseline: expected one of the arms a, b, got 'c'"),
+        ({"primary": {"test": "t", "arms": ["paper"]}}, "primary: test: expected one of test, more, got 't'"),
+        ({"primary": {"test": "test", "arms": ["dss"]}}, "primary: arms: expected some of paper, got 'dss'"),
+        ({"primary": {"test": "test"}}, "primary: arms: expected a list of different arms, got None"),
+        ({"primary": {"test": "test", "arms": ["paper"]}, "baseline": None}, "primary: expected a baseline beside it"),
         ({"score": "nowhere:f"}, "score: expected module:function that can be imported, got 'nowhere:f'"),
     ],
 )

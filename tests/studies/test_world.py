@@ -148,6 +148,16 @@ def test_pretraining_learns_drills_and_is_repeatable(tmp_path):
     assert (tmp_path / "a" / "log.jsonl").stat().st_mtime_ns == before
 
 
+def test_pretraining_stops_when_the_loss_is_low_enough(tmp_path):
+    options = dict(layers=1, width=32, heads=2, seed=3, drills=((1.0, 1.0),), size=8)
+    pretrain.pretrain(tmp_path / "a", steps=1000, enough=3.6, **options)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 3.6 and all(loss >= 3.6 for loss in losses[:-1])
+    with pytest.raises(RuntimeError, match="did not fall below 0.1 in 50 steps"):
+        pretrain.pretrain(tmp_path / "b", steps=50, enough=0.1, **options)
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+
+
 def test_interrupted_pretraining_continues_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "SAVE", 20)
     options = dict(layers=1, width=32, heads=2, seed=3, steps=60, drills=((0.5, 1.0), (1.0, 0.5)), size=4, applied=0.5)
