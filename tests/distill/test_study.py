@@ -396,7 +396,7 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
         ),
         ({"curve": {"every": 0, "data_file": "test.jsonl"}}, "curve.every: expected a number of steps of at least 1"),
         ({"curve": {"every": 5}}, "curve.data_file: no such file: None"),
-        ({"arms": {"a": {}, "b": {"baseline": "c"}}, "baseline": "a"}, "arms.b.baseline: expected one of the arms a, b, got 'c'"),
+        ({"arms": {"dss": {"baseline": "c"}}}, "arms.dss.baseline: expected one of the arms dss, got 'c'"),
         ({"primary": {"test": "t", "arms": ["paper"]}}, "primary: test: expected one of test, more, got 't'"),
         ({"primary": {"test": "test", "arms": ["dss"]}}, "primary: arms: expected some of paper, got 'dss'"),
         ({"primary": {"test": "test"}}, "primary: arms: expected a list of different arms, got None"),
