@@ -23,7 +23,7 @@ from studies.world import SEEDS, decoder, problems, tokenizer
 STUDY = Path(__file__).with_name("evidence.yaml")
 TRAIN, TEST = 10_000, 2_000
 TEACHER = {"layers": 4, "width": 144, "heads": 6}
-STUDENT = {"layers": 2, "width": 48, "heads": 2}
+STUDENT = {"layers": 2, "width": 48, "heads": 4}
 
 
 def train_teacher(folder: Path) -> None:
@@ -33,7 +33,7 @@ def train_teacher(folder: Path) -> None:
 
 
 def train_base(folder: Path, seed: int) -> None:
-    pretrain(folder / "bases" / str(seed), **STUDENT, seed=seed, steps=2000, drills=((1.0, 1.0),))
+    pretrain(folder / "bases" / str(seed), **STUDENT, seed=seed, steps=8000, drills=((1.0, 1.0),), enough=0.8)
 
 
 def write_data(folder: Path) -> None:
