@@ -26,7 +26,13 @@ KEYS = (
 )  # fmt: skip
 NEEDED = ("output_dir", "student", "seeds", "data", "arms")
 FILES = ("train_file", "eval_file", "store")  # options of DistillConfig that name a file or folder
-OVERRIDES = ("evaluate", "extract", "live_teacher", "baseline")  # keys of an arm that are no options of DistillConfig
+OVERRIDES = (
+    "evaluate",
+    "extract",
+    "live_teacher",
+    "baseline",
+    "seeds",
+)  # keys of an arm that are no options of DistillConfig
 # Options of DistillConfig that an arm must not set, and why.
 OF_THE_STUDY = {
     "output_dir": "the study names the folder of each run",
@@ -167,9 +173,6 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
     for key in NEEDED:
         if not values.get(key):
             raise ValueError(f"{path}: {key}: required, got {values.get(key)!r}")
-    seeds = values["seeds"]
-    if not isinstance(seeds, list) or not all(type(one) is int for one in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{path}: seeds: expected a list of different whole numbers, got {seeds!r}")
     for key in ("keep_students", "live_teacher"):
         if not isinstance(values.get(key, False), bool):
             raise ValueError(f"{path}: {key}: expected true or false, got {values[key]!r}")
@@ -177,6 +180,10 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
     data = {name: _section(one, path, f"data.{name}") for name, one in _section(values["data"], path, "data").items()}
     for key, names in (("arms", arms), ("data", data)):
         _check_names(names, path, key)
+    seeds = _seeds(values["seeds"], path, "seeds")
+    for name, own in arms.items():
+        if "seeds" in own and not set(_seeds(own["seeds"], path, f"arms.{name}.seeds")) <= set(seeds):
+            raise ValueError(f"{path}: arms.{name}.seeds: expected some of {seeds}, got {own['seeds']}")
     for name, one in data.items():
         check_keys(one, ("train_file", "tests", "options", "evaluate"), f"{path}: data.{name}")
         _check_names(_section(one.get("tests"), path, f"data.{name}.tests"), path, f"data.{name}.tests")
@@ -195,11 +202,18 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
     _check_options(values, arms, data, path)
     for seed in seeds:
         for data_name in data:
-            for arm in arms:
-                study.runs.append(_run(study, values, data_name, arm, seed))
+            for arm, own in arms.items():
+                if seed in own.get("seeds", seeds):
+                    study.runs.append(_run(study, values, data_name, arm, seed))
     _check_runs(study, with_models)
     study.scorer()
     return study
+
+
+def _seeds(value: Any, path: Path, key: str) -> list[int]:
+    if not (isinstance(value, list) and value and all(type(one) is int for one in value)) or len({*value}) < len(value):
+        raise ValueError(f"{path}: {key}: expected a list of different whole numbers, got {value!r}")
+    return value
 
 
 def _run(study: Study, values: dict[str, Any], data: str, arm: str, seed: int) -> Run:
