@@ -1,4 +1,4 @@
-"""Writes files that are either complete or absent, and computes digests of what they hold."""
+"""Writes files that are either complete or absent, reads JSON lines, and computes digests of what they hold."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ def write_json_lines(path: str | Path, records: Iterable[object]) -> None:
     """Write one JSON value per line, in UTF-8; the file is complete or absent."""
     with atomic_write(path) as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def read_json_lines(path: str | Path) -> list[Any]:
+    """The JSON values of a file with one per line; a text in them may hold any character that ends a line elsewhere.
+
+    Raises:
+        ValueError: a line is not JSON.
+        OSError: the file cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:  # str.splitlines would also split at U+2028
+        return [json.loads(line) for line in file]
 
 
 def digest(value: object, sort_keys: bool = True) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from molsaki.io import read_json_lines
 from molsaki.training import losses
 from studies.heads import maps_of, shares_of_operands
 from studies.mistakes import first_mistake
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for result in sorted(folder.glob("results/world/*/*/result.json")):
         arm, seed = result.parts[-3:-1]
         predictions = result.parent / "tests" / "test" / "predictions.jsonl"
-        replies = [json.loads(line)["reply"] for line in predictions.read_text(encoding="utf-8").splitlines()[:COUNT]]
+        replies = [one["reply"] for one in read_json_lines(predictions)[:COUNT]]
         right = [first_mistake(reply, row["rationale"]) is None for reply, row in zip(replies, rows, strict=True)]
         model = AutoModelForCausalLM.from_pretrained(result.parent / "student").eval()
         found.append({"arm": arm, "seed": seed} | look(model, tokens, rows, wanted, right))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from molsaki.config import EvaluateConfig, require
 from molsaki.evaluation.statistics import accuracy, difference, paired_test
-from molsaki.io import atomic_write, write_json
+from molsaki.io import atomic_write, read_json_lines, write_json
 from molsaki.text.examples import Example
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,7 @@ def read_lines(flag: str, path: str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"{flag}: no such file: {file}")
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(file)
         if not all(isinstance(one["right"], bool) and {"id", "question", "gold"} <= one.keys() for one in lines):
             raise ValueError("a line lacks id, question, gold or right")
         if len({one["id"] for one in lines}) < len(lines):

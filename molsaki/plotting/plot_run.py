@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.tokenized import spans_of
 from molsaki.config import MixtureOptions, PlotConfig, TextOptions
-from molsaki.io import hash64
+from molsaki.io import hash64, read_json_lines
 from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import load_model, load_tokenizer
 from molsaki.plotting import plots
@@ -61,7 +61,7 @@ def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
         }
         drawn.append(plots.plot_losses(history, curves, folder / f"losses.{suffix}"))
     if (run / WEIGHTS_LOG).is_file():
-        records = [json.loads(line) for line in (run / WEIGHTS_LOG).read_text(encoding="utf-8").splitlines()]
+        records = read_json_lines(run / WEIGHTS_LOG)
         if records:
             drawn.append(plots.plot_layer_weights(records, folder / f"layer_weights.{suffix}"))
     return drawn

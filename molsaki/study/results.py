@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molsaki.io import atomic_write
+from molsaki.io import atomic_write, read_json_lines
 from molsaki.study.config import Run, Study
 from molsaki.study.run import LOG, RESULT
 from molsaki.text.examples import read_examples
@@ -58,8 +58,8 @@ def read_results(study: Study) -> list[Result]:
             continue
         result = Result(run, json.loads(path.read_text(encoding="utf-8")), {}, {}, {})
         for test, file in run.tests.items():
-            lines = (run.folder / "tests" / test / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-            asked = [one for one in map(json.loads, lines) if "left_out" not in one]
+            lines = read_json_lines(run.folder / "tests" / test / "predictions.jsonl")
+            asked = [one for one in lines if "left_out" not in one]
             result.right[test] = {one["id"]: one["right"] for one in asked}
             counts = collections.Counter(one["prediction"] for one in asked)
             result.most_common[test] = max(counts.values(), default=0) / max(len(asked), 1)

@@ -12,6 +12,7 @@ from molsaki.cli import main
 from molsaki.config import EvaluateConfig, parse
 from molsaki.evaluation.evaluate import evaluate
 from molsaki.evaluation.statistics import accuracy, difference, paired_test
+from molsaki.io import read_json_lines, write_json_lines
 from tests.helpers import tiny
 
 
@@ -70,6 +71,14 @@ def test_seeds_are_paired_in_order(runs):
     assert int(rows[3]["only_this"]) == (right & ~baseline).sum()
     cell = f"{100 * whole.mean:.1f} [{100 * whole.low:.1f}, {100 * whole.high:.1f}]"
     assert len(table) == 6 and table[-1].startswith("| all |") and f"| {cell} | {whole.p_value:.3g} |" in table[-1]
+
+
+def test_texts_with_characters_that_end_lines(runs):
+    folder, _ = runs
+    for run in ("a0", "b0"):
+        records = read_json_lines(folder / run / "predictions.jsonl")
+        write_json_lines(folder / run / "predictions.jsonl", [one | {"reply": "1\u2028\x852"} for one in records])
+    assert evaluate(config(folder))["questions"] == 40
 
 
 def test_one_method_alone(runs, capsys):

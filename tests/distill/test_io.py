@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from molsaki.io import atomic_write, digest, hash64, write_json, write_json_lines
+from molsaki.io import atomic_write, digest, hash64, read_json_lines, write_json, write_json_lines
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -33,10 +31,13 @@ def test_json(tmp_path):
     assert (tmp_path / "a.json").read_text() == '{\n "a": [\n  1\n ]\n}\n'
     write_json_lines(tmp_path / "b.jsonl", [{"t": "\u00e9\n"}, 2])
     assert (tmp_path / "b.jsonl").read_bytes() == '{"t": "\u00e9\\n"}\n2\n'.encode()
-    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text("utf-8").splitlines()] == [
+    records = [
         {"t": "\u00e9\n"},
         2,
-    ]
+        "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh\ri",
+    ]  # str.splitlines splits
+    write_json_lines(tmp_path / "b.jsonl", records)
+    assert read_json_lines(tmp_path / "b.jsonl") == records
 
 
 def test_digests():

@@ -1,0 +1,76 @@
+"""The study of docs/evidence.md: its file is valid, and its report has the numbers of the committed results."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import pytest
+
+from molsaki.io import read_json_lines, write_json_lines
+from molsaki.study.config import read_study
+from studies import prepare, real, tables
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "studies" / "results"
+
+
+def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation", *tables.TESTS):
+        write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"question": "1?", "rationale": "1.", "answer": "1"}])
+    text = string.Template(prepare.STUDY.read_text(encoding="utf-8"))
+    values = {"heads": [0, 1, 2, 3], "pointer": 4, "layer": 1}
+    (tmp_path / "evidence.yaml").write_text(text.substitute({name: str(value) for name, value in values.items()}))
+    study = read_study(tmp_path / "evidence.yaml", with_models=False)
+    assert study.primary is not None and study.primary.arms == tables.PRIMARY and study.primary.test == "test"
+    seeds = {arm: [run.seed for run in study.runs if run.arm == arm] for arm in study.arms}
+    assert all(seeds[arm] == list(range(1, 9)) for arm in ("dss", *tables.PRIMARY, *tables.CONTROLS))
+    named = {"dss", *tables.PRIMARY, *tables.CONTROLS, *(arm for group in tables.GROUPS.values() for arm in group)}
+    doses = {f"{form}-{share}" for form in tables.DOSES for share in (1, 10, 30)}
+    assert named <= set(study.arms) <= named | doses  # every arm is in a table
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert all(f"`{arm}`" in text for arm in (*tables.PRIMARY, *tables.CONTROLS))
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="an installation has no results of the study")
+def test_the_tables_of_the_report_are_those_of_the_results():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert tables.fill(text, tables.tables(RESULTS)) == text
+    assert "<!-- table main -->" in text
+
+
+def test_tables_by_hand(tmp_path):
+    (tmp_path / "comparisons.csv").write_text(
+        "data,test,arm,seeds,accuracy,low,high,baseline,pairs,difference,difference_low,difference_high,p,p_holm,p_holm_primary\n"
+        "world,test,dss,8,0.5,0.4,0.6,,,,,,,,\n"
+        "world,test,sum-10,8,0.51,0.41,0.61,dss,8,0.01,-0.02,0.04,0.4,0.5,0.6\n"
+        "world,test,sum-1,5,0.4999,0.41,0.61,dss,5,-0.0001,-0.02,0.04,0.0004,0.0005,\n"
+    )
+    found = tables.tables(tmp_path)
+    assert found["main"].splitlines()[2:] == [
+        "| `dss` | 50.0 [40.0, 60.0] |  |  |",
+        "| `sum-10` | 51.0 [41.0, 61.0] | +1.0 [-2.0, +4.0] | 0.600 |",
+    ]
+    assert found["dose"].splitlines()[2:] == ["| `sum` | -0.0 [-2.0, +4.0] | +1.0 [-2.0, +4.0] |  |"]
+    text = "a\n<!-- table dose -->\nold\n<!-- end -->\nb\n<!-- table few -->\n<!-- end -->\n"
+    filled = tables.fill(text, found)
+    assert filled.startswith("a\n<!-- table dose -->\n| form |") and "old" not in filled and "\nb\n" in filled
+    assert tables.fill(filled, found) == filled
+    with pytest.raises(ValueError, match="table none: expected one of main"):
+        tables.fill("<!-- table none -->\n<!-- end -->", found)
+
+
+def test_rationales_with_wrong_answers_or_of_test_questions_are_left_out(tmp_path):
+    rows = [
+        {"id": "0", "question": "a?", "rationale": "x", "answer": "1,000.0", "gold": "1000"},
+        {"id": "1", "question": "b?", "rationale": "x", "answer": "2", "gold": "3"},
+        {"id": "2", "question": "c?", "rationale": "x", "answer": None, "gold": "3"},
+        {"id": "3", "question": "t  u?", "rationale": "x", "answer": "3", "gold": "3"},
+    ]
+    for name, part in (("svamp_train", rows[:2]), ("svamp_train_gpt35", rows[2:])):
+        write_json_lines(tmp_path / f"{name}.jsonl", part)
+    write_json_lines(tmp_path / "svamp_test.jsonl", [{"id": "t", "question": "t u?", "gold": "3"}])
+    assert real.write_data(tmp_path / "out", tmp_path) == {"train": 1, "test": 1}
+    assert [row["id"] for row in read_json_lines(tmp_path / "out" / "train.jsonl")] == ["0"]
