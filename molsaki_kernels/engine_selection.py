@@ -87,10 +87,11 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
     for name in names:
         if name not in ENGINES:
             raise ValueError(f'engine: expected "auto" or one of {sorted(ENGINES)}, got {engine!r}')
-        served = request if request.value_dim is None else as_served(ENGINES[name], request)
+        served = as_served(ENGINES[name], request)
         reason = ENGINES[name].why_not(served) or ENGINES[name].available()
         if reason is not None and served is not request:
-            reason += f" (keys of {request.head_dim} and values of {request.value_dim} are padded to one width)"
+            given, padded = (f"{one.head_dim} and {one.value_dim or one.head_dim}" for one in (request, served))
+            reason += f" (keys and values of {given} are padded to {padded})"
         if reason is None and map_engine in MAP_ENGINES and ENGINES[name].COMPUTES_MAP:
             reason = f"it computes the map itself, without map_engine {map_engine!r}"
         if reason is None:

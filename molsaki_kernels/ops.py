@@ -141,12 +141,8 @@ def _attention(
 ) -> AttentionOutputs:
     with without_autocast(inputs.q):
         q, value_dim = inputs.q, inputs.v.shape[3]
-        if q.shape[3] == value_dim:
-            outputs = ENGINES[engine].forward(inputs, options, plan)
-            out = outputs.out
-        else:
-            outputs = ENGINES[engine].forward(_padded(inputs, options, engine), options, plan)
-            out = outputs.out[..., :value_dim]
+        outputs = ENGINES[engine].forward(_padded(inputs, options, engine), options, plan)
+        out = outputs.out if outputs.out.shape[3] == value_dim else outputs.out[..., :value_dim]
         lse, maps = outputs.lse, outputs.maps
         if maps is None:
             lse = lse.contiguous()
@@ -244,13 +240,15 @@ def _engine_gradients(
 
 def _padded(inputs: AttentionInputs, options: AttentionOptions, engine: str, backward: bool = False) -> AttentionInputs:
     """Return the inputs as the engine's forward or backward gets them: see :func:`as_served`."""
-    if inputs.q.shape[3] == inputs.v.shape[3]:
+    width = inputs.q.shape[3]
+    if width == inputs.v.shape[3] and not width % getattr(ENGINES[engine], "HEAD_DIM_MULTIPLE", 1):
         return inputs
     request = dataclasses.replace(inputs.request(options), backward=backward)
     served = as_served(ENGINES[engine], request)
-    if served is request:
+    if (served.head_dim, served.value_dim) == (request.head_dim, request.value_dim):
         return inputs
-    q, k, v = (_with_width(x, served.head_dim) for x in (inputs.q, inputs.k, inputs.v))
+    q, k = (_with_width(x, served.head_dim) for x in (inputs.q, inputs.k))
+    v = _with_width(inputs.v, served.value_dim or served.head_dim)
     return dataclasses.replace(inputs, q=q, k=k, v=v)
 
 

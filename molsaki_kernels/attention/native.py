@@ -27,11 +27,15 @@ from molsaki_kernels.spec import (
 )
 from molsaki_kernels.strides import empty_out
 
-__all__ = ["COMPUTES_MAP", "DIFFERENTIABLE", "NAME", "available", "backward", "forward", "takes_value_dim", "why_not"]
+__all__ = [
+    "COMPUTES_MAP", "DIFFERENTIABLE", "HEAD_DIM_MULTIPLE", "NAME", "available", "backward", "forward",
+    "takes_value_dim", "why_not",
+]  # fmt: skip
 
 NAME = "native"
 COMPUTES_MAP = True
 DIFFERENTIABLE = False
+HEAD_DIM_MULTIPLE = 16
 TASKS_PER_THREAD = 16  # in the forward pass, so that threads finish at about the same time
 _CPU = torch.device("cpu")  # also where another default device is set
 

@@ -33,6 +33,8 @@ class Engine(Protocol):
     An engine whose backward can take the key columns of the Triton map in its own passes may have
     ``why_not_fused(inputs, options, plan) -> str | None``, the reason why it cannot in a call, and
     ``backward_with_map``, which has the arguments of ``backward`` and is called in its place, with dmaps.
+
+    An engine may have ``HEAD_DIM_MULTIPLE``: the caller pads q, k and v to multiples of it.
     """
 
     NAME: str
@@ -64,9 +66,17 @@ class Engine(Protocol):
 
 
 def as_served(engine: Engine, request: AttentionRequest) -> AttentionRequest:
-    """Return the request as the engine gets it: where it does not take v of another width than q and k, the narrower
-    of them are padded with zeros to the wider, which changes neither scores nor out."""
+    """Return the request as the engine gets it, with q, k and v padded with zeros, which changes neither scores nor out.
+
+    They are padded to multiples of the engine's ``HEAD_DIM_MULTIPLE``, and to one width where the engine does not take
+    v of another width than q and k.
+    """
+    multiple = getattr(engine, "HEAD_DIM_MULTIPLE", 1)
     D, Dv = request.head_dim, request.value_dim
-    if Dv is None or (engine.why_not(request) is None and engine.takes_value_dim(request, Dv)):
+    if Dv is None and not D % multiple:
         return request
-    return dataclasses.replace(request, head_dim=max(D, Dv), value_dim=None)
+    key_dim, value_dim = (-(-width // multiple) * multiple for width in (D, Dv or D))
+    served = dataclasses.replace(request, head_dim=key_dim, value_dim=None if value_dim == key_dim else value_dim)
+    if value_dim == key_dim or (engine.why_not(served) is None and engine.takes_value_dim(served, value_dim)):
+        return request if (key_dim, value_dim) == (D, Dv) else served
+    return dataclasses.replace(request, head_dim=max(key_dim, value_dim), value_dim=None)

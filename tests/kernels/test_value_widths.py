@@ -11,7 +11,7 @@ import molsaki_kernels as mk
 from molsaki_kernels import reference
 from molsaki_kernels._native import build
 from molsaki_kernels.attention import ENGINES as ALL_ENGINES
-from molsaki_kernels.attention import flex
+from molsaki_kernels.attention import flex, native
 from molsaki_kernels.attention.protocol import as_served
 from tests.helpers import flash_attn_stand_ins as stand_ins
 from tests.helpers.compiled import assert_compiles_alike
@@ -48,6 +48,18 @@ def test_features(engine, feature, dim, value_dim):
     compare(engine, "ragged", FEATURES[feature], torch.bfloat16, layout="bmhd", **shape)
     if engine != "native":
         compare(engine, "ragged", FEATURES[feature], torch.float16, source="maps", layout="bhdm", **shape)
+
+
+@pytest.mark.parametrize("dim, value_dim", [(12, 12), (24, 24), (5, 9), (40, 16)])
+@pytest.mark.parametrize("feature", [feature for engine, feature in CASES if engine == "native"])
+def test_native_pads_to_multiples_of_16(monkeypatch, feature, dim, value_dim):
+    served = []
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda inputs, *rest: served.append(inputs) or forward(inputs, *rest))
+    shape = dict(dim=dim, value_dim=value_dim, groups=groups_of(feature))
+    compare("native", "ragged", FEATURES[feature], torch.float32, **shape)
+    compare("native", "ragged", FEATURES[feature], torch.bfloat16, layout="bmhd", **shape)
+    assert len(served) >= 2 and all(x.shape[3] % 16 == 0 for one in served for x in (one.q, one.k, one.v))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -138,9 +150,9 @@ def test_what_engines_get():
         return served.head_dim, served.value_dim or served.head_dim
 
     cpu = dict(device=torch.device("cpu"))
-    for pair, native, sdpa in (((192, 128), (192, 128), (192, 192)), ((24, 16), (24, 24), (24, 24)),
-                               ((16, 40), (40, 40), (40, 40))):  # fmt: skip
-        given = dict(head_dim=pair[0], value_dim=pair[1])
+    for pair, native, sdpa in (((192, 128), (192, 128), (192, 192)), ((24, 16), (32, 16), (24, 24)),
+                               ((16, 40), (16, 48), (40, 40)), ((12, 12), (16, 16), (12, 12))):  # fmt: skip
+        given = dict(head_dim=pair[0], value_dim=None if pair[0] == pair[1] else pair[1])
         assert widths("native", **cpu, **given) == native
         assert widths("sdpa", **given) == widths("sdpa", **cpu, **given) == sdpa
         assert widths("eager", **given) == pair
@@ -150,8 +162,10 @@ def test_what_engines_get():
 
 
 def test_selection_and_refusal():
-    (q, k, v), plan, _ = inputs("some empty", torch.float32, dim=16, value_dim=24)
-    with pytest.raises(ValueError, match=r"native: .* not 24 \(keys of 16 and values of 24 are padded to one width\)"):
+    (q, k, v), plan, _ = inputs("some empty", torch.float32, dim=16, value_dim=264)
+    with pytest.raises(
+        ValueError, match=r"native: .* not 272 \(keys and values of 16 and 264 are padded to 272 and 272\)"
+    ):
         mk.stepwise_attention(q, k, v, plan, engine="native")
     mk.stepwise_attention(q, k, v, plan)  # "auto" goes on to the next engine
     with pytest.raises(ValueError, match=r"v: expected \(B, Hkv, M, Dv\) .* Dv >= 1, got \(3, 2, 20, 0\)"):
