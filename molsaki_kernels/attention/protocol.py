@@ -66,7 +66,7 @@ class Engine(Protocol):
 
 
 def as_served(engine: Engine, request: AttentionRequest) -> AttentionRequest:
-    """Return the request as the engine gets it, with q, k and v padded with zeros, which changes neither scores nor out.
+    """Return the request as the engine gets it, with q, k and v padded with zeros, which changes no score.
 
     They are padded to multiples of the engine's ``HEAD_DIM_MULTIPLE``, and to one width where the engine does not take
     v of another width than q and k.

@@ -150,14 +150,14 @@ def test_what_engines_get():
         return served.head_dim, served.value_dim or served.head_dim
 
     cpu = dict(device=torch.device("cpu"))
-    for pair, native, sdpa in (((192, 128), (192, 128), (192, 192)), ((24, 16), (32, 16), (24, 24)),
+    for pair, of_native, of_sdpa in (((192, 128), (192, 128), (192, 192)), ((24, 16), (32, 16), (24, 24)),
                                ((16, 40), (16, 48), (40, 40)), ((12, 12), (16, 16), (12, 12))):  # fmt: skip
         given = dict(head_dim=pair[0], value_dim=None if pair[0] == pair[1] else pair[1])
-        assert widths("native", **cpu, **given) == native
-        assert widths("sdpa", **given) == widths("sdpa", **cpu, **given) == sdpa
+        assert widths("native", **cpu, **given) == of_native
+        assert widths("sdpa", **given) == widths("sdpa", **cpu, **given) == of_sdpa
         assert widths("eager", **given) == pair
         assert widths("flex", **given) == pair
-        assert widths("triton", **given) == sdpa
+        assert widths("triton", **given) == of_sdpa
     assert widths("sdpa") == (64, 64)
 
 
