@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molsaki.io import write_json
 from studies.world import Problem, decoder, drill, problem, problems, tokenizer
 
 POOL = 8  # batches that are sorted by length together
 SAVE = 250  # steps after which the state is saved
 STATE = "state.pt"
+OPTIONS = "pretraining.json"
 
 
 class Muon(torch.optim.Optimizer):
@@ -124,10 +126,19 @@ def pretrain(
 
     Raises:
         RuntimeError: the loss never fell below ``enough``.
+        ValueError: the folder has a model, finished or not, of other options.
     """
+    options = {"layers": layers, "width": width, "heads": heads, "seed": seed, "steps": steps, "size": size}
+    options |= {"drills": [list(pair) for pair in drills], "applied": applied, "muon": muon, "adam": adam}
+    options |= {"target": target, "check": check, "enough": enough}
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / OPTIONS).exists() and not any((folder / name).exists() for name in ("model.safetensors", STATE)):
+        write_json(folder / OPTIONS, options)
+    found = json.loads((folder / OPTIONS).read_text(encoding="utf-8")) if (folder / OPTIONS).exists() else None
+    if found != options:
+        raise ValueError(f"{folder}: has a model of options {found}, not {options}; delete it or take another folder")
     if (folder / "model.safetensors").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     tokens, model = tokenizer(), decoder(layers, width, heads, seed)
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name]
     rest = [w for name, w in model.named_parameters() if not (w.ndim == 2 and ".layers." in name)]

@@ -4,44 +4,51 @@
     molsaki study studies/work/real/real.yaml
 
 DIR has ``svamp_train.jsonl``, ``svamp_train_gpt35.jsonl`` and ``svamp_test.jsonl``: objects with ``id``, ``question``,
-``rationale``, ``answer`` (what the rationale ended in) and ``gold``. Rationales with a wrong answer are left out.
-The teacher is trained on the rationales first, so that its attention has to do with them; the student is cut from it.
+``rationale`` and ``gold``. A rationale is kept if the last number in it is right, it has at most 400 characters, and
+its question is not in the test. The teacher is trained on the rationales first, so that its attention has to do with
+them; the student is cut from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from molsaki.evaluation.scoring import score
 from molsaki.io import read_json_lines, write_json_lines
+from molsaki.text.examples import Example
 
 STUDY = Path(__file__).with_name("real.yaml")
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 SOURCES = ("svamp_train", "svamp_train_gpt35")
 LAYERS = 10
+LONGEST = 400  # characters of a rationale
 
 
 def write_data(folder: Path, source: Path) -> dict[str, int]:
-    """Training examples with right rationales, and the test's; the number of examples of each file."""
-    rows = [row for name in SOURCES for row in read_json_lines(source / f"{name}.jsonl")]
-    kept = [row for row in rows if row.get("rationale") and _number(row["answer"]) == _number(row["gold"])]
+    """Write the training examples and the test's; the number of examples of each file."""
     test = read_json_lines(source / "svamp_test.jsonl")
-    asked = {" ".join(row["question"].split()) for row in test}
-    kept = [row for row in kept if " ".join(row["question"].split()) not in asked]
+    asked = {_words(row["question"]) for row in test}
+    kept = []
+    for row in (row for name in SOURCES for row in read_json_lines(source / f"{name}.jsonl")):
+        rationale, seen = row.get("rationale"), _words(row["question"]) in asked
+        if rationale and len(rationale) <= LONGEST and not seen:
+            example = Example(row["id"], row["question"], rationale, row["gold"])
+            if score(example, rationale, "rationale")["right"]:
+                kept.append(row | {"answer": row["gold"]})
     folder.mkdir(parents=True, exist_ok=True)
     write_json_lines(folder / "train.jsonl", kept)
     write_json_lines(folder / "test.jsonl", test)
     return {"train": len(kept), "test": len(test)}
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return float(str(text).replace(",", ""))
-    except ValueError:
-        return None
+def _words(question: str) -> str:
+    """The question without punctuation, cases and spaces, in which the two files of it differ."""
+    return re.sub(r"\W+", " ", question.lower()).strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

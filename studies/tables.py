@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,16 +47,18 @@ def fill(text: str, found: dict[str, str]) -> str:
     """The text with its tables replaced.
 
     Raises:
-        ValueError: the text has a table that does not exist.
+        ValueError: the text has a table that does not exist, or one without an end.
     """
-
-    def replaced(match: re.Match[str]) -> str:
-        name = match[1]
+    parts = re.split(r"<!-- table (\S+) -->\n", text)
+    filled = parts[0]
+    for name, part in zip(parts[1::2], parts[2::2], strict=True):
         if name not in found:
             raise ValueError(f"table {name}: expected one of {', '.join(found)}")
-        return f"<!-- table {name} -->\n{found[name]}\n<!-- end -->"
-
-    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
+        _, end, rest = part.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"table {name}: expected <!-- end --> after it")
+        filled += f"<!-- table {name} -->\n{found[name]}\n{end}{rest}"
+    return filled
 
 
 def _main(rows: dict[str, dict[str, str]]) -> str:
@@ -63,8 +66,9 @@ def _main(rows: dict[str, dict[str, str]]) -> str:
     for arm in ["dss", *PRIMARY, *CONTROLS]:
         if arm in rows:
             row = rows[arm]
-            lines.append([f"`{arm}`", _interval(row, ""), _difference(row), _p(row.get("p_holm_primary"))])
-    return _markdown(["arm", "accuracy on `test`, %", "difference to `dss`, points", "p (Holm, of four)"], lines)
+            lines.append([f"`{arm}`", row["seeds"], _interval(row), _difference(row), _p(row.get("p_holm_primary"))])
+    columns = ["arm", "seeds", "accuracy on `test`, %", "difference to `dss`, points", "p (Holm, of four)"]
+    return _markdown(columns, lines)
 
 
 def _tests(by_test: dict[str, dict[str, dict[str, str]]]) -> str:
@@ -72,17 +76,18 @@ def _tests(by_test: dict[str, dict[str, dict[str, str]]]) -> str:
     for arm in ["dss", *PRIMARY, *CONTROLS]:
         if arm in by_test[TESTS[1]]:
             rows = [by_test[test][arm] for test in TESTS[1:]]
-            cells = [_interval(row, "") if arm == "dss" else _difference(row) for row in rows]
+            cells = [_interval(row) if arm == "dss" else _difference(row) for row in rows]
             lines.append([f"`{arm}`", *cells])
     return _markdown(["arm", *(f"`{test}`" for test in TESTS[1:])], lines)
 
 
 def _doses(rows: dict[str, dict[str, str]]) -> str:
+    """With the number of pairs of seeds behind each difference."""
     lines = []
     for form in DOSES:
-        cells = [_difference(rows.get(f"{form}-{share}", {})) for share in (1, 10, 30)]
-        if any(cells):
-            lines.append([f"`{form}`", *cells])
+        found = [rows.get(f"{form}-{share}", {}) for share in (1, 10, 30)]
+        if any(found):
+            lines.append([f"`{form}`", *(f"{_difference(row)} ({row['pairs']})" if row else "" for row in found)])
     return _markdown(["form", "1 % of the gradient", "10 %", "30 %"], lines)
 
 
@@ -92,8 +97,10 @@ def _differences(rows: dict[str, dict[str, str]], arms: Sequence[str]) -> str:
         if arm in rows:
             row = rows[arm]
             against = f"`{row['baseline']}`" if row.get("baseline") else ""
-            lines.append([f"`{arm}`", _interval(row, ""), _difference(row), against, _p(row.get("p_holm"))])
-    return _markdown(["arm", "accuracy on `test`, %", "difference, points", "to", "p (Holm, of all arms)"], lines)
+            cells = [_interval(row), _difference(row), against, row.get("pairs", ""), _p(row.get("p_holm"))]
+            lines.append([f"`{arm}`", *cells])
+    columns = ["arm", "accuracy on `test`, %", "difference, points", "to", "pairs", "p (Holm, of all arms)"]
+    return _markdown(columns, lines)
 
 
 def _mistakes(rows: Rows) -> str:
@@ -116,20 +123,22 @@ def _curves(rows: Rows) -> str:
         of_arm = [row for row in measured if row["arm"] == arm]
         if of_arm:
             at = [[row for row in of_arm if int(row["step"]) == step] for step in steps]
-            lines.append([f"`{arm}`", *(f"{100 * _mean(one, 'accuracy'):.1f}" for one in at)])
+            lines.append([f"`{arm}`", *(f"{100 * _mean(one, 'accuracy'):.1f}" if one else "" for one in at)])
     return _markdown(["arm", *(f"{step} steps" for step in steps)], lines)
 
 
 def _shares(rows: Rows) -> str:
-    """Beta and the measured share of the gradient, from the second measurement on."""
+    """The measured share of the gradient and beta, of the logged steps after the first 50."""
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm and row.get("attention_share") and int(row["step"]) > 50]
         if of_arm:
-            betas = sorted(float(row["beta"]) for row in of_arm)
-            share = sorted(100 * float(row["attention_share"]) for row in of_arm)
-            middle = [f"{one[len(one) // 2]:.3g} ({one[0]:.3g} to {one[-1]:.3g})" for one in (share, betas)]
-            lines.append([f"`{arm}`", *middle])
+            shares, betas = (
+                [100 * float(row["attention_share"]) for row in of_arm],
+                [float(row["beta"]) for row in of_arm],
+            )
+            cells = [f"{statistics.median(one):.3g} ({min(one):.3g} to {max(one):.3g})" for one in (shares, betas)]
+            lines.append([f"`{arm}`", *cells])
     return _markdown(["arm", "share of the gradient, %: median (least to largest)", "`beta`"], lines)
 
 
@@ -155,15 +164,20 @@ def _mean(rows: Rows, name: str) -> float:
     return sum(float(row[name]) for row in rows) / len(rows) if rows else float("nan")
 
 
-def _interval(row: dict[str, str], prefix: str, form: str = ".1f") -> str:
-    mean, low, high = (
-        100 * float(row[f"{name}"]) for name in (prefix[:-1] or "accuracy", f"{prefix}low", f"{prefix}high")
-    )
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+def _interval(row: dict[str, str], prefix: str = "", form: str = ".1f") -> str:
+    """A number in per cent with its interval; * if that is over problems only, of one seed."""
+    names = (prefix.rstrip("_") or "accuracy", f"{prefix}low", f"{prefix}high")
+    mean, low, high = (round(100 * float(row[name]), 1) + 0.0 for name in names)  # + 0.0: no negative zero
+    mark = " \\*" if row.get(f"{prefix}over") == "problems" else ""
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]{mark}"
 
 
 def _difference(row: dict[str, str]) -> str:
-    return _interval(row, "difference_", "+.1f") if row.get("p") else ""
+    if not row.get("pairs"):
+        return ""
+    if not row.get("p"):
+        return f"{100 * float(row['difference']):+.1f} (no interval)"
+    return _interval(row, "difference_", "+.1f")
 
 
 def _p(value: str | None) -> str:

@@ -173,9 +173,6 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
     for key in NEEDED:
         if not values.get(key):
             raise ValueError(f"{path}: {key}: required, got {values.get(key)!r}")
-    for key in ("keep_students", "live_teacher"):
-        if not isinstance(values.get(key, False), bool):
-            raise ValueError(f"{path}: {key}: expected true or false, got {values[key]!r}")
     arms = {name: _section(arm, path, f"arms.{name}") for name, arm in _section(values["arms"], path, "arms").items()}
     data = {name: _section(one, path, f"data.{name}") for name, one in _section(values["data"], path, "data").items()}
     for key, names in (("arms", arms), ("data", data)):
@@ -187,6 +184,7 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
     for name, one in data.items():
         check_keys(one, ("train_file", "tests", "options", "evaluate"), f"{path}: data.{name}")
         _check_names(_section(one.get("tests"), path, f"data.{name}.tests"), path, f"data.{name}.tests")
+    _check_types(values, arms, data, path)
     study = Study(
         path=path,
         output_dir=path.parent / Path(values["output_dir"]).expanduser(),
@@ -205,6 +203,11 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
             for arm, own in arms.items():
                 if seed in own.get("seeds", seeds):
                     study.runs.append(_run(study, values, data_name, arm, seed))
+    for arm, baseline in study.baselines.items():
+        if baseline is not None and not set.intersection(
+            *({run.seed for run in study.runs if run.arm == one} for one in (arm, baseline))
+        ):
+            raise ValueError(f"{path}: arms.{arm}: shares no seed with {baseline}, the arm that it is compared with")
     _check_runs(study, with_models)
     study.scorer()
     return study
@@ -273,7 +276,7 @@ def _baselines(baseline: Any, arms: Mapping[str, Any], path: Path) -> dict[str, 
     for where, name in (
         {"baseline": baseline} | {f"arms.{arm}.baseline": own.get("baseline") for arm, own in arms.items()}
     ).items():
-        if name is not None and name not in arms:
+        if name is not None and (not isinstance(name, str) or name not in arms):
             raise ValueError(f"{path}: {where}: expected one of the arms {', '.join(arms)}, got {name!r}")
     found = {arm: own.get("baseline") or baseline for arm, own in arms.items()}
     return {arm: None if name == arm else name for arm, name in found.items()}
@@ -288,9 +291,10 @@ def _primary(value: Any, baselines: Mapping[str, str | None], data: Mapping[str,
     others = [arm for arm, baseline in baselines.items() if baseline is not None]
     if not others:
         raise ValueError(f"{where}: expected a baseline beside it, got none")
-    tests = dict.fromkeys(test for one in data.values() for test in one["tests"])
+    tests = [test for test in next(iter(data.values()))["tests"] if all(test in one["tests"] for one in data.values())]
     if section.get("test") not in tests:
-        raise ValueError(f"{where}: test: expected one of {', '.join(tests)}, got {section.get('test')!r}")
+        listed = ", ".join(tests)
+        raise ValueError(f"{where}: test: expected one that all data sets have ({listed}), got {section.get('test')!r}")
     named = section.get("arms")
     if not isinstance(named, list) or not named or len(set(map(str, named))) < len(named):
         raise ValueError(f"{where}: arms: expected a list of different arms, got {named!r}")
@@ -298,6 +302,24 @@ def _primary(value: Any, baselines: Mapping[str, str | None], data: Mapping[str,
         if arm not in others:
             raise ValueError(f"{where}: arms: expected some of {', '.join(others)}, got {arm!r}")
     return Primary(section["test"], named)
+
+
+def _check_types(values: dict[str, Any], arms: dict[str, Any], data: dict[str, Any], path: Path) -> None:
+    """Refuse a value that is no text where a name is expected, or no truth value."""
+    named = {key: values.get(key) for key in ("output_dir", "student", "teacher", "score")}
+    for name, one in data.items():
+        named[f"data.{name}.train_file"] = one.get("train_file")
+        named |= {f"data.{name}.tests.{test}": file or "" for test, file in one["tests"].items()}
+    flags = {key: values.get(key, False) for key in ("keep_students", "live_teacher")}
+    for name, own in arms.items():
+        named |= {f"arms.{name}.{key}": own.get(key) for key in ("student", "teacher", *FILES)}
+        flags[f"arms.{name}.live_teacher"] = own.get("live_teacher", False)
+    for key, value in named.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{path}: {key}: expected a name, got {value!r}")
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {key}: expected true or false, got {value!r}")
 
 
 def _section(value: Any, path: Path, key: str) -> dict[Any, Any]:

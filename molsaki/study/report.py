@@ -75,18 +75,18 @@ def _report(
 
 
 def _primary_findings(study: Study, compared: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per data set, in bold: which primary arms differ from the baseline."""
+    """One line per data set, in bold: which primary arms differ from the baseline, and what they lack yet."""
     if study.primary is None:
         return []
     lines = []
     for data in study.data:
-        rows = [row for row in compared if row["data"] == data and "p_holm_primary" in row]
         arms, test = study.primary.arms, study.primary.test
-        made = [row for row in compared if (row["data"], row["test"]) == (data, test) and "pairs" in row]
-        missing = [arm for arm in arms if arm not in [row["arm"] for row in made]]
-        clear = [f"{row['arm']} {100 * row['difference']:+.1f}" for row in rows if row["p_holm_primary"] < LEVEL]
-        which = f" ({', '.join(clear)} points)" if clear else ""
-        not_yet = f" No pair yet: {', '.join(missing)}." if missing else ""
+        rows = {row["arm"]: row for row in compared if (row["data"], row["test"]) == (data, test)}
+        clear = [arm for arm in arms if rows.get(arm, {}).get("p_holm_primary", 1) < LEVEL]
+        named = ", ".join(f"{arm} {100 * rows[arm]['difference']:+.1f}" for arm in clear)
+        which = f" ({named} points{_caveat([rows[arm] for arm in clear])})" if clear else ""
+        lacking = [f"{arm} {pairs}" for arm in arms if (pairs := _pairs_of(study, data, arm, rows)) is not None]
+        not_yet = f" Not finished, pairs of seeds: {', '.join(lacking)}." if lacking else ""
         lines.append(
             f"- **{data}, {test}: {len(clear) or 'none'} of {len(arms)} primary comparisons with p (Holm) below "
             f"{LEVEL}{which}.{not_yet}**"
@@ -94,20 +94,43 @@ def _primary_findings(study: Study, compared: Sequence[dict[str, Any]]) -> list[
     return lines
 
 
+def _pairs_of(study: Study, data: str, arm: str, rows: dict[str, dict[str, Any]]) -> str | None:
+    """``n of m`` pairs of seeds of an arm and its baseline if some are not finished."""
+    seeds = [
+        {run.seed for run in study.runs if (run.data, run.arm) == (data, one)} for one in (arm, study.baselines[arm])
+    ]
+    planned, pairs = len(set.intersection(*seeds)), rows.get(arm, {}).get("pairs", 0)
+    return None if pairs == planned else f"{pairs} of {planned}"
+
+
 def _primary_tables(study: Study, compared: Sequence[dict[str, Any]]) -> list[str]:
+    if study.primary is None:
+        return []
     lines = []
-    for data in study.data if study.primary is not None else ():
-        rows = [row for row in compared if row["data"] == data and "p_holm_primary" in row]
-        if rows:
-            lines += [f"## {data}: primary comparisons on {rows[0]['test']}", ""]
-            lines += ["p (Holm) is corrected for these comparisons alone.", ""]
-            lines += ["| arm | difference | pairs | p | p (Holm) |", "| --- | --- | --- | --- | --- |"]
-            for row in rows:
-                cells = [f"{row['arm']} - {row['baseline']}", _interval(row, "difference_", "+.1f")]
-                cells += [row["pairs"], _p(row["p"])]
-                lines.append("| " + " | ".join(map(str, [*cells, _p(row["p_holm_primary"])])) + " |")
-            lines.append("")
+    for data in study.data:
+        rows = {row["arm"]: row for row in compared if (row["data"], row["test"]) == (data, study.primary.test)}
+        lines += [f"## {data}: primary comparisons on {study.primary.test}", ""]
+        lines += [f"p (Holm) is corrected for these {len(study.primary.arms)}, of which those that cannot be made yet"]
+        lines += ["count as 1.", "", "| arm | difference | pairs | p | p (Holm) |", "| --- | --- | --- | --- | --- |"]
+        for arm in study.primary.arms:
+            cells = [f"{arm} - {study.baselines[arm]}", *(_cells(rows[arm]) if "pairs" in rows.get(arm, {}) else [])]
+            if "p_holm_primary" in rows.get(arm, {}):
+                cells += [_p(rows[arm]["p"]), _p(rows[arm]["p_holm_primary"])]
+            lines.append("| " + " | ".join(map(str, cells)) + " |" + " |" * (5 - len(cells)))
+        lines.append("")
     return lines
+
+
+def _caveat(rows: Sequence[dict[str, Any]]) -> str:
+    return "; one seed only, so for these seeds" if any(row["difference_over"] == "problems" for row in rows) else ""
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    """The difference and the number of pairs."""
+    if "p" in row:
+        return [_interval(row, "difference_", "+.1f"), row["pairs"]]
+    why = "every answer differs" if row["difference"] else "no answer differs"
+    return [f"{100 * row['difference']:+.1f} ({why})", row["pairs"]]
 
 
 def _finding(study: Study, data: str, test: str, compared: Sequence[dict[str, Any]]) -> str:
@@ -117,9 +140,7 @@ def _finding(study: Study, data: str, test: str, compared: Sequence[dict[str, An
         return f"- {data}, {test}: nothing to compare yet."
     clear = [f"{row['arm']} {100 * row['difference']:+.1f}" for row in rows if row["p_holm"] < LEVEL]
     many = str(len(clear)) if clear else "none"
-    which = f" ({', '.join(clear)} points)" if clear else ""
-    if any(row["difference_over"] == "problems" for row in rows):
-        which += "; one seed only, so for these seeds"
+    which = (f" ({', '.join(clear)} points)" if clear else "") + _caveat(rows)
     return f"- {data}, {test}: {many} of {len(rows)} comparisons with p (Holm) below {LEVEL}{which}."
 
 
@@ -132,11 +153,9 @@ def _table(study: Study, data: str, test: str, compared: Sequence[dict[str, Any]
     lines += ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for row in rows:
         cells = [row["arm"], row["seeds"], _interval(row, "", ".1f")]
-        if "difference" in row and "p" not in row:
-            cells += [f"{100 * row['difference']:+.1f} (no answer differs)", row["baseline"], row["pairs"]]
-        elif "p" in row:
-            cells += [_interval(row, "difference_", "+.1f"), row["baseline"], row["pairs"]]
-            cells += [_p(row["p"]), _p(row["p_holm"])]
+        if "pairs" in row:
+            difference, pairs = _cells(row)
+            cells += [difference, row["baseline"], pairs, *((_p(row["p"]), _p(row["p_holm"])) if "p" in row else ())]
         lines.append("| " + " | ".join(map(str, cells)) + " |" + " |" * (len(columns) - len(cells)))
     return lines
 
@@ -227,6 +246,7 @@ def _draw(study: Study, compared: Sequence[dict[str, Any]], curves: Sequence[dic
             if row["data"] == data and "accuracy" in row:
                 points.setdefault(row["arm"], {}).setdefault(row["step"], []).append(100 * row["accuracy"])
         if points:
-            baseline = next(filter(None, study.baselines.values()), None)
+            counts = collections.Counter(filter(None, study.baselines.values()))
+            baseline = counts.most_common(1)[0][0] if counts else None
             drawn.append(plot_accuracy(points, baseline, study.output_dir / f"accuracy-{data}.png", data))
     return drawn, ""

@@ -48,7 +48,7 @@ from molsaki.training.trainer import DistillTrainer
 logger = logging.getLogger(__name__)
 
 RESULT, FAILED, OPTIONS, LOG = "result.json", "failed.json", "options.json", "log.json"
-KEPT = 8  # data sets that a process keeps tokenized
+KEPT = 16  # data sets that a process keeps tokenized
 LOCKS = ".locks"  # folder of empty files in the output folder
 
 
@@ -87,6 +87,8 @@ def study(
                 raise ValueError(f"--{flag}: expected some of {', '.join(map(str, known))}, got {one}")
     check_finished(found)
     runs = [run for run in found.runs if (not arms or run.arm in arms) and (not seeds or run.seed in seeds)]
+    if not runs:
+        raise ValueError(f"--arms, --seeds: no run of {found.path} has one of these arms and one of these seeds")
     earlier = {str(run): _read(run.folder / FAILED) for run in runs}
     (found.output_dir / LOCKS).mkdir(parents=True, exist_ok=True)
     done = sum((run.folder / RESULT).is_file() for run in runs)

@@ -192,9 +192,14 @@ def test_primary_comparisons(copy, monkeypatch):
     assert 0 < float(row["p_holm_primary"]) < 0.5
     assert [r["p_holm_primary"] for r in rows if r["test"] == "test"] == [""] * 2
     text = (copy / "results/report.md").read_text()
-    found = f"(paper {100 * float(row['difference']):+.1f} points). No pair yet: other.**"
+    found = f"(paper {100 * float(row['difference']):+.1f} points). Not finished, pairs of seeds: other 0 of 2.**"
     assert f"- **world, more: 1 of 2 primary comparisons with p (Holm) below 0.5 {found}" in text
     assert "## world: primary comparisons on more" in text and "\n| paper - dss | +" in text
+    assert "\n| other - dss | | | | |\n" in text
+    shutil.rmtree(folder_of(copy, "world/paper/1"))
+    assert study(copy, "--report", primary={"test": "more", "arms": ["paper"]}) == 0
+    first = (copy / "results/report.md").read_text().splitlines()[2]
+    assert "points; one seed only, so for these seeds). Not finished, pairs of seeds: paper 1 of 2.**" in first
 
 
 def test_an_arm_with_its_own_baseline(copy):
@@ -399,7 +404,19 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
         ({"arms": {"dss": {"seeds": [0, 2]}}}, "arms.dss.seeds: expected some of [0, 1], got [0, 2]"),
         ({"arms": {"dss": {"seeds": 0}}}, "arms.dss.seeds: expected a list of different whole numbers, got 0"),
         ({"arms": {"dss": {"baseline": "c"}}}, "arms.dss.baseline: expected one of the arms dss, got 'c'"),
-        ({"primary": {"test": "t", "arms": ["paper"]}}, "primary: test: expected one of test, more, got 't'"),
+        ({"baseline": ["dss"]}, "study.yaml: baseline: expected one of the arms dss, paper, got ['dss']"),
+        ({"primary": {"test": ["t"], "arms": ["paper"]}}, "primary: test: expected one that all data sets have"),
+        (
+            {"arms": {"dss": {"seeds": [0]}, "paper": {"seeds": [1]}}},
+            "arms.paper: shares no seed with dss, the arm that it is compared with",
+        ),
+        ({"score": 3}, "study.yaml: score: expected a name, got 3"),
+        ({"data": {"w": {"train_file": "train.jsonl", "tests": {"t": 3}}}}, "data.w.tests.t: expected a name, got 3"),
+        ({"arms": {"dss": {"live_teacher": "x"}}}, "arms.dss.live_teacher: expected true or false, got 'x'"),
+        (
+            {"primary": {"test": "t", "arms": ["paper"]}},
+            "primary: test: expected one that all data sets have (test, more), got 't'",
+        ),
         ({"primary": {"test": "test", "arms": ["dss"]}}, "primary: arms: expected some of paper, got 'dss'"),
         ({"primary": {"test": "test"}}, "primary: arms: expected a list of different arms, got None"),
         ({"primary": {"test": "test", "arms": ["paper"]}, "baseline": None}, "primary: expected a baseline beside it"),
@@ -422,6 +439,9 @@ def test_flags_are_checked(inputs, capsys):
     ):
         assert study(inputs, *flags) == 2
         assert message in capsys.readouterr().err
+    arms = STUDY["arms"] | {"paper": {"seeds": [0]}}
+    assert study(inputs, "--arms", "paper", "--seeds", "1", arms=arms) == 2
+    assert "--arms, --seeds: no run of " in capsys.readouterr().err
     assert not (inputs / "results").exists()
 
 

@@ -42,35 +42,45 @@ def test_the_tables_of_the_report_are_those_of_the_results():
 
 
 def test_tables_by_hand(tmp_path):
+    columns = "data,test,arm,seeds,accuracy,low,high,over,baseline,pairs,difference,difference_low,difference_high"
     (tmp_path / "comparisons.csv").write_text(
-        "data,test,arm,seeds,accuracy,low,high,baseline,pairs,difference,difference_low,difference_high,p,p_holm,p_holm_primary\n"
-        "world,test,dss,8,0.5,0.4,0.6,,,,,,,,\n"
-        "world,test,sum-10,8,0.51,0.41,0.61,dss,8,0.01,-0.02,0.04,0.4,0.5,0.6\n"
-        "world,test,sum-1,5,0.4999,0.41,0.61,dss,5,-0.0001,-0.02,0.04,0.0004,0.0005,\n"
+        f"{columns},difference_over,p,p_holm,p_holm_primary\n"
+        "world,test,dss,8,0.5,0.4,0.6,both,,,,,,,,,\n"
+        "world,test,sum-10,8,0.51,0.41,0.61,both,dss,8,0.01,-0.02,0.04,both,0.4,0.5,0.6\n"
+        "world,test,sum-1,1,0.4999,0.41,0.61,problems,dss,1,-0.0001,-0.02,0.04,problems,0.0004,0.0005,\n"
+        "world,test,paper-10,8,0.5,0.4,0.6,both,dss,8,0.0,,,,,,\n"
     )
     found = tables.tables(tmp_path)
     assert found["main"].splitlines()[2:] == [
-        "| `dss` | 50.0 [40.0, 60.0] |  |  |",
-        "| `sum-10` | 51.0 [41.0, 61.0] | +1.0 [-2.0, +4.0] | 0.600 |",
+        "| `dss` | 8 | 50.0 [40.0, 60.0] |  |  |",
+        "| `paper-10` | 8 | 50.0 [40.0, 60.0] | +0.0 (no interval) |  |",
+        "| `sum-10` | 8 | 51.0 [41.0, 61.0] | +1.0 [-2.0, +4.0] | 0.600 |",
     ]
-    assert found["dose"].splitlines()[2:] == ["| `sum` | -0.0 [-2.0, +4.0] | +1.0 [-2.0, +4.0] |  |"]
+    assert found["dose"].splitlines()[2:] == [
+        "| `paper` |  | +0.0 (no interval) (8) |  |",
+        "| `sum` | +0.0 [-2.0, +4.0] \\* (1) | +1.0 [-2.0, +4.0] (8) |  |",
+    ]
     text = "a\n<!-- table dose -->\nold\n<!-- end -->\nb\n<!-- table few -->\n<!-- end -->\n"
     filled = tables.fill(text, found)
     assert filled.startswith("a\n<!-- table dose -->\n| form |") and "old" not in filled and "\nb\n" in filled
     assert tables.fill(filled, found) == filled
     with pytest.raises(ValueError, match="table none: expected one of main"):
         tables.fill("<!-- table none -->\n<!-- end -->", found)
+    with pytest.raises(ValueError, match="table dose: expected <!-- end --> after it"):
+        tables.fill("<!-- table dose -->\n\nText.\n\n<!-- table few -->\n<!-- end -->", found)
 
 
-def test_rationales_with_wrong_answers_or_of_test_questions_are_left_out(tmp_path):
+def test_rationales_that_are_no_use_are_left_out(tmp_path):
     rows = [
-        {"id": "0", "question": "a?", "rationale": "x", "answer": "1,000.0", "gold": "1000"},
-        {"id": "1", "question": "b?", "rationale": "x", "answer": "2", "gold": "3"},
-        {"id": "2", "question": "c?", "rationale": "x", "answer": None, "gold": "3"},
-        {"id": "3", "question": "t  u?", "rationale": "x", "answer": "3", "gold": "3"},
+        {"id": "0", "question": "a?", "rationale": "1 + 999 = 1,000.0.", "gold": "1000"},
+        {"id": "1", "question": "b?", "rationale": "It is 2.", "gold": "3"},
+        {"id": "2", "question": "c?", "rationale": "Add the numbers.", "gold": "3"},
+        {"id": "3", "question": "T, the  day How u?", "rationale": "It is 3.", "gold": "3"},
+        {"id": "4", "question": "d?", "rationale": f"{'so ' * 140} 3.", "gold": "3"},
+        {"id": "5", "question": "e?", "rationale": None, "gold": "3"},
     ]
     for name, part in (("svamp_train", rows[:2]), ("svamp_train_gpt35", rows[2:])):
         write_json_lines(tmp_path / f"{name}.jsonl", part)
-    write_json_lines(tmp_path / "svamp_test.jsonl", [{"id": "t", "question": "t u?", "gold": "3"}])
+    write_json_lines(tmp_path / "svamp_test.jsonl", [{"id": "t", "question": "t the day. How u?", "gold": "3"}])
     assert real.write_data(tmp_path / "out", tmp_path) == {"train": 1, "test": 1}
     assert [row["id"] for row in read_json_lines(tmp_path / "out" / "train.jsonl")] == ["0"]

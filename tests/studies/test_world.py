@@ -146,6 +146,8 @@ def test_pretraining_learns_drills_and_is_repeatable(tmp_path):
     before = (tmp_path / "a" / "log.jsonl").stat().st_mtime_ns
     pretrain.pretrain(tmp_path / "a", **options)  # a finished model is left as it is
     assert (tmp_path / "a" / "log.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="a: has a model of options .*'heads': 2.* not .*'heads': 4"):
+        pretrain.pretrain(tmp_path / "a", **options | {"heads": 4})
 
 
 def test_pretraining_stops_when_the_loss_is_low_enough(tmp_path):
