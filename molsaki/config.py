@@ -50,8 +50,10 @@ class TextOptions:
         f"The key words: {'; '.join(f'{name} = {select.__doc__}' for name, select in KEY_WORDS.items())}.",
         choices=KEY_WORDS,
     )
-    splitter: Literal["rules", "periods"] = option(
-        "rules", "How steps end: by rules for abbreviations and decimals, or at every period as in the paper."
+    splitter: Literal["rules", "periods", "numbers"] = option(
+        "rules",
+        "How steps end: by rules for abbreviations and decimals (rules), at every period as in the paper (periods), or "
+        "by rules and before every number (numbers).",
     )
     number_words: bool = option(False, "Numbers written out, such as twenty-five, are key words too.")
     teacher_template: str = option(

@@ -7,8 +7,7 @@ from fractions import Fraction
 
 import regex
 
-from molsaki.text.sentences import LINE_ENDS
-from molsaki.text.spans import Span
+from molsaki.text.spans import LINE_ENDS, Span
 
 _VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 _CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"  # digits after such a letter end a name (mp3); scripts without case have no such names

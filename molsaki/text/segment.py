@@ -50,7 +50,8 @@ def segment(
             abbreviations, initials and list markers, or before lower case; at the sentence terminals of other scripts
             (``。！？ ؟ । ۔``); and in Thai and Lao, which have none, at a space between two of their letters.
             ``"periods"`` is the paper's: every run of ASCII periods ends a step, also in ``3.14``, and nothing else
-            does.
+            does. ``"numbers"`` ends a step as ``"rules"`` does and also before every number in digits, so that a
+            number's step ends where the number is decided.
         number_words: numbers written out (``twenty-five``, ``a dozen``, ``two thirds``) are numbers too, also
             where ``one`` is a pronoun.
         keywords: the example's own key words, for the selectors that use them.

@@ -1,4 +1,4 @@
-"""Finds where the steps of a text end: by rules for sentences of many scripts, or at every period as in the paper."""
+"""Finds where the steps of a text end: by rules for sentences of many scripts, before numbers, or at every period."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 
 import regex
 
+from molsaki.text.numbers import find_numbers
+from molsaki.text.spans import LINE_ENDS
+
 
 def _word_set(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
 _STOP = r"[\p{SB=STerm}\p{SB=ATerm}…‥]+"  # Unicode's sentence terminals and full stops: .?! 。！？．｡ ؟۔ ।॥ ។ ።
 _CLOSE = r"[\"'”’»)\]}」』）］｝〉》】*_]*(?: [)\]}”»]+)?"
 # Thai and Lao write no stops; a space between two of their letters ends a clause, but not before "and" or "or".
@@ -150,5 +152,15 @@ def period_ends(text: str) -> Iterator[int]:
         yield len(text)
 
 
+def number_ends(text: str) -> Iterator[int]:
+    """The ends of the steps by rules, and one before every number, which then begins a step."""
+    starts = {start for start, _ in find_numbers(text, number_words=False)}
+    yield from sorted(starts.union(rule_ends(text)) - {0})
+
+
 # How a text is cut into steps: name -> the ends of the steps of a text that neither starts nor ends with white space.
-SPLITTERS: dict[str, Callable[[str], Iterator[int]]] = {"rules": rule_ends, "periods": period_ends}
+SPLITTERS: dict[str, Callable[[str], Iterator[int]]] = {
+    "rules": rule_ends,
+    "periods": period_ends,
+    "numbers": number_ends,
+}

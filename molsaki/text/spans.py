@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 Span = tuple[int, int]
+LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
 
 
 @dataclasses.dataclass(frozen=True)

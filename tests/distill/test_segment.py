@@ -104,7 +104,22 @@ def test_periods(text):
     assert steps(segment("", text.replace("|", ""), splitter="periods")) == text.split("|")
 
 
-@pytest.mark.parametrize("splitter", ["rules", "periods"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Eve |7 + |9 = |16. |Next",
+        "|3 apples and $|5.50, so |-2 (|1,200.",
+        "none",
+        "mp3 costs |3. |It is |4",
+        "He has |5. |6 more. |She left.",
+    ],
+)
+def test_before_numbers(text):
+    expected = [step for step in text.split("|") if step]
+    assert steps(segment("", "".join(expected), splitter="numbers")) == expected
+
+
+@pytest.mark.parametrize("splitter", ["rules", "periods", "numbers"])
 @pytest.mark.parametrize(
     "question, rationale, expected, question_end",
     [

@@ -106,6 +106,13 @@ def test_operands_are_the_numbers_that_sums_need():
             start, stop = spans.words[word]
             assert stop < spans.question_end
             assert texts[step].split()[3] == spans.text[start:stop]
+        fine = molsaki.segment(row["question"], row["rationale"], splitter="numbers")
+        texts = [fine.text[a:b].strip() for a, b in fine.steps]
+        before = heads.operands(fine)
+        assert [word for _, word in before] == [word for _, word in found]
+        for step, word in before:
+            start, stop = fine.words[word]
+            assert texts[step].split()[1] in "+-" and texts[step + 1].split()[0] == fine.text[start:stop]
 
 
 def test_a_head_that_points_is_chosen(monkeypatch):
@@ -114,11 +121,13 @@ def test_a_head_that_points_is_chosen(monkeypatch):
     rows = world.problems("train", 5)
 
     def capture(model, plan, map_heads):
+        splitter = "numbers" if len(seen) % 2 == 0 else "rules"
         (row,) = [row for row in rows if tokens(f"{row['question']} {row['rationale']}").input_ids == seen[-1]]
         maps = torch.ones(1, 8, plan.num_steps, plan.num_words)
-        for step, word in heads.operands(molsaki.segment(row["question"], row["rationale"])):
-            maps[0, 5, step] = 0
-            maps[0, 5, step, word] = 1
+        for step, word in heads.operands(molsaki.segment(row["question"], row["rationale"], splitter=splitter)):
+            head = 5 if splitter == "rules" else 3
+            maps[0, head, step] = 0
+            maps[0, head, step, word] = 1
         return contextlib.nullcontext(types.SimpleNamespace(maps=maps))
 
     seen = []
@@ -131,7 +140,7 @@ def test_a_head_that_points_is_chosen(monkeypatch):
     monkeypatch.setattr(heads, "plan", spy)
     monkeypatch.setattr(heads, "capture", capture)
     chosen = heads.choose(teacher, tokens, rows)
-    assert chosen["pointer"] == 5 and chosen["heads"][0] == 5 and chosen["layer"] == 1
+    assert chosen["pointer"] == 5 and chosen["decider"] == 3 and chosen["heads"][0] == 5 and chosen["layer"] == 1
     assert chosen["share_of_the_operand"][5] == pytest.approx(1)
 
 
