@@ -2,16 +2,18 @@
 
 Writes ``looks.csv`` beside the study's results: per student, and per base before its training,
 
-- ``operand_right``, ``operand_wrong``: of a sum's attention on the numbers up to it, the share on the number
-  that it needs, by the student's best head; over problems whose rationale the student itself wrote exactly, or not
+- ``whole``, ``before``: of a step's attention on the numbers up to it, the share on the number that its sum needs, by
+  the student's best head. ``whole``: a step is a sum, as in the maps; ``before``: it ends before that number is
+  written, so that looking back at a number that is written already does not count.
+- ``whole_taught``, ``before_taught``: the same by the head that the arms ``pointer`` and ``decider`` teach.
+- ``before_right``, ``before_wrong``: ``before`` over problems whose rationale the student itself wrote exactly, or not.
 - ``divergence``: of the student's map from the teacher's, both averaged over layers (Eq. 6 with ``normalise=sum`` and
-  ``causal_words``)
+  ``causal_words``).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +22,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.io import read_json_lines
+from molsaki.study.results import write_csv
 from molsaki.training import losses
 from studies.heads import maps_of, shares_of_operands
 from studies.mistakes import first_mistake
 from studies.world import Problem, problems
 
-COUNT = 500
+COUNT = 200
+TAUGHT = 4  # student_layer of these arms in evidence.yaml: the first head of the second layer
 
 
 def look(
@@ -36,21 +40,25 @@ def look(
     right: Sequence[bool] | None,
 ) -> dict[str, float]:
     """The numbers of one model; ``right``: which of the rows it solved, None if it was not asked."""
-    pointing: list[Tensor] = []
+    shares: dict[str, list[Tensor]] = {"whole": [], "before": []}
     divergences = []
     for row, wanted in zip(rows, teacher, strict=True):
         maps, one = maps_of(model, tokens, row)
-        pointing.append(shares_of_operands(maps, row).mean(1))
+        shares["whole"].append(shares_of_operands(maps, row).mean(1))
+        shares["before"].append(shares_of_operands(maps_of(model, tokens, row, "numbers")[0], row, "numbers").mean(1))
         mean, other = (m.mean(0)[None, None] for m in (maps, wanted))
         divergences.append(losses.attention(mean, other, one, "sum", causal_words=True))
-    table = torch.stack(pointing)  # (rows, heads)
-    best = table[:, table.mean(0).argmax()]
-    solved = torch.tensor([True] * len(rows) if right is None else list(right))
-    return {
-        "operand_right": best[solved].mean().item(),
-        "operand_wrong": best[~solved].mean().item(),
-        "divergence": torch.cat(divergences).mean().item(),
-    }
+    found: dict[str, float] = {}
+    for name, per_row in shares.items():
+        table = torch.stack(per_row)  # (rows, heads)
+        best = table[:, table.mean(0).argmax()]
+        found[name] = best.mean().item()
+        if right is not None:
+            found[f"{name}_taught"] = table[:, TAUGHT].mean().item()
+            if name == "before":
+                solved = torch.tensor(list(right))
+                found |= {"before_right": best[solved].mean().item(), "before_wrong": best[~solved].mean().item()}
+    return found | {"divergence": torch.cat(divergences).mean().item()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,10 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for base in sorted((folder / "bases").iterdir()):
         model = AutoModelForCausalLM.from_pretrained(base).eval()
         found.append({"arm": "base", "seed": base.name} | look(model, tokens, rows, wanted, None))
-    with open(folder / "results" / "looks.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+    write_csv(folder / "results" / "looks.csv", found)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def write_study(folder: Path) -> None:
         write_json(chosen_file, choose(teacher, tokens, problems("train", 500)), indent=1)
     chosen = json.loads(chosen_file.read_text(encoding="utf-8"))
     text = string.Template(STUDY.read_text(encoding="utf-8"))
-    (folder / STUDY.name).write_text(text.substitute({name: chosen[name] for name in ("heads", "pointer", "layer")}))
+    (folder / STUDY.name).write_text(
+        text.substitute({name: chosen[name] for name in ("heads", "pointer", "decider", "layer")})
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,9 +23,11 @@ GROUPS = {
         *("paper-mean-10", "paper-flat-10", "sum-sharp-10", "sum-rationale-10", "sum-early-10"),
         *("pointer-early-30", "pointer-matched-10"),
     ],
+    "decider": ["decider-10", "decider-30", "decider-other-10", "sum-numbers-10"],
     "few": ["dss-500", "sum-10-500", "pointer-10-500"],
 }
 DOSES = ["paper", "sum", "heads", "pointer"]
+LOOKS = ["whole", "whole_taught", "before", "before_taught", "before_right", "before_wrong", "divergence"]
 TESTS = ["test", "distractors", "hops", "templates"]
 
 
@@ -147,10 +149,9 @@ def _looks(rows: Rows) -> str:
     for arm in ["teacher", "base", "dss", *PRIMARY, *CONTROLS]:
         of_arm = [row for row in rows if row["arm"] == arm]
         if of_arm:
-            names = ("operand_right", "operand_wrong", "divergence")
-            cells = [_mean([row for row in of_arm if row[name] not in ("", "nan")], name) for name in names]
+            cells = [_mean([row for row in of_arm if row[name] not in ("", "nan")], name) for name in LOOKS]
             lines.append([f"`{arm}`", *("" if cell != cell else f"{cell:.2f}" for cell in cells)])
-    return _markdown(["model", "operand, right", "operand, wrong", "divergence"], lines)
+    return _markdown(["model", *(name.replace("_", ", ") for name in LOOKS)], lines)
 
 
 def _read(path: Path) -> Rows:

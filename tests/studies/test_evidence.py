@@ -21,7 +21,7 @@ def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
     for name in ("train", "validation", *tables.TESTS):
         write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"question": "1?", "rationale": "1.", "answer": "1"}])
     text = string.Template(prepare.STUDY.read_text(encoding="utf-8"))
-    values = {"heads": [0, 1, 2, 3], "pointer": 4, "layer": 1}
+    values = {"heads": [0, 1, 2, 3], "pointer": 4, "decider": 5, "layer": 1}
     (tmp_path / "evidence.yaml").write_text(text.substitute({name: str(value) for name, value in values.items()}))
     study = read_study(tmp_path / "evidence.yaml", with_models=False)
     assert study.primary is not None and study.primary.arms == tables.PRIMARY and study.primary.test == "test"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import molsaki
-from studies import heads, mistakes, pretrain, world
+from studies import heads, looks, mistakes, pretrain, tables, world
 
 
 def facts_of(question: str) -> dict[str, list[str]]:
@@ -142,6 +142,24 @@ def test_a_head_that_points_is_chosen(monkeypatch):
     chosen = heads.choose(teacher, tokens, rows)
     assert chosen["pointer"] == 5 and chosen["decider"] == 3 and chosen["heads"][0] == 5 and chosen["layer"] == 1
     assert chosen["share_of_the_operand"][5] == pytest.approx(1)
+
+
+def test_looks():
+    tokens, model = world.tokenizer(), world.decoder(2, 32, 4, seed=0).eval()
+    rows = world.problems("test", 3)
+    own = [heads.maps_of(model, tokens, row)[0] for row in rows]
+    found = looks.look(model, tokens, rows, own, [True, False, False])
+    assert set(found) == set(tables.LOOKS)
+    assert found["divergence"] == pytest.approx(0, abs=1e-6)  # from its own maps
+    before = torch.stack([
+        heads.shares_of_operands(heads.maps_of(model, tokens, row, "numbers")[0], row, "numbers").mean(1) for row in rows
+    ])  # fmt: skip
+    best = before[:, before.mean(0).argmax()]
+    assert found["before"] == pytest.approx(best.mean().item()) and 0 < found["before"] < 1
+    assert found["before_right"] == pytest.approx(best[0].item())
+    assert found["before_wrong"] == pytest.approx(best[1:].mean().item())
+    assert found["before_taught"] == pytest.approx(before[:, looks.TAUGHT].mean().item())
+    assert set(looks.look(model, tokens, rows, own, None)) == {"whole", "before", "divergence"}
 
 
 def test_pretraining_learns_drills_and_is_repeatable(tmp_path):
