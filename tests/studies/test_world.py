@@ -151,9 +151,9 @@ def test_looks():
     found = looks.look(model, tokens, rows, own, [True, False, False])
     assert set(found) == set(tables.LOOKS)
     assert found["divergence"] == pytest.approx(0, abs=1e-6)  # from its own maps
-    before = torch.stack([
-        heads.shares_of_operands(heads.maps_of(model, tokens, row, "numbers")[0], row, "numbers").mean(1) for row in rows
-    ])  # fmt: skip
+    fine = [heads.maps_of(model, tokens, row, "numbers")[0] for row in rows]
+    per_row = [heads.shares_of_operands(m, row, "numbers").mean(1) for m, row in zip(fine, rows, strict=True)]
+    before = torch.stack(per_row)
     best = before[:, before.mean(0).argmax()]
     assert found["before"] == pytest.approx(best.mean().item()) and 0 < found["before"] < 1
     assert found["before_right"] == pytest.approx(best[0].item())
