@@ -110,8 +110,10 @@ def _primary_tables(study: Study, compared: Sequence[dict[str, Any]]) -> list[st
     for data in study.data:
         rows = {row["arm"]: row for row in compared if (row["data"], row["test"]) == (data, study.primary.test)}
         lines += [f"## {data}: primary comparisons on {study.primary.test}", ""]
-        lines += [f"p (Holm) is corrected for these {len(study.primary.arms)}, of which those that cannot be made yet"]
-        lines += ["count as 1.", "", "| arm | difference | pairs | p | p (Holm) |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"p (Holm) is corrected for these {len(study.primary.arms)}; those that cannot be made yet count as 1."
+        ]
+        lines += ["", "| arm | difference | pairs | p | p (Holm) |", "| --- | --- | --- | --- | --- |"]
         for arm in study.primary.arms:
             cells = [f"{arm} - {study.baselines[arm]}", *(_cells(rows[arm]) if "pairs" in rows.get(arm, {}) else [])]
             if "p_holm_primary" in rows.get(arm, {}):
