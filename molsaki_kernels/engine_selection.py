@@ -87,7 +87,8 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
     for name in names:
         if name not in ENGINES:
             raise ValueError(f'engine: expected "auto" or one of {sorted(ENGINES)}, got {engine!r}')
-        served = as_served(ENGINES[name], request)
+        fits = request.value_dim is None and not request.head_dim % getattr(ENGINES[name], "HEAD_DIM_MULTIPLE", 1)
+        served = request if fits else as_served(ENGINES[name], request)
         reason = ENGINES[name].why_not(served) or ENGINES[name].available()
         if reason is not None and served is not request:
             given, padded = (f"{one.head_dim} and {one.value_dim or one.head_dim}" for one in (request, served))

@@ -141,7 +141,9 @@ def _attention(
 ) -> AttentionOutputs:
     with without_autocast(inputs.q):
         q, value_dim = inputs.q, inputs.v.shape[3]
-        outputs = ENGINES[engine].forward(_padded(inputs, options, engine), options, plan)
+        fits = q.shape[3] == value_dim and not value_dim % getattr(ENGINES[engine], "HEAD_DIM_MULTIPLE", 1)
+        served = inputs if fits else _padded(inputs, options, engine)
+        outputs = ENGINES[engine].forward(served, options, plan)
         out = outputs.out if outputs.out.shape[3] == value_dim else outputs.out[..., :value_dim]
         lse, maps = outputs.lse, outputs.maps
         if maps is None:

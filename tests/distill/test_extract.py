@@ -247,8 +247,11 @@ DATA = Path(__file__).with_name("data")
 
 
 @pytest.mark.parametrize("name", ["store", "store_all_layers"])
-def test_a_store_of_version_0_1_is_continued(tmp_path, name):
-    """The fingerprints are those of version 0.1, so only the missing files are written, with the same bytes."""
+def test_a_store_of_version_0_1_is_continued(tmp_path, name, without_native):
+    """The fingerprints are those of version 0.1, so only the missing files are written, with the same bytes.
+
+    Heads of 8 went through engine sdpa then; engine native differs by the rounding of float32.
+    """
     if transformers.__version__ != "5.17.0":
         pytest.skip("the fingerprint of a model depends on the config that this version of transformers writes")
     whole = files(DATA / name)
