@@ -135,10 +135,8 @@ def _shares(rows: Rows) -> str:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm and row.get("attention_share") and int(row["step"]) > 50]
         if of_arm:
-            shares, betas = (
-                [100 * float(row["attention_share"]) for row in of_arm],
-                [float(row["beta"]) for row in of_arm],
-            )
+            shares = [100 * float(row["attention_share"]) for row in of_arm]
+            betas = [float(row["beta"]) for row in of_arm]
             cells = [f"{statistics.median(one):.3g} ({min(one):.3g} to {max(one):.3g})" for one in (shares, betas)]
             lines.append([f"`{arm}`", *cells])
     return _markdown(["arm", "share of the gradient, %: median (least to largest)", "`beta`"], lines)

@@ -20,9 +20,9 @@ def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]
 
     Only problems that every finished run of the data set was asked count, and in a difference only the seeds that both
     arms have: ``pairs``. ``p_holm`` is corrected for all comparisons of the test, ``p_holm_primary`` for the study's
-    primary ones, also for those that cannot be made yet. Accuracies and differences are from
-    0 to 1. A difference has neither interval nor p if no answer differs, since its variance cannot be estimated then.
-    ``over`` is ``problems`` where there is one seed only, whose interval says nothing about other seeds.
+    primary ones, also for those that cannot be made yet. Accuracies and differences are from 0 to 1. A difference has
+    neither interval nor p if its variance cannot be estimated, as where no answer differs. ``over`` is ``problems``
+    where there is one seed only, whose interval says nothing about other seeds.
     """
     rows = []
     for data in study.data:

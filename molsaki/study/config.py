@@ -26,13 +26,8 @@ KEYS = (
 )  # fmt: skip
 NEEDED = ("output_dir", "student", "seeds", "data", "arms")
 FILES = ("train_file", "eval_file", "store")  # options of DistillConfig that name a file or folder
-OVERRIDES = (
-    "evaluate",
-    "extract",
-    "live_teacher",
-    "baseline",
-    "seeds",
-)  # keys of an arm that are no options of DistillConfig
+# Keys of an arm that are no options of DistillConfig.
+OVERRIDES = ("evaluate", "extract", "live_teacher", "baseline", "seeds")
 # Options of DistillConfig that an arm must not set, and why.
 OF_THE_STUDY = {
     "output_dir": "the study names the folder of each run",
@@ -185,14 +180,15 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
         check_keys(one, ("train_file", "tests", "options", "evaluate"), f"{path}: data.{name}")
         _check_names(_section(one.get("tests"), path, f"data.{name}.tests"), path, f"data.{name}.tests")
     _check_types(values, arms, data, path)
+    baselines = _baselines(values.get("baseline"), arms, path)
     study = Study(
         path=path,
         output_dir=path.parent / Path(values["output_dir"]).expanduser(),
         seeds=seeds,
         data=list(data),
         arms=list(arms),
-        baselines=_baselines(values.get("baseline"), arms, path),
-        primary=_primary(values.get("primary"), _baselines(values.get("baseline"), arms, path), data, path),
+        baselines=baselines,
+        primary=_primary(values.get("primary"), baselines, data, path),
         keep_students=values.get("keep_students", True),
         score=values.get("score"),
         runs=[],

@@ -9,7 +9,7 @@ import pytest
 
 from molsaki.io import read_json_lines, write_json_lines
 from molsaki.study.config import read_study
-from studies import prepare, real, tables
+from studies import looks, prepare, real, tables
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "evidence.md"
@@ -25,6 +25,9 @@ def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
     (tmp_path / "evidence.yaml").write_text(text.substitute({name: str(value) for name, value in values.items()}))
     study = read_study(tmp_path / "evidence.yaml", with_models=False)
     assert study.primary is not None and study.primary.arms == tables.PRIMARY and study.primary.test == "test"
+    taught = {run.options["student_layer"] for run in study.runs if run.options.get("map_heads") == "each"
+              and run.options["mixture"] == "single"}  # fmt: skip
+    assert taught == {looks.TAUGHT}
     seeds = {arm: [run.seed for run in study.runs if run.arm == arm] for arm in study.arms}
     assert all(seeds[arm] == list(range(1, 9)) for arm in ("dss", *tables.PRIMARY, *tables.CONTROLS))
     named = {"dss", *tables.PRIMARY, *tables.CONTROLS, *(arm for group in tables.GROUPS.values() for arm in group)}
