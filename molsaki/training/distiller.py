@@ -101,20 +101,25 @@ class Distiller(nn.Module):
             return self.head.logits(self.student, hidden)
         return self.head.cross_entropy(self.student, hidden, texts.targets, self.fused)
 
+    @property
+    def _has_router(self) -> bool:
+        return self.mixture is not None and self.mixture.router is not None
+
     def _capture(self, plan: StepPlan | None) -> contextlib.AbstractContextManager[Record | None]:
-        """Records maps and values where the objective and the texts have any."""
+        """Records maps, and the values that a router reads, where the objective and the texts have any."""
         if plan is None or not self.objective.maps:
             return contextlib.nullcontext()
         model = self.student if self.head is None else causal_model(self.student).base_model
         options = self.options
         how = {"value_heads": options.value_heads, "pooling": options.pooling, "map_heads": options.map_heads}
-        return capture(model, plan, values=True, **how)
+        return capture(model, plan, values=self._has_router, **how)
 
     def _mixed(self, record: Record, plan: StepPlan) -> StudentMaps:
         """Eq. 5 and the student's side of Eq. 6, of the texts that have a map, which are the record's first."""
         assert self.mixture is not None
         with torch.autocast(plan.device.type, enabled=False):  # maps and values are float32
-            maps, values = record.maps[: len(plan)], record.values[: len(plan)]
+            maps = record.maps[: len(plan)]
+            values = record.values[: len(plan)] if self._has_router else None
             weights, mixed = self.mixture.student(maps, values, plan)
             with torch.no_grad():
                 return StudentMaps(mixed, self.mixture.uniform(maps), weights)

@@ -146,12 +146,12 @@ class MixtureOfLayers(nn.Module):
             weights = (scores / self.tau_t).softmax(-1)[:, None]
         return weights, _mix(weights, maps)
 
-    def student(self, maps: Tensor, values: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
+    def student(self, maps: Tensor, values: Tensor | None, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """Weights ``(N, K, Ls)`` and mixed maps ``(N, K, S, W)`` of the student, differentiable (Eq. 5 and 6).
 
         Args:
             maps: ``(N, Ls, S, W)``.
-            values: ``(N, Lv, d)`` pooled values.
+            values: ``(N, Lv, d)`` pooled values; the kind ``mixture`` alone reads them.
         """
         maps = self._checked(maps, self.num_student_layers, plan)
         if self.kind == "matched":
@@ -161,8 +161,9 @@ class MixtureOfLayers(nn.Module):
             weights = self._student_pairs.to(maps).expand(maps.shape[0], -1, -1)
         else:
             expected = (maps.shape[0], self.value_layers, self.value_width)
-            if values.shape != expected:
-                raise ValueError(f"values: expected (N, Lv, d) = {expected}, got {tuple(values.shape)}")
+            if values is None or values.shape != expected:
+                got = None if values is None else tuple(values.shape)
+                raise ValueError(f"values: expected (N, Lv, d) = {expected}, got {got}")
             with torch.autocast(values.device.type, enabled=False):
                 logits: Tensor = self.router(values.to(next(self.router.parameters()).dtype))
             weights = (logits / self.tau_s).softmax(-1)[:, None]

@@ -71,21 +71,22 @@ def _compute(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> PlanA
     words = torch.zeros((N, columns), dtype=torch.int32, device=_CPU)
     words[:, :C] = plan.word_of_token.clamp_min(0)
     step_of_row = torch.full((N, longest), -1, dtype=torch.int32, device=_CPU)
+    written, lengths = step_of_row.numpy(), length.tolist()  # a tensor takes ten times as long per step
     for n, steps in enumerate(plan.steps.tolist()):
         before = 0
         for s, (start, stop) in enumerate(steps):
             if start >= stop:
                 continue
-            if start < before or stop > length[n]:
-                raise ValueError(f"plan: expected steps that ascend within {int(length[n])} tokens, got {steps}")
-            step_of_row[n, start:stop] = s
+            if start < before or stop > lengths[n]:
+                raise ValueError(f"plan: expected steps that ascend within {lengths[n]} tokens, got {steps}")
+            written[n, start:stop] = s
             before = stop
     rows, task_steps = [], 0
     for n in range(N):
-        for row in range(0, int(length[n]), TASK_ROWS):
-            steps = step_of_row[n, row : min(row + TASK_ROWS, int(length[n]))]
-            steps = steps[steps >= 0]
-            first, count = (int(steps.min()), int(steps.max() - steps.min()) + 1) if len(steps) else (0, 0)
+        for row in range(0, lengths[n], TASK_ROWS):
+            steps = written[n, row : min(row + TASK_ROWS, lengths[n])]
+            steps = steps[steps >= 0]  # they ascend
+            first, count = (int(steps[0]), int(steps[-1] - steps[0]) + 1) if len(steps) else (0, 0)
             rows.append((n, row, first, count, task_steps))
             task_steps += count
     batch = torch.zeros(N, dtype=torch.int64, device=_CPU) if bounds else torch.arange(N, device=_CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,7 +32,13 @@ def forward(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
             weight = weight.masked_fill_(block.padding, 0)
         if options.mean:
             weight = weight / block.total
-        pooled[block.sequences] += (weight[:, None] @ block.x)[:, 0]
+        if block.owner is None:
+            pooled += (weight[:, None] @ block.x)[:, 0]
+        else:
+            first, last = block.sequences
+            by_sequence = weight.new_zeros(last - first, weight.shape[1])
+            by_sequence.scatter_(0, block.owner[None] - first, weight)
+            pooled[first:last] += by_sequence @ block.x[0]
     return pooled
 
 
@@ -43,7 +50,12 @@ def backward(
     for block in _blocks(v, lengths, cu_seqlens, options):
         x = block.x
         norm = torch.rsqrt(x.square().mean(-1, keepdim=True) + options.eps)  # (n, m, 1)
-        upstream = dpooled[block.sequences][:, None]  # (n, 1, width)
+        if block.owner is None:
+            upstream = dpooled[:, None]  # (n, 1, width)
+        elif block.sequences[1] - block.sequences[0] == 1:
+            upstream = dpooled[None, block.sequences[0] : block.sequences[1]]
+        else:
+            upstream = dpooled[None, block.owner]  # (1, m, width)
         dx = (upstream - x * (norm.square() * (upstream * x).mean(-1, keepdim=True))) * norm
         if block.padding is not None:
             dx = dx.masked_fill_(block.padding[..., None], 0)
@@ -53,36 +65,46 @@ def backward(
             dx = (dx / v.shape[1])[:, None]
         else:
             dx = dx.unflatten(-1, (v.shape[1], v.shape[3])).transpose(1, 2)
-        batch = slice(None) if cu_seqlens is not None else block.sequences
-        dv[batch, :, block.tokens] = dx.to(v.dtype)
+        dv[:, :, block.tokens] = dx.to(v.dtype)
     return dv
 
 
 class _Block(NamedTuple):
-    """Some tokens of one or all sequences."""
+    """Some tokens of every padded sequence, or of the packed ones."""
 
-    sequences: slice
     tokens: slice
-    x: Tensor  # (n, m, width), 0 for padding, which may hold any value
+    x: Tensor  # (n, m, width), 0 for padding, which may hold any value; n is 1 for packed sequences
     padding: Tensor | None  # (n, m): True for tokens from the sequence's length on; None: there are none
-    total: Tensor  # (1 or n, 1): tokens of the sequence, at least 1
+    total: Tensor  # (n, 1), (1, m) or (1, 1): tokens of the sequence, at least 1
+    owner: Tensor | None  # (m,): the sequence of each packed token; None for padded sequences
+    sequences: tuple[int, int]  # the packed sequences that have tokens here, from first to last + 1
 
 
 def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, options: PoolingOptions) -> Iterator[_Block]:
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype, device = torch.promote_types(v.dtype, torch.float32), v.device
     bounds = [0, v.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
-    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        sequences = slice(None) if cu_seqlens is None else slice(i, i + 1)
-        for start in range(begin, end, ROWS):
-            tokens = slice(start, min(start + ROWS, end))
-            x = v[:, :, tokens].to(dtype)
-            x = x.mean(1) if options.mean_heads else x.transpose(1, 2).flatten(2)
-            padding = None
-            if lengths is None:
-                total = torch.full((1, 1), end - begin, dtype=dtype, device=v.device)
-            else:
-                position = torch.arange(tokens.start - begin, tokens.stop - begin, device=v.device)
-                padding = position >= lengths[sequences, None]
-                x = x.masked_fill(padding[..., None], 0)
-                total = lengths[sequences, None].clamp(1, end - begin).to(dtype)
-            yield _Block(sequences, tokens, x, padding, total)
+    begin, end = bounds[0], bounds[-1]
+    starts = counts = owners = None
+    if cu_seqlens is not None:
+        starts, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        owners = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    for start in range(begin, end, ROWS):
+        tokens = slice(start, min(start + ROWS, end))
+        x = v[:, :, tokens].to(dtype)
+        x = x.mean(1) if options.mean_heads else x.transpose(1, 2).flatten(2)
+        position = torch.arange(tokens.start, tokens.stop, device=device)
+        owner, sequences, padding = None, (0, 0), None
+        if owners is None:
+            limit = None if lengths is None else lengths[:, None]
+            total = torch.full((1, 1), end, device=device) if limit is None else limit.clamp(1, end)
+        else:
+            owner = owners[tokens.start - begin : tokens.stop - begin]
+            sequences = bisect.bisect_right(bounds, tokens.start) - 1, bisect.bisect_left(bounds, tokens.stop)
+            position = position - starts[owner]
+            limit = None if lengths is None else lengths[owner]
+            total = counts[owner] if limit is None else torch.minimum(limit.clamp_min(1), counts[owner])
+            total = total[None]
+        if limit is not None:
+            padding = (position >= limit).expand(x.shape[:2])
+            x = x.masked_fill(padding[..., None], 0)
+        yield _Block(tokens, x, padding, total.to(dtype), owner, sequences)
