@@ -84,20 +84,21 @@ def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
     dtype, device = torch.promote_types(v.dtype, torch.float32), v.device
     bounds = [0, v.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     begin, end = bounds[0], bounds[-1]
-    starts = counts = owners = None
+    packed = None
     if cu_seqlens is not None:
         starts, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        owners = torch.arange(len(counts), device=device).repeat_interleave(counts)
+        packed = torch.arange(len(counts), device=device).repeat_interleave(counts), starts, counts
     for start in range(begin, end, ROWS):
         tokens = slice(start, min(start + ROWS, end))
         x = v[:, :, tokens].to(dtype)
         x = x.mean(1) if options.mean_heads else x.transpose(1, 2).flatten(2)
         position = torch.arange(tokens.start, tokens.stop, device=device)
         owner, sequences, padding = None, (0, 0), None
-        if owners is None:
+        if packed is None:
             limit = None if lengths is None else lengths[:, None]
             total = torch.full((1, 1), end, device=device) if limit is None else limit.clamp(1, end)
         else:
+            owners, starts, counts = packed
             owner = owners[tokens.start - begin : tokens.stop - begin]
             sequences = bisect.bisect_right(bounds, tokens.start) - 1, bisect.bisect_left(bounds, tokens.stop)
             position = position - starts[owner]
