@@ -5,9 +5,9 @@ Two scores per head, over texts of the training data:
 - G of Eq. 4, the mean difference between neighbouring words: how sharp a head's maps are. It needs no knowledge of the
   world; ``heads`` are the four sharpest.
 - The share of the right operand: of a step's attention on the numbers up to it, how much is on the number of the
-  question that its sum needs. ``pointer`` is the head with the largest, ``layer`` the layer by the mean over its heads,
-  where a step is a whole sum; ``decider`` is the head with the largest where a step ends before each number, so that
-  what counts is the attention before the number is written.
+  question that its sum needs. ``pointer`` is the head with the largest where a step is a whole sum; ``decider`` is the
+  head with the largest where a step ends before each number, so that what counts is the attention before the number is
+  written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from studies.world import Problem
 
 def choose(teacher: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequence[Problem]) -> dict[str, Any]:
     """The choices, and the scores of all heads, layer by layer, that they follow from."""
-    count = teacher.config.num_attention_heads
     sharpness, shares, before = [], [], []
     for row in rows:
         maps, one = maps_of(teacher, tokens, row)
@@ -42,7 +41,6 @@ def choose(teacher: PreTrainedModel, tokens: PreTrainedTokenizerBase, rows: Sequ
         "heads": sharp.topk(4).indices.tolist(),
         "pointer": int(share.argmax()),
         "decider": int(decided.argmax()),
-        "layer": int(share.view(-1, count).mean(1).argmax()),
         "sharpness": [round(x, 4) for x in sharp.tolist()],
         "share_of_the_operand": [round(x, 4) for x in share.tolist()],
         "share_of_the_operand_before_it": [round(x, 4) for x in decided.tolist()],

@@ -1,4 +1,5 @@
-"""Writes what the study needs into a folder: data, teacher, an untrained teacher, a base per seed, and the YAML file.
+"""Writes what the study needs into a folder: data, teacher, an untrained teacher, a base per seed, the choice of heads
+and layers, and the YAML file.
 
 What is there already is left as it is, so an interrupted preparation is continued by the same command.
 """
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molsaki.io import write_json, write_json_lines
+from studies import single
 from studies.heads import choose
 from studies.pretrain import pretrain
 from studies.world import SEEDS, decoder, problems, tokenizer
@@ -42,28 +44,35 @@ def write_data(folder: Path) -> None:
         write_json_lines(folder / "data" / f"{name}.jsonl", problems(name, TRAIN if name == "train" else TEST))
 
 
-def write_study(folder: Path) -> None:
-    """The untrained teacher, the choice of heads (``heads.json``) and the YAML file."""
+def write_choices(folder: Path, processes: int) -> None:
+    """The untrained teacher, and what the arms teach: heads (``heads.json``) and two layers (``single.json``)."""
     untrained = folder / "untrained"
     if not (untrained / "model.safetensors").exists():
         decoder(TEACHER["layers"], TEACHER["width"], TEACHER["heads"], seed=2).save_pretrained(untrained)
         tokenizer().save_pretrained(untrained)
-    chosen_file = folder / "heads.json"
-    if not chosen_file.exists():
+    if not (folder / "heads.json").exists():
         teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
         tokens = AutoTokenizer.from_pretrained(folder / "teacher")
-        write_json(chosen_file, choose(teacher, tokens, problems("train", 500)), indent=1)
-    chosen = json.loads(chosen_file.read_text(encoding="utf-8"))
-    text = string.Template(STUDY.read_text(encoding="utf-8"))
-    (folder / STUDY.name).write_text(
-        text.substitute({name: chosen[name] for name in ("heads", "pointer", "decider", "layer")})
-    )
+        write_json(folder / "heads.json", choose(teacher, tokens, problems("train", 500)), indent=1)
+    if not (folder / "single.json").exists():
+        study = STUDY.read_text(encoding="utf-8")
+        single.run(single.write_grid(study, folder, TEACHER["layers"], STUDENT["layers"]), processes)
+        single.choose(folder)
+
+
+def write_study(folder: Path) -> None:
+    """The YAML file, with the choices filled in."""
+    heads, layers = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("heads.json", "single.json"))
+    values = {name: heads[name] for name in ("heads", "pointer", "decider")}
+    values |= {"single_teacher": layers["teacher_layer"], "single_student": layers["student_layer"]}
+    text = string.Template(STUDY.read_text(encoding="utf-8")).substitute(values)
+    (folder / STUDY.name).write_text(text, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 9)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(1, 9), *single.SEEDS])
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     args = parser.parse_args(argv)
     write_data(args.folder)
@@ -73,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs += [pool.apply_async(train_base, (args.folder, seed)) for seed in args.seeds]
         for job in jobs:
             job.get()
+    write_choices(args.folder, args.processes)
     write_study(args.folder)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
 
 import pytest
 
-from molsaki.io import read_json_lines, write_json_lines
+from molsaki.io import read_json_lines, write_json, write_json_lines
 from molsaki.study.config import read_study
-from studies import looks, prepare, real, tables
+from studies import looks, prepare, real, single, tables
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "evidence.md"
@@ -20,11 +19,14 @@ def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("train", "validation", *tables.TESTS):
         write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"question": "1?", "rationale": "1.", "answer": "1"}])
-    text = string.Template(prepare.STUDY.read_text(encoding="utf-8"))
-    values = {"heads": [0, 1, 2, 3], "pointer": 4, "decider": 5, "layer": 1}
-    (tmp_path / "evidence.yaml").write_text(text.substitute({name: str(value) for name, value in values.items()}))
+    write_json(tmp_path / "heads.json", {"heads": [0, 1, 2, 3], "pointer": 4, "decider": 5})
+    write_json(tmp_path / "single.json", {"teacher_layer": 2, "student_layer": 0})
+    prepare.write_study(tmp_path)
     study = read_study(tmp_path / "evidence.yaml", with_models=False)
     assert study.primary is not None and study.primary.arms == tables.PRIMARY and study.primary.test == "test"
+    (layers,) = {(run.options["teacher_layer"], run.options["student_layer"]) for run in study.runs
+                 if run.arm == "single-10"}  # fmt: skip
+    assert layers == (2, 0)
     taught = {run.options["student_layer"] for run in study.runs if run.options.get("map_heads") == "each"
               and run.options["mixture"] == "single"}  # fmt: skip
     assert taught == {looks.TAUGHT}
@@ -35,6 +37,23 @@ def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
     assert named <= set(study.arms) <= named | doses  # every arm is in a table
     text = DOCUMENT.read_text(encoding="utf-8")
     assert all(f"`{arm}`" in text for arm in (*tables.PRIMARY, *tables.CONTROLS))
+
+
+def test_the_grid_of_single_layers(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation"):
+        write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"question": "1?", "rationale": "1.", "answer": "1"}])
+    grid = read_study(single.write_grid(prepare.STUDY.read_text(encoding="utf-8"), tmp_path, 4, 2), with_models=False)
+    assert len(grid.runs) == 16 and not set(single.SEEDS) & set(range(1, 9))
+    assert {(run.options["teacher_layer"], run.options["student_layer"]) for run in grid.runs} == {
+        (t, s) for t in range(4) for s in range(2)
+    }
+    assert all(run.options["max_steps"] == 1000 and run.options["mixture"] == "single" for run in grid.runs)
+    rows = ["arm,seed,test,accuracy", "0-1,0,validation,0.9", "2-1,0,validation,0.6", "0-1,100,validation,0.1"]
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "results.csv").write_text("\n".join([*rows, "2-1,100,validation,0.5\n"]))
+    chosen = single.choose(tmp_path)
+    assert (chosen["teacher_layer"], chosen["student_layer"]) == (2, 1)
 
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="an installation has no results of the study")
