@@ -54,6 +54,9 @@ def test_the_grid_of_single_layers(tmp_path):
     (tmp_path / "single" / "results.csv").write_text("\n".join([*rows, "2-1,100,validation,0.5\n"]))
     chosen = single.choose(tmp_path)
     assert (chosen["teacher_layer"], chosen["student_layer"]) == (2, 1)
+    (tmp_path / "single" / "results.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="expected 2 runs of each pair; some of .*2-1"):
+        single.choose(tmp_path)
 
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="an installation has no results of the study")
