@@ -171,7 +171,8 @@ class _Run:
     ) -> tuple[dict[str, list[Verdict]], collections.Counter[str], list[dict[str, Any]]]:
         """Right rationales by id; the reasons of the examples without one, counted; every refused reply."""
         kept: dict[str, list[Verdict]] = {}
-        reasons: dict[str, str] = {}
+        reasons: dict[str, str] = {}  # of the examples that are not kept
+        right: collections.Counter[int] = collections.Counter()  # examples by the phase in which they were kept
         refused = []
         for phase, hint in ((FIRST, None), (SECOND, self.config.hint)):
             prompts = []
@@ -190,16 +191,18 @@ class _Run:
                     example = prompt.example
                     verdict = judge(example, reply, self.form, self.config.hint, phase)
                     if verdict.reason:
-                        reasons[example.id] = verdict.reason
+                        if example.id not in kept:
+                            reasons[example.id] = verdict.reason
                         refused.append(_refusal(example, phase, verdict.reason, prompt.sample, reply, verdict.answer))
                     elif all(verdict.rationale != other.rationale for other in kept.get(example.id, [])):
+                        if example.id not in kept:
+                            reasons.pop(example.id, None)
+                            right[phase] += 1
                         kept.setdefault(example.id, []).append(verdict)
-                    counts = collections.Counter(found[0].phase for found in kept.values())
-                    missing = len(reasons.keys() - kept.keys())
-                    bar.set_postfix_str(f"right {counts[FIRST]} + {counts[SECOND]}, not {missing}", refresh=False)
+                    bar.set_postfix_str(f"right {right[FIRST]} + {right[SECOND]}, not {len(reasons)}", refresh=False)
         order = {example.id: number for number, example in enumerate(examples)}
         refused.sort(key=lambda record: (order[record["id"]], record["phase"], record["sample"] or 0))
-        return kept, collections.Counter(reasons[e.id] for e in examples if e.id not in kept), refused
+        return kept, collections.Counter(reasons[e.id] for e in examples if e.id in reasons), refused
 
     def keywords(self, texts: Sequence[Example]) -> dict[str, list[str]]:
         """The key words of each kept text, by its id: those of the teacher's that occur in it."""
