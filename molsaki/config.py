@@ -314,7 +314,8 @@ def _parser(config_class: type[Config], prog: str | None = None) -> tuple[Any, l
         parser.add_argument(
             "--preset",
             choices=list(presets.PRESETS),
-            help="paper: every option of the method as in arXiv 2604.15701; options that are given override it.",
+            help="paper: every option of the method as in arXiv 2604.15701; recommended: what the study of "
+            "docs/evidence.md found best, objective dss. Options that are given override it.",
         )
         names.append("preset")
     return parser, names
@@ -328,8 +329,10 @@ def check_options(config: Any, **least: float) -> None:
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name, None), hints[field.name]
-        choices = get_args(hint) if get_origin(hint) is Literal else field.metadata.get("choices", ())
-        if field.default in choices and value not in choices:
+        literals = [one for one in (hint, *get_args(hint)) if get_origin(one) is Literal]  # or None, if that is allowed
+        choices = get_args(literals[0]) if literals else field.metadata.get("choices", ())
+        is_checked = literals or field.default in choices
+        if is_checked and value != field.default and value not in choices:
             raise ValueError(f"{field.name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
         if field.name in least and value is not None and value < least[field.name]:
             raise ValueError(f"{field.name}: expected at least {least[field.name]}, got {value}")

@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         right = [first_mistake(reply, row["rationale"]) is None for reply, row in zip(replies, rows, strict=True)]
         model = AutoModelForCausalLM.from_pretrained(result.parent / "student").eval()
         found.append({"arm": arm, "seed": seed} | look(model, tokens, rows, wanted, right))
-    for base in sorted((folder / "bases").iterdir()):
+    for seed in sorted({str(row["seed"]) for row in found[1:]}, key=int):  # not those of other seeds
+        base = folder / "bases" / seed
         model = AutoModelForCausalLM.from_pretrained(base).eval()
         found.append({"arm": "base", "seed": base.name} | look(model, tokens, rows, wanted, None))
     write_csv(folder / "results" / "looks.csv", found)

@@ -72,14 +72,14 @@ def write_study(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(1, 9), *single.SEEDS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="of the study")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     args = parser.parse_args(argv)
     write_data(args.folder)
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.processes, torch.set_num_threads, (1,)) as pool:
         jobs = [pool.apply_async(train_teacher, (args.folder,))]
-        jobs += [pool.apply_async(train_base, (args.folder, seed)) for seed in args.seeds]
+        jobs += [pool.apply_async(train_base, (args.folder, seed)) for seed in sorted({*args.seeds, *single.SEEDS})]
         for job in jobs:
             job.get()
     write_choices(args.folder, args.processes)

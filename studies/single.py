@@ -52,7 +52,8 @@ def choose(folder: Path) -> dict[str, Any]:
     with open(folder / NAME / "results.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             accuracies.setdefault(row["arm"], []).append(float(row["accuracy"]))
-    missing = [arm for arm, found in accuracies.items() if len(found) != len(SEEDS)]
+    arms = yaml.safe_load((folder / f"{NAME}.yaml").read_text(encoding="utf-8"))["arms"]
+    missing = [arm for arm in arms if len(accuracies.get(arm, [])) != len(SEEDS)]
     if missing:
         raise ValueError(f"{folder / NAME}: expected {len(SEEDS)} runs of each pair; some of {missing} are missing")
     best = max(accuracies, key=lambda arm: sum(accuracies[arm]) / len(accuracies[arm]))

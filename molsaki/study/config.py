@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from molsaki import presets
 from molsaki.config import EvaluateConfig, ExtractConfig, MixtureOptions, TextOptions, build, check_keys, read_yaml
 from molsaki.training.config import DistillConfig
 from molsaki.training.objectives import OBJECTIVES
@@ -240,7 +241,8 @@ def _run(study: Study, values: dict[str, Any], data: str, arm: str, seed: int) -
         evaluate=evaluate,
         curve=None if curve is None else {name: filled(value) for name, value in curve.items()},
     )
-    name = options.get("objective") or DistillConfig.objective
+    preset = presets.PRESETS.get(str(options.get("preset")), {})
+    name = options.get("objective") or preset.get("objective") or "molsaki"
     if name not in OBJECTIVES:
         raise ValueError(f"{study.path}: arms.{arm}: objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
     objective = OBJECTIVES[name]

@@ -279,7 +279,7 @@ def _key_of_data(study: Study, run: Run, config: DistillConfig) -> str:
     more = [config.predict_template, config.cot_template, config.limit, config.store]
     context = context_length(AutoConfig.from_pretrained(str(config.student)))
     content = study.identity(run)[f"content of {run.options['train_file']}"]
-    objective = OBJECTIVES[config.objective]
+    objective = OBJECTIVES[str(config.objective)]
     return digest([texts, tokenizers, more, context, content, objective.rationale_first, objective.has_teacher])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +19,8 @@ from molsaki.config import (
     check_options,
     option,
 )
+
+logger = logging.getLogger(__name__)
 
 # Options of TrainingArguments that must keep their default, and what to use. All: docs/training-options.md.
 _NO_METRICS = "only losses are evaluated; molsaki evaluate scores replies"
@@ -63,6 +66,12 @@ REFUSED = {
     "ray_scope": _NO_SEARCH,
 }
 
+# Options that only the attention loss reads, besides those of the mixture.
+OF_ATTENTION = (
+    "beta", "beta_until", "attention_share", "share_steps", "normalise", "causal_words", "map_steps",
+    "teacher_temperature", "control",
+)  # fmt: skip
+
 
 @dataclasses.dataclass
 class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
@@ -73,11 +82,12 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
     store: str | None = option(None, "Folder of the teacher's stored maps, in place of a live teacher.")
     train_file: str | None = option(None, "JSON lines file with id, question, rationale and answer.")
     eval_file: str | None = option(None, "JSON lines file whose losses are computed with eval_strategy steps or epoch.")
-    objective: Literal["vanilla", "cot", "dss", "mmi", "logits", "molsaki"] = option(
-        "molsaki",
+    objective: Literal["vanilla", "cot", "dss", "mmi", "logits", "molsaki"] | None = option(
+        None,
         "The loss: of answers only (vanilla); of one text with rationale and answer (cot, Fine-tune-CoT); of answers "
         "and rationales as two texts (dss); with the mutual information of the two (mmi), the teacher's logits "
-        "(logits) or the teacher's attention (molsaki) added.",
+        "(logits) or the teacher's attention (molsaki) added. Default: molsaki if there is a teacher or a store, else "
+        "dss, which was no worse in the study of docs/evidence.md.",
     )
     alpha: float = option(0.5, "Weight of the answer's cross-entropy; the rationale's has 1 - alpha (Eq. 7).")
     beta: float = option(1.0, "Weight of the attention loss (Eq. 7).")
@@ -155,10 +165,33 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
         check_options(self, beta=0, beta_mmi=0, beta_logits=0, share_steps=0)
         self._check_inherited()
         self._check_attention()
+        if self.teacher is not None or self.store is not None:
+            self.choose_objective(has_teacher=True)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+
+    def choose_objective(self, has_teacher: bool) -> str:
+        """The objective; one that is not given is set: molsaki if there is a teacher or its maps, else dss.
+
+        Raises:
+            ValueError: there is no teacher, but an option of the attention loss has another value than its default.
+        """
+        if self.objective is None and has_teacher:
+            self.objective = "molsaki"
+        elif self.objective is None:
+            fields = {field.name: field for field in dataclasses.fields(self)}
+            for name in (*(field.name for field in dataclasses.fields(MixtureOptions)), *OF_ATTENTION):
+                default = [] if fields[name].default is dataclasses.MISSING else fields[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: an option of the attention loss, which needs a teacher; expected --teacher, --store, "
+                        "or --objective dss"
+                    )
+            logger.warning("objective: dss, the answer and the rationale alone, since there is no teacher and no store")
+            self.objective = "dss"
+        return self.objective
 
     def _check_attention(self) -> None:
         """Refuse options of the attention loss that cannot be followed."""
@@ -181,7 +214,7 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
             raise ValueError("too_long: expected skip with objective cot, got cut, which would cut off the answer")
         if self.attention_share is not None and self.share_steps == 0:
             self.share_steps = 20
-        if self.share_steps and self.objective != "molsaki":
+        if self.share_steps and self.objective not in (None, "molsaki"):
             raise ValueError(
                 f"share_steps, attention_share: expected objective molsaki, got {self.objective}, which has no "
                 "attention loss"

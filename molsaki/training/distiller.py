@@ -42,7 +42,7 @@ class Distiller(nn.Module):
         self.mixture = mixture
         self.options = config
         self.beta, self.keeps_graph = config.beta, False
-        self.objective = OBJECTIVES[config.objective]
+        self.objective = OBJECTIVES[config.choose_objective(has_teacher=mixture is not None)]
         self.head = Head.of(student)
         self.fused = use_fused(config.fused_cross_entropy, config.device)
 

@@ -111,11 +111,16 @@ class DistillTrainer(Trainer):
         set_seed(config.seed)
         if config.deepspeed:  # models are loaded whole and probed before ZeRO-3 shards them
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-        objective = OBJECTIVES[config.objective]
+        sources = {"teacher": (teacher, config.teacher), "store": (store, config.store)}
+        given = [name for name, pair in sources.items() if any(one is not None for one in pair)]
+        name = config.choose_objective(has_teacher=bool(given))
+        objective = OBJECTIVES[name]
+        if given and not objective.has_teacher and config.process_index == 0:
+            logger.warning("objective: %s uses no teacher, so the %s is not used", name, " and the ".join(given))
         if config.share_question and (config.packing is False or not objective.explain_texts):
             raise ValueError(
                 "share_question: expected packing and an objective of both tasks, got "
-                f"packing={config.packing} and objective={config.objective}"
+                f"packing={config.packing} and objective={name}"
             )
         student, tokenizer = load_both(student, tokenizer, config.student, "--student", config.student_dtype)
         check_adapters(student)
@@ -136,7 +141,7 @@ class DistillTrainer(Trainer):
             limit = config.teacher_max_length or context_length(teacher.config)
             teacher_spec = TokenizerSpec(teacher_tokenizer, config.teacher_template, limit)
         if objective.teacher_logits:
-            _check_vocabulary(config.objective, store, tokenizer, teacher_tokenizer)
+            _check_vocabulary(name, store, tokenizer, teacher_tokenizer)
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1
 
         packing = choose_packing(config.packing, student)

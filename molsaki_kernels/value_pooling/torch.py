@@ -34,11 +34,10 @@ def forward(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
             weight = weight / block.total
         if block.owner is None:
             pooled += (weight[:, None] @ block.x)[:, 0]
-        else:
-            first, last = block.sequences
-            by_sequence = weight.new_zeros(last - first, weight.shape[1])
-            by_sequence.scatter_(0, block.owner[None] - first, weight)
-            pooled[first:last] += by_sequence @ block.x[0]
+        elif block.only is not None:
+            pooled[block.only] += weight[0] @ block.x[0]
+        else:  # not a product with a matrix of zeros, which would spread a NaN to other sequences
+            pooled.index_add_(0, block.owner, weight[0, :, None] * block.x[0])
     return pooled
 
 
@@ -52,8 +51,8 @@ def backward(
         norm = torch.rsqrt(x.square().mean(-1, keepdim=True) + options.eps)  # (n, m, 1)
         if block.owner is None:
             upstream = dpooled[:, None]  # (n, 1, width)
-        elif block.sequences[1] - block.sequences[0] == 1:
-            upstream = dpooled[None, block.sequences[0] : block.sequences[1]]
+        elif block.only is not None:
+            upstream = dpooled[None, None, block.only]
         else:
             upstream = dpooled[None, block.owner]  # (1, m, width)
         dx = (upstream - x * (norm.square() * (upstream * x).mean(-1, keepdim=True))) * norm
@@ -77,7 +76,7 @@ class _Block(NamedTuple):
     padding: Tensor | None  # (n, m): True for tokens from the sequence's length on; None: there are none
     total: Tensor  # (n, 1), (1, m) or (1, 1): tokens of the sequence, at least 1
     owner: Tensor | None  # (m,): the sequence of each packed token; None for padded sequences
-    sequences: tuple[int, int]  # the packed sequences that have tokens here, from first to last + 1
+    only: int | None  # the packed sequence, if all tokens are of one
 
 
 def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, options: PoolingOptions) -> Iterator[_Block]:
@@ -87,20 +86,25 @@ def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
     packed = None
     if cu_seqlens is not None:
         starts, counts = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        packed = torch.arange(len(counts), device=device).repeat_interleave(counts), starts, counts
+        packed = (
+            torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=end - begin),
+            starts,
+            counts,
+        )
     for start in range(begin, end, ROWS):
         tokens = slice(start, min(start + ROWS, end))
         x = v[:, :, tokens].to(dtype)
         x = x.mean(1) if options.mean_heads else x.transpose(1, 2).flatten(2)
         position = torch.arange(tokens.start, tokens.stop, device=device)
-        owner, sequences, padding = None, (0, 0), None
+        owner = only = padding = None
         if packed is None:
             limit = None if lengths is None else lengths[:, None]
             total = torch.full((1, 1), end, device=device) if limit is None else limit.clamp(1, end)
         else:
             owners, starts, counts = packed
             owner = owners[tokens.start - begin : tokens.stop - begin]
-            sequences = bisect.bisect_right(bounds, tokens.start) - 1, bisect.bisect_left(bounds, tokens.stop)
+            first = bisect.bisect_right(bounds, tokens.start) - 1
+            only = first if bounds[first + 1] >= tokens.stop else None
             position = position - starts[owner]
             limit = None if lengths is None else lengths[owner]
             total = counts[owner] if limit is None else torch.minimum(limit.clamp_min(1), counts[owner])
@@ -108,4 +112,4 @@ def _blocks(v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, option
         if limit is not None:
             padding = (position >= limit).expand(x.shape[:2])
             x = x.masked_fill(padding[..., None], 0)
-        yield _Block(tokens, x, padding, total.to(dtype), owner, sequences)
+        yield _Block(tokens, x, padding, total.to(dtype), owner, only)

@@ -34,7 +34,7 @@ def test_flags_override_yaml(tmp_path):
 
 def test_defaults():
     config = DistillConfig(use_cpu=True)
-    assert (config.objective, config.mixture, config.alpha, config.beta) == ("molsaki", "mixture", 0.5, 1.0)
+    assert (config.objective, config.mixture, config.alpha, config.beta) == (None, "mixture", 0.5, 1.0)
     assert (config.tau_t, config.tau_s, config.report_to) == (0.1, 0.5, [])
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
     other = DistillConfig(use_cpu=True)
@@ -93,6 +93,19 @@ def test_missing_file_and_required_fields(tmp_path):
     assert require(EvaluateConfig(model="m"), "model") == "m"
 
 
+def test_the_objective_follows_from_the_teacher(caplog):
+    assert DistillConfig(use_cpu=True, store="maps").objective == "molsaki"
+    assert DistillConfig(use_cpu=True, teacher="t", attention_share=0.1).objective == "molsaki"
+    assert DistillConfig(use_cpu=True, teacher="t", objective="dss").objective == "dss"
+    assert DistillConfig(use_cpu=True).choose_objective(has_teacher=True) == "molsaki"
+    config = DistillConfig(use_cpu=True)
+    assert not caplog.records and config.choose_objective(has_teacher=False) == config.objective == "dss"
+    assert "objective: dss, the answer and the rationale alone, since there is no teacher and no store" in caplog.text
+    for options in ({"mixture": "uniform"}, {"beta": 2.0}, {"attention_share": 0.1}, {"teacher_layers": [1]}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: an option of the attention loss, which needs a"):
+            DistillConfig(use_cpu=True, **options).choose_objective(has_teacher=False)
+
+
 def test_presets(tmp_path):
     """A preset is below the YAML file, which is below the flags, and gives a config only the options that it has."""
     flags = ["--preset", "paper", "--output_dir", str(tmp_path)]
@@ -107,6 +120,8 @@ def test_presets(tmp_path):
         given = parse(DistillConfig, ["--preset", name, "--output_dir", str(tmp_path), "--use_cpu", "true"])
         for option, value in presets.PRESETS[name].items():
             assert getattr(built, option) == getattr(given, option) == value
+    advised = parse(DistillConfig, ["--preset", "recommended", "--teacher", "t", "--output_dir", str(tmp_path)])
+    assert advised.objective == "dss"
     with pytest.raises(ValueError, match="invalid choice: 'best'"):
         parse(DistillConfig, ["--preset", "best"])
     with pytest.raises(ValueError, match="preset: expected one of paper"):

@@ -17,7 +17,8 @@ from tests.helpers.training import TOKENIZER, config, examples, logged
 
 
 def test_the_command_line_offers_every_objective():
-    assert typing.get_args(typing.get_type_hints(DistillConfig)["objective"]) == tuple(OBJECTIVES)
+    literal, _ = typing.get_args(typing.get_type_hints(DistillConfig)["objective"])  # or None
+    assert typing.get_args(literal) == tuple(OBJECTIVES)
 
 
 def test_a_new_objective_is_one_entry(tmp_path, monkeypatch):

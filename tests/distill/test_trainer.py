@@ -256,13 +256,20 @@ def test_freezing(tmp_path):
         trainer(tmp_path, freeze=["layer9"])
 
 
+def test_a_teacher_that_the_objective_does_not_use(tmp_path, caplog):
+    assert trainer(tmp_path).objective.maps and "not used" not in caplog.text
+    assert not trainer(tmp_path, objective="dss").objective.maps
+    assert "objective: dss uses no teacher, so the teacher is not used" in caplog.text
+    assert not DistillTrainer(config(tmp_path), tiny.model(2), TOKENIZER, train_dataset=examples()).objective.maps
+
+
 def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="config: expected a DistillConfig, got dict"):
         DistillTrainer({})
     with pytest.raises(ValueError, match="--student: required"):
         DistillTrainer(config(tmp_path))
     with pytest.raises(ValueError, match="--teacher: required"):
-        DistillTrainer(config(tmp_path), tiny.model(2), TOKENIZER, train_dataset=examples())
+        DistillTrainer(config(tmp_path, objective="molsaki"), tiny.model(2), TOKENIZER, train_dataset=examples())
     with pytest.raises(ValueError, match="--student: no such folder"):
         DistillTrainer(config(tmp_path, student="/no/such/model"))
     with pytest.raises(ValueError, match="objective: logits needs one vocabulary"):

@@ -56,6 +56,18 @@ def test_example_computed_by_hand():
     torch.testing.assert_close(pool_values(v, torch.tensor([2])), torch.tensor([[3.0, 4.0]]) / 12.5**0.5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_stays_in_its_sequence(bad):
+    v = torch.ones(1, 1, 6, 4)
+    v[0, 0, 4] = bad
+    v.requires_grad_()
+    pooled = pool_values(v, cu_seqlens=torch.tensor([0, 2, 4, 6], dtype=torch.int32))
+    torch.testing.assert_close(pooled[:2], torch.full((2, 4), 2.0))
+    assert not pooled[2].isfinite().any()
+    pooled.sum().backward()
+    assert v.grad[0, 0, :4].isfinite().all()
+
+
 @pytest.mark.parametrize("bounds", [None, [0, 20, 27, 50]])
 def test_autocast_has_no_effect(bounds):
     results = []

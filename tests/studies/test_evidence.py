@@ -49,13 +49,16 @@ def test_the_grid_of_single_layers(tmp_path):
         (t, s) for t in range(4) for s in range(2)
     }
     assert all(run.options["max_steps"] == 1000 and run.options["mixture"] == "single" for run in grid.runs)
-    rows = ["arm,seed,test,accuracy", "0-1,0,validation,0.9", "2-1,0,validation,0.6", "0-1,100,validation,0.1"]
+    right = {"0-1": (0.9, 0.1), "2-1": (0.6, 0.5)}
+    rows = ["arm,seed,test,accuracy"]
+    for run in grid.runs:
+        rows.append(f"{run.arm},{run.seed},validation,{right.get(run.arm, (0, 0))[run.seed == 100]}")
     (tmp_path / "single").mkdir()
-    (tmp_path / "single" / "results.csv").write_text("\n".join([*rows, "2-1,100,validation,0.5\n"]))
+    (tmp_path / "single" / "results.csv").write_text("\n".join(rows))
     chosen = single.choose(tmp_path)
     assert (chosen["teacher_layer"], chosen["student_layer"]) == (2, 1)
-    (tmp_path / "single" / "results.csv").write_text("\n".join(rows))
-    with pytest.raises(ValueError, match="expected 2 runs of each pair; some of .*2-1"):
+    (tmp_path / "single" / "results.csv").write_text("\n".join(rows[:-3]))
+    with pytest.raises(ValueError, match="expected 2 runs of each pair; some of .*3-1"):
         single.choose(tmp_path)
 
 
