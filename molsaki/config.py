@@ -314,8 +314,9 @@ def _parser(config_class: type[Config], prog: str | None = None) -> tuple[Any, l
         parser.add_argument(
             "--preset",
             choices=list(presets.PRESETS),
-            help="paper: every option of the method as in arXiv 2604.15701; recommended: what the study of "
-            "docs/evidence.md found best, objective dss. Options that are given override it.",
+            help="paper: every option of the method as in arXiv 2604.15701; recommended: objective "
+            "dss, since no form of the attention loss was clearly better in docs/evidence.md. Options that are given "
+            "override it.",
         )
         names.append("preset")
     return parser, names

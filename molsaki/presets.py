@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "value_heads": "concat",
         "pooling": "sum",
     },
-    # No form of the attention loss made better students in the study of docs/evidence.md, so there is none.
+    # No form of the attention loss made clearly better students in the study of docs/evidence.md.
     "recommended": {"objective": "dss"},
 }
 

@@ -87,7 +87,7 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
         "The loss: of answers only (vanilla); of one text with rationale and answer (cot, Fine-tune-CoT); of answers "
         "and rationales as two texts (dss); with the mutual information of the two (mmi), the teacher's logits "
         "(logits) or the teacher's attention (molsaki) added. Default: molsaki if there is a teacher or a store, else "
-        "dss, which was no worse in the study of docs/evidence.md.",
+        "dss, than which the attention loss was not clearly better in docs/evidence.md.",
     )
     alpha: float = option(0.5, "Weight of the answer's cross-entropy; the rationale's has 1 - alpha (Eq. 7).")
     beta: float = option(1.0, "Weight of the attention loss (Eq. 7).")
@@ -189,7 +189,8 @@ class DistillConfig(TextOptions, MixtureOptions, TrainingArguments):
                         f"{name}: an option of the attention loss, which needs a teacher; expected --teacher, --store, "
                         "or --objective dss"
                     )
-            logger.warning("objective: dss, the answer and the rationale alone, since there is no teacher and no store")
+            if self.process_index == 0:
+                logger.warning("objective: dss, answer and rationale alone, since there is no teacher and no store")
             self.objective = "dss"
         return self.objective
 

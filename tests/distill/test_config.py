@@ -100,7 +100,7 @@ def test_the_objective_follows_from_the_teacher(caplog):
     assert DistillConfig(use_cpu=True).choose_objective(has_teacher=True) == "molsaki"
     config = DistillConfig(use_cpu=True)
     assert not caplog.records and config.choose_objective(has_teacher=False) == config.objective == "dss"
-    assert "objective: dss, the answer and the rationale alone, since there is no teacher and no store" in caplog.text
+    assert "objective: dss, answer and rationale alone, since there is no teacher and no store" in caplog.text
     for options in ({"mixture": "uniform"}, {"beta": 2.0}, {"attention_share": 0.1}, {"teacher_layers": [1]}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: an option of the attention loss, which needs a"):
             DistillConfig(use_cpu=True, **options).choose_objective(has_teacher=False)
