@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Functions of gpu_first.sh, gpu_second.sh and gpu_steps.sh, which source this file. See README.md beside it.
+# Functions of gpu_first.sh, gpu_second.sh, gpu_steps.sh and gpu_study.sh, which source this file. See README.md beside it.
 #
 # Everything that a script writes goes to $OUT at once: machine.txt, status.txt (a line per part with its seconds),
 # CSVs, and logs.tar.gz, packed again after each part: at most eight files. $KIT_HOME/first keeps the first script's
@@ -96,7 +96,7 @@ begin() {
       say "no CUDA device"
       exit 2
     fi
-    [ "$SCRIPT" = steps ] || timeout 90 "$PYTHON" -m benchmarks.gpu_kit unpack "$SCRIPT" --kit "$KIT" --home "$KIT_HOME" 2>&1 | tee -a "$OUT/status.txt"
+    [[ $SCRIPT = st* ]] || timeout 90 "$PYTHON" -m benchmarks.gpu_kit unpack "$SCRIPT" --kit "$KIT" --home "$KIT_HOME" 2>&1 | tee -a "$OUT/status.txt"
   fi
   KERNELS_BEFORE=$(kernels_in_cache)
   # shellcheck disable=SC2034 # the scripts use it

@@ -6,8 +6,8 @@
 #
 # 1. versions; unpack the kit; does its cache of compiled kernels fit this machine
 # 2. every kernel once, on small cases. If this fails, the script ends at once with exit status 3
-# 3. correctness, in processes that run at once: Triton kernels, engines, models; the small cases under
-#    compute-sanitizer's memcheck
+# 3. correctness, in processes that run at once: Triton kernels, engines, models, training, FlexAttention; the small cases
+#    under compute-sanitizer's memcheck
 # 4. alone: the shapes that decide, against every plain attention and eager; the time of each of our kernels
 #
 # Exit status: 0 if every part passed, 1 if one failed or was stopped, 2 without a CUDA device, 3 as above. Do not report
@@ -33,11 +33,16 @@ tests() {
   set -m # otherwise background processes ignore the interrupt after which pytest prints its summary
   suite triton "$TESTS_SECONDS" 4 -m "gpu and not memory" -k "$wide and not long" \
     tests/gpu/test_triton_hardware.py tests/kernels/triton & running+=($!)
-  suite engines "$TESTS_SECONDS" 5 -m "gpu and not memory" -k "(sdpa or triton) and not long and $wide" \
+  suite engines "$TESTS_SECONDS" 6 -m "gpu and not memory" -k "(sdpa or triton) and not long and $wide" \
     tests/gpu/test_engines_hardware.py & running+=($!)
   suite models "$TESTS_SECONDS" 2 -m "gpu and not memory" -k "bfloat16 and (Llama or Gemma2 or GptOss)" \
     tests/gpu/test_models_hardware.py & running+=($!)
-  mapfile -t others < <(find tests/gpu -name 'test_*.py' | grep -vE '/test_(triton|engines|models)_hardware.py' | sort)
+  suite training "$TESTS_SECONDS" 4 -m "gpu and not memory" tests/gpu/test_training_hardware.py & running+=($!)
+  if [ -z "$REHEARSE" ]; then # the stand-in cannot compile FlexAttention
+    TORCHINDUCTOR_COMPILE_THREADS=1 suite flex "$TESTS_SECONDS" 4 -m "gpu and not memory" \
+      -k "flex and bfloat16 and (test_features or test_one_gradient)" tests/gpu/test_engines_hardware.py & running+=($!)
+  fi
+  mapfile -t others < <(find tests/gpu -name 'test_*.py' | grep -vE '/test_(triton|engines|models|training)_hardware.py' | sort)
   if [ "${#others[@]}" -gt 0 ]; then
     suite others "$TESTS_SECONDS" 3 -m "gpu and not memory" -k "$wide and not flash_attn and not flex and not long" \
       "${others[@]}" & running+=($!)

@@ -5,7 +5,7 @@
 #   benchmarks/gpu_steps.sh
 #
 # Models with random weights of the sizes of SmolLM2-135M and of a Llama of 1 billion parameters; bfloat16 autocast. Last,
-# while time is left, the smaller one under torch.compile.
+# while time is left, the smaller one under torch.compile. In between, the kernels of a step by kind of work, and its launches.
 #
 # Exit status: 0 if every part passed, 1 if one failed or was stopped, 2 without a CUDA device.
 # shellcheck disable=SC2329 # part calls functions by their names
@@ -26,7 +26,8 @@ steps() {
 }
 
 begin
-part steps smollm2-135m 60 3 --model smollm2-135m --measure time memory
-part steps 1b 60 4 --model 1b --measure time memory
+part steps smollm2-135m 50 3 --model smollm2-135m --measure time memory
+part steps profile 20 1 --model smollm2-135m --measure profile --shape 16x256
+part steps 1b 50 4 --model 1b --measure time memory
 part steps compiled 60 2 --model smollm2-135m --compile --shape 4x1024
 finish

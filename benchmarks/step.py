@@ -431,14 +431,27 @@ def measure_memory(setup: Setup, names: list[str], seconds: float) -> Iterator[t
 
 
 def measure_profile(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
-    """Yield the seconds of a step per kind of work."""
+    """Yield the seconds of a step per kind of work, and on CUDA their sum and the numbers of `CALLS`."""
     del seconds
     for name in names:
         step = setup.step(name)
         step()
-        for part, spent in profiled(step, setup).items():
+        step()
+        parts, calls = profiled(step, setup)
+        for part, spent in parts.items():
             yield name, f"seconds, {part}", spent
+        if setup.device.startswith("cuda"):
+            yield name, "seconds, all", sum(parts.values())
+            for call, count in calls.items():
+                yield name, call, count
 
+
+# Calls of CUDA's runtime by what they do, of which a step of a small model has too many.
+CALLS = {
+    "kernel launches": re.compile(r"cu(da)?Launch(Kernel|Cooperative)"),
+    "copies": re.compile(r"cudaMemcpy"),
+    "synchronizations": re.compile(r"cuda(Stream|Event|Device)Synchronize"),
+}
 
 MEASURES = {"time": measure_time, "memory": measure_memory, "profile": measure_profile}
 
@@ -457,8 +470,8 @@ def timed(steps: dict[str, Callable], device: torch.device, seconds: float) -> d
     return times
 
 
-def profiled(step: Callable, setup: Setup) -> dict[str, float]:
-    """Return the seconds of a step per kind of work, from PyTorch's profiler (on CUDA those of the device)."""
+def profiled(step: Callable, setup: Setup) -> tuple[dict[str, float], collections.Counter[str]]:
+    """Return the seconds of a step per kind of work (on CUDA those of the device), and the numbers of `CALLS`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_cuda = setup.device.startswith("cuda")
     if on_cuda:
@@ -466,11 +479,15 @@ def profiled(step: Callable, setup: Setup) -> dict[str, float]:
     vocabulary = load_config(setup.student).vocab_size
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         step()
+        if on_cuda:
+            torch.cuda.synchronize()
     parts: dict[str, float] = collections.defaultdict(float)
+    calls = collections.Counter(dict.fromkeys(CALLS, 0))
     for event in profile.events():
+        calls.update(call for call, names in CALLS.items() if names.match(event.name))
         microseconds = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         parts[_part(event, vocabulary)] += microseconds / 1e6
-    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+    return dict(sorted(parts.items(), key=lambda item: -item[1])), calls
 
 
 def load_config(name: str) -> PretrainedConfig:

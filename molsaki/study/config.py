@@ -39,8 +39,8 @@ OF_THE_STUDY = {
 }
 # Options that change the state of the whole process, which runs arms one after another.
 OF_THE_PROCESS = ("tf32", "full_determinism", "deepspeed", "fsdp", "fsdp_config", "accelerator_config")
-# Takes rows of a test's file and the replies to them; returns one number per example under each name.
-Scorer = Callable[[list[dict[str, Any]], list[str]], Mapping[str, Sequence[float]]]
+# Takes rows of a test's file and the replies to them; returns one number per example under each name, or None.
+Scorer = Callable[[list[dict[str, Any]], list[str]], Mapping[str, Sequence[float | None]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -131,7 +131,7 @@ def _differing(results: Sequence[Result]) -> list[str]:
 
 
 def _means(study: Study, found: Any, count: int) -> dict[str, float]:
-    """The mean of each of the scoring function's numbers per example, named as a column."""
+    """The mean of each of the scoring function's numbers per example, named as a column; None is no number."""
     if not isinstance(found, Mapping):
         raise TypeError(
             f"{study.path}: score: expected {study.score} to return a dict of one number per example, got "
@@ -142,4 +142,9 @@ def _means(study: Study, found: Any, count: int) -> dict[str, float]:
             raise ValueError(
                 f"{study.path}: score: expected {count} numbers for {name!r} of {study.score}, got {len(numbers)}"
             )
-    return {f"score.{name}": float(sum(numbers)) / max(count, 1) for name, numbers in found.items()}
+    means = {}
+    for name, numbers in found.items():
+        given = [float(number) for number in numbers if number is not None]
+        if given:
+            means[f"score.{name}"] = sum(given) / len(given)
+    return means

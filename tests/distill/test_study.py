@@ -340,7 +340,9 @@ def test_processes_run_every_run_once(inputs, tmp_path):
 def test_own_scores_and_seeds_that_are_missing(copy, capsys):
     (copy / "own_scores.py").write_text(
         "def lengths(rows, replies):\n"
-        "    return {'reply': [len(reply) for reply in replies], 'asked': [len(row['question']) for row in rows]}\n"
+        "    first = [7, *[None] * (len(rows) - 1)]\n"
+        "    return {'reply': [len(reply) for reply in replies], 'asked': [len(row['question']) for row in rows],\n"
+        "            'first': first, 'never': [None] * len(rows)}\n"
         "def short(rows, replies):\n    return {'reply': [1]}\n"
         "def none(rows, replies):\n    return [1 for row in rows]\n"
     )
@@ -353,13 +355,14 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
     row = next(row for row in rows if (row["arm"], row["test"]) == ("paper", "test"))
     assert float(row["score.reply"]) == pytest.approx(np.mean([len(one["reply"]) for one in found]))
     assert float(row["score.asked"]) == pytest.approx(np.mean([len(one["question"]) for one in found]))
+    assert float(row["score.first"]) == 7 and "score.never" not in row
     compared = table(copy / "results/comparisons.csv")
     assert [row["pairs"] for row in compared] == ["", "1", "", "1"]
     assert [row["over"] for row in compared] == ["seeds and problems", "problems"] * 2
     text = (copy / "results/report.md").read_text()
     assert "3 of 4 runs are finished" in text and "- world/paper/1: missing" in text
     assert "They are in no table:\n\n- world/old/1" in text
-    assert "| arm | reply | asked |" in text
+    assert "| arm | reply | asked | first |" in text
     capsys.readouterr()
     for name, message in (
         ("short", "score: expected 6 numbers for 'reply' of own_scores:short, got 1"),

@@ -51,7 +51,7 @@ def need(engine: str, case: Case, x: Inputs, backward: bool = True) -> None:
     """Skips a case that the engine refuses, with the engine's reason."""
     call = AttentionRequest(
         x.q.device, x.q.dtype, x.q.shape[0], x.q.shape[1], x.k.shape[1], x.q.shape[2], x.q.shape[3], case.options(),
-        x.sinks is not None, x.cu_seqlens is not None, backward,
+        x.sinks is not None, x.cu_seqlens is not None, backward, x.v.shape[3] if case.value_dim else None,
     )  # fmt: skip
     reason = ops.ENGINES[engine].available() or ops.ENGINES[engine].why_not(call)
     if reason is not None:
@@ -103,6 +103,16 @@ def test_features(engine, dtype, name):
     # These engines have one variant. The NaNs of the deterministic mode show elements that are never written.
     modes = (True,) if engine in ("flex", "triton", "eager") else (False, True)
     compare(engine, dataclasses.replace(NAMED[name], dtype=dtype), modes=modes)
+
+
+@pytest.mark.parametrize("name", ["default", "packed", "everything", "heads"])
+@pytest.mark.parametrize("D, value_dim", [(192, 128), (64, 128), (128, 64)])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "flex"])
+def test_value_widths(engine, dtype, D, value_dim, name):
+    """Values wider or narrower than keys, as in multi-head latent attention."""
+    modes = (True,) if engine in ("triton", "eager") else (False, True)
+    compare(engine, dataclasses.replace(NAMED[name], D=D, value_dim=value_dim, dtype=dtype), modes=modes)
 
 
 @pytest.mark.parametrize("source", ["map", "out"])

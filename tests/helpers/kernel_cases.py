@@ -37,6 +37,7 @@ class Case:
     per_head: bool = False
     layout: str = "contiguous"
     device: str = "cpu"
+    value_dim: int | None = None  # D where it is None
 
     def options(self) -> AttentionOptions:
         scale = self.D**-0.5 if self.scale is None else self.scale
@@ -123,8 +124,9 @@ def make(case: Case) -> Inputs:
     rng = random.Random(SEED)
     lengths = case.lengths or (case.M,) * case.B
     B, M = (1, sum(lengths)) if case.lengths else (case.B, case.M)
-    q, dout = (random_rows((B, case.Hq, M, case.D), case.layout, case.dtype, case.device, generator) for _ in range(2))
-    k, v = (random_rows((B, case.Hkv, M, case.D), case.layout, case.dtype, case.device, generator) for _ in range(2))
+    shapes = [(B, heads, M, D) for D in (case.D, case.value_dim or case.D) for heads in (case.Hq, case.Hkv)]
+    order = (0, 2, 1, 3)  # q, dO, k, v
+    q, dout, k, v = (random_rows(shapes[i], case.layout, case.dtype, case.device, generator) for i in order)
     sinks = torch.randn(case.Hq, generator=generator).to(case.device, case.dtype) if case.sinks else None
     chosen = [spans(length, case.plan, rng) if length else ([], []) for length in lengths]
     plan = StepPlan.from_spans([s for s, _ in chosen], [w for _, w in chosen], device=case.device)

@@ -112,3 +112,20 @@ def test_rationales_that_are_no_use_are_left_out(tmp_path):
     write_json_lines(tmp_path / "svamp_test.jsonl", [{"id": "t", "question": "t the day. How u?", "gold": "3"}])
     assert real.write_data(tmp_path / "out", tmp_path) == {"train": 1, "test": 1}
     assert [row["id"] for row in read_json_lines(tmp_path / "out" / "train.jsonl")] == ["0"]
+
+
+def test_the_large_form_with_a_real_model(tmp_path):
+    """The teacher's data, tests that are joined from several files or cut, and the accuracy of each file."""
+    for name in real.LARGE.teacher:
+        write_json_lines(
+            tmp_path / f"{name}.jsonl", [{"id": name, "question": f"{name}?", "rationale": "4.", "gold": "4"}]
+        )
+    for name in ("svamp", "singleeq", "asdiv"):
+        write_json_lines(tmp_path / f"{name}_test.jsonl", [{"id": f"{name}-0", "question": f"{name}?", "gold": "4"}])
+    many = [{"id": f"gsm8k-{i}", "question": f"{i}?", "gold": "4"} for i in range(501)]
+    write_json_lines(tmp_path / "gsm8k_test.jsonl", many)
+    counts = real.write_data(tmp_path / "out", tmp_path, real.LARGE)
+    assert counts == {"train": 2, "teacher": 3, "problems": 3, "gsm8k": 500}
+    rows = read_json_lines(tmp_path / "out" / "problems.jsonl")
+    found = real.score(rows, ["It is 4.", "It is 5.", "2 + 2 = 4."])
+    assert found == {"svamp": [True, None, None], "singleeq": [None, False, None], "asdiv": [None, None, True]}
