@@ -19,9 +19,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 SCRIPT=study
 TOTAL_SECONDS=${TOTAL_SECONDS:-540}
-PREPARE_SECONDS=${PREPARE_SECONDS:-180}
+PREPARE_SECONDS=${PREPARE_SECONDS:-150}
 END_SECONDS=${END_SECONDS:-20} # for the report
-PROCESSES=${PROCESSES:-14}
+PROCESSES=${PROCESSES:-16}
 STEPS=${STEPS:-} # of every student, in place of the study's
 TEACHER_STEPS=${TEACHER_STEPS:-} # in place of those of studies/real.py
 # shellcheck source=gpu_common.sh

@@ -49,7 +49,10 @@ register_on_import()
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("molsaki-kernels")
+        try:
+            return importlib.metadata.version("molsaki-kernels")
+        except importlib.metadata.PackageNotFoundError:  # a checkout on Python's path, not installed
+            return "unknown"
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -28,5 +28,8 @@ def __getattr__(name: str) -> Any:
     if name == "reference":  # the oracle is for tests and benchmarks
         return importlib.import_module("molsaki_kernels.reference")
     if name == "__version__":
-        return importlib.metadata.version("molsaki-kernels")
+        try:
+            return importlib.metadata.version("molsaki-kernels")
+        except importlib.metadata.PackageNotFoundError:  # a checkout on Python's path, not installed
+            return "unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

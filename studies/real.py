@@ -64,7 +64,7 @@ LARGE = Form(
         "gsm8k": (("gsm8k_test", 500),),
     },
     layers=12,
-    options=("--max_steps", "400", "--per_device_train_batch_size", "32", "--bf16", "true"),
+    options=("--max_steps", "150", "--per_device_train_batch_size", "32", "--limit", "4800", "--bf16", "true"),
 )
 
 

@@ -383,11 +383,14 @@ def map_dlse(
 
     Args:
         dlse: ``(B, Hq, M)``, to which the map's is added, in a new tensor.
-        out, dout: ``(B, Hq, M, D)`` in bfloat16 or float32, into which dlse is folded in the same pass (see
-            :mod:`lse_gradient`); both results have the layout of ``out``, or are contiguous if its last dimension is
-            not.
+        out, dout: ``(B, Hq, M, Dv)`` in bfloat16 or float32, into which dlse is folded (see :mod:`lse_gradient`), in
+            the same pass if they are as wide as q; both results have the layout of ``out``, or are contiguous if its
+            last dimension is not.
     """
     q, k = inputs.q, inputs.k
+    if out is not None and dout is not None and out.shape[3] != q.shape[3]:  # the kernel has one width
+        dlse = map_dlse(dmaps, inputs, options, plan, dlse=dlse)[0]
+        return dlse, *fold_dlse_into_out(out, dout, dlse)
     add = dlse is not None
     if dlse is None:
         dlse = q.new_empty(q.shape[:3], dtype=torch.float32)

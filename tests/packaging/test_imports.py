@@ -83,3 +83,16 @@ for extra in ("train", "plot"):
         'transformers: expected to be installed; run pip install "molsaki-kernels[train]"',
         'matplotlib: expected to be installed; run pip install "molsaki-kernels[plot]"',
     ]
+
+
+def test_a_checkout_that_is_not_installed_has_an_unknown_version():
+    """As on a machine where the checkout is on Python's path: a study writes the version into every result."""
+    source = """
+import importlib.metadata
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = missing
+import molsaki, molsaki_kernels
+print(molsaki.__version__, molsaki_kernels.__version__)
+"""
+    assert python(source).split() == ["unknown", "unknown"]

@@ -140,6 +140,9 @@ FOLD_CASES = [
     Case("fold_d80", D=80, M=20),
     *(Case(f"fold_{plan}", plan=plan, M=20) for plan in ("rows", "no_steps", "no_words")),
     Case("fold_one_row", M=1),
+    Case("fold_narrow_values", M=40, B=2, D=32, value_dim=16, layout="transposed"),
+    Case("fold_wide_values", lengths=(17, 0, 40, 1), D=16, value_dim=48, dtype=torch.bfloat16),
+    Case("fold_no_words_wide_values", plan="no_words", M=20, D=16, value_dim=48),
 ]
 
 
@@ -149,7 +152,7 @@ def test_dlse_is_folded_in_the_pass_that_computes_it(case, add):
     x = make(case)
     lse = oracle(case, x, torch.float64, "out")["lse"].float()
     arguments = x.dmaps, x.map_inputs(lse), case.options(), x.plan_tensors()
-    out, dout = torch.randn_like(x.q), x.dout.clone()
+    out, dout = torch.randn_like(x.dout), x.dout.clone()
     dout[:, :, ::2] = 0
     given = x.dlse if add else None
     before = x.dlse.clone()
