@@ -57,6 +57,8 @@ _preprocess = threading.local()  # .fill: the function in place of the package's
 # Widths of keys and values that flash-attn 4 (4.0.0b36) compiles for sm90, forward and backward. Its backward does not
 # compile for values of 96, 144 or 160 beside other keys, nor its forward for 256 beside 64.
 PAIRS_4 = frozenset({(64, 128), (64, 192), (128, 64), (128, 192), (128, 256), (192, 128)})
+# Their backward asks for more shared memory than sm90 has (264,192 of 232,448 bytes): it failed at its launch on an H200.
+FORWARD_PAIRS_4 = frozenset({(128, 256)})
 
 
 @constant_when_compiled
@@ -124,8 +126,10 @@ def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
         return True
     if version_of(request.device) != 4 or _major(request.device) != 9:
         return False
-    one_group = request.q_heads == request.kv_heads or not request.backward
-    return one_group and (request.head_dim, value_dim) in PAIRS_4
+    pair = request.head_dim, value_dim
+    if request.backward and (request.q_heads != request.kv_heads or pair in FORWARD_PAIRS_4):
+        return False
+    return pair in PAIRS_4
 
 
 def folds_dlse(inputs: AttentionInputs) -> bool:

@@ -131,7 +131,7 @@ def test_sdpa_on_cuda(hopper, monkeypatch, feature, pays):  # noqa: F811
 @pytest.mark.parametrize("feature", MAIN)
 @pytest.mark.parametrize("chip, version, groups, dim, value_dim, given", [
     (8, 2, 7, 32, 16, (32, 32)), (9, 4, 1, 192, 128, (192, 128)), (9, 4, 7, 192, 128, (192, 192)),
-    (9, 4, 7, 64, 96, (96, 96)), (10, 4, 7, 64, 32, (64, 64)),
+    (9, 4, 7, 64, 96, (96, 96)), (9, 4, 1, 128, 256, (256, 256)), (10, 4, 7, 64, 32, (64, 64)),
 ])  # fmt: skip
 def test_flash_attn(machine, feature, chip, version, groups, dim, value_dim, given):  # noqa: F811
     """flash-attn gets the widths that it takes; its backward on sm90 no pair where query heads share a key head."""
