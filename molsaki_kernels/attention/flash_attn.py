@@ -57,7 +57,7 @@ _preprocess = threading.local()  # .fill: the function in place of the package's
 # Widths of keys and values that flash-attn 4 (4.0.0b36) compiles for sm90, forward and backward. Its backward does not
 # compile for values of 96, 144 or 160 beside other keys, nor its forward for 256 beside 64.
 PAIRS_4 = frozenset({(64, 128), (64, 192), (128, 64), (128, 192), (128, 256), (192, 128)})
-# Their backward asks for more shared memory than sm90 has (264,192 of 232,448 bytes): it failed at its launch on an H200.
+# Their backward asks for more shared memory than sm90 has, 264,192 of 232,448 bytes: its launch failed on an H200.
 FORWARD_PAIRS_4 = frozenset({(128, 256)})
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -171,9 +172,40 @@ def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+@pytest.fixture
+def study(tmp_path):
+    """The folder of a study that was prepared, with a run that was finished before."""
+    folder = tmp_path / "study"
+    for name in ("results/svamp/dss/1/result.json", "results/svamp/dss/1/student/weights", "results/stores/maps"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "results" / "results.csv").write_text("data\n")
+    (folder / "results" / "report.md").write_text("# Report\n")
+    (folder / "real-gpu.yaml").write_text("options:\n  max_steps: 400\n  bf16: true\n")
+    return folder
+
+
+def test_study_keeps_results_if_it_is_stopped(run, study, tmp_path):
+    limits = {"TOTAL_SECONDS": "24", "END_SECONDS": "10", "STEPS": "7", "PROCESSES": "3"}
+    result = run("study", "--processes=sleep", FOLDER=str(study), DATA=str(tmp_path), **limits)
+    parts = result.parts()
+    assert result.code == 1 and parts["prepare"].startswith("passed") and parts["teacher"].startswith("passed")
+    assert parts["students"].startswith("stopped after") and parts["report"].startswith("passed")
+    assert "  max_steps: 7\n" in (study / "real-gpu.yaml").read_text()
+    assert {"results.csv", "report.md", "results.tar.gz", "logs.tar.gz"} <= result.files and len(result.files) <= 8
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        names = archive.getnames()
+    assert "results/svamp/dss/1/result.json" in names and not [n for n in names if "student" in n or "stores" in n]
+
+
+def test_study_needs_data(run):
+    result = run("study", DATA="")
+    assert result.code == 2 and "DATA: expected the folder of the data sets, got nothing" in result.status
+
+
 def test_limits_add_up():
     """The scripts' own limits leave room for the ten minutes that a call may take elsewhere."""
-    for name, most in (("first", 360), ("second", 300), ("steps", 120)):
+    for name, most in (("first", 360), ("second", 300), ("steps", 240), ("study", 540)):
         text = (BENCHMARKS / f"gpu_{name}.sh").read_text()
         total = next(line for line in text.splitlines() if line.startswith("TOTAL_SECONDS="))
         assert int(total.split(":-")[1].rstrip("}")) <= most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,11 @@ def test_the_large_form_with_a_real_model(tmp_path):
         write_json_lines(tmp_path / f"{name}_test.jsonl", [{"id": f"{name}-0", "question": f"{name}?", "gold": "4"}])
     many = [{"id": f"gsm8k-{i}", "question": f"{i}?", "gold": "4"} for i in range(501)]
     write_json_lines(tmp_path / "gsm8k_test.jsonl", many)
-    counts = real.write_data(tmp_path / "out", tmp_path, real.LARGE)
+    counts = real.write_data(tmp_path / "data", tmp_path, real.LARGE)
     assert counts == {"train": 2, "teacher": 3, "problems": 3, "gsm8k": 500}
-    rows = read_json_lines(tmp_path / "out" / "problems.jsonl")
+    rows = read_json_lines(tmp_path / "data" / "problems.jsonl")
     found = real.score(rows, ["It is 4.", "It is 5.", "2 + 2 = 4."])
     assert found == {"svamp": [True, None, None], "singleeq": [None, False, None], "asdiv": [None, None, True]}
+    shutil.copy(ROOT / "studies" / real.LARGE.study, tmp_path)
+    study = read_study(tmp_path / real.LARGE.study, with_models=False)
+    assert len(study.runs) == 4 * 16 + 5 and study.primary.arms == ["paper-10", "sum-10"]
