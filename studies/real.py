@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -127,13 +129,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run(DEMO / "make_teacher.py", folder / "smollm2")
     train = folder / "data" / ("train.jsonl" if form.teacher == SVAMP else "teacher.jsonl")
-    if not (folder / "teacher" / "trainer_state.json").exists():
+    options = form.options if args.teacher_steps is None else (*form.options, "--max_steps", args.teacher_steps)
+    steps = int(options[len(options) - options[::-1].index("--max_steps")])
+    state = folder / "teacher" / "trainer_state.json"
+    if state.exists():
+        found = json.loads(state.read_text(encoding="utf-8"))["max_steps"]
+        if found != steps:
+            raise SystemExit(
+                f"{folder / 'teacher'}: was trained for {found} steps, not {steps}; delete it or take those"
+            )
+    else:
+        shutil.rmtree(folder / "student", ignore_errors=True)  # of an earlier teacher
         run(
             *("-m", "molsaki.cli", "distill", "--objective", "dss", "--student", folder / "smollm2"),
-            *("--train_file", train, "--output_dir", folder / "teacher", "--packing", "true", *form.options),
+            *("--train_file", train, "--output_dir", folder / "teacher", "--packing", "true", *options),
             *("--learning_rate", "1e-4", "--lr_scheduler_type", "cosine", "--warmup_steps", "10"),
             *("--save_strategy", "no", "--disable_tqdm", "true"),
-            *(() if args.teacher_steps is None else ("--max_steps", args.teacher_steps)),
         )
     run(DEMO / "cut_student.py", folder / "teacher", folder / "student", "--layers", str(form.layers))
     study = Path(__file__).with_name(form.study)

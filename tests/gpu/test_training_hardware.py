@@ -81,13 +81,18 @@ def losses_and_gradients(t: DistillTrainer, dtype: torch.dtype) -> tuple[dict, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_losses_and_gradients(name, dtype, tmp_path):
-    """float32 within 1e-4 of the CPU's float64, bfloat16 within 8 %, all weights together and each layer alone."""
-    expected, exact = losses_and_gradients(trainer(tmp_path, True, **OPTIONS[name]), torch.float64)
-    found, gradients = losses_and_gradients(trainer(tmp_path, False, **OPTIONS[name]), dtype)
+    """float32 within 1e-4 of the CPU's float64; bfloat16 within 8 % (losses 10 %). Each weight alone, but gradients below
+    5 % of the largest only count by their absolute error.
+
+    In bfloat16 the attention loss has 100 times its weight: at 1 its gradient is smaller than the rounding of the rest.
+    """
+    options = OPTIONS[name] | ({"beta": 100.0} if dtype == torch.bfloat16 and "objective" not in OPTIONS[name] else {})
+    expected, exact = losses_and_gradients(trainer(tmp_path, True, **options), torch.float64)
+    found, gradients = losses_and_gradients(trainer(tmp_path, False, **options), dtype)
     assert found.keys() == expected.keys() and gradients.keys() == exact.keys()
-    tolerance = 1e-4 if dtype == torch.float32 else 0.08
+    tolerance, of_losses = (1e-4, 1e-4) if dtype == torch.float32 else (0.08, 0.1)
     for loss, value in expected.items():
-        torch.testing.assert_close(found[loss], value, rtol=tolerance, atol=tolerance * 0.1)
+        torch.testing.assert_close(found[loss], value, rtol=of_losses, atol=1e-3 * of_losses)
     scale = max(g.norm() for g in exact.values())
     for weight, gradient in exact.items():
         error = (gradients[weight] - gradient).norm()
@@ -143,4 +148,4 @@ def test_study_in_two_processes(tmp_path):
         log = [e for e in json.loads((tmp_path / "results/tiny" / arm / "1/log.json").read_text()) if "loss" in e]
         assert log[-1]["loss_pre"] + log[-1]["loss_exp"] < log[0]["loss_pre"] + log[0]["loss_exp"]
         if arm.endswith("-10"):
-            assert all(0.02 < e["attention_share"] < 0.5 for e in log[1:])
+            assert all(0.03 < e["attention_share"] < 0.3 for e in log[1:])
