@@ -49,7 +49,7 @@ def test_objectives_train(tmp_path, objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_packing_changes_nothing(tmp_path, objective):
     """Losses and gradients of packed batches, with the question once or twice, also by the model's own head, within the
-    budget of padded ones."""
+    budget of padded ones. With fewer examples than eight the budget of a loss is a matter of chance."""
     found = {}
     for packing, sharing, own, dtype in (
         (False, False, False, torch.float64), (False, False, True, torch.float32), (True, False, False, torch.float32),
@@ -58,7 +58,7 @@ def test_packing_changes_nothing(tmp_path, objective):
         sharing &= OBJECTIVES[objective].explain_texts
         t = DistillTrainer(
             config(tmp_path, objective=objective, packing=packing, share_question=sharing), tiny.model(2), TOKENIZER,
-            tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(4),
+            tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(8),
         )  # fmt: skip
         t.model.to(dtype)
         t.model.head = None if own else t.model.head
@@ -67,7 +67,7 @@ def test_packing_changes_nothing(tmp_path, objective):
                 p.data.copy_(torch.linspace(-0.02, 0.02, p.numel()).view_as(p))
         if t.teacher is not None:
             t.teacher.to(dtype)
-        batch = t.data_collator([t.train_dataset[i] for i in range(4)])
+        batch = t.data_collator([t.train_dataset[i] for i in range(8)])
         assert len(batch.student) == (2 if OBJECTIVES[objective].explain_texts and not packing else 1)
         assert (batch.student[0].cu_seq_lens_q is not None) == packing
         assert (batch.student[0].shared_prefix is not None) == sharing

@@ -205,7 +205,8 @@ def test_widths(machine):  # noqa: F811
 def test_gradient_through_lse(engine, terms, dtype):
     if engine == "native" and dtype == torch.float16:
         pytest.skip("native takes float32 and bfloat16")
-    tensors, plan, _ = inputs("ragged", dtype, sinks=True)
+    # With few heads the error of eager's dsinks, a vector of one number per head, is a matter of chance.
+    tensors, plan, _ = inputs("ragged", dtype, groups=7, sinks=True)
     results = []
     for function, kind in (
         (functools.partial(widened, engine=engine), dtype),
