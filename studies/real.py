@@ -41,13 +41,14 @@ class Form:
         teacher: the files that the teacher is trained on.
         tests: the files of each test; a file may be cut to its first rows.
         layers: of the student.
-        options: of the teacher's training.
+        teacher_steps, options: of the teacher's training.
     """
 
     study: str
     teacher: tuple[str, ...]
     tests: dict[str, tuple[tuple[str, int | None], ...]]
     layers: int
+    teacher_steps: int
     options: tuple[str, ...]
 
 
@@ -56,7 +57,8 @@ SMALL = Form(
     teacher=SVAMP,
     tests={"test": (("svamp_test", None),)},
     layers=10,
-    options=("--max_steps", "150", "--per_device_train_batch_size", "8"),
+    teacher_steps=150,
+    options=("--per_device_train_batch_size", "8"),
 )
 LARGE = Form(
     study="real-gpu.yaml",
@@ -66,7 +68,8 @@ LARGE = Form(
         "gsm8k": (("gsm8k_test", 500),),
     },
     layers=12,
-    options=("--max_steps", "150", "--per_device_train_batch_size", "32", "--limit", "4800", "--bf16", "true"),
+    teacher_steps=150,
+    options=("--per_device_train_batch_size", "32", "--limit", "4800", "--bf16", "true"),
 )
 
 
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--gpu", action="store_true", help="the large form")
-    parser.add_argument("--teacher_steps", help="instead of the form's number of steps")
+    parser.add_argument("--teacher_steps", type=int, help="instead of the form's number of steps")
     args = parser.parse_args(argv)
     folder, form = args.folder, LARGE if args.gpu else SMALL
     print(write_data(folder / "data", args.data, form), flush=True)
@@ -129,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run(DEMO / "make_teacher.py", folder / "smollm2")
     train = folder / "data" / ("train.jsonl" if form.teacher == SVAMP else "teacher.jsonl")
-    options = form.options if args.teacher_steps is None else (*form.options, "--max_steps", args.teacher_steps)
-    steps = int(options[len(options) - options[::-1].index("--max_steps")])
+    steps = form.teacher_steps if args.teacher_steps is None else args.teacher_steps
     state = folder / "teacher" / "trainer_state.json"
     if state.exists():
         found = json.loads(state.read_text(encoding="utf-8"))["max_steps"]
@@ -142,8 +144,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder / "student", ignore_errors=True)  # of an earlier teacher
         run(
             *("-m", "molsaki.cli", "distill", "--objective", "dss", "--student", folder / "smollm2"),
-            *("--train_file", train, "--output_dir", folder / "teacher", "--packing", "true", *options),
-            *("--learning_rate", "1e-4", "--lr_scheduler_type", "cosine", "--warmup_steps", "10"),
+            *("--train_file", train, "--output_dir", folder / "teacher", "--packing", "true", *form.options),
+            *(
+                "--max_steps",
+                str(steps),
+                "--learning_rate",
+                "1e-4",
+                "--lr_scheduler_type",
+                "cosine",
+                "--warmup_steps",
+                "10",
+            ),
             *("--save_strategy", "no", "--disable_tqdm", "true"),
         )
     run(DEMO / "cut_student.py", folder / "teacher", folder / "student", "--layers", str(form.layers))

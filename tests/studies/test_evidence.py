@@ -115,6 +115,18 @@ def test_rationales_that_are_no_use_are_left_out(tmp_path):
     assert [row["id"] for row in read_json_lines(tmp_path / "out" / "train.jsonl")] == ["0"]
 
 
+def test_a_teacher_of_other_steps_is_refused(tmp_path):
+    for name in (*real.SVAMP, "svamp_test"):
+        write_json_lines(
+            tmp_path / f"{name}.jsonl", [{"id": name, "question": f"{name}?", "rationale": "4.", "gold": "4"}]
+        )
+    for name in ("smollm2", "teacher"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+    write_json(tmp_path / "folder" / "teacher" / "trainer_state.json", {"max_steps": 150})
+    with pytest.raises(SystemExit, match="teacher: was trained for 150 steps, not 5; delete it or take those"):
+        real.main([str(tmp_path / "folder"), "--data", str(tmp_path), "--teacher_steps", "5"])
+
+
 def test_the_large_form_with_a_real_model(tmp_path):
     """The teacher's data, tests that are joined from several files or cut, and the accuracy of each file."""
     for name in real.LARGE.teacher:
