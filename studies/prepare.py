@@ -72,7 +72,7 @@ def write_study(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 9)), help="of the study")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(11, 19)), help="of the study")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     args = parser.parse_args(argv)
     write_data(args.folder)
