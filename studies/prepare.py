@@ -1,7 +1,8 @@
 """Writes what the study needs into a folder: data, teacher, an untrained teacher, a base per seed, the choice of heads
 and layers, and the YAML file.
 
-What is there already is left as it is, so an interrupted preparation is continued by the same command.
+What is there already is left as it is, so an interrupted preparation is continued by the same command. The teacher, the
+bases and the choices of the committed results are those of ``studies/models``; ``--train`` trains and chooses anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from studies.pretrain import pretrain
 from studies.world import SEEDS, decoder, problems, tokenizer
 
 STUDY = Path(__file__).with_name("evidence.yaml")
+MODELS = Path(__file__).with_name("models")
 TRAIN, TEST = 10_000, 2_000
 TEACHER = {"layers": 4, "width": 144, "heads": 6}
 STUDENT = {"layers": 2, "width": 48, "heads": 4}
@@ -42,6 +45,16 @@ def write_data(folder: Path) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name in SEEDS:
         write_json_lines(folder / "data" / f"{name}.jsonl", problems(name, TRAIN if name == "train" else TEST))
+
+
+def copy_models(folder: Path) -> None:
+    """Copy the committed models and choices that the folder does not have."""
+    for source in (*MODELS.glob("*.json"), MODELS / "teacher", *MODELS.glob("bases/*")):
+        target = folder / source.relative_to(MODELS)
+        if source.is_dir() and not target.exists():
+            shutil.copytree(source, target)
+        elif source.is_file() and not target.exists():
+            shutil.copy(source, target)
 
 
 def write_choices(folder: Path, processes: int) -> None:
@@ -74,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(11, 19)), help="of the study")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
+    parser.add_argument("--train", action="store_true", help="models of your own in place of the committed ones")
     args = parser.parse_args(argv)
     write_data(args.folder)
+    if not args.train:
+        copy_models(args.folder)
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.processes, torch.set_num_threads, (1,)) as pool:
         jobs = [pool.apply_async(train_teacher, (args.folder,))]

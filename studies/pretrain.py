@@ -112,7 +112,7 @@ def pretrain(
     check: int = 0,
     enough: float = 0.0,
 ) -> None:
-    """Train and save a model, with its log.
+    """Train and save a model, with its log (`save`).
 
     Args:
         folder: the output; a finished one is left as it is, and an interrupted one is continued.
@@ -202,8 +202,15 @@ def pretrain(
             os.replace(folder / f"{STATE}.part", saved)
     log.close()
     tokens.save_pretrained(folder)
-    model.save_pretrained(folder)
+    save(model, folder)
     saved.unlink(missing_ok=True)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a float32 model with weights rounded to bfloat16, half the size. They are loaded as float32 again."""
+    tied = set(model.all_tied_weights_keys)
+    weights = {name: weight.bfloat16() for name, weight in model.state_dict().items() if name not in tied}
+    model.save_pretrained(folder, state_dict=weights)
 
 
 def _text(rng: random.Random, drills: float, applied: float) -> Problem:

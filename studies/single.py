@@ -1,6 +1,6 @@
 """Chooses the two layers of the arm ``single-10``: the best pair of a grid, by accuracy on the validation problems.
 
-Every layer of the teacher is tried with every layer of the student, with seeds that are not in the study.
+Every layer of the teacher is tried with every layer of the student, with seeds that are not in the study, in 400 steps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import yaml
 from molsaki.io import write_json
 
 SEEDS = [0, 100]
+STEPS = 400
 NAME = "single"
 _PART_OF_THE_STUDY = ("baseline", "primary", "curve", "score")
 
@@ -30,6 +31,7 @@ def write_grid(study: str, folder: Path, teacher_layers: int, student_layers: in
     grid: dict[str, Any] = yaml.safe_load(study)
     grid = {key: value for key, value in grid.items() if key not in _PART_OF_THE_STUDY}
     grid |= {"output_dir": NAME, "seeds": SEEDS, "keep_students": False}
+    grid["options"]["max_steps"] = STEPS
     grid["data"]["world"]["tests"] = {"validation": "data/validation.jsonl"}
     grid["arms"] = {
         f"{t}-{s}": {"attention_share": 0.1, "mixture": "single", "teacher_layer": t, "student_layer": s}

@@ -7,41 +7,86 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from scipy import stats
+
 Rows = list[dict[str, str]]
 
-PRIMARY = ["paper-10", "sum-10", "heads-10", "pointer-10"]
-CONTROLS = ["random-10", "other-10", "untrained-10"]
-GROUPS = {
-    "methods": ["paper", "vanilla", "cot", "mmi", "logits"],
-    "layers": ["last-10", "uniform-10", "reverse-10", "random-layers-10", "single-10"],
-    "changes": [
-        *("paper-mean-10", "paper-flat-10", "sum-sharp-10", "sum-rationale-10", "sum-early-10"),
-        *("pointer-early-30", "pointer-matched-10"),
-    ],
-    "decider": ["decider-10", "decider-30", "decider-other-10", "sum-numbers-10"],
-    "few": ["dss-500", "sum-10-500", "pointer-10-500"],
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """The arms of one set of the study, in the order of its tables.
+
+    Attributes:
+        groups: tables of differences by name, and their arms.
+    """
+
+    primary: tuple[str, ...]
+    controls: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+
+    @property
+    def main(self) -> tuple[str, ...]:
+        return ("dss", *self.primary, *self.controls)
+
+
+METHODS = ("paper", "vanilla", "cot", "mmi", "logits")
+SETS = {
+    "first": Listed(
+        primary=("paper-10", "sum-10", "heads-10", "pointer-10"),
+        controls=("random-10", "other-10", "untrained-10"),
+        groups={
+            "methods": METHODS,
+            "decider": ("decider-10", "decider-30", "decider-other-10", "sum-numbers-10"),
+        },
+    ),
+    "second": Listed(
+        primary=("pointer-30", "decider-30", "decider-early-30"),
+        controls=("pointer-other-30", "decider-other-30"),
+        groups={
+            "methods": METHODS,
+            "layers": ("last-10", "uniform-10", "reverse-10", "random-layers-10", "single-10"),
+            "changes": (
+                *("paper-mean-10", "paper-flat-10", "sum-sharp-10", "sum-rationale-10", "sum-early-10"),
+                *("pointer-early-30", "pointer-matched-10", "sum-numbers-10"),
+            ),
+            "few": ("dss-500", "sum-10-500", "pointer-30-500"),
+            "others": ("random-10", "other-10", "untrained-10"),
+        },
+    ),
 }
-DOSES = ["paper", "sum", "heads", "pointer"]
+DOSES = ("paper", "sum", "heads", "pointer", "decider")
 LOOKS = ["whole", "whole_taught", "before", "before_taught", "before_right", "before_wrong", "divergence"]
 TESTS = ["test", "distractors", "hops", "templates"]
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """Each table by name, in Markdown; arms without a finished run are left out."""
+    """Each table in Markdown by name, the set's first; arms without a finished run are left out.
+
+    Args:
+        folder: of the sets' folders.
+    """
+    found = {}
+    for name, listed in SETS.items():
+        found |= {f"{name}-{table}": text for table, text in _of_set(folder / name, listed).items()}
+    return found | {"both": _both([_read(folder / name / "results.csv") for name in SETS])}
+
+
+def _of_set(folder: Path, listed: Listed) -> dict[str, str]:
     compared, results, curves = (_read(folder / f"{name}.csv") for name in ("comparisons", "results", "curves"))
     looks = _read(folder / "looks.csv")
     by_test = {test: {row["arm"]: row for row in compared if row["test"] == test} for test in TESTS}
-    found = {"main": _main(by_test["test"]), "tests": _tests(by_test), "dose": _doses(by_test["test"])}
-    found |= {name: _differences(by_test["test"], arms) for name, arms in GROUPS.items()}
-    found["mistakes"] = _mistakes([row for row in results if row["test"] == "test"])
-    found["curves"] = _curves(curves)
+    found = {"main": _main(by_test["test"], listed), "tests": _tests(by_test, listed), "dose": _doses(by_test["test"])}
+    found |= {name: _differences(by_test["test"], arms) for name, arms in listed.groups.items()}
+    found["mistakes"] = _mistakes([row for row in results if row["test"] == "test"], listed)
+    found["curves"] = _curves(curves, listed)
     found["shares"] = _shares(curves)
-    found["looks"] = _looks(looks)
+    found["looks"] = _looks(looks, listed)
     return found
 
 
@@ -63,19 +108,20 @@ def fill(text: str, found: dict[str, str]) -> str:
     return filled
 
 
-def _main(rows: dict[str, dict[str, str]]) -> str:
+def _main(rows: dict[str, dict[str, str]], listed: Listed) -> str:
     lines = []
-    for arm in ["dss", *PRIMARY, *CONTROLS]:
+    for arm in listed.main:
         if arm in rows:
             row = rows[arm]
             lines.append([f"`{arm}`", row["seeds"], _interval(row), _difference(row), _p(row.get("p_holm_primary"))])
-    columns = ["arm", "seeds", "accuracy on `test`, %", "difference to `dss`, points", "p (Holm, of four)"]
+    count = {3: "three", 4: "four"}[len(listed.primary)]
+    columns = ["arm", "seeds", "accuracy on `test`, %", "difference to `dss`, points", f"p (Holm, of {count})"]
     return _markdown(columns, lines)
 
 
-def _tests(by_test: dict[str, dict[str, dict[str, str]]]) -> str:
+def _tests(by_test: dict[str, dict[str, dict[str, str]]], listed: Listed) -> str:
     lines = []
-    for arm in ["dss", *PRIMARY, *CONTROLS]:
+    for arm in listed.main:
         if arm in by_test[TESTS[1]]:
             rows = [by_test[test][arm] for test in TESTS[1:]]
             cells = [_interval(row) if arm == "dss" else _difference(row) for row in rows]
@@ -105,11 +151,11 @@ def _differences(rows: dict[str, dict[str, str]], arms: Sequence[str]) -> str:
     return _markdown(columns, lines)
 
 
-def _mistakes(rows: Rows) -> str:
+def _mistakes(rows: Rows, listed: Listed) -> str:
     kinds = ["exact", "first_mistake_plan", "first_mistake_base", "first_mistake_carry", "first_mistake_operand"]
     kinds += ["first_mistake_sum", "first_mistake_form"]
     lines = []
-    for arm in ["dss", *PRIMARY, *CONTROLS]:
+    for arm in listed.main:
         of_arm = [row for row in rows if row["arm"] == arm]
         if of_arm:
             means = [_mean(of_arm, f"score.{kind}") for kind in kinds]
@@ -117,11 +163,11 @@ def _mistakes(rows: Rows) -> str:
     return _markdown(["arm", *(kind.removeprefix("first_mistake_") for kind in kinds)], lines)
 
 
-def _curves(rows: Rows) -> str:
+def _curves(rows: Rows, listed: Listed) -> str:
     measured = [row for row in rows if row.get("accuracy")]
     steps = sorted({int(row["step"]) for row in measured})
     lines = []
-    for arm in ["dss", *PRIMARY, *CONTROLS]:
+    for arm in listed.main:
         of_arm = [row for row in measured if row["arm"] == arm]
         if of_arm:
             at = [[row for row in of_arm if int(row["step"]) == step] for step in steps]
@@ -142,9 +188,35 @@ def _shares(rows: Rows) -> str:
     return _markdown(["arm", "share of the gradient, %: median (least to largest)", "`beta`"], lines)
 
 
-def _looks(rows: Rows) -> str:
+def _both(sets: Sequence[Rows]) -> str:
+    """Of the arms of both sets: the mean difference to ``dss`` on ``test`` over all pairs of seeds.
+
+    The interval is Student's t over the pairs, since the answers of the first set to single problems are lost.
+    """
+    differences: dict[str, list[list[float]]] = {}
+    for number, rows in enumerate(sets):
+        accuracies = {(row["arm"], row["seed"]): float(row["accuracy"]) for row in rows if row["test"] == "test"}
+        for (arm, seed), accuracy in accuracies.items():
+            if arm != "dss" and ("dss", seed) in accuracies:
+                pairs = differences.setdefault(arm, [[] for _ in sets])
+                pairs[number].append(100 * (accuracy - accuracies["dss", seed]))
     lines = []
-    for arm in ["teacher", "base", "dss", *PRIMARY, *CONTROLS]:
+    for arm in sorted(differences, key=lambda arm: -statistics.mean(sum(differences[arm], []))):
+        pairs = differences[arm]
+        if all(pairs):
+            every = sum(pairs, [])
+            mean, half = statistics.mean(every), float(stats.t.ppf(0.975, len(every) - 1) * stats.sem(every))
+            better = sum(one > 0 for one in every)
+            means = [f"{statistics.mean(one):+.1f} ({len(one)})" for one in pairs]
+            whole = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+            lines.append([f"`{arm}`", *means, whole, f"{better} of {len(every)}"])
+    columns = ["arm", "first set, points (seeds)", "second set", "both", "seeds better than `dss`"]
+    return _markdown(columns, lines)
+
+
+def _looks(rows: Rows, listed: Listed) -> str:
+    lines = []
+    for arm in ["teacher", "base", *dict.fromkeys([*listed.main, *(row["arm"] for row in rows)])]:
         of_arm = [row for row in rows if row["arm"] == arm]
         if of_arm:
             cells = [_mean([row for row in of_arm if row[name] not in ("", "nan")], name) for name in LOOKS]

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from molsaki import presets
 from molsaki.config import EvaluateConfig, ExtractConfig, MixtureOptions, TextOptions, build, check_keys, read_yaml
+from molsaki.io import digest
 from molsaki.training.config import DistillConfig
 from molsaki.training.objectives import OBJECTIVES
 
@@ -110,7 +111,9 @@ class Study:
         return str(path) if path.is_dir() else name
 
     def identity(self, run: Run) -> dict[str, Any]:
-        """What the result of a run depends on, under dotted names: its options, and the content of its data files."""
+        """What the result of a run depends on, by dotted names: its options, the content of its data files and of its
+        preset.
+        """
         found: dict[str, Any] = {"seed": run.seed}
         for section, values in (
             ("", run.options),
@@ -122,6 +125,8 @@ class Study:
             found |= {section + name: value for name, value in values.items()}
         files = [run.options["train_file"], *run.tests.values(), *([run.curve["data_file"]] if run.curve else [])]
         found |= {f"content of {name}": _content(self.file(name)) for name in files}
+        if preset := run.options.get("preset"):  # a later version may set other options
+            found[f"content of preset {preset}"] = digest(presets.PRESETS[preset])
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
     def distill_config(self, run: Run, **more: Any) -> DistillConfig:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from molsaki import presets
 from molsaki.cli import main
 from molsaki.evaluation import statistics
 from molsaki.study import report
@@ -271,6 +272,15 @@ def test_a_changed_data_file_or_model_is_refused(copy, capsys):
     capsys.readouterr()
     assert study(copy) == 2
     assert "was run with content of test.jsonl = " in capsys.readouterr().err
+
+
+def test_a_preset_of_another_version_is_noticed(copy, monkeypatch):
+    path = write(copy, arms=STUDY["arms"] | {"paper": {"preset": "paper"}})
+    before, old = (read_study(path).identity(read_study(path).runs[i]) for i in (1, 0))
+    assert "content of preset paper" in before and not any("preset" in name for name in old)
+    monkeypatch.setitem(presets.PRESETS, "paper", presets.PRESETS["paper"] | {"beta": 2.0})
+    after = read_study(path).identity(read_study(path).runs[1])
+    assert {name for name in after if after[name] != before[name]} == {"content of preset paper"}
 
 
 def test_a_failed_run_is_recorded_and_tried_again_by_the_next_command(inputs, tmp_path, monkeypatch, capsys):

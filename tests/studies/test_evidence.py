@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from molsaki.io import read_json_lines, write_json, write_json_lines
 from molsaki.study.config import read_study
@@ -24,7 +27,8 @@ def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
     write_json(tmp_path / "single.json", {"teacher_layer": 2, "student_layer": 0})
     prepare.write_study(tmp_path)
     study = read_study(tmp_path / "evidence.yaml", with_models=False)
-    assert study.primary is not None and study.primary.arms == tables.PRIMARY and study.primary.test == "test"
+    listed = tables.SETS["second"]
+    assert study.primary is not None and tuple(study.primary.arms) == listed.primary and study.primary.test == "test"
     (layers,) = {(run.options["teacher_layer"], run.options["student_layer"]) for run in study.runs
                  if run.arm == "single-10"}  # fmt: skip
     assert layers == (2, 0)
@@ -32,12 +36,31 @@ def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
               and run.options["mixture"] == "single"}  # fmt: skip
     assert taught == {looks.TAUGHT}
     seeds = {arm: [run.seed for run in study.runs if run.arm == arm] for arm in study.arms}
-    assert all(seeds[arm] == list(range(1, 9)) for arm in ("dss", *tables.PRIMARY, *tables.CONTROLS))
-    named = {"dss", *tables.PRIMARY, *tables.CONTROLS, *(arm for group in tables.GROUPS.values() for arm in group)}
+    assert all(seeds[arm] == list(range(11, 19)) for arm in listed.main)
+    named = {*listed.main, *(arm for group in listed.groups.values() for arm in group)}
     doses = {f"{form}-{share}" for form in tables.DOSES for share in (1, 10, 30)}
     assert named <= set(study.arms) <= named | doses  # every arm is in a table
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert all(f"`{arm}`" in text for arm in (*tables.PRIMARY, *tables.CONTROLS))
+    assert all(f"`{arm}`" in text for listed in tables.SETS.values() for arm in listed.main)
+
+
+def test_committed_models_are_copied(tmp_path):
+    """What a folder has already stays; the rest is that of studies/models, loaded as float32."""
+    if not prepare.MODELS.is_dir():
+        pytest.skip("an installation has no models of the study")
+    (tmp_path / "teacher").mkdir()
+    write_json(tmp_path / "heads.json", {"own": 1})
+    prepare.copy_models(tmp_path)
+    assert list((tmp_path / "teacher").iterdir()) == []
+    assert json.loads((tmp_path / "heads.json").read_text()) == {"own": 1}
+    bases = {path.name for path in (tmp_path / "bases").iterdir()}
+    assert bases == {str(seed) for seed in (*single.SEEDS, *range(11, 19))}
+    prepare.train_base(tmp_path, 11)  # finished, with the options of this code: nothing is done
+    prepare.copy_models(tmp_path / "other")
+    prepare.train_teacher(tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "other" / "teacher")
+    assert model.dtype == torch.float32
+    assert all(torch.equal(weight.bfloat16().float(), weight) for weight in model.parameters())
 
 
 def test_the_grid_of_single_layers(tmp_path):
@@ -45,11 +68,11 @@ def test_the_grid_of_single_layers(tmp_path):
     for name in ("train", "validation"):
         write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"question": "1?", "rationale": "1.", "answer": "1"}])
     grid = read_study(single.write_grid(prepare.STUDY.read_text(encoding="utf-8"), tmp_path, 4, 2), with_models=False)
-    assert len(grid.runs) == 16 and not set(single.SEEDS) & set(range(1, 9))
+    assert len(grid.runs) == 16 and not set(single.SEEDS) & set(range(1, 19))
     assert {(run.options["teacher_layer"], run.options["student_layer"]) for run in grid.runs} == {
         (t, s) for t in range(4) for s in range(2)
     }
-    assert all(run.options["max_steps"] == 1000 and run.options["mixture"] == "single" for run in grid.runs)
+    assert all(run.options["max_steps"] == 400 and run.options["mixture"] == "single" for run in grid.runs)
     right = {"0-1": (0.9, 0.1), "2-1": (0.6, 0.5)}
     rows = ["arm,seed,test,accuracy"]
     for run in grid.runs:
@@ -67,12 +90,14 @@ def test_the_grid_of_single_layers(tmp_path):
 def test_the_tables_of_the_report_are_those_of_the_results():
     text = DOCUMENT.read_text(encoding="utf-8")
     assert tables.fill(text, tables.tables(RESULTS)) == text
-    assert "<!-- table main -->" in text
+    assert "<!-- table first-main -->" in text and "<!-- table second-main -->" in text
 
 
 def test_tables_by_hand(tmp_path):
     columns = "data,test,arm,seeds,accuracy,low,high,over,baseline,pairs,difference,difference_low,difference_high"
-    (tmp_path / "comparisons.csv").write_text(
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / "comparisons.csv").write_text(
         f"{columns},difference_over,p,p_holm,p_holm_primary\n"
         "world,test,dss,8,0.5,0.4,0.6,both,,,,,,,,,\n"
         "world,test,sum-10,8,0.51,0.41,0.61,both,dss,8,0.01,-0.02,0.04,both,0.4,0.5,0.6\n"
@@ -80,23 +105,29 @@ def test_tables_by_hand(tmp_path):
         "world,test,paper-10,8,0.5,0.4,0.6,both,dss,8,0.0,,,,,,\n"
     )
     found = tables.tables(tmp_path)
-    assert found["main"].splitlines()[2:] == [
+    assert found["first-main"].splitlines()[2:] == [
         "| `dss` | 8 | 50.0 [40.0, 60.0] |  |  |",
         "| `paper-10` | 8 | 50.0 [40.0, 60.0] | +0.0 (no interval) |  |",
         "| `sum-10` | 8 | 51.0 [41.0, 61.0] | +1.0 [-2.0, +4.0] | 0.600 |",
     ]
-    assert found["dose"].splitlines()[2:] == [
+    assert found["first-dose"].splitlines()[2:] == [
         "| `paper` |  | +0.0 (no interval) (8) |  |",
         "| `sum` | +0.0 [-2.0, +4.0] \\* (1) | +1.0 [-2.0, +4.0] (8) |  |",
     ]
-    text = "a\n<!-- table dose -->\nold\n<!-- end -->\nb\n<!-- table few -->\n<!-- end -->\n"
+    for name, accuracies in (("first", (0.5, 0.6, 0.55, 0.65)), ("second", (0.2, 0.4, 0.22, 0.4))):
+        pairs = zip(("dss,1", "dss,2", "sum-10,1", "sum-10,2"), accuracies, strict=True)
+        rows = [f"{arm},test,{accuracy}" for arm, accuracy in (*pairs, (f"{name},1", 0.9))]
+        (tmp_path / name / "results.csv").write_text("\n".join(["arm,seed,test,accuracy", *rows]))
+    both = tables.tables(tmp_path)["both"].splitlines()[2:]
+    assert both == ["| `sum-10` | +5.0 (2) | +1.0 (2) | +3.0 [-0.9, +6.9] | 3 of 4 |"]  # t = 3.182, sem 1.225
+    text = "a\n<!-- table first-dose -->\nold\n<!-- end -->\nb\n<!-- table second-few -->\n<!-- end -->\n"
     filled = tables.fill(text, found)
-    assert filled.startswith("a\n<!-- table dose -->\n| form |") and "old" not in filled and "\nb\n" in filled
+    assert filled.startswith("a\n<!-- table first-dose -->\n| form |") and "old" not in filled and "\nb\n" in filled
     assert tables.fill(filled, found) == filled
-    with pytest.raises(ValueError, match="table none: expected one of main"):
+    with pytest.raises(ValueError, match="table none: expected one of first-main"):
         tables.fill("<!-- table none -->\n<!-- end -->", found)
-    with pytest.raises(ValueError, match="table dose: expected <!-- end --> after it"):
-        tables.fill("<!-- table dose -->\n\nText.\n\n<!-- table few -->\n<!-- end -->", found)
+    with pytest.raises(ValueError, match="table both: expected <!-- end --> after it"):
+        tables.fill("<!-- table both -->\n\nText.\n\n<!-- table second-few -->\n<!-- end -->", found)
 
 
 def test_rationales_that_are_no_use_are_left_out(tmp_path):
