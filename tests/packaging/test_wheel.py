@@ -83,7 +83,7 @@ def test_the_sdist_contains_all_that_its_tests_need(source, unpacked):
     folders = ("tests", "examples", "docs", "molsaki", "molsaki_kernels", ".ci")
     files = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
     files += [*(source / "benchmarks").glob("*.*"), *(source / "benchmarks/results").glob("*.csv")]
-    files += [*(source / "studies").glob("*.*"), *(source / "studies/results").glob("*.csv")]
+    files += [*(source / "studies").glob("*.*"), *(source / "studies/results").rglob("*.csv")]
     files += [source / name for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", "LICENSE")]
     missing = [str(path.relative_to(source)) for path in files if not (unpacked / path.relative_to(source)).exists()]
     assert missing == []
