@@ -198,12 +198,18 @@ def value_at(text: str, span: Span) -> tuple[Fraction | None, str]:
 
 def plain(text: str) -> str:
     """A text without the LaTeX around numbers and words: ``$5\\text{ cm}$`` is ``5 cm``."""
+    if "\\" in text or "~" in text:
+        text = _without_commands(text)
+    return text.strip().strip("$*").strip()
+
+
+def _without_commands(text: str) -> str:
     text = regex.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = regex.sub(r"\\(?:left|right|displaystyle|!)(?![a-z])|\\[()\[\]]", "", text)
     text = regex.sub(r"\\[,;: ](?!\d{3}(?!\d))|~", " ", text)
     text = regex.sub(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°", text)
     text = regex.sub(r"\\([%$])", r"\1", text)
-    return text.strip().strip("$*").strip()
+    return text
 
 
 def same_answer(a: str, b: str, choices: Sequence[str] | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from fractions import Fraction
 
@@ -64,6 +65,7 @@ def find_numbers(text: str, number_words: bool) -> list[Span]:
     return found
 
 
+@functools.lru_cache(maxsize=10_000)  # the same small numbers again and again
 def parse_number(text: str) -> Fraction | None:
     """The exact value of a text that is one number as `find_numbers` finds it, else None.
 
