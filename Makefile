@@ -2,7 +2,8 @@
 # make test       the whole test suite
 # make test-fast  the tests that are not marked slow
 # make bench      the benchmarks
-# make study      the study of docs/evidence.md: hours; it continues where it was interrupted (STUDY=path, PROCESSES=2)
+# make study      the study of docs/evidence.md: hours; it continues where it was interrupted (STUDY=path, PROCESSES=2;
+#                 a part of it: ARMS="dss pointer-30" SEEDS="11 12")
 # make check      lint, format, types
 # make format     apply the fixes that ruff can make
 # make docs       list the documentation
@@ -44,7 +45,8 @@ PROCESSES ?= 2
 
 study: $(VENV)/.demo-installed
 	$(BIN)/python -m studies.prepare $(STUDY) --processes $(PROCESSES)
-	$(BIN)/python -m molsaki.cli study $(STUDY)/evidence.yaml --processes $(PROCESSES) --threads 1
+	$(BIN)/python -m molsaki.cli study $(STUDY)/evidence.yaml --processes $(PROCESSES) --threads 1 \
+		$(if $(ARMS),--arms $(ARMS)) $(if $(SEEDS),--seeds $(SEEDS))
 	$(BIN)/python -m studies.looks $(STUDY)
 
 check: $(VENV)/.test-installed
