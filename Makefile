@@ -47,6 +47,7 @@ study: $(VENV)/.demo-installed
 	$(BIN)/python -m studies.prepare $(STUDY) --processes $(PROCESSES)
 	$(BIN)/python -m molsaki.cli study $(STUDY)/evidence.yaml --processes $(PROCESSES) --threads 1 \
 		$(if $(ARMS),--arms $(ARMS)) $(if $(SEEDS),--seeds $(SEEDS))
+	$(if $(ARMS)$(SEEDS),,$(BIN)/python -m molsaki.cli study $(STUDY)/third.yaml --processes $(PROCESSES) --threads 1)
 	$(BIN)/python -m studies.looks $(STUDY)
 
 check: $(VENV)/.test-installed

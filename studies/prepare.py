@@ -1,5 +1,5 @@
 """Writes what the study needs into a folder: data, teacher, an untrained teacher, a base per seed, the choice of heads
-and layers, and the YAML file.
+and layers, and the YAML files of the second and the third set.
 
 What is there already is left as it is, so an interrupted preparation is continued by the same command. The teacher, the
 bases and the choices of the committed results are those of ``studies/models``; ``--train`` trains and chooses anew.
@@ -14,8 +14,10 @@ import shutil
 import string
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molsaki.io import write_json, write_json_lines
@@ -27,6 +29,7 @@ from studies.world import SEEDS, decoder, problems, tokenizer
 STUDY = Path(__file__).with_name("evidence.yaml")
 MODELS = Path(__file__).with_name("models")
 TRAIN, TEST = 10_000, 2_000
+SEEDS_OF_SETS = {"evidence": list(range(11, 19)), "third": list(range(19, 27))}
 TEACHER = {"layers": 4, "width": 144, "heads": 6}
 STUDENT = {"layers": 2, "width": 48, "heads": 4}
 
@@ -74,18 +77,24 @@ def write_choices(folder: Path, processes: int) -> None:
 
 
 def write_study(folder: Path) -> None:
-    """The YAML file, with the choices filled in."""
+    """The YAML file of the second set, with the choices filled in, and from it ``third.yaml``, of the third."""
     heads, layers = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("heads.json", "single.json"))
     values = {name: heads[name] for name in ("heads", "pointer", "decider")}
     values |= {"single_teacher": layers["teacher_layer"], "single_student": layers["student_layer"]}
     text = string.Template(STUDY.read_text(encoding="utf-8")).substitute(values)
     (folder / STUDY.name).write_text(text, encoding="utf-8")
+    third: dict[str, Any] = yaml.safe_load(text)
+    arms = {name: own for name, own in third["arms"].items() if name in ("dss", "decider-early-30")}
+    arms["decider-early-other-30"] = arms["decider-early-30"] | {"control": "other_example"}
+    third |= {"output_dir": "results-third", "seeds": SEEDS_OF_SETS["third"], "arms": arms}
+    third["primary"] = {"test": "test", "arms": ["decider-early-30"]}
+    (folder / "third.yaml").write_text(yaml.safe_dump(third, sort_keys=False), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(11, 19)), help="of the study")
+    parser.add_argument("--seeds", type=int, nargs="+", default=sum(SEEDS_OF_SETS.values(), []), help="of both sets")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--train", action="store_true", help="models of your own in place of the committed ones")
     args = parser.parse_args(argv)
