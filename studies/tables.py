@@ -59,6 +59,7 @@ SETS = {
             "others": ("random-10", "other-10", "untrained-10"),
         },
     ),
+    "third": Listed(primary=("decider-early-30",), controls=("decider-early-other-30",), groups={}),
 }
 DOSES = ("paper", "sum", "heads", "pointer", "decider")
 LOOKS = ["whole", "whole_taught", "before", "before_taught", "before_right", "before_wrong", "divergence"]
@@ -74,7 +75,7 @@ def tables(folder: Path) -> dict[str, str]:
     found = {}
     for name, listed in SETS.items():
         found |= {f"{name}-{table}": text for table, text in _of_set(folder / name, listed).items()}
-    return found | {"both": _both([_read(folder / name / "results.csv") for name in SETS])}
+    return found | {"all": _all_sets([_read(folder / name / "results.csv") for name in SETS])}
 
 
 def _of_set(folder: Path, listed: Listed) -> dict[str, str]:
@@ -114,8 +115,8 @@ def _main(rows: dict[str, dict[str, str]], listed: Listed) -> str:
         if arm in rows:
             row = rows[arm]
             lines.append([f"`{arm}`", row["seeds"], _interval(row), _difference(row), _p(row.get("p_holm_primary"))])
-    count = {3: "three", 4: "four"}[len(listed.primary)]
-    columns = ["arm", "seeds", "accuracy on `test`, %", "difference to `dss`, points", f"p (Holm, of {count})"]
+    p = {1: "p", 3: "p (Holm, of three)", 4: "p (Holm, of four)"}[len(listed.primary)]
+    columns = ["arm", "seeds", "accuracy on `test`, %", "difference to `dss`, points", p]
     return _markdown(columns, lines)
 
 
@@ -188,8 +189,8 @@ def _shares(rows: Rows) -> str:
     return _markdown(["arm", "share of the gradient, %: median (least to largest)", "`beta`"], lines)
 
 
-def _both(sets: Sequence[Rows]) -> str:
-    """Of the arms of both sets: the mean difference to ``dss`` on ``test`` over all pairs of seeds.
+def _all_sets(sets: Sequence[Rows]) -> str:
+    """Of the arms of two sets or more: the mean difference to ``dss`` on ``test`` over all pairs of seeds.
 
     The interval is Student's t over the pairs, since the answers of the first set to single problems are lost.
     """
@@ -200,17 +201,16 @@ def _both(sets: Sequence[Rows]) -> str:
             if arm != "dss" and ("dss", seed) in accuracies:
                 pairs = differences.setdefault(arm, [[] for _ in sets])
                 pairs[number].append(100 * (accuracy - accuracies["dss", seed]))
+    joined = {arm: sum(pairs, []) for arm, pairs in differences.items()}
     lines = []
-    for arm in sorted(differences, key=lambda arm: -statistics.mean(sum(differences[arm], []))):
-        pairs = differences[arm]
-        if all(pairs):
-            every = sum(pairs, [])
+    for arm in sorted(differences, key=lambda arm: -statistics.mean(joined[arm])):
+        pairs, every = differences[arm], joined[arm]
+        if sum(map(bool, pairs)) > 1:
             mean, half = statistics.mean(every), float(stats.t.ppf(0.975, len(every) - 1) * stats.sem(every))
-            better = sum(one > 0 for one in every)
-            means = [f"{statistics.mean(one):+.1f} ({len(one)})" for one in pairs]
+            means = [f"{statistics.mean(one):+.1f} ({len(one)})" if one else "" for one in pairs]
             whole = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
-            lines.append([f"`{arm}`", *means, whole, f"{better} of {len(every)}"])
-    columns = ["arm", "first set, points (seeds)", "second set", "both", "seeds better than `dss`"]
+            lines.append([f"`{arm}`", *means, whole, f"{sum(one > 0 for one in every)} of {len(every)}"])
+    columns = ["arm", *(f"{name} set" for name in SETS), "all, points", "seeds better than `dss`"]
     return _markdown(columns, lines)
 
 

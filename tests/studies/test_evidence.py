@@ -40,6 +40,12 @@ def test_the_arms_are_valid_and_those_that_the_analysis_names(tmp_path):
     named = {*listed.main, *(arm for group in listed.groups.values() for arm in group)}
     doses = {f"{form}-{share}" for form in tables.DOSES for share in (1, 10, 30)}
     assert named <= set(study.arms) <= named | doses  # every arm is in a table
+    third = read_study(tmp_path / "third.yaml", with_models=False)
+    assert {run.seed for run in third.runs} == set(range(19, 27)) and third.output_dir != study.output_dir
+    assert third.arms == [*tables.SETS["third"].main] and tuple(third.primary.arms) == tables.SETS["third"].primary
+    (one,), (same,) = ([run.options for run in of.runs if (run.arm, run.seed) == ("decider-early-30", seed)]
+                       for of, seed in ((study, 11), (third, 19)))  # fmt: skip
+    assert one | {"student": ""} == same | {"student": ""}
     text = DOCUMENT.read_text(encoding="utf-8")
     assert all(f"`{arm}`" in text for listed in tables.SETS.values() for arm in listed.main)
 
@@ -54,7 +60,7 @@ def test_committed_models_are_copied(tmp_path):
     assert list((tmp_path / "teacher").iterdir()) == []
     assert json.loads((tmp_path / "heads.json").read_text()) == {"own": 1}
     bases = {path.name for path in (tmp_path / "bases").iterdir()}
-    assert bases == {str(seed) for seed in (*single.SEEDS, *range(11, 19))}
+    assert bases == {str(seed) for seed in (*single.SEEDS, *sum(prepare.SEEDS_OF_SETS.values(), []))}
     prepare.train_base(tmp_path, 11)  # finished, with the options of this code: nothing is done
     prepare.copy_models(tmp_path / "other")
     prepare.train_teacher(tmp_path / "other")
@@ -68,7 +74,7 @@ def test_the_grid_of_single_layers(tmp_path):
     for name in ("train", "validation"):
         write_json_lines(tmp_path / "data" / f"{name}.jsonl", [{"question": "1?", "rationale": "1.", "answer": "1"}])
     grid = read_study(single.write_grid(prepare.STUDY.read_text(encoding="utf-8"), tmp_path, 4, 2), with_models=False)
-    assert len(grid.runs) == 16 and not set(single.SEEDS) & set(range(1, 19))
+    assert len(grid.runs) == 16 and not set(single.SEEDS) & set(range(1, 27))
     assert {(run.options["teacher_layer"], run.options["student_layer"]) for run in grid.runs} == {
         (t, s) for t in range(4) for s in range(2)
     }
@@ -116,18 +122,20 @@ def test_tables_by_hand(tmp_path):
     ]
     for name, accuracies in (("first", (0.5, 0.6, 0.55, 0.65)), ("second", (0.2, 0.4, 0.22, 0.4))):
         pairs = zip(("dss,1", "dss,2", "sum-10,1", "sum-10,2"), accuracies, strict=True)
-        rows = [f"{arm},test,{accuracy}" for arm, accuracy in (*pairs, (f"{name},1", 0.9))]
-        (tmp_path / name / "results.csv").write_text("\n".join(["arm,seed,test,accuracy", *rows]))
-    both = tables.tables(tmp_path)["both"].splitlines()[2:]
-    assert both == ["| `sum-10` | +5.0 (2) | +1.0 (2) | +3.0 [-0.9, +6.9] | 3 of 4 |"]  # t = 3.182, sem 1.225
+        rows = [f"{arm},test,{accuracy},0,1,0,0,0,0,0" for arm, accuracy in (*pairs, (f"{name},1", 0.9))]
+        kinds = [f"score.first_mistake_{kind}" for kind in ("plan", "base", "carry", "operand", "sum", "form")]
+        head = ",".join(["arm", "seed", "test", "accuracy", "score.exact", *kinds])
+        (tmp_path / name / "results.csv").write_text("\n".join([head, *rows]))
+    joined = tables.tables(tmp_path)["all"].splitlines()[2:]
+    assert joined == ["| `sum-10` | +5.0 (2) | +1.0 (2) |  | +3.0 [-0.9, +6.9] | 3 of 4 |"]  # t = 3.182, sem 1.225
     text = "a\n<!-- table first-dose -->\nold\n<!-- end -->\nb\n<!-- table second-few -->\n<!-- end -->\n"
     filled = tables.fill(text, found)
     assert filled.startswith("a\n<!-- table first-dose -->\n| form |") and "old" not in filled and "\nb\n" in filled
     assert tables.fill(filled, found) == filled
     with pytest.raises(ValueError, match="table none: expected one of first-main"):
         tables.fill("<!-- table none -->\n<!-- end -->", found)
-    with pytest.raises(ValueError, match="table both: expected <!-- end --> after it"):
-        tables.fill("<!-- table both -->\n\nText.\n\n<!-- table second-few -->\n<!-- end -->", found)
+    with pytest.raises(ValueError, match="table all: expected <!-- end --> after it"):
+        tables.fill("<!-- table all -->\n\nText.\n\n<!-- table second-few -->\n<!-- end -->", found)
 
 
 def test_rationales_that_are_no_use_are_left_out(tmp_path):
