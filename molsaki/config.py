@@ -161,7 +161,7 @@ class DistillOptions(TextOptions, MixtureOptions):
         "measurement, and the weight in eval_loss.",
     )
     share_steps: int = option(
-        0, "Measure and log that share every so many steps; 0: never, or every 20 steps with attention_share."
+        0, "Measure and log that share once per this number of steps; 0: never, or every 20 steps with attention_share."
     )
     beta_mmi: float = option(0.1, "objective=mmi: weight of the cross-entropy between the two tasks' predictions.")
     beta_logits: float = option(0.3, "objective=logits: weight of the divergence from the teacher's logits.")
