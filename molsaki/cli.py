@@ -80,6 +80,8 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
 
     config_module, config_name, module = CONFIGURED[command]
     require("train")
+    if command == "distill" and not {"-h", "--help"}.isdisjoint(argv):  # TrainingArguments take seconds to import
+        config_module, config_name = "molsaki.config", "DistillOptions"
     config_class = getattr(importlib.import_module(config_module), config_name)
     options = parse(config_class, argv, f"molsaki {command}")
     result = getattr(importlib.import_module(module), command)(options)

@@ -76,7 +76,7 @@ def render(found: dict[str, Section]) -> str:
 
 
 def _notes(compiler: str | None) -> Section:
-    """What installed packages need on a GPU beside themselves."""
+    """What else installed packages need on a GPU."""
     notes: Section = {}
     if _version("triton"):
         header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()

@@ -212,9 +212,7 @@ def stepwise_map(
         q, k = _heads_first(q, "q"), _heads_first(k, "k")
         if isinstance(lse, Tensor):
             if lse.dim() != 2:
-                raise ValueError(
-                    f"lse: expected (Hq, total) beside packed (total, Hq, D), got shape {tuple(lse.shape)}"
-                )
+                raise ValueError(f"lse: expected (Hq, total) with packed (total, Hq, D), got shape {tuple(lse.shape)}")
             lse = lse[None]
     if isinstance(q, Tensor) and autocast_is_on(q):
         q, k = _autocast(q), _autocast(k)

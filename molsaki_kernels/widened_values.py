@@ -4,7 +4,7 @@ With E[j, w] = 1 where key token j is in word w, the attention of v' = [v, E] is
 mass that query i puts on word w. The map is a segmented sum of it, and the attention's own backward does the rest:
 
     A[s, w] = sum_{i in step s} O_E[i, w], the mean over heads            (MoLSAKI, arXiv 2604.15701, Eq. 2 and 3)
-    dO'[i]  = [dO[i], dA[step(i)] / Hq],   0 beside a query in no step
+    dO'[i]  = [dO[i], dA[step(i)] / Hq],   0 for dA where query i is in no step
     dP'     = dO' v'^T = dO v^T + dA[step(i), word(j)] / Hq,   rowsum(dO' O') = rowsum(dO O) - dlse of the map
 
 So nothing computes a gradient of lse, adds to dq and dk or reads q a second time. An engine that takes v wider than q

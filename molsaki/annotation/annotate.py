@@ -66,7 +66,7 @@ def annotate(
         raise ValueError("annotate runs in one process, started without torchrun; device_map spreads a large teacher")
     work_file = output.with_suffix(".work.jsonl")
     if output.exists() and not work_file.exists():
-        raise ValueError(f"--output_file: {output} is there without its {work_file.name}; choose another name")
+        raise ValueError(f"--output_file: {output} exists without its {work_file.name}; choose another name")
     examples = read_examples(data_file, rationale=False)[: config.limit]
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)

@@ -1,4 +1,4 @@
-"""Judges a teacher's reply: takes it apart into rationale and answer, and says what is wrong with it."""
+"""Judges a teacher's reply: splits it into rationale and answer, and says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from molsaki.text.examples import Example
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text; in Chinese, Japanese and Thai, which write none apart, its characters."""
+    """The words of a text; in Chinese, Japanese and Thai, which do not separate words, its characters."""
     found: list[str] = regex.findall(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]\p{M}*|[\w--[\p{Han}\p{Hiragana}"
                                      r"\p{Katakana}\p{Thai}]]+", text.casefold(), regex.V1)  # fmt: skip
     return found
@@ -45,7 +45,7 @@ class Verdict:
 
 
 def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: int) -> Verdict:
-    """Take a reply apart and say what is wrong with it, if anything.
+    """Split a reply into rationale and answer, and say what is wrong with it, if anything.
 
     The answer is the first number (or choice) after the label, or after an equals sign there. A reply without a label
     is a rationale whose last number (or choice) is the answer. A reply is right if its rationale has some words and

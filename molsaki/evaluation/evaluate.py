@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.tokenized import LeftOut, all_left_out, left_out_if_refused, list_left_out, predict_prompt
 from molsaki.config import PREDICT_TEMPLATE, EvaluateConfig, require
-from molsaki.evaluation.compare import compare, read_predictions
+from molsaki.evaluation.compare import PREDICTIONS, compare, read_predictions
 from molsaki.evaluation.generate import batches, decode
 from molsaki.evaluation.scoring import score
 from molsaki.evaluation.statistics import paired_test, wilson
@@ -94,7 +94,7 @@ def evaluate(
         paired = paired_test([a for a, _ in both], [b for _, b in both])
         summary["paired"] = {"other": config.compare[0], "questions": len(both)} | paired
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_lines(folder / "predictions.jsonl", records)
+    write_json_lines(folder / PREDICTIONS, records)
     write_json(folder / "summary.json", summary, indent=2)
     return summary
 

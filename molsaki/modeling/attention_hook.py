@@ -132,7 +132,7 @@ def attention(
     if compact is not None and not compact.is_checked:
         compact.check(cu_seqlens)
     elif compact is not None and compact.padding is not None and is_packed:
-        raise ValueError("attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some")
+        raise ValueError("attention_mask: expected no padding with packed texts (cu_seq_lens_q), got some")
     lengths = None if compact is None or cu_seqlens is not None else compact.lengths
     suffixes = None
     if shared_prefix is not None:
@@ -232,7 +232,7 @@ def _why_no_map(
     elif isinstance(mask, Tensor):
         reason = f"a mask of shape {tuple(mask.shape)} (left padding, a cache, or a pattern of its own)"
     else:
-        reason = f"{query.shape[2]} queries beside {key.shape[2]} keys"
+        reason = f"{query.shape[2]} queries with {key.shape[2]} keys"
     return (
         "step_plan: expected a right-padded or packed batch of whole texts under causal attention, without a cache; "
         f"{type(module).__name__} has {reason}"

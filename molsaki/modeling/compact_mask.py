@@ -79,7 +79,7 @@ class CompactMask:
             return
         self.is_compared = True
         if self.padding is not None and cu_seqlens is not None:
-            message = "attention_mask: expected no padding beside packed texts (cu_seq_lens_q), got some"
+            message = "attention_mask: expected no padding with packed texts (cu_seq_lens_q), got some"
             torch._assert_async(self.padding.all(), message)
         if self.padding is not None:
             is_right_padded = ~(self.padding[:, 1:] & ~self.padding[:, :-1]).any()
@@ -161,7 +161,7 @@ CompactMask.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 class _Pattern(NamedTuple):
-    """What a mask function of transformers hides beside the keys after the query."""
+    """What a mask function of transformers hides in addition to the keys after the query."""
 
     window: int | None
     chunk: int | None
@@ -225,7 +225,7 @@ def attention_mask(
     pattern = _pattern(mask_function, local_size, kwargs.get("config"), allow_is_causal_skip, is_traced)
     padding = None if attention_mask is None else attention_mask.bool()
     if length != kv_length or kv_offset != 0 or (not is_traced and start != 0):
-        reason = f"queries beside a cache (queries {length}, keys {kv_length}); a plan needs a forward of whole texts"
+        reason = f"queries with a cache (queries {length}, keys {kv_length}); a plan needs a forward of whole texts"
     elif padding is not None and padding.shape[-1] != length:
         reason = f"an attention_mask of shape {tuple(padding.shape)} for {length} tokens"
     elif padding is not None and not is_traced and (padding[:, 1:] & ~padding[:, :-1]).any():

@@ -59,12 +59,6 @@ _EXPRESSION = regex.compile(
 )
 
 
-def find_number(text: str, last: bool = False) -> str | None:
-    """The first or last number of a text as it is written there, by the rules of :func:`molsaki.segment`."""
-    found = [text[start:stop] for start, stop in find_numbers(text, number_words=False)]
-    return found[-1 if last else 0] if found else None
-
-
 def find_choice(text: str, choices: Sequence[str], last: bool = False, letters: bool = True) -> str | None:
     """The choice that a text names by its words, its number or its letter: the one after "the answer is", else the
     first or last.

@@ -1,6 +1,6 @@
 """The training objectives as a table: what each one needs and its loss.
 
-To add an objective, write its loss, add an entry to `OBJECTIVES` and its name to ``DistillConfig.objective``.
+To add an objective, write its loss, add an entry to `OBJECTIVES` and its name to ``DistillOptions.objective``.
 """
 
 from __future__ import annotations

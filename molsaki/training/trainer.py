@@ -548,8 +548,8 @@ class _ByLength(LengthGroupedSampler):
 
 
 class _StartOfRun(TrainerCallback):
-    """Before the first step: forgets the sums of a run that auto_find_batch_size gave up, and finds the best checkpoint
-    of a run that has been moved."""
+    """Before the first step: clears the sums of an attempt that auto_find_batch_size abandoned, and finds the best
+    checkpoint of a run that has been moved."""
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer = trainer

@@ -3,7 +3,7 @@
 For O' = [O, O_E] (B, Hq, M, columns), with O of ``v_columns`` columns and then W columns of masses:
 
     A[n, s, w] = sum over the rows i of step s, sum over the heads h, of O_E[h, i, w] / Hq      (or one map per head)
-    dO'[h, i]  = [dO[h, i], dA[n, step(i), :] / Hq, 0 for padding columns];  0 beside a row in no step
+    dO'[h, i]  = [dO[h, i], dA[n, step(i), :] / Hq, 0 for padding columns];  0 for dA where row i is in no step
 
 One program of ``word_sums`` owns a step, a block of words and some heads; the sums of the groups of heads are added by
 PyTorch, so no float atomics. One program of ``widened_dout`` owns a tile of rows of one head: one pass, one launch.

@@ -311,7 +311,7 @@ def test_changed_teacher_and_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"out.work.jsonl:2: damaged"):
         annotate(files(tmp_path), *scripted(SCRIPT))
     os.remove(tmp_path / "out.work.jsonl")
-    with pytest.raises(ValueError, match=r"--output_file: .*out.jsonl is there without its out.work.jsonl"):
+    with pytest.raises(ValueError, match=r"--output_file: .*out.jsonl exists without its out.work.jsonl"):
         annotate(files(tmp_path), *scripted(SCRIPT))
 
 

@@ -9,7 +9,6 @@ import pytest
 from molsaki.text.answers import (
     final_answer,
     find_choice,
-    find_number,
     gold_choice,
     kind_of,
     parse_number,
@@ -17,6 +16,7 @@ from molsaki.text.answers import (
     same_answer,
     stated_answer,
 )
+from molsaki.text.numbers import find_numbers
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_parse_number(text, value):
     assert parse_number(text) == value
 
 
-def test_find_number():
+def test_numbers_as_they_are_written():
     text = " So 3 * 4 = 12, or 1,200.0 cents."
-    assert (find_number(text), find_number(text, last=True)) == ("3", "1,200.0")
-    assert find_number("no idea") is None
+    assert [text[start:stop] for start, stop in find_numbers(text, number_words=False)] == ["3", "4", "12", "1,200.0"]
+    assert find_numbers("no idea", number_words=False) == []
 
 
 def test_find_choice():

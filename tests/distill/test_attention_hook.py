@@ -368,7 +368,7 @@ def test_a_mask_of_none_beside_a_static_cache_is_causal():
     q, k, v = (torch.randn(1, 2, n, 8) for n in (5, 9, 9))
     expected, _ = attention(module, q, k[:, :, :5], v[:, :, :5], None)
     torch.testing.assert_close(attention(module, q, k, v, None)[0], expected)
-    with pytest.raises(ValueError, match="step_plan: .*5 queries beside"):
+    with pytest.raises(ValueError, match="step_plan: .*5 queries with"):
         attention(module, q, k, v, None, step_plan=StepPlan.from_spans([[(0, 4)]], [[[1]]]))
 
 

@@ -135,6 +135,7 @@ def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
         ("import molsaki.evaluation.statistics, molsaki.evaluation.compare", ["torch", "transformers"]),
         ("from molsaki.cli import main; main(['--help'])", ["torch", "transformers", "numpy", "yaml"]),
         ("from molsaki.cli import main; main(['extract', '--help'])", ["torch", "accelerate", "matplotlib"]),
+        ("from molsaki.cli import main; main(['distill', '--help'])", ["torch", "accelerate", "matplotlib"]),
     ],
 )
 def test_imports(code, absent):
@@ -159,6 +160,16 @@ def test_interruption_says_how_to_continue(monkeypatch, capsys):
     monkeypatch.setattr(evaluate_module, "evaluate", interrupt)
     assert run("evaluate") == 130
     assert "molsaki evaluate: interrupted. Run it again." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "inherited"), [("--help", False), ("--help_all", True)])
+def test_help_of_distill(capsys, flag, inherited):
+    """The options of TrainingArguments, which take seconds to import, are listed on request."""
+    with pytest.raises(SystemExit) as caught:
+        run("distill", flag)
+    listed = capsys.readouterr().out
+    assert caught.value.code == 0 and "--objective" in listed and "--help_all" in listed
+    assert ("--learning_rate" in listed) is inherited
 
 
 def test_unknown_command(capsys):

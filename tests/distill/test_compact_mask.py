@@ -159,7 +159,7 @@ def test_bounds_of_packed_texts_are_checked():
         (dict(cu_seq_lens_q=torch.tensor([0, 12]), position_ids=position), "at which position_ids start again"),
         (dict(cu_seq_lens_q=[0, 5, 12]), "cu_seq_lens_q: expected a tensor"),
         (dict(cu_seq_lens_q=bounds, attention_mask=hole), "cu_seq_lens_q: expected packed texts"),
-        (dict(cu_seq_lens_q=bounds, attention_mask=(torch.arange(12) < 9)[None].long()), "no padding beside packed"),
+        (dict(cu_seq_lens_q=bounds, attention_mask=(torch.arange(12) < 9)[None].long()), "no padding with packed"),
     ):
         with pytest.raises(ValueError, match=message):
             model(ids, use_cache=False, **keywords)

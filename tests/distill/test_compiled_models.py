@@ -76,7 +76,7 @@ def test_compiled_packed_texts_are_checked():
     with pytest.raises(RuntimeError, match="packed texts with their bounds"):
         compiled(ids, attention_mask=None, **packed | {"cu_seq_lens_q": torch.tensor([0, 7, 12]).int()})
     ones[0, 9:] = 0
-    with pytest.raises(RuntimeError, match="no padding beside packed texts|packed texts with their bounds"):
+    with pytest.raises(RuntimeError, match="no padding with packed texts|packed texts with their bounds"):
         compiled(ids, attention_mask=ones, **packed)
 
 

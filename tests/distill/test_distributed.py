@@ -127,7 +127,7 @@ def test_resume_in_two_processes(work, straight):
 
 
 def test_a_process_lost_without_torchrun(work):
-    """Nobody ends the other one; it ends by itself, before the timeout where its connection breaks."""
+    """The other one ends by itself, and before the timeout if its connection breaks."""
     argv = flags(work, "lost_run", 2, "--ddp_timeout=60")
     begin = time.perf_counter()
     survivor, lost = processes.by_hand("distill_but", "lost", 1, 3, *argv)

@@ -226,7 +226,7 @@ def test_under_another_default_device(engine, window):
 
 def test_lse_of_the_wrong_rank():
     (q, k, _), plan, cu = inputs("ragged", torch.float32, packed=True)
-    with pytest.raises(ValueError, match=r"lse: expected \(Hq, total\) beside packed .*, got shape \(1, 4, 258\)"):
+    with pytest.raises(ValueError, match=r"lse: expected \(Hq, total\) with packed .*, got shape \(1, 4, 258\)"):
         mk.stepwise_map(flat(q), flat(k), torch.zeros(q.shape[:3]), plan, cu_seqlens=cu)
 
 

@@ -163,11 +163,15 @@ def link_distributions(site_packages: Path, *names: str) -> None:
                 link.symlink_to(distribution.locate_file(top))
 
 
+# Its argument is one of the wheel's libraries: the processor has what this one needs and no more.
 ONE_LAYER = """
 import json, sys
 from pathlib import Path
 import torch
 import molsaki_kernels as mk
+from molsaki_kernels._native import build, compile
+
+build._processor = lambda: " ".join(compile.VARIANTS[sys.argv[1]])
 
 plan = mk.StepPlan.from_spans([[(0, 20), (20, 48)]], [[[3], [7, 30]]])
 found = {}
@@ -191,26 +195,43 @@ print(json.dumps({
 """
 
 
-@needs_compiler
-def test_one_layer_in_a_clean_environment_without_a_compiler(wheel, tmp_path):
-    venv.create(tmp_path / "clean", with_pip=False, symlinks=True)
-    python = tmp_path / "clean" / "bin" / "python"
-    (site_packages,) = (tmp_path / "clean" / "lib").glob("python*/site-packages")
+@pytest.fixture(scope="module")
+def clean(wheel, tmp_path_factory) -> Path:
+    """The Python of an environment with the wheel, torch and numpy, and nothing else."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
     link_distributions(site_packages, "torch", "numpy")
+    python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "-q", wheel)
+    return python
+
+
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    """No compiler on the path, and a cache that does not exist."""
     (tmp_path / "empty").mkdir()
-    environment = {
-        "PATH": str(tmp_path / "empty"),
-        "HOME": str(tmp_path / "home"),
-        "MOLSAKI_CACHE": str(tmp_path / "cache"),
-    }
-    output = run(python, "-c", ONE_LAYER, cwd=tmp_path / "empty", env=environment)
+    paths = {"PATH": tmp_path / "empty", "HOME": tmp_path / "home", "MOLSAKI_CACHE": tmp_path / "cache"}
+    return {name: str(path) for name, path in paths.items()}
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", compile.VARIANTS)
+def test_one_layer_in_a_clean_environment_without_a_compiler(clean, environment, tmp_path, variant):
+    """With each library that this processor can run."""
+    missing = compile.VARIANTS[variant] - set(build._processor().split())
+    if missing:
+        pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
+    output = run(clean, "-c", ONE_LAYER, variant, cwd=tmp_path / "empty", env=environment)
     found = json.loads(output.splitlines()[-1])
-    assert Path(found["file"]).is_relative_to(site_packages)
+    assert Path(found["file"]).is_relative_to(clean.parents[1])
     assert found["ready"] == "ready" and found["difference"] < 1e-5
-    assert len(found["libraries"]) == 1 and not (tmp_path / "cache").exists()
+    assert found["libraries"] == [f"molsaki-{variant}.so"] and not (tmp_path / "cache").exists()
     assert len(found["openmp"]) == 1 and found["others"] == []
 
+
+@needs_compiler
+def test_a_missing_extra_is_named_in_a_clean_environment(clean, environment, tmp_path):
     program = "from molsaki.extras import require; require('train')"
-    done = subprocess.run([python, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([clean, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].endswith('run pip install "molsaki-kernels[train]"')
