@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--filter", default="", metavar="NAME", help="only the variants whose name contains NAME")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiler processes")
     args = parser.parse_args(argv)
-    # For the compiler processes, which import Triton anew; Triton reads this variable at import.
+    # For the compiler processes, which import Triton again; Triton reads this variable at import.
     os.environ.pop("TRITON_INTERPRET", None)
 
     begin = time.perf_counter()

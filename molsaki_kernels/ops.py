@@ -4,7 +4,7 @@ Operators take tensors and numbers, so the dataclasses of ``spec.py`` are flatte
 operator gets the names of the engines, so that its backward uses the same ones. Every output is a fresh tensor.
 
 ``run_attention``, ``run_map`` and ``run_pooling`` call an operator or, where nothing observes operators
-(``direct_call.py``), an autograd function made of the same functions. The public functions check all arguments before.
+(``direct_call.py``), an autograd function that calls them too. The public functions check all arguments first.
 """
 
 from __future__ import annotations

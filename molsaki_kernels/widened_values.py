@@ -138,9 +138,9 @@ def _columns(q: Tensor, cu_seqlens: Tensor | None, plan: PlanTensors, chosen: Wi
 
 def calls(inputs: AttentionInputs, plan: PlanTensors, chosen: Widths) -> Iterator[tuple[AttentionInputs, PlanTensors]]:
     """Yield the inputs of each call and its plan without a map, differentiable in q, k and v."""
-    made = columns(inputs, plan, chosen)
-    q, k, v = _appended(inputs.q, made.pad), _appended(inputs.k, made.pad), inputs.v
-    for (v_columns, *_), words in zip(chosen.groups, made.words, strict=True):
+    extra = columns(inputs, plan, chosen)
+    q, k, v = _appended(inputs.q, extra.pad), _appended(inputs.k, extra.pad), inputs.v
+    for (v_columns, *_), words in zip(chosen.groups, extra.words, strict=True):
         if v_columns:
             wide = _appended(v, words)
         else:
@@ -148,7 +148,7 @@ def calls(inputs: AttentionInputs, plan: PlanTensors, chosen: Widths) -> Iterato
         call = AttentionInputs(q, k, wide, inputs.sinks, inputs.cu_seqlens)
         if "bounds" in inputs.__dict__:
             call.__dict__["bounds"] = inputs.bounds
-        yield call, made.no_map
+        yield call, extra.no_map
 
 
 def _appended(x: Tensor, more: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from molsaki.text.answers import (
     find_choice,
     gold_choice,
     kind_of,
-    plain,
     quantity,
     same_text,
     stated_answer,
     value_at,
+    without_latex,
 )
 from molsaki.text.examples import Example
 from molsaki.text.expressions import same_expression
@@ -41,12 +41,12 @@ def score(example: Example, reply: str, mode: str) -> dict[str, Any]:
     """
     last = mode == "rationale"
     kind = kind_of(example.answer, example.choices)
-    gold = plain(final_answer(example.answer))
+    gold = without_latex(final_answer(example.answer))
     given = "" if "<think>" in reply and "</think>" not in reply else final_answer(reply)
     prediction: str | None
     if kind == "choice":
         assert example.choices is not None
-        prediction = find_choice(plain(given), example.choices, last)
+        prediction = find_choice(without_latex(given), example.choices, last)
         right = prediction is not None and prediction == gold_choice(gold, example.choices)
     elif kind == "truth":
         prediction = find_choice(given, tuple(TRUTHS), last, letters=False)
@@ -60,7 +60,7 @@ def score(example: Example, reply: str, mode: str) -> dict[str, Any]:
         if kind == "expression":
             right = prediction is not None and same_expression(final_answer(example.answer), prediction)
         else:
-            right = any(same_text(plain(one or ""), gold) for one in (line, prediction))
+            right = any(same_text(without_latex(one or ""), gold) for one in (line, prediction))
     record = {"id": example.id, "question": example.question, "gold": example.answer, "reply": reply}
     return record | {"prediction": prediction, "right": right}
 
@@ -73,6 +73,6 @@ def _number(gold: str, given: str, last: bool) -> tuple[str | None, bool]:
         return None, False
     start, stop = numbers[-1 if last else 0]
     value, following = value_at(given, (start, stop))
-    following = plain(following).casefold() if wanted[1] else ""
+    following = without_latex(following).casefold() if wanted[1] else ""
     is_other_unit = bool(regex.match(r"\p{L}", following)) and not following.startswith(wanted[1].casefold())
     return given[start:stop], value == wanted[0] and not is_other_unit

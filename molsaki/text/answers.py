@@ -145,7 +145,7 @@ def kind_of(gold: str, choices: Sequence[str] | None) -> Kind:
     Raises:
         ValueError: no reply could match it; the message says what was expected.
     """
-    answer = plain(final_answer(gold))
+    answer = without_latex(final_answer(gold))
     if choices:
         if gold_choice(answer, choices) is None:
             raise ValueError(f"expected one of the choices {', '.join(choices)}, or a letter of one, got {gold!r}")
@@ -190,7 +190,7 @@ def value_at(text: str, span: Span) -> tuple[Fraction | None, str]:
     return value * 10 ** _SCALES[scale[1].lower()], text[scale.end() :]
 
 
-def plain(text: str) -> str:
+def without_latex(text: str) -> str:
     """A text without the LaTeX around numbers and words: ``$5\\text{ cm}$`` is ``5 cm``."""
     if "\\" in text or "~" in text:
         text = _without_commands(text)
@@ -211,7 +211,7 @@ def same_answer(a: str, b: str, choices: Sequence[str] | None = None) -> bool:
 
     A unit counts if both have one.
     """
-    a, b = plain(final_answer(a)), plain(final_answer(b))
+    a, b = without_latex(final_answer(a)), without_latex(final_answer(b))
     if choices:
         one = gold_choice(a, choices)
         return one is not None and one == gold_choice(b, choices)

@@ -391,7 +391,7 @@ class DistillTrainer(Trainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As ``Trainer``'s, also of examples and rows. No batch is dropped: every example counts once."""
+        """As ``Trainer``'s, also of examples and dicts. No batch is dropped: every example counts once."""
         if not isinstance(eval_dataset, str):
             getattr(self, "_eval_dataloaders", {}).pop("eval", None)  # it may be of another data set
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False

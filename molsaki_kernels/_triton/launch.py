@@ -1,9 +1,9 @@
 """Launch a compiled kernel without most of the work that Triton does for each launch.
 
-``kernel[grid](*args, **constexprs)`` of Triton derives the kernel's key from every argument anew, with its options as
-text, compares the globals that the kernel uses, and prepares hooks even if none is set; the host needs three times as
-long for this as for the rest (``python -m benchmarks.host``). :class:`Kernel` finds the compiled kernel by the facts
-that Triton's key depends on, and calls its launcher:
+``kernel[grid](*args, **constexprs)`` of Triton derives the kernel's key from every argument in every launch, with its
+options as text, compares the globals that the kernel uses, and prepares hooks even if none is set; the host needs three
+times as long for this as for the rest (``python -m benchmarks.host``). :class:`Kernel` finds the compiled kernel by the
+facts that Triton's key depends on, and calls its launcher:
 
     the current device; the compile-time arguments and options; the type of every argument;
     of a tensor            its dtype, and its address modulo 16
@@ -187,7 +187,7 @@ def _picker(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]
 
 
 def _is_observed() -> bool:
-    """Whether a hook observes or changes launches."""
+    """Whether a hook or a debugging setting observes or changes launches."""
     runtime = knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(

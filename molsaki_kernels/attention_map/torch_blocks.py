@@ -20,7 +20,7 @@ TILE_ELEMENTS = 1 << 19  # of a block's weights (2 MiB in float32): they stay in
 # Tiles of 512 rows lie so that their columns share places in the cache: what runs at 165 GFLOP/s with 480 rows runs
 # at 130. Columns that do not begin with a cache line (291 rows in place of 288) cost 10 %.
 MIN_ROWS, MAX_ROWS, ROWS_STEP = 16, 480, 32
-LARGEST_KEPT = 16 << 20  # bytes of a layout's blocks that are kept; the rest is made anew in every walk
+LARGEST_KEPT = 16 << 20  # bytes of a plan's blocks that are kept; the others are computed again in every pass
 
 
 class Block(NamedTuple):
