@@ -49,6 +49,7 @@ study: $(VENV)/.demo-installed
 		$(if $(ARMS),--arms $(ARMS)) $(if $(SEEDS),--seeds $(SEEDS))
 	$(if $(ARMS)$(SEEDS),,$(BIN)/python -m molsaki.cli study $(STUDY)/third.yaml --processes $(PROCESSES) --threads 1)
 	$(BIN)/python -m studies.looks $(STUDY)
+	$(if $(ARMS)$(SEEDS),,$(BIN)/python -m studies.looks $(STUDY) --results results-third)
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .

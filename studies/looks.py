@@ -64,6 +64,7 @@ def look(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of studies.prepare, with the study's results")
+    parser.add_argument("--results", default="results", help="its folder of results: results-third for the third set")
     args = parser.parse_args(argv)
     folder: Path = args.folder
     rows = problems("test", COUNT)
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
     wanted = [maps_of(teacher, tokens, row)[0] for row in rows]
     found = [{"arm": "teacher", "seed": ""} | look(teacher, tokens, rows, wanted, None)]
-    for result in sorted(folder.glob("results/world/*/*/result.json")):
+    for result in sorted(folder.glob(f"{args.results}/world/*/*/result.json")):
         arm, seed = result.parts[-3:-1]
         predictions = result.parent / "tests" / "test" / "predictions.jsonl"
         replies = [one["reply"] for one in read_json_lines(predictions)[:COUNT]]
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = folder / "bases" / seed
         model = AutoModelForCausalLM.from_pretrained(base).eval()
         found.append({"arm": "base", "seed": base.name} | look(model, tokens, rows, wanted, None))
-    write_csv(folder / "results" / "looks.csv", found)
+    write_csv(folder / args.results / "looks.csv", found)
 
 
 if __name__ == "__main__":
