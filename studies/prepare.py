@@ -52,6 +52,7 @@ def write_data(folder: Path) -> None:
 
 def copy_models(folder: Path) -> None:
     """Copy the committed models and choices that the folder does not have."""
+    folder.mkdir(parents=True, exist_ok=True)
     for source in (*MODELS.glob("*.json"), MODELS / "teacher", *MODELS.glob("bases/*")):
         target = folder / source.relative_to(MODELS)
         if source.is_dir() and not target.exists():

@@ -216,11 +216,11 @@ def _all_sets(sets: Sequence[Rows]) -> str:
 
 def _looks(rows: Rows, listed: Listed) -> str:
     lines = []
-    for arm in ["teacher", "base", *dict.fromkeys([*listed.main, *(row["arm"] for row in rows)])]:
+    for arm in dict.fromkeys(["teacher", "base", *listed.main, *(row["arm"] for row in rows)]):
         of_arm = [row for row in rows if row["arm"] == arm]
         if of_arm:
             cells = [_mean([row for row in of_arm if row[name] not in ("", "nan")], name) for name in LOOKS]
-            lines.append([f"`{arm}`", *("" if cell != cell else f"{cell:.2f}" for cell in cells)])
+            lines.append([f"`{arm}`", *("" if cell != cell else f"{round(cell, 2) + 0.0:.2f}" for cell in cells)])
     return _markdown(["model", *(name.replace("_", ", ") for name in LOOKS)], lines)
 
 
