@@ -56,7 +56,9 @@ def copy_models(folder: Path) -> None:
     for source in (*MODELS.glob("*.json"), MODELS / "teacher", *MODELS.glob("bases/*")):
         target = folder / source.relative_to(MODELS)
         if source.is_dir() and not target.exists():
-            shutil.copytree(source, target)
+            part = target.with_name(f"{target.name}.part")  # an interrupted copy must not be trained on
+            shutil.copytree(source, part, dirs_exist_ok=True)
+            part.rename(target)
         elif source.is_file() and not target.exists():
             shutil.copy(source, target)
 

@@ -206,9 +206,9 @@ def _all_sets(sets: Sequence[Rows]) -> str:
     for arm in sorted(differences, key=lambda arm: -statistics.mean(joined[arm])):
         pairs, every = differences[arm], joined[arm]
         if sum(map(bool, pairs)) > 1:
-            mean, half = statistics.mean(every), float(stats.t.ppf(0.975, len(every) - 1) * stats.sem(every))
+            low, high = stats.ttest_1samp(every, 0).confidence_interval(0.95)
             means = [f"{statistics.mean(one):+.1f} ({len(one)})" if one else "" for one in pairs]
-            whole = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+            whole = f"{statistics.mean(every):+.1f} [{low:+.1f}, {high:+.1f}]"
             lines.append([f"`{arm}`", *means, whole, f"{sum(one > 0 for one in every)} of {len(every)}"])
     columns = ["arm", *(f"{name} set" for name in SETS), "all, points", "seeds better than `dss`"]
     return _markdown(columns, lines)
