@@ -101,7 +101,8 @@ def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Pat
         raise ValueError("--data_file: needs --teacher, --store or --student to draw maps of it")
 
     heads = options.map_heads
-    own, layers, width = (1, 1, 1) if student.model is None else probe(student.model, options.value_heads, heads)
+    value_heads = options.value_heads if options.mixture == "mixture" else None
+    own, layers, width = (1, 1, 1) if student.model is None else probe(student.model, value_heads, heads)
     other = own if teacher.model is None else probe(teacher.model, map_heads=heads)[0]
     mixture = mixture_of(options, other if store is None else store.num_layers, own, layers, width)
     student_name = "student" if _load_router(mixture, config) else "student, layers weighted alike"

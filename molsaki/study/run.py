@@ -185,6 +185,7 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
         datasets: tokenized training data of this process's last runs, by what they depend on; the run's is added.
     """
     identity = study.identity(run)
+    commits = {"commit": _commit(Path(molsaki.__file__).parent), "study_commit": _commit(study.path.parent)}
     text = _read(run.folder / OPTIONS)
     if text is None or json.loads(text) != identity:  # else its checkpoints, if it has any, are continued
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -243,8 +244,7 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
         "data": counts,
         "models": models,
         "versions": _versions(),
-        "commit": _commit(Path(molsaki.__file__).parent),
-        "study_commit": _commit(study.path.parent),
+        **commits,  # of the start
         "machine": {"processor": processor(), "gpu": _gpu(), "threads": torch.get_num_threads()},
         "date": _now(),
     }

@@ -43,20 +43,21 @@ def teacher_maps(
 
 
 @torch.no_grad()
-def probe(model: nn.Module, value_heads: str = "concat", map_heads: str = "mean") -> tuple[int, int, int]:
+def probe(model: nn.Module, value_heads: str | None = None, map_heads: str = "mean") -> tuple[int, int, int]:
     """From a forward of two tokens: the number of a model's maps, of its attention layers, and Eq. 5's width of values.
 
-    There are as many maps as layers, or with ``map_heads="each"`` as heads of all layers.
+    There are as many maps as layers, or with ``map_heads="each"`` as heads of all layers. The width is 0 without
+    ``value_heads``; layers whose values cannot be stacked are refused only with it.
     """
     ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     was_training = model.training
     model.eval()
     plan = StepPlan.from_spans([[(0, 2)]], [[[0]]])
-    with capture(model, plan, values=True, value_heads=value_heads, map_heads=map_heads) as record:
+    values = value_heads is not None
+    with capture(model, plan, values=values, value_heads=value_heads or "concat", map_heads=map_heads) as record:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     model.train(was_training)
-    _, layers, width = record.values.shape
-    return record.maps.shape[1], layers, width
+    return record.maps.shape[1], len(record.layers), record.values.shape[-1] if values else 0
 
 
 def mixture_of(

@@ -63,9 +63,9 @@ class AttentionShare:
             model.keeps_graph = False
         weights = [p for p in model.student.parameters() if p.requires_grad]
         # The attention loss first: the cross-entropy's backward overwrites its logits.
-        norms = [_gradient_norm(out[name].mean(), weights) for name in ("loss_att", "loss")]
-        found = accelerator.reduce(torch.stack([*norms, out["loss_att"].detach().mean().float()]), "mean")
-        attention, rest, loss = found.tolist()
+        norms = [_gradient_norm(out[name].mean(), weights, accelerator) for name in ("loss_att", "loss")]
+        mean_loss = accelerator.reduce(out["loss_att"].detach().mean().float(), "mean")
+        attention, rest, loss = torch.stack([*norms, mean_loss]).tolist()
         if loss < torch.finfo(torch.float32).eps or not (attention > 0 and rest > 0):
             return  # no step has two key words to choose from: what is left of the gradient is rounding
         if self.config.attention_share is not None:
@@ -83,7 +83,13 @@ class AttentionShare:
         return {"beta": self._used} | ({} if self.share is None or is_over else {"attention_share": self.share})
 
 
-def _gradient_norm(loss: Tensor, weights: Sequence[nn.Parameter]) -> Tensor:
+def _gradient_norm(loss: Tensor, weights: Sequence[nn.Parameter], accelerator: Accelerator) -> Tensor:
+    """The norm of the gradient of the loss averaged over all processes, which have the same number of examples."""
     found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-    squares = [g.float().pow(2).sum() for g in found if g is not None]
-    return torch.stack(squares).sum().sqrt() if squares else loss.new_zeros((), dtype=torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device=loss.device)
+    for weight, gradient in zip(weights, found, strict=True):
+        if accelerator.num_processes > 1:  # a weight that one process does not use may be used by another
+            gradient = accelerator.reduce(torch.zeros_like(weight) if gradient is None else gradient, "mean")
+        if gradient is not None:
+            total += gradient.float().pow(2).sum().to(total.device)
+    return total.sqrt()

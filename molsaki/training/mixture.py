@@ -31,7 +31,7 @@ class MixtureOfLayers(nn.Module):
 
     Args:
         num_teacher_layers, num_student_layers: Lt and Ls, the numbers of maps.
-        value_width: d, the width of a layer's pooled values.
+        value_width: d, the width of a layer's pooled values; only the kind ``mixture`` uses it.
         value_layers: Lv, the layers that have pooled values; Ls if None. It differs if each head has a map.
         kind: ``mixture`` (the paper's); ``matched``, each of ``teacher_layers`` with its own learnt weights of all
             student layers; ``single``, any one pair; ``last``, the last layers of both (MiniLM);
@@ -90,7 +90,7 @@ class MixtureOfLayers(nn.Module):
             ("tau_t", tau_t),
             ("tau_s", tau_s),
         ):
-            if not number > 0:
+            if not number > 0 and not (name == "value_width" and kind != "mixture"):
                 raise ValueError(f"{name}: expected a positive number, got {number}")
         self.value_layers = num_student_layers if value_layers is None else value_layers
         self.kind, self.tau_t, self.tau_s = kind, tau_t, tau_s

@@ -157,7 +157,8 @@ class DistillTrainer(Trainer):
         if objective.maps or packing:
             student.set_attn_implementation(NAME)
         if objective.maps:
-            student_maps, value_layers, width = probe(student, config.value_heads, config.map_heads)
+            value_heads = config.value_heads if config.mixture == "mixture" else None
+            student_maps, value_layers, width = probe(student, value_heads, config.map_heads)
             if store is not None:
                 store.check(describe(config, store.num_layers, store.all_layers, student_maps, teacher, teacher_spec))
                 teacher, maps = None, store.num_layers

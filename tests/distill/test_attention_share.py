@@ -21,11 +21,13 @@ def norm_of_gradient(t: DistillTrainer, beta: float) -> torch.Tensor:
     batch = t.data_collator([t.train_dataset[i] for i in range(8)])
     t.model.beta = beta
     t._forward(t.model, batch)["loss"].mean().backward()
-    return torch.cat([p.grad.flatten() for p in t.model.student.parameters()])
+    return torch.cat([p.grad.flatten() for p in t.model.student.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora_rank": 2}])
 def test_the_share_is_that_of_the_gradients(tmp_path, options):
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
     t = trainer(tmp_path, beta=3.0, share_steps=2, per_device_train_batch_size=8, max_steps=3, **OPTIONS, **options)
     rest = norm_of_gradient(t, 0.0)
     attention = norm_of_gradient(t, 1.0) - rest

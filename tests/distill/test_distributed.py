@@ -102,6 +102,20 @@ def test_two_processes_are_one_with_twice_the_batch(work, straight):
     assert not any("student." in name or "mixture" in name for name in here)
 
 
+@pytest.mark.parametrize("options", [[], ["--attention_share=0.1"]])
+def test_the_share_of_the_gradient_is_that_of_all_processes(work, options):
+    """That of the mean of both processes' gradients, whose norm is not the mean of their norms."""
+    name = f"share{len(options)}"
+    more = ["--share_steps=1", "--max_steps=3", "--save_strategy=no", *options]
+    one = processes.python(processes.__file__, "distill", work / f"{name}_one", *flags(work, f"{name}_a", 4, *more))
+    assert one.returncode == 0, one.stderr
+    expected = json.loads(Path(f"{work / f'{name}_one'}.0").read_text())["losses"]
+    for found in train("ddp", work, name, *flags(work, f"{name}_b", 2, *more)):
+        for a, b in zip(found["losses"], expected, strict=True):
+            for key in ("attention_share", "beta", "loss", "loss_att", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
 def test_resume_in_two_processes(work, straight):
     """One process is lost; torchrun ends the other and says so. The rest of the run is that without interruption,
     bitwise, with DDP from the last but one checkpoint, since the last one is damaged."""
