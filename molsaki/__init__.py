@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from molsaki.text.fitting import fit as fit
     from molsaki.text.segment import segment as segment
     from molsaki.text.spans import Spans as Spans
+    from molsaki.text.token_ids import plan_from_ids as plan_from_ids
+    from molsaki.text.token_ids import right_padded as right_padded
     from molsaki.training import losses as losses
+    from molsaki.training.attention_loss import StepwiseAttentionLoss as StepwiseAttentionLoss
     from molsaki.training.config import DistillConfig as DistillConfig
     from molsaki.training.mixture import MixtureOfLayers as MixtureOfLayers
     from molsaki.training.trainer import DistillTrainer as DistillTrainer
@@ -33,6 +36,7 @@ _MODULES = {
     "DistillTrainer": "molsaki.training.trainer",
     "MixtureOfLayers": "molsaki.training.mixture",
     "Spans": "molsaki.text.spans",
+    "StepwiseAttentionLoss": "molsaki.training.attention_loss",
     "Store": "molsaki.teacher.map_store",
     "StoreWriter": "molsaki.teacher.map_store_writer",
     "capture": "molsaki.modeling.capture",
@@ -40,6 +44,8 @@ _MODULES = {
     "fit": "molsaki.text.fitting",
     "losses": "molsaki.training.losses",
     "plan": "molsaki.text.alignment",
+    "plan_from_ids": "molsaki.text.token_ids",
+    "right_padded": "molsaki.text.token_ids",
     "segment": "molsaki.text.segment",
 }
 __all__ = ["__version__", *_MODULES]

@@ -15,6 +15,7 @@ from molsaki.batches.batch import IGNORE, Batch, TextBatch
 from molsaki.batches.dataset import Item
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.batches.tokenized import TokenizedText
+from molsaki.teacher.map_store import pad_maps
 from molsaki_kernels import StepPlan
 
 
@@ -60,9 +61,9 @@ class Collator:
             student=student,
             rationale_steps=plan.step_mask & (plan.steps[..., 0] >= torch.tensor([[t.target_start] for t in explain])),
             teacher=text_batch(teacher, self.teacher_pad, self.teacher_packing) if teacher and not maps else None,
-            teacher_map=_pad_maps(maps) if weights else None,
+            teacher_map=pad_maps(maps) if weights else None,
             teacher_weights=torch.stack(weights) if weights else None,
-            teacher_layers=_pad_maps(maps) if maps and not weights else None,
+            teacher_layers=pad_maps(maps) if maps and not weights else None,
         )
 
 
@@ -138,9 +139,3 @@ def _labels(texts: Sequence[TokenizedText], positions: Sequence[Tensor]) -> tupl
     index = [at[first - 1 :][: len(target)] for at, first, target in zip(positions, firsts, targets, strict=True)]
     labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
     return labels, [len(target) for target in targets], torch.cat(targets), torch.cat(index)
-
-
-def _pad_maps(maps: Sequence[Tensor]) -> Tensor:
-    """``(K, S_n, W_n)`` each to ``(N, K, S, W)``."""
-    steps, words = max(m.shape[1] for m in maps), max(m.shape[2] for m in maps)
-    return torch.stack([pad(m, (0, words - m.shape[2], 0, steps - m.shape[1])) for m in maps])

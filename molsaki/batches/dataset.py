@@ -23,8 +23,7 @@ from molsaki.batches.tokenized import (
     list_left_out,
 )
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
-from molsaki.teacher.fingerprints import fingerprint_spans
-from molsaki.teacher.map_store import Entry, Store
+from molsaki.teacher.map_store import Entry, Store, check_text
 from molsaki.text.examples import Example, Examples, example_of
 from molsaki.text.spans import Spans
 from molsaki.text.templates import frame_of
@@ -168,10 +167,6 @@ def _check_stored(store: Store, id: str, spans: Spans) -> None:
     if id not in store:
         raise ValueError(f"{store.folder}: holds no example {id!r}; extract this data set too")
     entry = store[id]
-    if entry.text != fingerprint_spans(spans):
-        raise ValueError(
-            f"{store.folder}: example {id!r} has another text, other steps or other key words there: fingerprint "
-            f"{entry.text}, expected {fingerprint_spans(spans)}; extract again, or use the same data and options"
-        )
+    check_text(store.folder, entry, spans)
     if entry.maps is None:
         raise LeftOut(f"{entry.reason} (in the store)")

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import align_module_device
 
 from molsaki.io import digest, hash64
 from molsaki.text.spans import Spans
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from molsaki.batches.tokenized import TokenizerSpec
-    from molsaki.config import ExtractConfig
+    from molsaki.config import ExtractConfig, MixtureOptions
     from molsaki.text.examples import Example
     from molsaki.training.config import DistillConfig
 
@@ -32,6 +31,8 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     Weights that a ``device_map`` left elsewhere are read from there. That of a quantised model begins with
     ``quantised-``.
     """
+    from accelerate.utils import align_module_device  # only here: its import takes a second, and stores do not need it
+
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in NOT_THE_MODEL}
     weights = {}
     for prefix, module in model.base_model.named_modules():
@@ -81,12 +82,20 @@ def describe(
         all_layers: whether the store holds the maps of all layers, to be mixed when they are read.
         teacher, spec: the teacher and its tokenizer; if None, the description leaves them out.
     """
-    found: dict[str, Any] = {"all_layers": all_layers, "map_heads": options.map_heads}
+    found = describe_mixture(options, teacher_layers, all_layers, student_layers)
     found |= {name: getattr(options, name) for name in ("key", "splitter", "number_words")}
     if teacher is not None and spec is not None:
         found["teacher"] = fingerprint_model(teacher)
         found["teacher_tokenizer"] = fingerprint_tokenizer(spec.tokenizer)
         found["teacher_template"] = spec.template
+    return found
+
+
+def describe_mixture(
+    options: MixtureOptions, teacher_layers: int, all_layers: bool, student_layers: int | None
+) -> dict[str, Any]:
+    """The part of `describe` that says which maps a store holds, and how they are mixed."""
+    found: dict[str, Any] = {"all_layers": all_layers, "map_heads": options.map_heads}
     if not all_layers:
         found["mixture"] = options.mixture
         if options.mixture == "mixture":

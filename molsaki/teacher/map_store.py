@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from molsaki.io import digest, hash64
 from molsaki.teacher import checked_file
+from molsaki.teacher.fingerprints import fingerprint_spans
+from molsaki.text.spans import Spans
 
 VERSION = 2
 DESCRIPTION, INDEX = "store.json", "index.safetensors"
@@ -124,6 +127,29 @@ class Store:
             raise KeyError(f"{self.folder}: holds no example {id!r}")
         return self._entry(*found)
 
+    def batch(self, ids: Sequence[str], spans: Sequence[Spans]) -> Tensor | tuple[Tensor, Tensor]:
+        """The maps of N examples as one tensor, for a loss of your own (`molsaki.StepwiseAttentionLoss`).
+
+        Args:
+            ids: their names in the store.
+            spans: their texts, as `molsaki.segment` returns them, which must be those of the maps.
+
+        Returns:
+            ``(N, Lt, S, W)`` of every layer, or mixed maps ``(N, K, S, W)`` and their weights ``(N, K, Lt)``; S and W
+            are those of the longest, and the rest is 0.
+
+        Raises:
+            KeyError, ValueError: an example is not in the store, was left out there, or has another text.
+        """
+        entries = [self[id] for id in ids]
+        for entry, text in zip(entries, spans, strict=True):
+            check_text(self.folder, entry, text)
+            if entry.maps is None:
+                raise ValueError(f"{self.folder}: example {entry.id!r} has no map: {entry.reason}")
+        maps = pad_maps([entry.maps for entry in entries if entry.maps is not None])
+        weights = [entry.weights for entry in entries if entry.weights is not None]
+        return (maps, torch.stack(weights)) if weights else maps
+
     def __iter__(self) -> Iterator[Entry]:
         """All entries, in the order of the data."""
         for shard in range(self.num_shards):
@@ -158,6 +184,22 @@ class Store:
             return Entry(name, text, maps)
         weights = arrays["weights"][np.count_nonzero(arrays["shapes"][:position, 1] >= 0)]
         return Entry(name, text, maps, torch.from_numpy(weights.copy()))
+
+
+def check_text(folder: Path, entry: Entry, spans: Spans) -> None:
+    """Refuse an entry that is of another text, or of other steps or key words."""
+    expected = fingerprint_spans(spans)
+    if entry.text != expected:
+        raise ValueError(
+            f"{folder}: example {entry.id!r} has another text, other steps or other key words there: fingerprint "
+            f"{entry.text}, expected {expected}; extract again, or use the same data and options"
+        )
+
+
+def pad_maps(maps: Sequence[Tensor]) -> Tensor:
+    """``(K, S_n, W_n)`` each to ``(N, K, S, W)``."""
+    steps, words = max(m.shape[1] for m in maps), max(m.shape[2] for m in maps)
+    return torch.stack([pad(m, (0, words - m.shape[2], 0, steps - m.shape[1])) for m in maps])
 
 
 def _read_shard(

@@ -66,10 +66,11 @@ def encode(
     if length < specials:
         raise ValueError(f"max_length: expected at least {specials}, the special tokens of a text, got {max_length}")
     body = length - tokens.num_closing
+    steps, words = token_ranges(tokens, rendered.steps, rendered.words, body)
     return Encoded(
         input_ids=tokens.ids[:body] + tokens.ids[total - tokens.num_closing :],
-        steps=_steps(tokens, rendered.steps, body),
-        words=_words(tokens, rendered.words, body),
+        steps=steps,
+        words=words,
         target_start=next((t for t in range(body) if tokens.is_at_or_after(t, rendered.target)), length),
     )
 
@@ -148,6 +149,11 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool
     else:
         num_closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))
     return Tokens(output["input_ids"], offsets, heads, special, num_closing)
+
+
+def token_ranges(tokens: Tokens, steps: list[Span], words: list[Span], body: int) -> tuple[list[Span], list[list[int]]]:
+    """The token range of each step, and the tokens of each word, among the first ``body`` tokens; as in `Encoded`."""
+    return _steps(tokens, steps, body), _words(tokens, words, body)
 
 
 def _check_offsets(text: str, offsets: list[Span], tokenizer: PreTrainedTokenizerBase) -> None:

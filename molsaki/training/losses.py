@@ -64,6 +64,43 @@ def attention(
     """
     if not teacher_temperature > 0:
         raise ValueError(f"teacher_temperature: expected a positive number, got {teacher_temperature}")
+    if normalise not in ("softmax", "sum"):
+        raise ValueError(f'normalise: expected "softmax" or "sum", got {normalise!r}')
+    words = _counted_words(student, teacher, plan, causal_words, entries)
+    teacher = teacher.detach().to(student.dtype)
+    if normalise == "softmax":
+        divergence = _softmax_divergence(student, teacher / teacher_temperature, words)
+        counts = words.any(-1).expand(divergence.shape)  # (N, K, S)
+    else:
+        divergence, counts = _share_divergence(student, teacher, words, 1 / teacher_temperature)
+    total = torch.where(counts, divergence, 0).sum(2)
+    return (total / counts.sum(2).clamp_min(1)).mean(1)
+
+
+def overlap(
+    student: Tensor, teacher: Tensor, plan: StepPlan, causal_words: bool = False, entries: Tensor | None = None
+) -> Tensor:
+    """How alike two maps are, ``(N,)`` from 0 to 1: of each step's shares of mass, the part that both have in common.
+
+    It is ``sum_w min(p_w, q_w)``, where p and q are the teacher's and the student's row divided by their sums: 1 minus
+    the total variation distance. The mean over pairs K and the steps for which the teacher's sum is not 0; NaN for an
+    example without any. Arguments as in `attention`.
+    """
+    words = _counted_words(student, teacher, plan, causal_words, entries)
+    shares = []
+    for maps in (student, teacher.to(student.dtype)):
+        mass = torch.where(words, maps, 0)
+        total = mass.sum(-1, keepdim=True)
+        shares.append(mass / total.clamp_min(NO_MASS))
+    counts = total[..., 0] > NO_MASS  # (N, K, S), the teacher's
+    common = torch.where(counts, torch.minimum(*shares).sum(-1), 0)
+    return common.sum((1, 2)) / counts.sum((1, 2))
+
+
+def _counted_words(
+    student: Tensor, teacher: Tensor, plan: StepPlan, causal_words: bool, entries: Tensor | None
+) -> Tensor:
+    """``(N, 1, S, W)``: the entries of both maps that count, after a check of their shapes."""
     if student.shape != teacher.shape or student.dim() != 4:
         raise ValueError(
             f"student, teacher: expected (N, K, S, W) both, got {tuple(student.shape)} and {tuple(teacher.shape)}"
@@ -73,22 +110,12 @@ def attention(
             f"plan: expected one of the maps' N, S, W {(student.shape[0], *student.shape[2:])}, "
             f"got {(len(plan), plan.num_steps, plan.num_words)}"
         )
-    if normalise not in ("softmax", "sum"):
-        raise ValueError(f'normalise: expected "softmax" or "sum", got {normalise!r}')
-    teacher = teacher.detach().to(student.dtype)
-    words = plan.step_mask[:, :, None] & plan.word_mask[:, None, :]  # (N, S, W): the entries that count
+    words = plan.step_mask[:, :, None] & plan.word_mask[:, None, :]
     if entries is not None:
         words = words & entries
     if causal_words:
         words = words & (first_tokens(plan)[:, None, :] < plan.steps[:, :, 1:])
-    words = words[:, None]
-    if normalise == "softmax":
-        divergence = _softmax_divergence(student, teacher / teacher_temperature, words)
-        counts = words.any(-1).expand(divergence.shape)  # (N, K, S)
-    else:
-        divergence, counts = _share_divergence(student, teacher, words, 1 / teacher_temperature)
-    total = torch.where(counts, divergence, 0).sum(2)
-    return (total / counts.sum(2).clamp_min(1)).mean(1)
+    return words[:, None]
 
 
 def _softmax_divergence(student: Tensor, teacher: Tensor, words: Tensor) -> Tensor:

@@ -134,7 +134,9 @@ def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dic
         term = losses.attention(maps.mixed, teacher_map, batch.plan, *how)
         with torch.no_grad():
             uniform = losses.attention(maps.uniform, teacher_map, batch.plan, *how)
+            overlap = losses.overlap(maps.mixed, teacher_map, batch.plan, options.causal_words, entries)
     terms |= {"loss": terms["loss"] + student.beta * term, "loss_att": term, "loss_att_uniform": uniform}
+    terms["map_overlap"] = overlap
     for side, weights in (("teacher", teacher_weights), ("student", maps.weights.detach())):
         terms[f"entropy_{side}"] = torch.special.entr(weights).sum(-1).mean(1)
         terms[f"{side}_weights"] = weights.mean(1)

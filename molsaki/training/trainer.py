@@ -55,6 +55,7 @@ from molsaki.training.trainable import add_lora, check_adapters, end_with, freez
 logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out.json"
+OVERLAP = "map_overlap"
 
 
 class DistillTrainer(Trainer):
@@ -331,7 +332,10 @@ class DistillTrainer(Trainer):
         return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
 
     def _add(self, out: dict[str, Tensor]) -> None:
-        for name, value in (out | {"count": torch.ones_like(out["loss"])}).items():
+        out = out | {"count": torch.ones_like(out["loss"])}
+        if OVERLAP in out:  # NaN for examples without a step to compare
+            out |= {OVERLAP: out[OVERLAP].nan_to_num(), f"{OVERLAP}_count": 1 - out[OVERLAP].isnan().float()}
+        for name, value in out.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().double().sum(0)
 
     def _save_bad(self, batch: Batch, out: dict[str, Tensor]) -> str:
@@ -612,7 +616,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
 def _means(sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Metrics as means over examples (``without_words``: their number), and the layer weights of both sides."""
-    means = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+    overlaps = sums.get(f"{OVERLAP}_count")
+    means = {name: value / sums["count"] for name, value in sums.items() if not name.endswith("count")}
+    if overlaps is not None:
+        means[OVERLAP] = sums[OVERLAP] / overlaps.clamp_min(1)
     weights = {name.removesuffix("_weights"): value.tolist() for name, value in means.items() if value.ndim == 1}
     metrics = {name: value.item() for name, value in means.items() if value.ndim == 0}
     return metrics | {"without_words": int(sums["without_words"])}, weights

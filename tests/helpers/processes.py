@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import TrainerCallback
 
-from molsaki import capture, cli, plan, segment
+from molsaki import StepwiseAttentionLoss, capture, cli, plan, segment
 from molsaki.config import parse
 from molsaki.teacher import extract as extract_module
 from molsaki.training.config import DistillConfig
@@ -151,6 +152,35 @@ def wrapped(report: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def router_gradients(report: str) -> None:
+    """Write the gradients of a router, of one text per process, to ``REPORT.RANK``."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.save(gradients_of_a_router(rank), f"{report}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def gradients_of_a_router(number: int) -> dict[str, Tensor]:
+    """The gradients of the router of a `StepwiseAttentionLoss` of one text."""
+    from tests.helpers import tiny
+
+    problem, tokenizer, student, teacher = tiny.problems(2)[number], tiny.tokenizer(), tiny.model(2), tiny.model(3)
+    attention_loss = StepwiseAttentionLoss.for_models(student, teacher, normalise="sum")
+    spans, records = segment(problem["question"], problem["rationale"]), []
+    for model in (student, teacher):
+        with attention_loss.capture(model, plan(spans, tokenizer)) as record:
+            model(**tokenizer(spans.text, return_tensors="pt"))
+        records.append(record)
+    attention_loss(*records)[0].backward()
+    return {name: parameter.grad for name, parameter in attention_loss.named_parameters()}
+
+
+def example(path: str, report: str, *argv: str) -> None:
+    """Run an example's ``main`` and write what it returns to ``REPORT.RANK``."""
+    found = runpy.run_path(str(ROOT / "examples" / path))["main"](*argv)
+    Path(f"{report}.{os.environ.get('RANK', 0)}").write_text(json.dumps(found))
+
+
 def losses_of(model: nn.Module, number: int):
     """A loss of the logits, maps and values of one text, and the record."""
     from tests.helpers import tiny
@@ -174,5 +204,8 @@ def _whole(tensor: Tensor) -> Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     _allow_fsdp_on_a_cpu()
-    actions = {"distill": distill, "distill_but": distill_but, "lose_extract": lose_extract, "wrapped": wrapped}
+    actions = {
+        "distill": distill, "distill_but": distill_but, "lose_extract": lose_extract, "wrapped": wrapped,
+        "router_gradients": router_gradients, "example": example,
+    }  # fmt: skip
     sys.exit(actions[sys.argv[1]](*sys.argv[2:]))

@@ -1,0 +1,144 @@
+"""Steps and key words of token ids that exist already, such as the batches of another library or generated texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from molsaki.text.alignment import Tokens, token_ranges
+from molsaki.text.segment import segment
+from molsaki.text.spans import Span
+from molsaki.text.templates import name_of
+from molsaki_kernels.plan import StepPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+
+def plan_from_ids(
+    input_ids: Tensor | Sequence[Sequence[int]],
+    labels: Tensor | Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    question_steps: bool = True,
+    **options: Any,
+) -> StepPlan:
+    """The plan of a right-padded batch of token ids, as a training loop of another library has them.
+
+    The rationale of a text is what is between its first and its last label; the question is what comes before, with
+    the words of a chat template if there is one; what comes after is padding. The ids are decoded and cut by
+    `molsaki.segment`, so they may be a model's own output. Special tokens are in no step. A text without labels has
+    neither steps nor words.
+
+    Args:
+        input_ids: ``(N, M)``.
+        labels: ``(N, M)``, of the same positions as ``input_ids``; -100 where there is none.
+        tokenizer: the fast tokenizer that the ids are of.
+        question_steps: whether the question's sentences are steps as well; its key words count in any case.
+        **options: of `molsaki.segment`: ``key``, ``splitter``, ``number_words``, ``keywords``.
+
+    Raises:
+        TypeError, ValueError: the tokenizer is not a fast one, ids and labels are of different shapes, or an option is
+            not as described.
+    """
+    if not tokenizer.is_fast:
+        raise TypeError(f"tokenizer: expected a fast tokenizer (tokenizer.json), got {name_of(tokenizer)}")
+    rows = [list(map(int, row)) for row in _lists(input_ids)]
+    targets = [[int(label) != IGNORE for label in row] for row in _lists(labels)]
+    if list(map(len, rows)) != list(map(len, targets)):
+        raise ValueError(
+            f"labels: expected the shape of input_ids, {[len(row) for row in rows]} tokens, got "
+            f"{[len(row) for row in targets]}"
+        )
+    steps, words = [], []
+    for ids, has_label in zip(rows, targets, strict=True):
+        found: tuple[list[Span], list[list[int]]] = ([], [])
+        if any(has_label):
+            first, stop = has_label.index(True), len(ids) - has_label[::-1].index(True)
+            found = _steps_and_words(ids[:stop], first, tokenizer, question_steps, options)
+        steps.append(found[0])
+        words.append(found[1])
+    plan = StepPlan.from_spans(steps, words)
+    return plan.to(input_ids.device) if hasattr(input_ids, "device") else plan
+
+
+def right_padded(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch with the padding on the right, where molsaki expects it: each row's tokens move to the left.
+
+    Args:
+        inputs: ``attention_mask (N, M)``, 0 at padding anywhere in a row, and other tensors ``(N, M)`` of the same
+            positions, such as ``input_ids`` and ``labels``.
+    """
+    order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    return {name: tensor.gather(1, order) for name, tensor in inputs.items()}
+
+
+def _lists(rows: Any) -> Any:
+    return rows.tolist() if hasattr(rows, "tolist") else rows
+
+
+def _steps_and_words(
+    ids: list[int], first: int, tokenizer: PreTrainedTokenizerBase, question_steps: bool, options: dict[str, Any]
+) -> tuple[list[Span], list[list[int]]]:
+    """The token range of each step of one text, and the tokens of each key word; ``first``: of the rationale."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    specials = added.union(tokenizer.all_special_ids)
+    special = [int(token in specials) for token in ids]
+    text, offsets = decode_with_offsets(ids, special, tokenizer)
+    border = next((offsets[t][0] for t in range(first, len(ids)) if not special[t]), len(text))
+    question, rationale = text[:border], text[border:]
+    spans = segment(question, rationale, **options)
+    # `segment` drops white space around both: find the characters of its text in this one.
+    question_shift = len(question) - len(question.lstrip())
+    rationale_shift = border + len(rationale) - len(rationale.lstrip()) - spans.rationale_start
+
+    def moved(span: Span) -> Span:
+        shift = rationale_shift if span[0] >= spans.rationale_start else question_shift
+        return span[0] + shift, span[1] + shift
+
+    steps_here = [*map(moved, spans.steps)]
+    if steps_here:  # white space belongs to the step before it, and at the beginning to the first one
+        steps_here[0] = 0, steps_here[0][1]
+    for s, (_, stop) in enumerate(spans.steps):
+        if stop == spans.rationale_start:
+            steps_here[s] = steps_here[s][0], stop + rationale_shift
+    is_rationale = [start >= spans.rationale_start for start, _ in spans.steps]
+    heads = [next((i for i in range(*span) if not text[i].isspace()), span[0]) for span in offsets]
+    tokens = Tokens(ids, offsets, heads, special, num_closing=0)
+    steps, words = token_ranges(tokens, steps_here, [*map(moved, spans.words)], len(ids))
+    kept = [step for step, own in zip(steps, is_rationale, strict=True) if own or question_steps]
+    return kept, words
+
+
+def decode_with_offsets(
+    ids: Sequence[int], special: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[Span]]:
+    """The text of token ids without the special ones, and the characters of each token; none for a special one.
+
+    Tokens that are parts of one character all have this character.
+    """
+    decode = tokenizer.backend_tokenizer.decode
+    offsets: list[Span] = [(0, 0)] * len(ids)
+    own = [t for t in range(len(ids)) if not special[t]]
+    pieces: list[str] = []
+    context: list[int] = []  # the tokens of the last piece, without which the next one may be decoded in another way
+    waiting: list[int] = []  # the tokens of the next one so far
+    before, end = "", 0
+    for t in range(len(ids)):
+        if special[t]:
+            offsets[t] = (end, end)
+            continue
+        waiting.append(t)
+        after = decode([ids[i] for i in (*context, *waiting)], skip_special_tokens=False)
+        if after.endswith("\ufffd") and t != own[-1]:  # the first bytes of a character, or bytes that are none
+            continue
+        pieces.append(after[len(before) :])
+        for i in waiting:
+            offsets[i] = (end, end + len(pieces[-1]))
+        end += len(pieces[-1])
+        context, waiting = waiting, []
+        before = decode([ids[i] for i in context], skip_special_tokens=False)
+    return "".join(pieces), offsets
