@@ -195,7 +195,7 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
     if run.extract is not None:
         config = _with_store(study, run, config, stores)
     key = _key_of_data(study, run, config)
-    trainer = DistillTrainer(config, train_dataset=datasets.get(key))
+    trainer = DistillTrainer(args=config, train_dataset=datasets.get(key))
     datasets[key] = cast(DistillDataset, trainer.train_dataset)
     if len(datasets) > KEPT:
         datasets.pop(next(iter(datasets)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,12 +13,22 @@ from molsaki.modeling.unwrap import causal_model
 from molsaki.training.config import DistillConfig
 
 
-def add_lora(model: PreTrainedModel, config: DistillConfig) -> PreTrainedModel:
-    """The model with LoRA adapters as the config says; only these are trained."""
+def add_adapters(model: PreTrainedModel, config: DistillConfig, peft_config: Any = None) -> PreTrainedModel:
+    """The model with the adapters of a PEFT config, or with LoRA as ``lora_rank`` says; only these are trained."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftConfig, get_peft_model
     except ImportError:
-        raise ImportError("--lora_rank: needs the package peft, which is not installed") from None
+        raise ImportError("--lora_rank, peft_config: need the package peft, which is not installed") from None
+    if is_peft(model):
+        raise ValueError("model: expected one without adapters, since --lora_rank or peft_config adds some")
+    if peft_config is not None:
+        if config.lora_rank:
+            raise ValueError(f"peft_config, lora_rank: expected one of them, got both (rank {config.lora_rank})")
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
+        adapted = cast(PreTrainedModel, get_peft_model(model, peft_config))
+        check_adapters(adapted)
+        return adapted
     targets = config.lora_targets[0] if config.lora_targets == ["all-linear"] else config.lora_targets
     alpha = cast(int, config.lora_alpha)  # PEFT takes fractions as well
     dropout, rank = config.lora_dropout, config.lora_rank

@@ -44,13 +44,13 @@ from molsaki.modeling.packing_probe import can_pack, can_share_prefix, choose_pa
 from molsaki.teacher.fingerprints import describe
 from molsaki.teacher.map_store import Store
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
-from molsaki.text.examples import Example, read_examples
+from molsaki.text.examples import read_examples
 from molsaki.training import checkpoints
 from molsaki.training.attention_share import AttentionShare
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import OBJECTIVES, Objective
-from molsaki.training.trainable import add_lora, check_adapters, end_with, freeze, is_peft
+from molsaki.training.trainable import add_adapters, check_adapters, end_with, freeze, is_peft
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +59,25 @@ OVERLAP = "map_overlap"
 
 
 class DistillTrainer(Trainer):
-    """Trains a student. Models, tokenizers, store and data that are not given are loaded as the config says.
+    """Trains a student. Its arguments are those of transformers' and TRL's trainers.
+
+    Models, tokenizers, store and data that are not given are loaded as ``args`` say.
 
     Example:
-        >>> config = DistillConfig(student="student", teacher="teacher", train_file="train.jsonl", output_dir="run")
-        >>> trainer = DistillTrainer(config)
+        >>> args = DistillConfig(output_dir="run")
+        >>> trainer = DistillTrainer("student", "teacher", args, train_dataset=rows)
         >>> trainer.train()
         >>> trainer.save_model()
 
     Args:
-        config: all options, Trainer's own included.
-        student, tokenizer: a causal language model and its fast tokenizer.
-        teacher, teacher_tokenizer: a white-box teacher, which runs live; its parameters are frozen here.
-        store: the teacher's stored maps, instead of a live teacher.
+        model: the student, a causal language model, a PEFT model around one, or a folder or hub name.
+        teacher_model: a white-box teacher, which runs live, or its folder or hub name; its parameters are frozen here.
+        args: all options, Trainer's own included; `DistillConfig` with its defaults if None.
         train_dataset, eval_dataset: a :class:`~molsaki.batches.dataset.DistillDataset`, or a sequence of examples or of
             dicts such as a ``datasets.Dataset``; for evaluation also a dict of them by name.
+        processing_class, teacher_processing_class: the fast tokenizers of both; loaded by the models' names if None.
+        store: the teacher's stored maps, or their folder, instead of a live teacher.
+        peft_config: a ``peft.PeftConfig`` whose adapters are added to the student and trained.
         **kwargs: of ``Trainer``: ``callbacks``, ``optimizer_cls_and_kwargs``, ``optimizers``. An optimizer must hold
             parameters of the student; those of the router are added to it.
 
@@ -89,18 +93,27 @@ class DistillTrainer(Trainer):
 
     def __init__(
         self,
-        config: DistillConfig,
-        student: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        teacher: PreTrainedModel | None = None,
-        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-        store: Store | None = None,
-        train_dataset: DistillDataset | Sequence[Example] | None = None,
-        eval_dataset: DistillDataset | Sequence[Example] | Mapping[str, Any] | None = None,
+        model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
+        args: DistillConfig | None = None,
+        train_dataset: DistillDataset | Sequence[Any] | None = None,
+        eval_dataset: DistillDataset | Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        store: Store | str | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ):
+        config = DistillConfig() if args is None else args
         if not isinstance(config, DistillConfig):
-            raise TypeError(f"config: expected a DistillConfig, got {type(config).__name__}")
+            raise TypeError(f"args: expected a DistillConfig, got {type(config).__name__}")
+        student = _model_or_name(model, "model", config, "student")
+        teacher = _model_or_name(teacher_model, "teacher_model", config, "teacher")
+        tokenizer, teacher_tokenizer = processing_class, teacher_processing_class
+        if isinstance(store, (str, os.PathLike)):
+            _name("store", os.fspath(store), config)
+            store = None
         if config.n_gpu > 1:
             raise ValueError(
                 f"{config.n_gpu} GPUs are visible to this one process; start one process per GPU with "
@@ -125,8 +138,8 @@ class DistillTrainer(Trainer):
             )
         student, tokenizer = load_both(student, tokenizer, config.student, "--student", config.student_dtype)
         check_adapters(student)
-        if config.lora_rank:
-            student = add_lora(student, config)
+        if config.lora_rank or peft_config is not None:
+            student = add_adapters(student, config, peft_config)
         freeze(student, config.freeze)
         end_with(student, tokenizer)
         limit = config.max_length or context_length(student.config)
@@ -541,6 +554,26 @@ class DistillTrainer(Trainer):
             raise ValueError(f"the checkpoint is of another student: it lacks {lacking[:3]} and also has {extra[:3]}")
 
 
+def _model_or_name(value: Any, argument: str, config: DistillConfig, field: str) -> PreTrainedModel | None:
+    """A model that was given; a name is written into the config's field, from which the model is loaded."""
+    if isinstance(value, (str, os.PathLike)):
+        _name(field, os.fspath(value), config, argument)
+        return None
+    if value is not None and not isinstance(value, nn.Module):
+        hint = "; give it as args" if isinstance(value, TrainingArguments) else ""
+        raise TypeError(f"{argument}: expected a model, its name or None, got {type(value).__name__}{hint}")
+    return cast("PreTrainedModel | None", value)
+
+
+def _name(field: str, name: str, config: DistillConfig, argument: str | None = None) -> None:
+    given = getattr(config, field)
+    if given not in (None, name):
+        raise ValueError(
+            f"{argument or field}, args.{field}: expected one of them or the same, got {name!r} and {given!r}"
+        )
+    setattr(config, field, name)
+
+
 class _ByLength(LengthGroupedSampler):
     """Examples of similar length together, in an order that an epoch's number and the seed determine."""
 
@@ -602,7 +635,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         ``left_out`` by reason, whose ids are in ``left_out.json``.
     """
     require(config, "train_file")
-    trainer = DistillTrainer(config)
+    trainer = DistillTrainer(args=config)
     data = cast(DistillDataset, trainer.train_dataset)
     if trainer.is_world_process_zero():
         write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)

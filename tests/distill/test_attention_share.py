@@ -202,8 +202,10 @@ def test_maps_of_single_heads(tmp_path, mixture, all_layers):
     rows = []
     for source in ({"store": store}, {}):
         options = config(tmp_path / f"run{len(rows)}", max_steps=3, normalise="sum", **OPTIONS, **heads, **source)
-        live = () if source else (tiny.model(3, len(OTHER), seed=1), OTHER)
-        t = DistillTrainer(options, tiny.model(2), TOKENIZER, *live, train_dataset=examples())
+        live = {} if source else {"teacher_model": tiny.model(3, len(OTHER), seed=1), "teacher_processing_class": OTHER}
+        t = DistillTrainer(
+            args=options, model=tiny.model(2), processing_class=TOKENIZER, **live, train_dataset=examples()
+        )
         t.train()
         rows.append(logged(t, "loss", "loss_att", "entropy_student"))
         units = 2 * t.model.student.config.num_attention_heads
@@ -219,7 +221,7 @@ def test_maps_of_single_heads(tmp_path, mixture, all_layers):
             continue
         options = config(tmp_path / "wrong", store=store, **heads | wrong)
         with pytest.raises(ValueError, match="this store is of another (map heads|teacher layers)"):
-            DistillTrainer(options, tiny.model(2), TOKENIZER, train_dataset=examples())
+            DistillTrainer(args=options, model=tiny.model(2), processing_class=TOKENIZER, train_dataset=examples())
 
 
 @pytest.mark.parametrize(

@@ -103,11 +103,23 @@ def test_a_full_disk_leaves_the_checkpoint_before(straight, tmp_path):
 
 def test_best_checkpoint_is_loaded_with_its_router(tmp_path):
     t = DistillTrainer(
-        config(tmp_path, max_steps=4, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_steps=1,
-               save_total_limit=1, load_best_model_at_end=True),
-        tiny.model(2), TOKENIZER, tiny.model(3, len(OTHER), seed=1), OTHER,
-        train_dataset=examples(), eval_dataset=examples(2),
-    )  # fmt: skip
+        args=config(
+            tmp_path,
+            max_steps=4,
+            learning_rate=0.3,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+        ),
+        model=tiny.model(2),
+        processing_class=TOKENIZER,
+        teacher_model=tiny.model(3, len(OTHER), seed=1),
+        teacher_processing_class=OTHER,
+        train_dataset=examples(),
+        eval_dataset=examples(2),
+    )
     t.train()
     best = Path(t.state.best_model_checkpoint)
     losses = {e["step"]: e["eval_loss"] for e in t.state.log_history if "eval_loss" in e}
@@ -173,9 +185,14 @@ def test_the_best_checkpoint_stays(tmp_path, monkeypatch, kind):
 
     def made(output_dir: str, **more) -> DistillTrainer:
         return DistillTrainer(
-            config(output_dir, **(options | more)), tiny.model(2), TOKENIZER,
-            tiny.model(3, len(OTHER), seed=1), OTHER, train_dataset=examples(), eval_dataset=examples(2),
-        )  # fmt: skip
+            args=config(output_dir, **(options | more)),
+            model=tiny.model(2),
+            processing_class=TOKENIZER,
+            teacher_model=tiny.model(3, len(OTHER), seed=1),
+            teacher_processing_class=OTHER,
+            train_dataset=examples(),
+            eval_dataset=examples(2),
+        )
 
     class Worse(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

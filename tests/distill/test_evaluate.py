@@ -128,10 +128,15 @@ def test_a_run_is_asked_in_its_own_templates(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
     trainer = DistillTrainer(
-        training.config(run, student_template="chat", predict_template="{question} = {answer}", max_steps=1,
-                        save_steps=1),
-        tiny.model(2), tokenizer, tiny.model(3, len(teacher), seed=1), teacher, train_dataset=training.examples(),
-    )  # fmt: skip
+        args=training.config(
+            run, student_template="chat", predict_template="{question} = {answer}", max_steps=1, save_steps=1
+        ),
+        model=tiny.model(2),
+        processing_class=tokenizer,
+        teacher_model=tiny.model(3, len(teacher), seed=1),
+        teacher_processing_class=teacher,
+        train_dataset=training.examples(),
+    )
     trainer.train()
     trainer.save_model()
     data = str(tiny.write_jsonl(tmp_path / "d.jsonl", tiny.problems(2)))

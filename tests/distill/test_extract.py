@@ -58,8 +58,10 @@ def distill(folder: Path, store: Store | None, **options) -> DistillTrainer:
         save_strategy="no",
         use_cpu=True, disable_tqdm=True, train_file=str(folder / "train.jsonl"), output_dir=str(folder / "out"),
     ) | options  # fmt: skip
-    teacher = (TEACHER, OTHER) if store is None else (None, None)
-    return DistillTrainer(DistillConfig(**options), tiny.model(2), TOKENIZER, *teacher, store=store)
+    teacher = {} if store is not None else {"teacher_model": TEACHER, "teacher_processing_class": OTHER}
+    return DistillTrainer(
+        tiny.model(2), args=DistillConfig(**options), processing_class=TOKENIZER, store=store, **teacher
+    )
 
 
 def test_maps_are_those_of_eager_attention(tmp_path):

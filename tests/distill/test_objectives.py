@@ -27,7 +27,7 @@ def test_a_new_objective_is_one_entry(tmp_path, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "rationale", rationale)
     options = config(tmp_path, objective="dss", max_steps=2, save_strategy="no")
     options.objective = "rationale"
-    t = DistillTrainer(options, tiny.model(2), TOKENIZER, train_dataset=examples())
+    t = DistillTrainer(args=options, model=tiny.model(2), processing_class=TOKENIZER, train_dataset=examples())
     t.train()
     (first, words), (second, _) = logged(t, "loss", "words_mean")
     assert 0 < second < first and words == 9
@@ -36,9 +36,13 @@ def test_a_new_objective_is_one_entry(tmp_path, monkeypatch):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives_train(tmp_path, objective):
     t = DistillTrainer(
-        config(tmp_path, objective=objective, max_steps=4, save_strategy="no", per_device_train_batch_size=8),
-        tiny.model(2), TOKENIZER, tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(),
-    )  # fmt: skip
+        args=config(tmp_path, objective=objective, max_steps=4, save_strategy="no", per_device_train_batch_size=8),
+        model=tiny.model(2),
+        processing_class=TOKENIZER,
+        teacher_model=tiny.model(3, len(TOKENIZER), seed=1),
+        teacher_processing_class=TOKENIZER,
+        train_dataset=examples(),
+    )
     t.train()
     rows = logged(t, "loss", "loss_pre")
     assert rows[-1][1] < rows[0][1]
@@ -57,9 +61,13 @@ def test_packing_changes_nothing(tmp_path, objective):
     ):  # fmt: skip
         sharing &= OBJECTIVES[objective].explain_texts
         t = DistillTrainer(
-            config(tmp_path, objective=objective, packing=packing, share_question=sharing), tiny.model(2), TOKENIZER,
-            tiny.model(3, len(TOKENIZER), seed=1), TOKENIZER, train_dataset=examples(8),
-        )  # fmt: skip
+            args=config(tmp_path, objective=objective, packing=packing, share_question=sharing),
+            model=tiny.model(2),
+            processing_class=TOKENIZER,
+            teacher_model=tiny.model(3, len(TOKENIZER), seed=1),
+            teacher_processing_class=TOKENIZER,
+            train_dataset=examples(8),
+        )
         t.model.to(dtype)
         t.model.head = None if own else t.model.head
         if t.model.mixture is not None:  # at zero the router passes no gradient on
@@ -83,7 +91,7 @@ def test_packing_changes_nothing(tmp_path, objective):
 
 def test_cot_trains_one_text_of_rationale_and_answer(tmp_path):
     options = config(tmp_path, objective="cot", cot_template="{rationale} So {answer}!")
-    t = DistillTrainer(options, tiny.model(2), TOKENIZER, train_dataset=examples(2))
+    t = DistillTrainer(args=options, model=tiny.model(2), processing_class=TOKENIZER, train_dataset=examples(2))
     (item, _), example = t.train_dataset[0], examples(1)[0]
     ids = item.predict.input_ids
     assert TOKENIZER.decode(ids[item.predict.target_start :]).strip() == (

@@ -13,7 +13,7 @@ from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import ExtractConfig, TextOptions
 from molsaki.teacher.extract import extract
 from molsaki.text.examples import Example
-from molsaki.training.checkpoints import ROUTER
+from molsaki.training.checkpoints import CONFIG, ROUTER
 from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer, distill
 from tests.helpers import tiny
@@ -102,9 +102,11 @@ def test_the_store_is_the_live_teacher(stored, tmp_path, layout, options, monkey
     options = dict(max_steps=1, save_strategy="no", beta=10.0) | layout | options
     live = trainer(tmp_path / "live", **options)
     held = DistillTrainer(
-        config(tmp_path / "stored", store=str(stored / "store"), **options), tiny.model(2), TOKENIZER,
+        args=config(tmp_path / "stored", store=str(stored / "store"), **options),
+        model=tiny.model(2),
+        processing_class=TOKENIZER,
         train_dataset=examples(),
-    )  # fmt: skip
+    )
     assert held.teacher is None and live.teacher is not None
     a, b = gradients(live), gradients(held)
     for name in ("loss", "loss_pre", "loss_exp", "loss_att", "loss_att_uniform", "entropy_teacher"):
@@ -170,9 +172,14 @@ def test_no_gradient_reaches_the_teacher_side(straight, tmp_path):
 
 def test_evaluation_counts_each_example_once(tmp_path):
     t = DistillTrainer(
-        config(tmp_path, per_device_eval_batch_size=3, save_strategy="no"), tiny.model(2), TOKENIZER,
-        tiny.model(3, len(OTHER), seed=1), OTHER, train_dataset=examples(), eval_dataset=examples(7),
-    )  # fmt: skip
+        args=config(tmp_path, per_device_eval_batch_size=3, save_strategy="no"),
+        model=tiny.model(2),
+        processing_class=TOKENIZER,
+        teacher_model=tiny.model(3, len(OTHER), seed=1),
+        teacher_processing_class=OTHER,
+        train_dataset=examples(),
+        eval_dataset=examples(7),
+    )
     metrics = t.evaluate()
     whole = t.data_collator([t.eval_dataset[i] for i in range(7)])
     with torch.no_grad():
@@ -260,18 +267,93 @@ def test_a_teacher_that_the_objective_does_not_use(tmp_path, caplog):
     assert trainer(tmp_path).objective.maps and "not used" not in caplog.text
     assert not trainer(tmp_path, objective="dss").objective.maps
     assert "objective: dss uses no teacher, so the teacher is not used" in caplog.text
-    assert not DistillTrainer(config(tmp_path), tiny.model(2), TOKENIZER, train_dataset=examples()).objective.maps
+    assert not DistillTrainer(
+        args=config(tmp_path), model=tiny.model(2), processing_class=TOKENIZER, train_dataset=examples()
+    ).objective.maps
+
+
+def test_names_in_place_of_models(tmp_path):
+    """Names, a folder of a store, and the same names in the options, give the training of the models themselves."""
+    teacher, options = tiny.save(tmp_path / "teacher", 3, OTHER, seed=1), {"max_steps": 2, "save_strategy": "no"}
+    student = tiny.save(tmp_path / "student", 2)
+    rows = tiny.problems(8)
+    data = [str(tiny.write_jsonl(tmp_path / "train.jsonl", rows))]
+    extract(ExtractConfig(teacher=str(teacher), data_files=data, store=str(tmp_path / "store")))
+    expected = trainer(tmp_path / "models", **options)
+    expected.train()
+    made = [
+        lambda args: DistillTrainer(str(student), str(teacher), args, rows),
+        lambda args: DistillTrainer(student, args=args, train_dataset=rows, store=tmp_path / "store"),
+        lambda args: DistillTrainer(tiny.model(2), str(teacher), args, rows, processing_class=TOKENIZER),
+    ]
+    for number, make in enumerate(made):
+        t = make(config(tmp_path / str(number), **options))
+        t.train()
+        pair = (torch.tensor(logged(one, *LOSSES)) for one in (t, expected))
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-7)
+        t.save_model()
+        recorded = json.loads((tmp_path / str(number) / CONFIG).read_text())
+        assert recorded["student"] == (None if number == 2 else str(student))
+        assert recorded["teacher"] == (None if number == 1 else str(teacher))
+    same = config(tmp_path / "same", student=str(student), **options)
+    assert DistillTrainer(str(student), args=same, train_dataset=rows).objective.maps is False
+    with pytest.raises(ValueError, match="model, args.student: expected one of them or the same, got .*other"):
+        DistillTrainer(str(tmp_path / "other"), args=same, train_dataset=rows)
+    with pytest.raises(ValueError, match="store, args.store: expected one of them"):
+        DistillTrainer(str(student), args=config(tmp_path, store="another"), store=str(tmp_path / "store"))
+
+
+def test_adapters_of_a_peft_config(tmp_path):
+    """They train as the same adapters of the option do; of the two, and of a student that has some, one is enough."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=16, target_modules="all-linear")
+    options = {"max_steps": 2, "save_strategy": "no"}
+    rows = []
+    for more, given in (({"lora_rank": 2}, {}), ({}, {"peft_config": lora})):
+        t = DistillTrainer(
+            tiny.model(2),
+            tiny.model(3, len(OTHER), seed=1),
+            config(tmp_path / str(len(rows)), **options, **more),
+            examples(),
+            processing_class=TOKENIZER,
+            teacher_processing_class=OTHER,
+            **given,
+        )
+        assert all("lora" in n or "mixture" in n for n, p in t.model.named_parameters() if p.requires_grad)
+        t.train()
+        rows.append(logged(t, *LOSSES))
+    assert rows[0] == rows[1]
+    adapted = peft.get_peft_model(tiny.model(2), lora)
+    for student, more, error, message in (
+        (tiny.model(2), {"lora_rank": 2}, ValueError, "peft_config, lora_rank: expected one of them, got both"),
+        (adapted, {}, ValueError, "model: expected one without adapters, since --lora_rank or peft_config adds some"),
+    ):
+        with pytest.raises(error, match=message):
+            args = config(tmp_path / "wrong", **more)
+            DistillTrainer(student, args=args, train_dataset=examples(), processing_class=TOKENIZER, peft_config=lora)
+    with pytest.raises(TypeError, match="peft_config: expected a peft.PeftConfig, got dict"):
+        args = config(tmp_path / "wrong")
+        DistillTrainer(tiny.model(2), args=args, train_dataset=examples(), processing_class=TOKENIZER, peft_config={})
 
 
 def test_bad_input(tmp_path, monkeypatch):
-    with pytest.raises(TypeError, match="config: expected a DistillConfig, got dict"):
-        DistillTrainer({})
-    with pytest.raises(ValueError, match="--student: required"):
+    with pytest.raises(TypeError, match="args: expected a DistillConfig, got dict"):
+        DistillTrainer(args={})
+    with pytest.raises(
+        TypeError, match="model: expected a model, its name or None, got DistillConfig; give it as args"
+    ):
         DistillTrainer(config(tmp_path))
+    with pytest.raises(ValueError, match="--student: required"):
+        DistillTrainer(args=config(tmp_path))
     with pytest.raises(ValueError, match="--teacher: required"):
-        DistillTrainer(config(tmp_path, objective="molsaki"), tiny.model(2), TOKENIZER, train_dataset=examples())
+        DistillTrainer(
+            args=config(tmp_path, objective="molsaki"),
+            model=tiny.model(2),
+            processing_class=TOKENIZER,
+            train_dataset=examples(),
+        )
     with pytest.raises(ValueError, match="--student: no such folder"):
-        DistillTrainer(config(tmp_path, student="/no/such/model"))
+        DistillTrainer(args=config(tmp_path, student="/no/such/model"))
     with pytest.raises(ValueError, match="objective: logits needs one vocabulary"):
         trainer(tmp_path, objective="logits")
     untaught = prepare(examples(2), TextOptions(), TokenizerSpec(TOKENIZER, "plain", None))
@@ -341,9 +423,13 @@ def test_logits_over_padded_embeddings(tmp_path, rows):
                 model.resize_token_embeddings(size, mean_resizing=False)
                 model.get_input_embeddings().weight.data[258:] = 1.0
         t = DistillTrainer(
-            config(tmp_path / str(number), objective="logits", max_steps=1, save_strategy="no"), student, TOKENIZER,
-            teacher, TOKENIZER, train_dataset=examples(),
-        )  # fmt: skip
+            args=config(tmp_path / str(number), objective="logits", max_steps=1, save_strategy="no"),
+            model=student,
+            processing_class=TOKENIZER,
+            teacher_model=teacher,
+            teacher_processing_class=TOKENIZER,
+            train_dataset=examples(),
+        )
         t.train()
         losses.append(logged(t, "loss_logits")[0][0])
         t.model.head = None  # the model's own forward
@@ -357,9 +443,14 @@ def test_an_optimizer_of_the_caller(tmp_path):
 
     def made(optimizer, scheduler=None, student=None, **options):
         return DistillTrainer(
-            config(tmp_path, save_strategy="no", max_steps=2, **options), student, TOKENIZER,
-            tiny.model(3, len(OTHER), seed=1), OTHER, train_dataset=examples(), optimizers=(optimizer, scheduler),
-        )  # fmt: skip
+            args=config(tmp_path, save_strategy="no", max_steps=2, **options),
+            model=student,
+            processing_class=TOKENIZER,
+            teacher_model=tiny.model(3, len(OTHER), seed=1),
+            teacher_processing_class=OTHER,
+            train_dataset=examples(),
+            optimizers=(optimizer, scheduler),
+        )
 
     student = tiny.model(2)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)

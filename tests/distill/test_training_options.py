@@ -98,7 +98,13 @@ def test_a_config_can_be_copied():
 )
 def test_functions_that_would_never_be_called(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}: expected None"):
-        DistillTrainer(config(tmp_path), tiny.model(2), TOKENIZER, train_dataset=examples(), **{name: print})
+        DistillTrainer(
+            args=config(tmp_path),
+            model=tiny.model(2),
+            processing_class=TOKENIZER,
+            train_dataset=examples(),
+            **{name: print},
+        )
 
 
 def one_step(folder: Path, **options) -> DistillTrainer:
@@ -174,9 +180,14 @@ def test_batches_of_similar_length(tmp_path):
 
 def with_evaluation(folder: Path, eval_dataset, **options) -> DistillTrainer:
     return DistillTrainer(
-        config(folder, **(dict(max_steps=1, save_strategy="no") | options)), tiny.model(2), TOKENIZER,
-        tiny.model(3, len(OTHER), seed=1), OTHER, train_dataset=examples(), eval_dataset=eval_dataset,
-    )  # fmt: skip
+        args=config(folder, **(dict(max_steps=1, save_strategy="no") | options)),
+        model=tiny.model(2),
+        processing_class=TOKENIZER,
+        teacher_model=tiny.model(3, len(OTHER), seed=1),
+        teacher_processing_class=OTHER,
+        train_dataset=examples(),
+        eval_dataset=eval_dataset,
+    )
 
 
 def test_evaluation_sets(tmp_path):

@@ -117,8 +117,10 @@ def distilled(folder, store: Store | None, **options) -> list[dict]:
         per_device_train_batch_size=4, learning_rate=1e-2, adam_epsilon=1e-3, logging_steps=1, save_strategy="no",
         disable_tqdm=True, seed=3, use_cpu=DEVICE == "cpu", report_to=[], **options,
     )  # fmt: skip
-    teacher = (tiny.model(3, 318, seed=1), tiny.tokenizer(60)) if store is None else (None, None)
-    trainer = DistillTrainer(config, tiny.model(2), tiny.tokenizer(), *teacher, store=store)
+    teacher: dict = {}
+    if store is None:
+        teacher = {"teacher_model": tiny.model(3, 318, seed=1), "teacher_processing_class": tiny.tokenizer(60)}
+    trainer = DistillTrainer(tiny.model(2), args=config, processing_class=tiny.tokenizer(), store=store, **teacher)
     trainer.train()
     assert trainer.model.student.device.type == DEVICE
     return [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -55,8 +55,13 @@ def trainer(folder, on_cpu: bool, **options) -> DistillTrainer:
     other = tiny.tokenizer(0 if options.get("objective") == "logits" else 60)
     teacher = tiny.model(3, len(other), seed=1, **SHAPE)
     return DistillTrainer(
-        config, tiny.model(2, **SHAPE), tiny.tokenizer(), teacher, other, train_dataset=examples(8)
-    )  # fmt: skip
+        args=config,
+        model=tiny.model(2, **SHAPE),
+        processing_class=tiny.tokenizer(),
+        teacher_model=teacher,
+        teacher_processing_class=other,
+        train_dataset=examples(8),
+    )
 
 
 def losses_and_gradients(t: DistillTrainer, dtype: torch.dtype) -> tuple[dict, dict]:

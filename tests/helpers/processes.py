@@ -80,7 +80,7 @@ def _allow_fsdp_on_a_cpu() -> None:
 def distill(report: str, *argv: str) -> None:
     """Run ``molsaki distill`` and write the state of each process afterwards to ``REPORT.RANK``."""
     config = parse(DistillConfig, argv)
-    trainer = DistillTrainer(config)
+    trainer = DistillTrainer(args=config)
     trainer.train()
     trainer.save_model()
     trainer.save_state()

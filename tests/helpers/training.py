@@ -30,9 +30,13 @@ def config(folder: Path | str, **options) -> DistillConfig:
 
 def trainer(folder: Path, data=None, student=None, **options) -> DistillTrainer:
     return DistillTrainer(
-        config(folder, **options), student or tiny.model(2), TOKENIZER, tiny.model(3, len(OTHER), seed=1), OTHER,
+        args=config(folder, **options),
+        model=student or tiny.model(2),
+        processing_class=TOKENIZER,
+        teacher_model=tiny.model(3, len(OTHER), seed=1),
+        teacher_processing_class=OTHER,
         train_dataset=data or examples(),
-    )  # fmt: skip
+    )
 
 
 def logged(t: DistillTrainer, *names: str) -> list[tuple]:
