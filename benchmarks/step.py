@@ -55,7 +55,7 @@ from molsaki.text.spans import Spans
 from molsaki.training import losses
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
-from molsaki.training.objectives import OBJECTIVES
+from molsaki.training.objectives import objective_of
 from molsaki_kernels import StepPlan, pool_values
 
 from .layer import describe, read_records, write_csv
@@ -258,7 +258,7 @@ def own_loss(
     depth, layers, width = probe(student)
     teacher_depth = depth if setup.teacher == setup.student else probe(teacher or load(setup.teacher))[0]
     mixture = None
-    if OBJECTIVES[config.objective].maps:
+    if objective_of(config.objective).maps:
         mixture = mixture_of(config, teacher_depth, depth, layers, width).to(device)
     distiller = Distiller(student, mixture, config)
     packing = layout != "padded"

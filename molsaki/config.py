@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from molsaki import presets
+from molsaki.functions import is_named
 from molsaki.text.key_words import KEY_WORDS
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Options whose value may also be ``module:name``, see `molsaki.functions`.
+MIXTURE_NAMES = ("mixture", "matched", "single", "last", "uniform", "one_to_one", "reverse", "random")
+OBJECTIVE_NAMES = ("vanilla", "cot", "dss", "mmi", "logits", "molsaki")
+OR_YOUR_OWN = {"mixture": MIXTURE_NAMES, "objective": OBJECTIVE_NAMES}
 
 PREDICT_TEMPLATE = "{question}\nAnswer: {answer}"
 COT_TEMPLATE = "{rationale} The answer is {answer}."
@@ -74,10 +80,11 @@ class TextOptions:
 class MixtureOptions:
     """Which layers of the teacher teach which layers of the student."""
 
-    mixture: Literal["mixture", "matched", "single", "last", "uniform", "one_to_one", "reverse", "random"] = option(
+    mixture: str = option(
         "mixture",
-        "The paper's weighted mixture of all layers, learnt weights for each of teacher_layers (matched), or one of "
-        "the fixed pairings of layers.",
+        "The paper's weighted mixture of all layers (mixture), learnt weights for each of teacher_layers (matched), "
+        "one of the fixed pairings of layers (single, last, uniform, one_to_one, reverse, random), or your own: "
+        "module:function of the numbers of layers of teacher and student, which returns pairs of layers.",
     )
     map_heads: Literal["mean", "each"] = option(
         "mean", "One map per layer, the mean over its heads, or one per head, which then counts as a layer (each)."
@@ -144,12 +151,21 @@ class DistillOptions(TextOptions, MixtureOptions):
     store: str | None = option(None, "Folder of the teacher's stored maps, in place of a live teacher.")
     train_file: str | None = option(None, "JSON lines file with id, question, rationale and answer.")
     eval_file: str | None = option(None, "JSON lines file whose losses are computed with eval_strategy steps or epoch.")
-    objective: Literal["vanilla", "cot", "dss", "mmi", "logits", "molsaki"] | None = option(
+    eval_accuracy: int = option(
+        0,
+        "Also decode this many examples of the evaluation data, the first ones, and log the share of right replies as "
+        "eval_accuracy, by which --metric_for_best_model accuracy can choose the checkpoint. 0: none.",
+    )
+    eval_accuracy_mode: Literal["answer", "rationale"] = option(
+        "answer", "What is asked for eval_accuracy: the answer alone, or a rationale that ends in it."
+    )
+    objective: str | None = option(
         None,
         "The loss: of answers only (vanilla); of one text with rationale and answer (cot, Fine-tune-CoT); of answers "
         "and rationales as two texts (dss); with the mutual information of the two (mmi), the teacher's logits "
-        "(logits) or the teacher's attention (molsaki) added. Default: molsaki if there is a teacher or a store, else "
-        "dss, than which the attention loss was not clearly better in docs/evidence.md.",
+        "(logits) or the teacher's attention (molsaki) added; or your own, module:name of an Objective. Default: "
+        "molsaki if there is a teacher or a store, else dss, than which the attention loss was not clearly better in "
+        "docs/evidence.md.",
     )
     alpha: float = option(0.5, "Weight of the answer's cross-entropy; the rationale's has 1 - alpha (Eq. 7).")
     beta: float = option(1.0, "Weight of the attention loss (Eq. 7).")
@@ -415,6 +431,9 @@ def check_options(config: Any, **least: float) -> None:
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name, None), hints[field.name]
+        names = OR_YOUR_OWN.get(field.name)
+        if names is not None and value not in (None, *names) and not is_named(value):
+            raise ValueError(f"{field.name}: expected one of {', '.join(names)}, or module:name, got {value!r}")
         literals = [one for one in (hint, *get_args(hint)) if get_origin(one) is Literal]  # or None, if that is allowed
         choices = get_args(literals[0]) if literals else field.metadata.get("choices", ())
         is_checked = literals or field.default in choices

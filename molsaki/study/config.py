@@ -5,22 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig
 
 from molsaki import presets
-from molsaki.config import EvaluateConfig, ExtractConfig, MixtureOptions, TextOptions, build, check_keys, read_yaml
+from molsaki.config import (
+    OR_YOUR_OWN,
+    EvaluateConfig,
+    ExtractConfig,
+    MixtureOptions,
+    TextOptions,
+    build,
+    check_keys,
+    read_yaml,
+)
+from molsaki.functions import is_named, named, source
 from molsaki.io import digest
 from molsaki.training.config import DistillConfig
-from molsaki.training.objectives import OBJECTIVES
+from molsaki.training.objectives import objective_of
 
 KEYS = (
     "output_dir", "student", "teacher", "live_teacher", "seeds", "data", "options", "evaluate", "extract", "arms",
@@ -112,7 +120,7 @@ class Study:
 
     def identity(self, run: Run) -> dict[str, Any]:
         """What the result of a run depends on, by dotted names: its options, the content of its data files and of its
-        preset.
+        preset, and the source of modules of your own.
         """
         found: dict[str, Any] = {"seed": run.seed}
         for section, values in (
@@ -127,6 +135,10 @@ class Study:
         found |= {f"content of {name}": _content(self.file(name)) for name in files}
         if preset := run.options.get("preset"):  # a later version may set other options
             found[f"content of preset {preset}"] = digest(presets.PRESETS[preset])
+        for option in OR_YOUR_OWN:
+            value = str(run.options.get(option))
+            if is_named(value):
+                found[f"source of {value}"] = digest(source(f"{self.path}: {option}", value, self.path.parent))
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
     def distill_config(self, run: Run, **more: Any) -> DistillConfig:
@@ -149,16 +161,7 @@ class Study:
         """The function that ``score`` names, imported with the YAML file's folder on the path."""
         if self.score is None:
             return None
-        module, _, name = self.score.partition(":")
-        folder = str(self.path.parent.resolve())
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-        try:
-            return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{self.path}: score: expected module:function that can be imported, got {self.score!r}: {error}"
-            ) from error
+        return cast(Scorer, named(f"{self.path}: score", self.score, self.path.parent))
 
 
 def read_study(path: str | Path, with_models: bool = True) -> Study:
@@ -248,9 +251,7 @@ def _run(study: Study, values: dict[str, Any], data: str, arm: str, seed: int) -
     )
     preset = presets.PRESETS.get(str(options.get("preset")), {})
     name = options.get("objective") or preset.get("objective") or "molsaki"
-    if name not in OBJECTIVES:
-        raise ValueError(f"{study.path}: arms.{arm}: objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
-    objective = OBJECTIVES[name]
+    objective = objective_of(str(name), f"{study.path}: arms.{arm}: objective", study.path.parent)
     if not objective.has_teacher or options.get("store"):
         options.pop("teacher", None)
     elif not options.get("teacher"):
@@ -346,8 +347,8 @@ def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str,
     """Refuse unknown options, and those that are not an arm's to set."""
     sections = {"options": values.get("options"), "curve": values.get("curve")}
     sections |= {key: values.get(key) for key in ("evaluate", "extract")}
-    for kind, named in (("data", data), ("arms", arms)):
-        for name, one in named.items():
+    for kind, entries in (("data", data), ("arms", arms)):
+        for name, one in entries.items():
             sections |= {f"{kind}.{name}.{key}": one[key] for key in ("options", *OVERRIDES[:2]) if key in one}
             if kind == "arms":
                 sections[f"arms.{name}"] = one

@@ -31,8 +31,7 @@ import molsaki
 from molsaki.batches.dataset import DistillDataset
 from molsaki.config import TextOptions
 from molsaki.doctor import processor
-from molsaki.evaluation.evaluate import evaluate, generate
-from molsaki.evaluation.scoring import score
+from molsaki.evaluation.evaluate import evaluate
 from molsaki.io import digest, write_json
 from molsaki.locks import claim
 from molsaki.modeling.loading import context_length, load_both, load_tokenizer
@@ -40,9 +39,10 @@ from molsaki.study.config import Run, Study, extract_config, read_study
 from molsaki.teacher.extract import extract
 from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.examples import read_examples
+from molsaki.training.accuracy import count_right
 from molsaki.training.checkpoints import CONFIG, WEIGHTS_LOG, last_checkpoint, step_of
 from molsaki.training.config import DistillConfig
-from molsaki.training.objectives import OBJECTIVES
+from molsaki.training.objectives import objective_of
 from molsaki.training.trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ def _key_of_data(study: Study, run: Run, config: DistillConfig) -> str:
     more = [config.predict_template, config.cot_template, config.limit, config.store]
     context = context_length(AutoConfig.from_pretrained(str(config.student)))
     content = study.identity(run)[f"content of {run.options['train_file']}"]
-    objective = OBJECTIVES[str(config.objective)]
+    objective = objective_of(str(config.objective))
     return digest([texts, tokenizers, more, context, content, objective.rationale_first, objective.has_teacher])
 
 
@@ -327,17 +327,10 @@ class _Curve(TrainerCallback):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         start = time.perf_counter()
-        student = self.trainer.model.student
-        was_training = student.training
-        student.eval()  # type: ignore[no-untyped-call]
-        try:
-            replies, _ = generate(student, self.trainer.processing_class, self.examples, self.options)
-        finally:
-            student.train(was_training)
-        asked = [(example, reply) for example, reply in zip(self.examples, replies, strict=True) if type(reply) is str]
-        right = sum(score(example, reply, self.options.mode)["right"] for example, reply in asked)
+        trainer = self.trainer
+        right, asked = count_right(trainer.model.student, trainer.processing_class, self.examples, self.options)
         should_log = control.should_log
-        self.trainer.log({"accuracy": right / max(len(asked), 1)})
+        trainer.log({"accuracy": right / max(asked, 1)})
         control.should_log = should_log  # the losses of this step are still to be logged
         self.seconds += time.perf_counter() - start
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from molsaki.functions import is_named
 from molsaki.io import digest, hash64
 from molsaki.text.spans import Spans
 
@@ -96,6 +97,11 @@ def describe_mixture(
 ) -> dict[str, Any]:
     """The part of `describe` that says which maps a store holds, and how they are mixed."""
     found: dict[str, Any] = {"all_layers": all_layers, "map_heads": options.map_heads}
+    if not all_layers and is_named(options.mixture):
+        raise ValueError(
+            f"mixture: {options.mixture} needs a store of every layer (extract --all_layers), since a mixed one does "
+            "not say which layers your function paired"
+        )
     if not all_layers:
         found["mixture"] = options.mixture
         if options.mixture == "mixture":

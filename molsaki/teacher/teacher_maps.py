@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from molsaki.config import MIXTURE_NAMES
+from molsaki.functions import is_named, named
 from molsaki.modeling.capture import capture
 from molsaki.modeling.unwrap import input_device
-from molsaki.training.mixture import MixtureOfLayers
+from molsaki.training.mixture import MixtureOfLayers, Pairing
 from molsaki_kernels import StepPlan
 
 if TYPE_CHECKING:
@@ -60,13 +62,23 @@ def probe(model: nn.Module, value_heads: str | None = None, map_heads: str = "me
     return record.maps.shape[1], len(record.layers), record.values.shape[-1] if values else 0
 
 
+def kind_of(options: MixtureOptions) -> str | Pairing:
+    """The kind of mixture that a config names, or the function of ``module:function``."""
+    if options.mixture in MIXTURE_NAMES or not is_named(options.mixture):
+        return options.mixture
+    found = named("mixture", options.mixture)
+    if not callable(found):
+        raise TypeError(f"mixture: expected {options.mixture} to be a function, got {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
 def mixture_of(
     options: MixtureOptions, teacher_maps: int, student_maps: int, value_layers: int, value_width: int
 ) -> MixtureOfLayers:
     """The mixture that a config describes, for models with these numbers of maps, see `probe`."""
     names = ("router", "tau_t", "tau_s", "teacher_scale", "value_heads", "pooling", "teacher_layer", "student_layer")
     same = {name: getattr(options, name) for name in (*names, "teacher_layers")}
-    kind, seed = options.mixture, options.mixture_seed
+    kind, seed = kind_of(options), options.mixture_seed
     return MixtureOfLayers(
         teacher_maps, student_maps, value_width, value_layers=value_layers, kind=kind, seed=seed, **same
     )

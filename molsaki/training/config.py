@@ -75,7 +75,7 @@ class DistillConfig(DistillOptions, TrainingArguments):
                 raise ValueError(f"{field.name}: expected {default}, got {value!r}: {REFUSED[field.name]}")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments refuses bf16 otherwise
         super().__post_init__()  # type: ignore[no-untyped-call]
-        check_options(self, beta=0, beta_mmi=0, beta_logits=0, share_steps=0)
+        check_options(self, beta=0, beta_mmi=0, beta_logits=0, share_steps=0, eval_accuracy=0)
         self._check_inherited()
         self._check_attention()
         if self.teacher is not None or self.store is not None:

@@ -16,7 +16,7 @@ from molsaki.modeling.unwrap import causal_model
 from molsaki.training import losses
 from molsaki.training.config import DistillConfig
 from molsaki.training.mixture import MixtureOfLayers
-from molsaki.training.objectives import OBJECTIVES, Prediction, StudentMaps, StudentOutput
+from molsaki.training.objectives import Prediction, StudentMaps, StudentOutput, objective_of
 from molsaki_kernels import StepPlan
 
 
@@ -42,7 +42,7 @@ class Distiller(nn.Module):
         self.mixture = mixture
         self.options = config
         self.beta, self.keeps_graph = config.beta, False
-        self.objective = OBJECTIVES[config.choose_objective(has_teacher=mixture is not None)]
+        self.objective = objective_of(config.choose_objective(has_teacher=mixture is not None))
         self.head = Head.of(student)
         self.fused = use_fused(config.fused_cross_entropy, config.device)
 

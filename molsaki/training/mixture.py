@@ -10,16 +10,17 @@ With ``map_heads="each"`` every head counts as a layer: the maps of the heads of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from molsaki.config import MIXTURE_NAMES
 from molsaki.training.losses import at_least_float32
 from molsaki_kernels import StepPlan
 
-KINDS = ("mixture", "matched", "single", "last", "uniform", "one_to_one", "reverse", "random")
+Pairing: TypeAlias = "Callable[[int, int], Sequence[tuple[int, int]]]"
 
 
 class MixtureOfLayers(nn.Module):
@@ -37,7 +38,8 @@ class MixtureOfLayers(nn.Module):
             student layers; ``single``, any one pair; ``last``, the last layers of both (MiniLM);
             ``uniform``, student layer m with teacher layer m Lt / Ls, rounded, counting from 1 (TinyBERT);
             ``one_to_one``, equal depths (MobileBERT); ``reverse``, uniform's teacher layers in reverse order;
-            ``random``, teacher layers sampled once.
+            ``random``, teacher layers sampled once. Or a function of Lt and Ls that returns pairs (teacher layer,
+            student layer), counting from 0 or, negative, from the end.
         router: ``joint``, one linear map from all layers' values ``(Lv d -> Ls)``; ``shared``, one ``(d -> 1)`` for
             all layers and a bias per layer, which needs Lv = Ls.
         tau_t, tau_s: temperatures.
@@ -61,7 +63,7 @@ class MixtureOfLayers(nn.Module):
         value_width: int,
         *,
         value_layers: int | None = None,
-        kind: str = "mixture",
+        kind: str | Pairing = "mixture",
         router: Literal["joint", "shared"] = "joint",
         tau_t: float = 0.1,
         tau_s: float = 0.5,
@@ -75,7 +77,7 @@ class MixtureOfLayers(nn.Module):
     ):
         super().__init__()
         for name, value, choices in (
-            ("kind", kind, KINDS),
+            ("kind", "last" if callable(kind) else kind, MIXTURE_NAMES),
             ("router", router, ("joint", "shared")),
             ("teacher_scale", teacher_scale, ("none", "std")),
             ("value_heads", value_heads, ("concat", "mean")),
@@ -116,6 +118,8 @@ class MixtureOfLayers(nn.Module):
             self.register_buffer("_teacher_pairs", teachers)  # saved: the matching belongs to these layers
             self.matching = nn.Parameter(torch.zeros(len(chosen), num_student_layers))
             return
+        if callable(kind):
+            self.kind = "pairs"
         single = {"teacher_layer": teacher_layer, "student_layer": student_layer}
         pairs = torch.tensor(layer_pairs(kind, num_teacher_layers, num_student_layers, **single, seed=seed))
         teachers, students = (
@@ -222,10 +226,15 @@ def layer_scores(maps: Tensor, plan: StepPlan) -> Tensor:
 
 
 def layer_pairs(
-    kind: str, teacher: int, student: int, *, teacher_layer: int = -1, student_layer: int = -1, seed: int = 0
+    kind: str | Pairing, teacher: int, student: int, *, teacher_layer: int = -1, student_layer: int = -1, seed: int = 0
 ) -> list[tuple[int, int]]:
     """The pairs (teacher layer, student layer), counting from 0, of a kind other than ``mixture``."""
     students = range(student)
+    if callable(kind):
+        pairs = [tuple(pair) for pair in kind(teacher, student)]
+        if not pairs or any(len(pair) != 2 or not all(isinstance(layer, int) for layer in pair) for pair in pairs):
+            raise ValueError(f"mixture: expected pairs (teacher layer, student layer) from {kind!r}, got {pairs}")
+        return [(_layer("mixture", t, teacher), _layer("mixture", s, student)) for t, s in pairs]
     if kind == "single":
         return [(_layer("teacher_layer", teacher_layer, teacher), _layer("student_layer", student_layer, student))]
     if kind == "last":

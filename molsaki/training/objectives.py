@@ -1,19 +1,25 @@
 """The training objectives as a table: what each one needs and its loss.
 
-To add an objective, write its loss, add an entry to `OBJECTIVES` and its name to ``DistillOptions.objective``.
+An objective of your own is an `Objective` in a module of yours, named as ``--objective module:name``; no table changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from molsaki.batches.batch import Batch
+from molsaki.config import OBJECTIVE_NAMES
+from molsaki.functions import is_named, named
 from molsaki.training import losses
-from molsaki.training.config import DistillConfig
+
+if TYPE_CHECKING:
+    from molsaki.training.config import DistillConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class StudentOutput:
     beta: float = 0.0
 
 
-Loss = Callable[[StudentOutput, Batch, DistillConfig], dict[str, Tensor]]
+Loss: TypeAlias = "Callable[[StudentOutput, Batch, DistillConfig], dict[str, Tensor]]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,3 +157,20 @@ OBJECTIVES = {
     "logits": Objective(logits, student_logits=True, teacher_logits=True),
     "molsaki": Objective(molsaki, maps=True),
 }
+assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
+
+
+def objective_of(name: str, option: str = "objective", folder: Path | None = None) -> Objective:
+    """The objective of a name of `OBJECTIVES`, or that ``module:name`` names, see `molsaki.functions.named`.
+
+    Raises:
+        ValueError, TypeError: there is no such objective; the message begins with ``option``.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if not is_named(name):
+        raise ValueError(f"{option}: expected one of {', '.join(OBJECTIVES)}, or module:name, got {name!r}")
+    found = named(option, name, folder)
+    if not isinstance(found, Objective):
+        raise TypeError(f"{option}: expected {name} to be an Objective, got {type(found).__name__}")
+    return found

@@ -35,7 +35,7 @@ from molsaki.batches.batch import Batch
 from molsaki.batches.collator import Collator
 from molsaki.batches.dataset import DistillDataset, as_examples, prepare
 from molsaki.batches.tokenized import TokenizerSpec
-from molsaki.config import require
+from molsaki.config import EvaluateConfig, require
 from molsaki.io import write_json
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.lm_head import label_logits
@@ -46,11 +46,13 @@ from molsaki.teacher.map_store import Store
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import read_examples
 from molsaki.training import checkpoints
+from molsaki.training.accuracy import count_right
 from molsaki.training.attention_share import AttentionShare
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
-from molsaki.training.objectives import OBJECTIVES, Objective
+from molsaki.training.objectives import Objective, objective_of
 from molsaki.training.trainable import add_adapters, check_adapters, end_with, freeze, is_peft
+from molsaki.training.watch import IdleLoss, LayerWeightPictures
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ class DistillTrainer(Trainer):
         sources = {"teacher": (teacher, config.teacher), "store": (store, config.store)}
         given = [name for name, pair in sources.items() if any(one is not None for one in pair)]
         name = config.choose_objective(has_teacher=bool(given))
-        objective = OBJECTIVES[name]
+        objective = objective_of(name)
         if given and not objective.has_teacher and config.process_index == 0:
             logger.warning("objective: %s uses no teacher, so the %s is not used", name, " and the ".join(given))
         if config.share_question and (config.packing is False or not objective.explain_texts):
@@ -213,6 +215,7 @@ class DistillTrainer(Trainer):
         self.objective, self.teacher = objective, teacher
         self._sums: dict[str, Tensor] = {}
         self._share = AttentionShare(config)
+        self._idle = IdleLoss(learns_router=mixture is not None and mixture.router is not None)
         self._bad_batch: str | None = None
         self._is_in_checkpoint = False
         distiller: Any = Distiller(student, mixture, config)
@@ -241,16 +244,22 @@ class DistillTrainer(Trainer):
         asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if asked_for_fsdp and not self.is_fsdp_enabled:
             logger.warning("fsdp: accelerate shards on accelerators only; every process here holds the whole model")
-        if config.share_steps and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "share_steps, attention_share: expected no FSDP and no DeepSpeed, which shard the gradient"
-            )
+        for names, value, why in (
+            ("share_steps, attention_share", config.share_steps, "which shard the gradient"),
+            ("eval_accuracy", config.eval_accuracy, "under which every process would have to decode the same text"),
+        ):
+            if value and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                raise ValueError(f"{names}: expected no FSDP and no DeepSpeed, {why}")
         self._complete_optimizer(*kwargs.get("optimizers", (None, None)))
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_apart
         self.add_callback(_StartOfRun(self))
         self.add_callback(_LogBeforeSave())
         self.add_callback(_StopIfBad(self))
+        if mixture is not None:
+            self.add_callback(
+                LayerWeightPictures(self._folder / checkpoints.WEIGHTS_LOG, self.callback_handler.callbacks)
+            )
 
     @property
     def _folder(self) -> Path:
@@ -302,13 +311,34 @@ class DistillTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = {f"{prefix}_{name}": value for name, value in _means(self._sums)[0].items()}
         self._sums = training
+        if self.args.eval_accuracy:
+            loader = cast("DataLoader[Any]", args[0] if args else kwargs["dataloader"])
+            metrics[f"{prefix}_accuracy"] = self._accuracy(cast(DistillDataset, loader.dataset))
         return output._replace(metrics=(output.metrics or {}) | metrics)
+
+    def _accuracy(self, data: DistillDataset) -> float:
+        """The share of right replies to the first ``eval_accuracy`` examples, which the processes divide."""
+        config, accelerator = self.args, self.accelerator
+        chosen = [data.examples[int(number)] for number in data.used[: config.eval_accuracy]]
+        options = EvaluateConfig(
+            mode=config.eval_accuracy_mode,
+            template=config.student_template,
+            predict_template=config.predict_template,
+            thinking=2 * data.thinking > len(data),
+            batch_size=config.per_device_eval_batch_size,
+        )
+        mine = chosen[config.process_index :: config.world_size]
+        counts = count_right(self.model.student, self.processing_class, mine, options) if mine else (0, 0)
+        right, asked = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
+        return float(right / max(asked, 1))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums:
             metrics, weights = _means(self.accelerator.reduce(self._sums, "sum"))
             self._sums = {}
             logs |= metrics | self._share.logs() | {"loss": logs["loss"]}
+            if self.is_world_process_zero():
+                self._idle.look(self.state.global_step, logs, weights.get("student"))
             if weights and self.is_world_process_zero():
                 with open(self._folder / checkpoints.WEIGHTS_LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")

@@ -46,7 +46,7 @@ def test_defaults():
     [
         ("alfa: 0.2\n", "c.yaml: alfa: no such key; did you mean alpha?"),
         ("alpha: many\n", "c.yaml: argument --alpha: invalid float value: 'many'"),
-        ("objective: best\n", "invalid choice: 'best'"),
+        ("objective: best\n", "objective: expected one of vanilla, cot, dss, mmi, logits, molsaki, or module:name"),
         ("- alpha\n", "expected `name: value` lines, got list"),
         ("alpha: [1\n", "c.yaml: not valid YAML"),
     ],
@@ -65,7 +65,7 @@ def test_bad_yaml(tmp_path, lines, message):
         (["--lerning_rate", "1"], "--lerning_rate: no such flag; did you mean --learning_rate?"),
         (["--alpha", "3"], "alpha: expected a number from 0 to 1, got 3.0"),
         (["--temperature", "0"], "temperature: expected a positive number"),
-        (["--mixture", "all"], "invalid choice: 'all'"),
+        (["--mixture", "all"], "mixture: expected one of mixture, matched, single, last, uniform, one_to_one, reverse"),
         (["--key", "words"], "invalid choice: 'words'"),
         (["stray"], "stray: no such flag"),
     ],
@@ -77,7 +77,9 @@ def test_bad_flags(argv, message):
 
 
 def test_python_callers_get_the_same_checks():
-    with pytest.raises(ValueError, match=f"objective: expected one of {', '.join(OBJECTIVES)}, got 'sft'"):
+    with pytest.raises(
+        ValueError, match=f"objective: expected one of {', '.join(OBJECTIVES)}, or module:name, got 'sft'"
+    ):
         DistillConfig(objective="sft", use_cpu=True)
     with pytest.raises(ValueError, match="mode: expected one of answer, rationale"):
         EvaluateConfig(mode="both")

@@ -2,35 +2,125 @@
 
 from __future__ import annotations
 
-import typing
+import dataclasses
+import sys
 
 import pytest
 import torch
 
-from molsaki.training.config import DistillConfig
-from molsaki.training.objectives import OBJECTIVES, Objective
+from molsaki.config import ExtractConfig
+from molsaki.teacher.extract import extract
+from molsaki.training.objectives import OBJECTIVES
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.tiny import one_thread  # noqa: F401
-from tests.helpers.training import TOKENIZER, config, examples, logged
+from tests.helpers.training import OTHER, TOKENIZER, config, examples, logged, trainer
+
+PLAIN = {"save_strategy": "no"}
 
 
-def test_the_command_line_offers_every_objective():
-    literal, _ = typing.get_args(typing.get_type_hints(DistillConfig)["objective"])  # or None
-    assert typing.get_args(literal) == tuple(OBJECTIVES)
+MINE = """
+import torch
+from molsaki.training.objectives import Objective, molsaki
+
+def loss(student, batch, options):
+    return {"loss": student.explain.cross_entropy}
+
+rationale = Objective(loss)
+
+def squares(student, batch, options):
+    term = (student.maps.mixed - batch.teacher_map).square().sum((1, 2, 3))
+    return molsaki(student, batch, options) | {"loss": student.explain.cross_entropy + term, "loss_squares": term}
+
+square = Objective(squares, maps=True)
+
+def crossed(teacher, student):
+    return [(teacher - 1 - layer, layer) for layer in range(student)]
+
+def too_far(teacher, student):
+    return [(teacher, 0)]
+
+nothing = 3
+"""
 
 
-def test_a_new_objective_is_one_entry(tmp_path, monkeypatch):
-    """Besides its name in the config, whose choices are fixed."""
-    rationale = Objective(lambda student, batch, options: {"loss": student.explain.cross_entropy})
-    monkeypatch.setitem(OBJECTIVES, "rationale", rationale)
-    options = config(tmp_path, objective="dss", max_steps=2, save_strategy="no")
-    options.objective = "rationale"
-    t = DistillTrainer(args=options, model=tiny.model(2), processing_class=TOKENIZER, train_dataset=examples())
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's own in the current directory."""
+    (tmp_path / "my_methods.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
+
+
+def test_an_objective_of_ones_own(tmp_path, mine):
+    """It is named, not entered in a table; one with maps gets those of the teacher, and its terms are logged."""
+    options = config(tmp_path / "a", objective="my_methods:rationale", max_steps=2, save_strategy="no")
+    t = DistillTrainer(tiny.model(2), args=options, processing_class=TOKENIZER, train_dataset=examples())
     t.train()
     (first, words), (second, _) = logged(t, "loss", "words_mean")
     assert 0 < second < first and words == 9
+    options = {"objective": "my_methods:square", "mixture": "my_methods:crossed", "max_steps": 2, "save_strategy": "no"}
+    t = trainer(tmp_path / "b", **options)
+    t.train()
+    for loss, square, pre, att in logged(t, "loss", "loss_squares", "loss_pre", "loss_att"):
+        assert loss > square > 0 and pre > 0 and att > 0
+    assert t.model.mixture._teacher_pairs.argmax(1).tolist() == [2, 1]
+    reverse = trainer(tmp_path / "c", mixture="single", teacher_layer=2, student_layer=0, **PLAIN)
+    pairs = trainer(tmp_path / "d", mixture="my_methods:crossed", **PLAIN)
+    batch = pairs.data_collator([pairs.train_dataset[0]])
+    second = trainer(tmp_path / "e", mixture="single", teacher_layer=1, student_layer=1, **PLAIN)
+    parts = [x._forward(x.model, batch)["loss_att"].item() for x in (reverse, second)]
+    assert pairs._forward(pairs.model, batch)["loss_att"].item() == pytest.approx(sum(parts) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"objective": "my_methods:missing"}, ValueError, "objective: expected module:name that can be imported, got "),
+        (
+            {"objective": "no_such_module:x"},
+            ValueError,
+            "objective: expected module:name that can be imported, got 'no",
+        ),
+        ({"objective": "my_methods:nothing"}, TypeError, "objective: expected my_methods:nothing to be an Objective"),
+        (
+            {"objective": "rationale"},
+            ValueError,
+            "objective: expected one of vanilla, cot, dss, mmi, logits, molsaki, or",
+        ),
+        (
+            {"mixture": "my_methods:nothing"},
+            TypeError,
+            "mixture: expected my_methods:nothing to be a function, got int",
+        ),
+        ({"mixture": "my_methods:too_far"}, ValueError, r"mixture: expected one of 3 layers \(-3 to 2\), got 3"),
+        (
+            {"mixture": "crossed"},
+            ValueError,
+            "mixture: expected one of mixture, matched, .*, or module:name, got 'cros",
+        ),
+    ],
+)
+def test_what_is_not_one(tmp_path, mine, options, error, message):
+    with pytest.raises(error, match=message):
+        trainer(tmp_path / "run", **options)
+
+
+def test_a_pairing_of_ones_own_needs_a_store_of_every_layer(tmp_path, mine):
+    data, store = [str(tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(8)))], str(tmp_path / "store")
+    options = ExtractConfig(data_files=data, store=store, mixture="my_methods:crossed")
+    teacher = tiny.model(3, len(OTHER), seed=1)
+    with pytest.raises(ValueError, match="mixture: my_methods:crossed needs a store of every layer"):
+        extract(options, teacher, OTHER)
+    extract(dataclasses.replace(options, all_layers=True), teacher, OTHER)
+    live = trainer(tmp_path / "live", mixture="my_methods:crossed", max_steps=1, **PLAIN)
+    args = config(tmp_path / "stored", mixture="my_methods:crossed", store=store, max_steps=1, **PLAIN)
+    stored = DistillTrainer(tiny.model(2), args=args, processing_class=TOKENIZER, train_dataset=examples())
+    for t in (live, stored):
+        t.train()
+    assert logged(stored, "loss_att")[0] == pytest.approx(logged(live, "loss_att")[0], rel=2e-3)  # float16
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -377,7 +377,7 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
     for name, message in (
         ("short", "score: expected 6 numbers for 'reply' of own_scores:short, got 1"),
         ("none", "score: expected own_scores:none to return a dict of one number per example, got list"),
-        ("lacking", "score: expected module:function that can be imported, got 'own_scores:lacking'"),
+        ("lacking", "score: expected module:name that can be imported, got 'own_scores:lacking'"),
     ):
         assert study(copy, "--report", score=f"own_scores:{name}") == 2
         assert message in capsys.readouterr().err
@@ -433,7 +433,7 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
         ({"primary": {"test": "test", "arms": ["dss"]}}, "primary: arms: expected some of paper, got 'dss'"),
         ({"primary": {"test": "test"}}, "primary: arms: expected a list of different arms, got None"),
         ({"primary": {"test": "test", "arms": ["paper"]}, "baseline": None}, "primary: expected a baseline beside it"),
-        ({"score": "nowhere:f"}, "score: expected module:function that can be imported, got 'nowhere:f'"),
+        ({"score": "nowhere:f"}, "score: expected module:name that can be imported, got 'nowhere:f'"),
     ],
 )
 def test_refused_before_anything_runs(inputs, changes, message, capsys, monkeypatch):

@@ -1,0 +1,39 @@
+"""Functions and objects of your own that an option names as ``module:name``, such as ``--objective mine:objective``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def is_named(value: object) -> bool:
+    """True for ``module:name``."""
+    return isinstance(value, str) and ":" in value
+
+
+def named(option: str, value: str, folder: str | Path | None = None) -> Any:
+    """The object that ``module:name`` names. Modules are also looked for in ``folder``, or in the current directory.
+
+    Raises:
+        ValueError: it cannot be imported; the message begins with ``option``.
+    """
+    module, _, name = value.partition(":")
+    place = str(Path(folder or ".").resolve())
+    if place not in sys.path:
+        sys.path.insert(0, place)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option}: expected module:name that can be imported, got {value!r}: {error}") from error
+
+
+def source(option: str, value: str, folder: str | Path | None = None) -> str:
+    """The source of the module of ``module:name``, by which a changed one is recognised; empty if there is none."""
+    named(option, value, folder)
+    try:
+        return inspect.getsource(sys.modules[value.partition(":")[0]])
+    except (OSError, TypeError):
+        return ""

@@ -1,0 +1,155 @@
+"""What a training says about its attention loss: warnings, pictures for trackers, exact accuracy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from molsaki.config import EvaluateConfig
+from molsaki.evaluation.evaluate import evaluate
+from molsaki.training import watch
+from molsaki.training.trainer import DistillTrainer
+from tests.helpers import processes, tiny
+from tests.helpers.tiny import one_thread  # noqa: F401
+from tests.helpers.training import TOKENIZER, config, examples, trainer
+
+PLAIN = {"save_strategy": "no"}
+
+
+def messages(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "molsaki.training.watch"]
+
+
+def test_a_router_that_has_collapsed(tmp_path, caplog):
+    """The default pooling sums over the text: a large rate makes one layer win at once. It is said once."""
+    t = trainer(tmp_path / "a", max_steps=6, router_learning_rate=1.0, **PLAIN)
+    t.train()
+    (message,) = messages(caplog)
+    assert message.startswith("mixture: at step ") and "% of the weight" in message and "--pooling mean" in message
+    caplog.clear()
+    trainer(tmp_path / "b", max_steps=6, pooling="mean", router_learning_rate=1e-4, **PLAIN).train()
+    trainer(tmp_path / "c", max_steps=2, mixture="last", **PLAIN).train()  # one layer has all by choice
+    assert messages(caplog) == []
+
+
+def test_a_share_of_the_gradient_that_is_too_small(tmp_path, caplog):
+    options = {"mixture": "last", "share_steps": 1, "max_steps": 3} | PLAIN
+    trainer(tmp_path / "a", beta=1e-6, **options).train()
+    (message,) = messages(caplog)
+    assert message.startswith("beta: at step ") and "--attention_share 0.1 holds it" in message
+    caplog.clear()
+    trainer(tmp_path / "b", attention_share=0.2, **options).train()
+    trainer(tmp_path / "c", beta=1e-6, beta_until=0.0, **options).train()
+    assert messages(caplog) == []
+
+
+def test_the_layer_weights_in_tensorboard(tmp_path):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("matplotlib")
+    t = trainer(tmp_path, max_steps=4, save_steps=2, report_to="tensorboard")
+    t.train()
+    assert (tmp_path / watch.PICTURE).is_file()
+    (file,) = tmp_path.rglob("events.out.tfevents*")
+    events = event_file.EventAccumulator(str(file), size_guidance={"images": 0})
+    events.Reload()
+    assert [image.step for image in events.Images("layer_weights")] == [2, 4, 4]
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss_att", "train/map_overlap", "train/entropy_student"} <= scalars
+    lines = [json.loads(line) for line in (tmp_path / "layer_weights.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+
+
+def test_the_layer_weights_in_other_trackers(tmp_path):
+    """Each with a stand-in of its library, called as its library is called."""
+    pytest.importorskip("matplotlib")
+    seen = []
+
+    class Experiment:
+        def log_image(self, path, name, step):
+            seen.append(("comet", Path(path).name, name, step))
+
+    class WandbCallback(TrainerCallback):
+        _wandb = SimpleNamespace(log=lambda values: seen.append(("wandb", values)), Image=lambda path: Path(path).name)
+
+    class MLflowCallback(TrainerCallback):
+        _ml_flow = SimpleNamespace(log_artifact=lambda path: seen.append(("mlflow", Path(path).name)))
+
+    class CometCallback(TrainerCallback):
+        _experiment = Experiment()
+
+    t = trainer(tmp_path, max_steps=2, **PLAIN)
+    for callback in (WandbCallback, MLflowCallback, CometCallback):
+        t.add_callback(callback)
+    t.train()
+    name = watch.PICTURE
+    assert ("comet", name, "layer_weights", 2) in seen and ("mlflow", name) in seen
+    assert ("wandb", {"layer_weights": name, "train/global_step": 2}) in seen
+    quiet = trainer(tmp_path / "quiet", max_steps=1, **PLAIN)
+    quiet.train()
+    assert not (tmp_path / "quiet" / name).exists()  # nobody asked
+
+
+@pytest.mark.parametrize("mode", ["answer", "rationale"])
+def test_accuracy_is_that_of_evaluate(tmp_path, mode):
+    """Of a student that has learnt some problems by heart, on the folder that the training exports."""
+    data = tiny.write_jsonl(tmp_path / "eval.jsonl", tiny.problems(8))
+    t = trainer(
+        tmp_path / "run", objective="dss", max_steps=60, per_device_train_batch_size=8, eval_accuracy=6,
+        logging_steps=20, eval_accuracy_mode=mode, eval_file=str(data), per_device_eval_batch_size=4, **PLAIN,
+    )  # fmt: skip
+    t.train()
+    found, state = t.evaluate()["eval_accuracy"], torch.get_rng_state()
+    assert t._accuracy(t.eval_dataset) == found and torch.equal(torch.get_rng_state(), state)
+    t.save_model()
+    options = EvaluateConfig(
+        model=str(tmp_path / "run"), data_file=str(data), output_dir=str(tmp_path / "out"), mode=mode, limit=6,
+        device="cpu", dtype="float32",
+    )  # fmt: skip
+    assert found == evaluate(options)["accuracy"] > 0
+    assert t.model.student.training == t.model.training
+
+
+def test_the_best_checkpoint_by_accuracy(tmp_path):
+    """The metric is there when the trainer looks for it, also for several evaluation sets, and larger is better."""
+    options = {
+        "objective": "dss", "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "accuracy", "eval_accuracy": 3,
+        "per_device_eval_batch_size": 2,
+    }  # fmt: skip
+    t = DistillTrainer(
+        tiny.model(2),
+        args=config(tmp_path, **options),
+        train_dataset=examples(),
+        eval_dataset=examples(4),
+        processing_class=TOKENIZER,
+    )
+    t.train()
+    rows = [row["eval_accuracy"] for row in t.state.log_history if "eval_accuracy" in row]
+    assert len(rows) == 2 and t.state.best_metric == max(rows) and t.args.greater_is_better
+    with pytest.raises(ValueError, match="eval_accuracy: expected at least 0, got -1"):
+        config(tmp_path, eval_accuracy=-1)
+    with pytest.raises(ValueError, match="eval_accuracy_mode: expected one of answer, rationale"):
+        config(tmp_path, eval_accuracy_mode="both")
+
+
+@pytest.mark.slow
+def test_accuracy_in_two_processes(tmp_path):
+    """Both decode a part of the examples and know the result of all."""
+    tiny.save(tmp_path / "student", 2)
+    tiny.save(tmp_path / "teacher", 3)
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(8))
+    flags = {
+        "student": tmp_path / "student", "teacher": tmp_path / "teacher", "train_file": data, "eval_file": data,
+        "max_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 2, "eval_accuracy": 5, "save_strategy": "no", "disable_tqdm": True,
+        "eval_accuracy_mode": "rationale", "output_dir": tmp_path / "run", "logging_steps": 1,
+    }  # fmt: skip
+    argv = [f"--{name}={value}" for name, value in flags.items()] + ["--use_cpu"]
+    done = processes.torchrun("distill", tmp_path / "report", *argv)
+    assert done.returncode == 0, done.stderr
+    assert "'eval_accuracy': '0'" in done.stdout or "'eval_accuracy': 0" in done.stdout
