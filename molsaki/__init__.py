@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from molsaki.modeling.registration import register_on_import
 
 if TYPE_CHECKING:
+    from molsaki.modeling.attention_map import AttentionMap as AttentionMap
+    from molsaki.modeling.attention_map import attention_map as attention_map
+    from molsaki.modeling.attention_map import attention_while_generating as attention_while_generating
     from molsaki.modeling.capture import capture as capture
     from molsaki.teacher.map_store import Store as Store
     from molsaki.teacher.map_store_writer import StoreWriter as StoreWriter
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
+    "AttentionMap": "molsaki.modeling.attention_map",
     "DistillConfig": "molsaki.training.config",
     "DistillTrainer": "molsaki.training.trainer",
     "MixtureOfLayers": "molsaki.training.mixture",
@@ -39,6 +43,8 @@ _MODULES = {
     "StepwiseAttentionLoss": "molsaki.training.attention_loss",
     "Store": "molsaki.teacher.map_store",
     "StoreWriter": "molsaki.teacher.map_store_writer",
+    "attention_map": "molsaki.modeling.attention_map",
+    "attention_while_generating": "molsaki.modeling.attention_map",
     "capture": "molsaki.modeling.capture",
     "encode": "molsaki.text.alignment",
     "fit": "molsaki.text.fitting",

@@ -81,6 +81,12 @@ class Record:
         return torch.cat([maps.to(self._maps[0].device) for maps in self._maps], dim=1)
 
     @property
+    def maps_per_layer(self) -> tuple[int, ...]:
+        """How many maps each entry of ``layers`` has: 1, or with ``map_heads="each"`` its number of heads."""
+        self._check_has_run()
+        return tuple(maps.shape[1] if self.map_heads == "each" else 1 for maps in self._maps)
+
+    @property
     def values(self) -> Tensor:
         """``(N, L, Hkv * Dv)`` float32 pooled value vectors of every layer (Eq. 5's h), differentiable."""
         if not self._has_values:

@@ -58,7 +58,7 @@ def plan_from_ids(
         found: tuple[list[Span], list[list[int]]] = ([], [])
         if any(has_label):
             first, stop = has_label.index(True), len(ids) - has_label[::-1].index(True)
-            found = _steps_and_words(ids[:stop], first, tokenizer, question_steps, options)
+            found = steps_and_words(ids[:stop], first, tokenizer, question_steps, options)
         steps.append(found[0])
         words.append(found[1])
     plan = StepPlan.from_spans(steps, words)
@@ -80,13 +80,23 @@ def _lists(rows: Any) -> Any:
     return rows.tolist() if hasattr(rows, "tolist") else rows
 
 
-def _steps_and_words(
-    ids: list[int], first: int, tokenizer: PreTrainedTokenizerBase, question_steps: bool, options: dict[str, Any]
-) -> tuple[list[Span], list[list[int]]]:
-    """The token range of each step of one text, and the tokens of each key word; ``first``: of the rationale."""
+def special_tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """1 for each id of a special token, which is no part of the text, else 0."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     specials = added.union(tokenizer.all_special_ids)
-    special = [int(token in specials) for token in ids]
+    return [int(token in specials) for token in ids]
+
+
+def steps_and_words(
+    ids: list[int], first: int, tokenizer: PreTrainedTokenizerBase, question_steps: bool, options: dict[str, Any]
+) -> tuple[list[Span], list[list[int]]]:
+    """The token range of each step of one text, and the tokens of each key word.
+
+    Args:
+        first: the first token of the rationale.
+        options: of `molsaki.segment`.
+    """
+    special = special_tokens(ids, tokenizer)
     text, offsets = decode_with_offsets(ids, special, tokenizer)
     border = next((offsets[t][0] for t in range(first, len(ids)) if not special[t]), len(text))
     question, rationale = text[:border], text[border:]

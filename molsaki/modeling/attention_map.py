@@ -1,0 +1,296 @@
+"""`attention_map`: where a model looks in a text, as a labelled array, without eager attention's M x M weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from molsaki.modeling.capture import capture
+from molsaki.modeling.unwrap import input_device
+from molsaki.text.alignment import encode, prompt
+from molsaki.text.segment import segment
+from molsaki.text.spans import Span, Spans
+from molsaki.text.token_ids import decode_with_offsets, special_tokens, steps_and_words
+from molsaki_kernels import StepPlan
+
+if TYPE_CHECKING:
+    import pandas
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """Attention masses of one text, with labels.
+
+    Attributes:
+        values: ``(L, S, W)`` float32, the mean over heads, or ``(L, H, S, W)`` of each head: the attention that the
+            tokens of a row put on the tokens of a column, summed over both, or divided by the row's tokens.
+        rows, columns: the texts of the S rows and the W columns.
+        layers: the decoder layer of each of the L maps.
+        row_tokens, column_tokens: the positions of the tokens of each row, ``(start, stop)``, and of each column.
+    """
+
+    values: Array
+    rows: list[str]
+    columns: list[str]
+    layers: tuple[int, ...]
+    row_tokens: list[Span]
+    column_tokens: list[list[int]]
+
+    def mean(self) -> Array:
+        """``(S, W)``, the mean over layers and heads."""
+        found: Array = self.values.mean(axis=tuple(range(self.values.ndim - 2)))
+        return found
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A frame with a column per word or token, and a row per layer, head (if there is one per head) and step."""
+        import pandas
+
+        levels: list[Sequence[Any]] = [self.layers, self.rows]
+        names = ["layer", "row"]
+        if self.values.ndim == 4:
+            levels.insert(1, range(self.values.shape[1]))
+            names.insert(1, "head")
+        index: list[tuple[Any, ...]] = [()]
+        for level in levels:
+            index = [(*key, value) for key in index for value in level]
+        table = self.values.reshape(len(index), len(self.columns))
+        return pandas.DataFrame(table, index=pandas.MultiIndex.from_tuples(index, names=names), columns=self.columns)
+
+    def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, title: str = "") -> Path:
+        """Draw a heatmap (png, pdf or svg): of one layer and head, or of the mean over those that are not given.
+
+        Args:
+            layer: a decoder layer, one of ``layers``.
+        """
+        from molsaki.plotting.plots import plot_map
+
+        values, name = self.values, "mean over layers"
+        if layer is not None:
+            if layer not in self.layers:
+                raise ValueError(f"layer: expected one of {self.layers}, got {layer}")
+            values, name = values[[self.layers.index(layer)]], f"layer {layer}"
+        if head is not None:
+            if values.ndim != 4 or not 0 <= head < values.shape[1]:
+                count = values.shape[1] if values.ndim == 4 else 0
+                raise ValueError(f"head: expected one of {count} heads (attention_map(..., heads='each')), got {head}")
+            values, name = values[:, [head]], f"{name}, head {head}"
+        mean = values.mean(axis=tuple(range(values.ndim - 2)))
+        return plot_map({name: mean}, self.rows, self.columns, path, title)
+
+    def to_bertviz(self) -> tuple[tuple[torch.Tensor, ...], list[str]]:
+        """What BertViz takes, ``head_view(*attention_map.to_bertviz())``: ``(1, H, M, M)`` per layer, and the tokens.
+
+        Raises:
+            ValueError: rows and columns are not single tokens, or there is not one map per head.
+        """
+        tokens = [[start] for start, _ in self.row_tokens]
+        if self.values.ndim != 4 or tokens != self.column_tokens or any(b - a != 1 for a, b in self.row_tokens):
+            raise ValueError("attention_map: BertViz needs rows='tokens', keys='tokens' and heads='each'")
+        return tuple(torch.from_numpy(layer)[None] for layer in self.values), self.columns
+
+    def __str__(self) -> str:
+        widths = [max(len(column), 5) for column in self.columns]
+        lines = [" ".join(f"{column:>{width}}" for column, width in zip(self.columns, widths, strict=True))]
+        for row, values in zip(self.rows, self.mean(), strict=True):
+            cells = " ".join(f"{value:{width}.2f}" for value, width in zip(values, widths, strict=True))
+            lines.append(f"{cells}  {row}")
+        return "\n".join(lines)
+
+
+def attention_map(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Spans | Sequence[Mapping[str, str]] | Sequence[int],
+    *,
+    rows: Literal["steps", "tokens", "all"] | int | Sequence[Span] = "steps",
+    keys: Literal["words", "tokens"] = "words",
+    heads: Literal["mean", "each"] = "mean",
+    layers: Sequence[int] | None = None,
+    per_token: bool = False,
+    template: str = "plain",
+    **options: Any,
+) -> AttentionMap:
+    """Where a model looks in one text: the attention of each row on each column, in every layer.
+
+    One forward of the decoder, without logits; memory is that of the result, not ``L H M^2``. Two sums that key-value
+    cache compression scores tokens with: ``rows="all", keys="tokens"`` are the accumulated scores of H2O (Zhang et al.
+    2023, arXiv 2306.14048), ``rows=32, keys="tokens"`` the votes of the last 32 queries of SnapKV (Li et al. 2024,
+    arXiv 2404.14469) before its pooling.
+
+    Example:
+        >>> found = attention_map(model, tokenizer, molsaki.segment(question, rationale))
+        >>> print(found)  # or found.plot("map.png"), found.to_pandas()
+
+    Args:
+        model: a Hugging Face decoder whose attention has maps, see docs/models.md.
+        tokenizer: its fast tokenizer.
+        text: a text; `molsaki.Spans` of a question and a rationale; chat messages (``role`` and ``content``) for the
+            chat template; or token ids.
+        rows: the steps of the text (sentences, by ``splitter``); single tokens; all tokens as one row; the last n
+            tokens as one row; or ranges of token positions, ascending and disjoint.
+        keys: the columns: key words (numbers, by ``key``), or every token.
+        heads: "mean", over the query heads of a layer, or "each".
+        layers: the decoder layers to keep; all if None.
+        per_token: divide each row by its number of tokens, so that it is their mean.
+        template: for a text or spans: "plain", "chat" or a format string, see `molsaki.text.templates`.
+        **options: of `molsaki.segment`: ``key``, ``splitter``, ``number_words``, ``keywords``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, the text has no key word, or the model's attention has
+            no map.
+    """
+    if keys not in ("words", "tokens"):
+        raise ValueError(f'keys: expected "words" or "tokens", got {keys!r}')
+    ids, steps, words = _read(text, tokenizer, template, options)
+    if isinstance(rows, str):
+        if rows not in ("steps", "tokens", "all"):
+            raise ValueError(f'rows: expected "steps", "tokens", "all", a number or ranges, got {rows!r}')
+        chosen = {"steps": steps, "tokens": [(t, t + 1) for t in range(len(ids))], "all": [(0, len(ids))]}[rows]
+    elif isinstance(rows, int):
+        if not 1 <= rows <= len(ids):
+            raise ValueError(f"rows: expected 1 to {len(ids)} tokens, got {rows}")
+        chosen = [(len(ids) - rows, len(ids))]
+    else:
+        chosen = [(int(start), int(stop)) for start, stop in rows]
+    columns = words if keys == "words" else [[t] for t in range(len(ids))]
+    if not columns:
+        raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
+    return _computed(model, tokenizer, ids, chosen, columns, heads, layers, per_token)
+
+
+def attention_while_generating(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Spans | Sequence[Mapping[str, str]] | Sequence[int],
+    *,
+    keys: Literal["words", "tokens"] = "tokens",
+    heads: Literal["mean", "each"] = "mean",
+    layers: Sequence[int] | None = None,
+    template: str = "plain",
+    generate: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> AttentionMap:
+    """Where a model looked when it chose each token of its reply: a row per generated token.
+
+    The reply is generated with the key-value cache as always. One forward of the whole text then gives the attention of
+    the positions that predicted its tokens, which is that of the generation up to rounding.
+
+    Args:
+        text: the prompt, as in `attention_map`; messages get the template's generation prompt.
+        generate: keyword arguments of ``model.generate``; greedy decoding if they do not say otherwise.
+        **options: of `molsaki.segment`, for ``keys="words"``.
+
+    Raises:
+        ValueError: nothing was generated; and as in `attention_map`.
+    """
+    if keys not in ("words", "tokens"):
+        raise ValueError(f'keys: expected "words" or "tokens", got {keys!r}')
+    asked, _, _ = _read(text, tokenizer, template, options, is_prompt=True)
+    inputs = torch.tensor([asked], device=input_device(model))
+    settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    with torch.no_grad():
+        output = cast(Any, model).generate(
+            inputs, attention_mask=torch.ones_like(inputs), **settings | dict(generate or {})
+        )
+    ids = output[0].tolist()
+    if len(ids) == len(asked):
+        raise ValueError("generate: nothing was generated; expected max_new_tokens of at least 1")
+    chosen = [(t - 1, t) for t in range(len(asked), len(ids))]
+    columns = [[t] for t in range(len(ids))]
+    if keys == "words":
+        _, columns = steps_and_words(ids, len(asked), tokenizer, True, options)
+        if not columns:
+            raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
+    found = _computed(model, tokenizer, ids, chosen, columns, heads, layers, False)
+    return dataclasses.replace(found, rows=_labels(ids, [[t] for _, t in chosen], tokenizer))
+
+
+def _read(
+    text: Any, tokenizer: PreTrainedTokenizerBase, template: str, options: dict[str, Any], is_prompt: bool = False
+) -> tuple[list[int], list[Span], list[list[int]]]:
+    """Token ids, steps and words of a text, messages or token ids; of a prompt the ids alone."""
+    if is_prompt and isinstance(text, (str, Spans)):
+        question = text if isinstance(text, str) else text.question or text.text
+        return prompt(question, tokenizer, template=template), [], []
+    if isinstance(text, str):
+        text = segment(text, "", **options) if template != "plain" else segment("", text, **options)
+    elif isinstance(text, Spans) and options:
+        raise ValueError(f"{next(iter(options))}: expected it in molsaki.segment, since text has its steps already")
+    if isinstance(text, Spans):
+        encoded = encode(text, tokenizer, template=template)
+        return encoded.input_ids, encoded.steps, encoded.words
+    items = text.tolist() if isinstance(text, torch.Tensor) else list(text) if isinstance(text, Sequence) else []
+    if items and all(isinstance(item, int) for item in items):
+        return items, *steps_and_words(items, 0, tokenizer, True, options)
+    if not items or not all(isinstance(item, Mapping) for item in items):
+        raise TypeError("text: expected a text, molsaki.Spans, messages or token ids, got " + type(text).__name__)
+    before = items if is_prompt else items[:-1]
+    asked: Any = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True) if before else ""
+    whole: Any = asked if is_prompt else tokenizer.apply_chat_template(items, tokenize=False)
+    output = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    border = len(asked) if whole.startswith(asked) else 0
+    first = next((t for t, (start, _) in enumerate(output["offset_mapping"]) if start >= border), 0)
+    ids = output["input_ids"]
+    return ids, *steps_and_words(ids, first, tokenizer, True, options)
+
+
+@torch.no_grad()
+def _computed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    rows: list[Span],
+    columns: list[list[int]],
+    heads: str,
+    layers: Sequence[int] | None,
+    per_token: bool,
+) -> AttentionMap:
+    inputs = torch.tensor([ids], device=input_device(model))
+    plan = StepPlan.from_spans([rows], [columns], device=inputs.device)
+    decoder: nn.Module = model.base_model
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        with capture(decoder, plan, map_heads=heads) as record:
+            decoder(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)
+    finally:
+        decoder.train(was_training)
+    found, values = record.layers, record.maps[0].float().cpu()
+    if heads == "each":
+        counts = record.maps_per_layer
+        if len(set(counts)) > 1:
+            raise ValueError(f"heads: expected layers with one number of heads for 'each', got {list(counts)}")
+        values = values.unflatten(0, (len(counts), counts[0]))
+    if layers is not None:
+        missing = [layer for layer in layers if layer not in found]
+        if missing:
+            raise ValueError(f"layers: expected some of {found}, got {missing[0]}")
+        values, found = values[[found.index(layer) for layer in layers]], tuple(layers)
+    if per_token:
+        values = values / torch.tensor([[max(stop - start, 1)] for start, stop in rows])
+    labels = [_labels(ids, tokens, tokenizer) for tokens in ([list(range(*row)) for row in rows], columns)]
+    return AttentionMap(values.numpy(), labels[0], labels[1], found, rows, columns)
+
+
+def _labels(ids: list[int], tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each group of tokens; the name of a special token that is alone."""
+    special = special_tokens(ids, tokenizer)
+    text, offsets = decode_with_offsets(ids, special, tokenizer)
+    names = []
+    for group in tokens:
+        if len(group) == 1 and special[group[0]]:
+            names.append(str(tokenizer.convert_ids_to_tokens(ids[group[0]])))
+        elif len(group) == 1:
+            names.append(text[slice(*offsets[group[0]])])
+        else:
+            names.append(text[offsets[group[0]][0] : offsets[group[-1]][1]].strip() if group else "")
+    return names
