@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, get_arg
 
 from molsaki import presets
 from molsaki.functions import is_named
-from molsaki.text.key_words import KEY_WORDS
+from molsaki.text.key_words import KEY_WORDS, selector_of
+from molsaki.text.sentences import splitter_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -53,13 +54,21 @@ class TextOptions:
 
     key: str = option(
         "numbers",
-        f"The key words: {'; '.join(f'{name} = {select.__doc__}' for name, select in KEY_WORDS.items())}.",
-        choices=KEY_WORDS,
+        f"The key words: {'; '.join(f'{name} = {select.__doc__}' for name, select in KEY_WORDS.items())}; "
+        "regex:PATTERN = the matches of a regular expression; module:function = a function of yours from a text to "
+        "spans.",
     )
-    splitter: Literal["rules", "periods", "numbers"] = option(
+    key_of: Literal["all", "question"] = option("all", "Key words of the whole text, or of the question only.")
+    key_occurrence: Literal["all", "first", "last"] = option(
+        "all", "Of key words that are equal but for case: every one, or only the first or the last."
+    )
+    max_key_words: int = option(0, "The most key words of a text, the first ones; 0: no limit.")
+    splitter: str = option(
         "rules",
-        "How steps end: by rules for abbreviations and decimals (rules), at every period as in the paper (periods), or "
-        "by rules and before every number (numbers).",
+        "How steps end: by rules for abbreviations and decimals (rules), at every period as in the paper (periods), by "
+        "rules and before every number (numbers), at line ends (lines), at blank lines (paragraphs), after N words "
+        "(words:N), by the package sentencex (sentencex:LANGUAGE), or by a function of yours from a text to the ends "
+        "of its steps (module:function).",
     )
     number_words: bool = option(False, "Numbers written out, such as twenty-five, are key words too.")
     teacher_template: str = option(
@@ -429,6 +438,11 @@ def check_options(config: Any, **least: float) -> None:
     The parser checks choices too, but not for configs that are built in Python.
     """
     hints = get_type_hints(type(config))
+    if isinstance(config, TextOptions):
+        selector_of(config.key)
+        splitter_of(config.splitter)
+        if config.max_key_words < 0:
+            raise ValueError(f"max_key_words: expected at least 0, got {config.max_key_words}")
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name, None), hints[field.name]
         names = OR_YOUR_OWN.get(field.name)

@@ -27,8 +27,18 @@ from molsaki.text.spans import Spans
 
 def spans_of(example: Example, options: TextOptions) -> Spans:
     """The steps and key words of one example's question and rationale."""
-    keywords = example.keywords or ()
-    return segment(example.question, example.rationale, options.key, options.splitter, options.number_words, keywords)
+    return segment(
+        example.question,
+        example.rationale,
+        options.key,
+        options.splitter,
+        options.number_words,
+        example.keywords or (),
+        key_of=options.key_of,
+        key_occurrence=options.key_occurrence,
+        max_key_words=options.max_key_words,
+        key_spans=example.key_spans,
+    )
 
 
 def predict_prompt(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from molsaki.functions import is_named
+from molsaki.functions import is_named, source
 from molsaki.io import digest, hash64
 from molsaki.text.spans import Spans
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from molsaki.config import ExtractConfig, MixtureOptions
     from molsaki.text.examples import Example
     from molsaki.training.config import DistillConfig
+
+KEY_POLICIES = ("key_of", "key_occurrence", "max_key_words")
+NOT_A_MODULE = ("regex:", "words:", "sentencex:")
 
 # Entries of a model's config on which its maps do not depend.
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
@@ -63,7 +66,8 @@ def fingerprint_examples(examples: Iterable[Example]) -> str:
     """A digest of the fields of a data set on which its maps depend, read one example at a time."""
     found = hashlib.blake2b(digest_size=16)
     for example in examples:
-        found.update(json.dumps([example.id, example.question, example.rationale, example.keywords]).encode())
+        given = [] if example.key_spans is None else [example.key_spans]
+        found.update(json.dumps([example.id, example.question, example.rationale, example.keywords, *given]).encode())
     return found.hexdigest()
 
 
@@ -84,7 +88,11 @@ def describe(
         teacher, spec: the teacher and its tokenizer; if None, the description leaves them out.
     """
     found = describe_mixture(options, teacher_layers, all_layers, student_layers)
-    found |= {name: getattr(options, name) for name in ("key", "splitter", "number_words")}
+    found |= {name: getattr(options, name) for name in ("key", "splitter", "number_words", *KEY_POLICIES)}
+    for name in ("key", "splitter"):  # names of functions alone do not say what they do
+        value = getattr(options, name)
+        if is_named(value) and not value.startswith(NOT_A_MODULE):
+            found[f"source_of_{name}"] = digest(source(name, value))
     if teacher is not None and spec is not None:
         found["teacher"] = fingerprint_model(teacher)
         found["teacher_tokenizer"] = fingerprint_tokenizer(spec.tokenizer)

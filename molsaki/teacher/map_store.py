@@ -29,7 +29,8 @@ from molsaki.text.spans import Spans
 VERSION = 2
 DESCRIPTION, INDEX = "store.json", "index.safetensors"
 NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # in every description
-ABSENT = {"map_heads": "mean"}  # the value of a key that older descriptions lack
+# The values of keys that older descriptions lack.
+ABSENT = {"map_heads": "mean", "key_of": "all", "key_occurrence": "all", "max_key_words": 0}
 OPEN_SHARDS = 128  # kept open for random access; each holds a file descriptor
 REMEDY = "run molsaki extract again with the same options to repair it"
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from molsaki.text.answers import gold_choice, kind_of, same_answer
 from molsaki.text.formats import Fields, to_fields
+from molsaki.text.spans import Span
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ NAMED = 5  # examples left out that a message names
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One question with its rationale and answer.
+
+    ``key_spans`` are characters of the question and of the rationale, for ``--key given``.
 
     ``answer`` is the gold answer where the data has one. ``is_right`` is False where the data also has the answer in
     which the rationale ended, and the two differ.
@@ -40,6 +43,7 @@ class Example:
     choices: tuple[str, ...] | None = None
     is_right: bool = True
     task: str | None = None
+    key_spans: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
 
 
 class Examples(Sequence[Example]):
@@ -212,6 +216,7 @@ def example_of(record: Fields, default_id: str, rationale: bool, compared: bool)
         rationale=_text(fields, "rationale", None if rationale and "rationale" not in fields else ""),
         answer=(gold_choice(answer, choices) or answer) if choices else answer,
         keywords=_texts(fields, "keywords"),
+        key_spans=_spans(fields),
         choices=choices,
         is_right="answer" not in fields or same_answer(given, answer, choices),
         task=_text(fields, "task", "") or None,
@@ -236,6 +241,24 @@ def _text(fields: Fields, name: str, default: str | None = None) -> str:
     if default is None:
         raise ValueError(f"{name}: " + ("missing" if value is None else "expected a text, got a blank one"))
     return default
+
+
+def _spans(fields: Fields) -> tuple[tuple[Span, ...], tuple[Span, ...]] | None:
+    """The field ``key_spans``: ``{"question": [[start, stop], ...], "rationale": [...]}``, in characters of the two."""
+    value = fields.get("key_spans")
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not value.keys() <= {"question", "rationale"}:
+        raise TypeError(f"key_spans: expected an object with question and rationale, got {value!r}")
+    sides = []
+    for side in ("question", "rationale"):
+        spans = value.get(side) or []
+        if not isinstance(spans, list) or not all(
+            isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span) for span in spans
+        ):
+            raise TypeError(f"key_spans: {side}: expected a list of [start, stop], got {spans!r}")
+        sides.append(tuple((span[0], span[1]) for span in spans))
+    return sides[0], sides[1]
 
 
 def _texts(fields: Fields, name: str) -> tuple[str, ...] | None:

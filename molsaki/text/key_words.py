@@ -1,11 +1,13 @@
 """The key-word selectors: `KEY_WORDS` has one entry per way to choose the key words of a text.
 
-To add one, write a function as `SelectKeyWords` describes and enter it in `KEY_WORDS` under the name that the option
-``key`` takes. Its docstring is its help text.
+Besides these, the option ``key`` takes ``regex:PATTERN``, the matches of a regular expression (of its first group, if
+it has one), and ``module:function``, a function of your own from a text to the spans of its key words. To add an entry,
+write a function as `SelectKeyWords` describes; its docstring is its help text.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import unicodedata
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import regex
 
+from molsaki.functions import is_named, named
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import Span, check_str
 
@@ -49,8 +52,72 @@ def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
     return find
 
 
-KEY_WORDS: dict[str, SelectKeyWords] = {"numbers": _numbers, "keywords": _keywords, "random": _random}
+def _words(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
+    """every word"""
+    return lambda text: [match.span() for match in _WORD.finditer(text)]
 
+
+def _given(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
+    """the spans of each example's key_spans field"""
+    raise AssertionError("`segment` takes the spans themselves")
+
+
+KEY_WORDS: dict[str, SelectKeyWords] = {
+    "numbers": _numbers,
+    "keywords": _keywords,
+    "random": _random,
+    "words": _words,
+    "given": _given,
+}
+PATTERN = "regex:"
+
+
+def selector_of(key: str) -> SelectKeyWords:
+    """The selector of a name of `KEY_WORDS`, ``regex:PATTERN`` or ``module:function``.
+
+    Raises:
+        ValueError: there is no such selector, the pattern is none, or the function cannot be imported.
+    """
+    return KEY_WORDS[key] if key in KEY_WORDS else _own_selector(key)
+
+
+@functools.lru_cache
+def _own_selector(key: str) -> SelectKeyWords:
+    if key.startswith(PATTERN):
+        try:
+            pattern = regex.compile(key.removeprefix(PATTERN))
+        except regex.error as error:
+            raise ValueError(f"key: {key!r} is not a regular expression: {error}") from None
+        group = min(pattern.groups, 1)
+        return lambda keywords, number_words: (
+            lambda text: [
+                match.span(group) for match in pattern.finditer(text) if match.end(group) > match.start(group)
+            ]
+        )
+    if not is_named(key):
+        raise ValueError(f"key: expected one of {', '.join(KEY_WORDS)}, {PATTERN}PATTERN or module:name, got {key!r}")
+    function = named("key", key)
+
+    def find(text: str) -> list[Span]:
+        found, end = [(int(start), int(stop)) for start, stop in function(text)], 0
+        for start, stop in found:
+            if not end <= start < stop <= len(text):
+                raise ValueError(
+                    f"key: expected ascending, disjoint spans within 0 to {len(text)} that are not empty from {key}, "
+                    f"got {found[:10]}"
+                )
+            end = stop
+        return found
+
+    return lambda keywords, number_words: find
+
+
+# A word; one character of a script that puts no spaces between words, with what belongs to it.
+_WORD = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]\p{M}*"
+    r"|[\w--[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]]+(?:['’][\w]+)*",
+    regex.V1,
+)
 
 # Scripts in which a word may follow another without a space: there every occurrence counts. In Korean particles follow
 # a word so, but nothing precedes it.

@@ -7,9 +7,10 @@ section 3: steps are the rows of a map, key words its columns).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
-from molsaki.text.key_words import KEY_WORDS
-from molsaki.text.sentences import SPLITTERS
+from molsaki.text.key_words import KEY_WORDS, normalized, selector_of
+from molsaki.text.sentences import splitter_of
 from molsaki.text.spans import Span, Spans, check_str
 
 
@@ -20,6 +21,11 @@ def segment(
     splitter: str = "rules",
     number_words: bool = False,
     keywords: Iterable[str] = (),
+    *,
+    key_of: Literal["all", "question"] = "all",
+    key_occurrence: Literal["all", "first", "last"] = "all",
+    max_key_words: int = 0,
+    key_spans: tuple[Iterable[Span], Iterable[Span]] | None = None,
 ) -> Spans:
     """Cut ``question + " " + rationale`` into steps and find its key words (the paper's critical words).
 
@@ -41,20 +47,27 @@ def segment(
     Args:
         question: the question.
         rationale: the rationale.
-        key: a name of `molsaki.text.key_words.KEY_WORDS`: ``"numbers"``, or ``"keywords"`` for the words in
-            ``keywords``. A list of keywords is short for the latter. Each occurrence of a keyword as a whole word, in
-            any case and width, is a key word; in scripts without spaces between words every occurrence is, and in
-            Korean one that a particle follows. Of overlapping occurrences the longest wins, then the first. Any white
-            space matches the white space inside a keyword.
+        key: a name of `molsaki.text.key_words.KEY_WORDS`: ``"numbers"``; ``"words"``, every word; ``"given"``, the
+            spans in ``key_spans``; ``"regex:PATTERN"``; ``"module:function"``, a function of your own from a text to
+            spans; or ``"keywords"`` for the words in ``keywords``. A list of keywords is short for the latter. Each
+            occurrence of a keyword as a whole word, in any case and width, is a key word; in scripts without spaces
+            between words every occurrence is, and in Korean one that a particle follows. Of overlapping occurrences
+            the longest wins, then the first. Any white space matches the white space inside a keyword.
         splitter: ``"rules"`` ends a step at newlines and at ``. ? !``, but not inside numbers and addresses, after
             abbreviations, initials and list markers, or before lower case; at the sentence terminals of other scripts
             (``。！？ ؟ । ۔``); and in Thai and Lao, which have none, at a space between two of their letters.
             ``"periods"`` is the paper's: every run of ASCII periods ends a step, also in ``3.14``, and nothing else
             does. ``"numbers"`` ends a step as ``"rules"`` does and also before every number in digits, so that a
-            number's step ends where the number is decided.
+            number's step ends where the number is decided. ``"lines"`` and ``"paragraphs"`` end steps at line ends and
+            at blank lines, ``"words:40"`` after every 40 words, ``"sentencex:de"`` by the package sentencex for that
+            language, and ``"module:function"`` where a function of your own says: from a text to the ends of its steps.
         number_words: numbers written out (``twenty-five``, ``a dozen``, ``two thirds``) are numbers too, also
             where ``one`` is a pronoun.
         keywords: the example's own key words, for the selectors that use them.
+        key_of: whether words of the whole text count, or of the question only.
+        key_occurrence: of words that are equal but for case, all, or only the first or the last one.
+        max_key_words: the most key words, the first ones; 0: no limit.
+        key_spans: for ``key="given"``: ascending, disjoint spans of the characters of question and of rationale.
 
     Returns:
         The text with its steps and words in characters.
@@ -64,19 +77,27 @@ def segment(
     """
     check_str("question", question)
     check_str("rationale", rationale)
-    if splitter not in SPLITTERS:
-        raise ValueError(f"splitter: expected one of {', '.join(SPLITTERS)}, got {splitter!r}")
+    step_ends = splitter_of(splitter)
     if not isinstance(key, Iterable):
         raise TypeError(f"key: expected one of {', '.join(KEY_WORDS)} or a list of keywords, got {type(key).__name__}")
     if not isinstance(key, str):
         key, keywords = "keywords", key
-    if key not in KEY_WORDS:
-        raise ValueError(f"key: expected one of {', '.join(KEY_WORDS)} or a list of keywords, got {key!r}")
-    find_key_words, step_ends = KEY_WORDS[key](keywords, number_words), SPLITTERS[splitter]
+    if key_of not in ("all", "question"):
+        raise ValueError(f"key_of: expected all or question, got {key_of!r}")
+    if key_occurrence not in ("all", "first", "last"):
+        raise ValueError(f"key_occurrence: expected all, first or last, got {key_occurrence!r}")
+    if max_key_words < 0:
+        raise ValueError(f"max_key_words: expected at least 0, got {max_key_words}")
+    given: list[list[Span]] = []
+    if key == "given":
+        sides = zip(("question", "rationale"), key_spans or ((), ()), (question, rationale), strict=True)
+        given = [_given(*side) for side in sides]
+    else:
+        find_key_words = selector_of(key)(keywords, number_words)
     text = ""
     steps: list[Span] = []
     words: list[Span] = []
-    for piece in (question.strip(), rationale.strip()):
+    for side, piece in enumerate((question.strip(), rationale.strip())):
         if text and piece:
             text += " "
             steps[-1] = (steps[-1][0], len(text))
@@ -84,6 +105,41 @@ def segment(
         for end in step_ends(piece):
             steps.append((start, offset + end))
             start = offset + end
-        words.extend((offset + a, offset + b) for a, b in find_key_words(piece))
+        found = given[side] if given else find_key_words(piece)
+        if key_of == "all" or side == 0:
+            words.extend((offset + a, offset + b) for a, b in found)
         text += piece
+    words = _of_occurrence(text, words, key_occurrence)
+    if max_key_words:
+        words = words[:max_key_words]
     return Spans(text, tuple(steps), tuple(words), question_end=len(question.strip()))
+
+
+def _given(side: str, spans: Iterable[Span], text: str) -> list[Span]:
+    """The spans of a text, in the text without white space around it."""
+    shift, end, found = len(text) - len(text.lstrip()), 0, []
+    for number, span in enumerate(spans):
+        where = f"key_spans: {side}[{number}]"
+        try:
+            start, stop = (int(place) for place in span)
+        except (TypeError, ValueError):
+            raise TypeError(f"{where}: expected (start, stop), got {span!r}") from None
+        if not end <= start < stop <= len(text):
+            raise ValueError(
+                f"{where}: expected a span that is not empty within {(end, len(text))}, got {(start, stop)}"
+            )
+        if not text[start:stop].strip():
+            raise ValueError(f"{where}: {(start, stop)} is blank")
+        end = stop
+        found.append((max(start - shift, 0), min(stop - shift, len(text.strip()))))
+    return found
+
+
+def _of_occurrence(text: str, words: list[Span], occurrence: str) -> list[Span]:
+    """Of words that are equal but for case and width, all, the first or the last one."""
+    if occurrence == "all":
+        return words
+    kept: dict[str, Span] = {}
+    for start, stop in words if occurrence == "first" else reversed(words):
+        kept.setdefault(normalized(text[start:stop])[0].casefold(), (start, stop))
+    return sorted(kept.values())

@@ -1,14 +1,19 @@
-"""Finds where the steps of a text end: by rules for sentences of many scripts, before numbers, or at every period."""
+"""Finds where the steps of a text end: by rules for sentences of many scripts, before numbers, at every period, line or
+paragraph, after a number of words, by the package sentencex, or by a function of your own."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import itertools
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import regex
 
+from molsaki.functions import is_named, named
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import LINE_ENDS
 
@@ -158,9 +163,91 @@ def number_ends(text: str) -> Iterator[int]:
     yield from sorted(starts.union(rule_ends(text)) - {0})
 
 
+def line_ends(text: str) -> Iterator[int]:
+    """The ends of the steps, one per line that is not blank."""
+    yield from _ends_after(re.compile(rf"[{LINE_ENDS}]\s*"), text)
+
+
+def paragraph_ends(text: str) -> Iterator[int]:
+    """The ends of the steps, one per paragraph: blank lines end them."""
+    yield from _ends_after(re.compile(rf"(?:\r\n|[{LINE_ENDS}])[^\S{LINE_ENDS}]*(?:\r\n|[{LINE_ENDS}])\s*"), text)
+
+
+def _ends_after(pattern: re.Pattern[str], text: str) -> Iterator[int]:
+    for match in pattern.finditer(text):
+        if match.end() < len(text):
+            yield match.end()
+    if text:
+        yield len(text)
+
+
 # How a text is cut into steps: name -> the ends of the steps of a text that neither starts nor ends with white space.
 SPLITTERS: dict[str, Callable[[str], Iterator[int]]] = {
     "rules": rule_ends,
     "periods": period_ends,
     "numbers": number_ends,
+    "lines": line_ends,
+    "paragraphs": paragraph_ends,
 }
+WORDS, SENTENCEX = "words:", "sentencex:"
+
+
+def splitter_of(name: str) -> Callable[[str], Iterator[int]]:
+    """The ends of steps by a name of `SPLITTERS`, ``words:N``, ``sentencex:LANGUAGE`` or ``module:function``.
+
+    Raises:
+        ValueError: there is no such splitter, or the function cannot be imported.
+        ImportError: the package sentencex is not installed.
+    """
+    return SPLITTERS[name] if name in SPLITTERS else _own_splitter(name)
+
+
+@functools.lru_cache
+def _own_splitter(name: str) -> Callable[[str], Iterator[int]]:
+    if name.startswith(WORDS):
+        budget = name.removeprefix(WORDS)
+        if not budget.isdecimal() or int(budget) < 1:
+            raise ValueError(f"splitter: expected words:N with N of at least 1, got {name!r}")
+        return functools.partial(_every, int(budget))
+    if name.startswith(SENTENCEX):
+        if importlib.util.find_spec("sentencex") is None:
+            raise ImportError(f"splitter: {name} needs the package sentencex, which is not installed")
+        return functools.partial(_sentencex_ends, name.removeprefix(SENTENCEX))
+    if not is_named(name):
+        known = f"{', '.join(SPLITTERS)}, {WORDS}N, {SENTENCEX}LANGUAGE or module:name"
+        raise ValueError(f"splitter: expected one of {known}, got {name!r}")
+    return functools.partial(_checked_ends, name, named("splitter", name))
+
+
+def _every(words: int, text: str) -> Iterator[int]:
+    """The ends of the steps, one after every so many words between white space."""
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    yield from starts[words::words]
+    if text:
+        yield len(text)
+
+
+def _sentencex_ends(language: str, text: str) -> Iterator[int]:
+    import sentencex
+
+    sentences = list(sentencex.segment(language, text)) if text else []
+    if "".join(sentences) != text:
+        raise ValueError(f"splitter: sentencex changes the text {text!r}")
+    yield from _with_space(itertools.accumulate(map(len, sentences)), text)
+
+
+def _checked_ends(name: str, function: Callable[[str], Iterable[int]], text: str) -> Iterator[int]:
+    ends = [int(end) for end in function(text)] if text else []
+    if ends != sorted(set(ends)) or (ends and not 0 < ends[0] <= ends[-1] <= len(text)):
+        raise ValueError(f"splitter: expected ascending ends within 1 to {len(text)} from {name}, got {ends[:10]}")
+    yield from _with_space([*ends, len(text)], text)
+
+
+def _with_space(ends: Iterable[int], text: str) -> Iterator[int]:
+    """The same ends, each after the white space that follows it; a step that would be blank is not one."""
+    start = 0
+    for end in ends:
+        end += len(text[end:]) - len(text[end:].lstrip())
+        if end > start:
+            yield end
+            start = end

@@ -66,7 +66,12 @@ def test_bad_yaml(tmp_path, lines, message):
         (["--alpha", "3"], "alpha: expected a number from 0 to 1, got 3.0"),
         (["--temperature", "0"], "temperature: expected a positive number"),
         (["--mixture", "all"], "mixture: expected one of mixture, matched, single, last, uniform, one_to_one, reverse"),
-        (["--key", "words"], "invalid choice: 'words'"),
+        (["--key", "digits"], "key: expected one of numbers, keywords, random, words, given, regex:PATTERN or module"),
+        (["--key", "regex:("], "key: 'regex:(' is not a regular expression: missing )"),
+        (["--splitter", "words:0"], "splitter: expected words:N with N of at least 1, got 'words:0'"),
+        (["--splitter", "nowhere:f"], "splitter: expected module:name that can be imported, got 'nowhere:f'"),
+        (["--key_of", "answer"], "invalid choice: 'answer'"),
+        (["--max_key_words", "-1"], "max_key_words: expected at least 0, got -1"),
         (["stray"], "stray: no such flag"),
     ],
 )
@@ -83,8 +88,10 @@ def test_python_callers_get_the_same_checks():
         DistillConfig(objective="sft", use_cpu=True)
     with pytest.raises(ValueError, match="mode: expected one of answer, rationale"):
         EvaluateConfig(mode="both")
-    with pytest.raises(ValueError, match="key: expected one of numbers, keywords, random, got 'words'"):
-        ExtractConfig(key="words")
+    with pytest.raises(ValueError, match="key: expected one of numbers, keywords, random, .* got 'digits'"):
+        ExtractConfig(key="digits")
+    with pytest.raises(ValueError, match="key_occurrence: expected one of all, first, last, got 'second'"):
+        ExtractConfig(key_occurrence="second")
 
 
 def test_missing_file_and_required_fields(tmp_path):

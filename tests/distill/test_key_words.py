@@ -73,9 +73,8 @@ def test_a_new_selector_is_one_entry(monkeypatch):
 
     monkeypatch.setitem(key_words.KEY_WORDS, "capitals", capitals)
     assert words(segment("Ann and Bob?", "Cid.", key="capitals")) == ["A", "B", "C"]
-    with pytest.raises(
-        ValueError, match="key: expected one of numbers, keywords, random, capitals or a list of keywords, got"
-    ):
+    known = "numbers, keywords, random, words, given, capitals, regex:PATTERN or module:name, got 'digits'"
+    with pytest.raises(ValueError, match=f"key: expected one of {known}"):
         segment("Why?", "So.", key="digits")
 
 
@@ -83,7 +82,9 @@ def test_the_option_lists_the_table(capsys):
     with pytest.raises(SystemExit):
         parse(ExtractConfig, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    expected = "--key {numbers,keywords,random} The key words: numbers = every number; keywords = each example's own"
+    expected = (
+        "--key KEY The key words: numbers = every number; keywords = each example's own keywords field; random = "
+    )
     assert expected in shown
 
 

@@ -1,0 +1,227 @@
+"""Key words and steps chosen in other ways: patterns, spans of the data, functions of one's own, and policies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+import molsaki
+from molsaki.batches.tokenized import spans_of
+from molsaki.config import ExtractConfig, TextOptions
+from molsaki.teacher.extract import extract
+from molsaki.text.examples import read_examples
+from molsaki.text.segment import segment
+from tests.helpers import tiny
+from tests.helpers.tiny import one_thread  # noqa: F401
+from tests.helpers.training import OTHER, TOKENIZER, config, examples, logged, trainer
+
+QUESTION, RATIONALE = " Ann has 3 nuts. Bob eats 3.", "They have 3 and 3.\nSo 6, says ann.\n\nAnn is right. "
+
+
+def steps(**options) -> list[str]:
+    spans = segment(QUESTION, RATIONALE, **options)
+    assert "".join(spans.text[a:b] for a, b in spans.steps) == spans.text
+    return [spans.text[a:b] for a, b in spans.steps]
+
+
+def words(**options) -> list[str]:
+    spans = segment(QUESTION, RATIONALE, **options)
+    return [spans.text[a:b] for a, b in spans.words]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"key": "regex:[A-Z][a-z]+"}, ["Ann", "Bob", "They", "So", "Ann"]),
+        ({"key": "regex:(?i)(ann) (?:has|is)"}, ["Ann", "Ann"]),
+        ({"key": "regex:x*"}, []),
+        ({"key": "regex:[A-Z][a-z]+", "key_of": "question"}, ["Ann", "Bob"]),
+        ({"key": "regex:(?i)ann|bob", "key_occurrence": "first"}, ["Ann", "Bob"]),
+        ({"key": "regex:(?i)ann|bob", "key_occurrence": "last"}, ["Bob", "Ann"]),
+        ({"key_occurrence": "first"}, ["3", "6"]),
+        ({"key_of": "question"}, ["3", "3"]),
+        ({"max_key_words": 3}, ["3", "3", "3"]),
+        ({"key_occurrence": "last", "max_key_words": 1}, ["3"]),
+        ({"key": "words", "max_key_words": 5}, ["Ann", "has", "3", "nuts", "Bob"]),
+        ({"key": "given", "key_spans": ([[1, 4], [17, 20]], [[5, 9]])}, ["Ann", "Bob", "have"]),
+        ({"key": "given"}, []),
+    ],
+)
+def test_key_words(options, expected):
+    assert words(**options) == expected
+
+
+def test_the_last_occurrence_is_the_last():
+    spans = segment(QUESTION, RATIONALE, key="regex:(?i)ann", key_occurrence="last")
+    assert spans.words[0][0] == spans.text.rindex("Ann")
+    assert segment(QUESTION, RATIONALE, key="regex:(?i)ann", key_occurrence="first").words[0][0] == 0
+
+
+def test_words_of_scripts_without_spaces():
+    spans = segment("我有3个苹果", "Don't ไป naïve", key="words")
+    found = [spans.text[a:b] for a, b in spans.words]
+    assert found[:6] == ["我", "有", "3", "个", "苹", "果"] and "Don't" in found and found[-1] == "naïve"
+
+
+@pytest.mark.parametrize(
+    ("splitter", "expected"),
+    [
+        ("lines", ["Ann has 3 nuts. Bob eats 3. ", "They have 3 and 3.\n", "So 6, says ann.\n\n", "Ann is right."]),
+        ("paragraphs", ["Ann has 3 nuts. Bob eats 3. ", "They have 3 and 3.\nSo 6, says ann.\n\n", "Ann is right."]),
+        (
+            "words:4",
+            ["Ann has 3 nuts. ", "Bob eats 3. ", "They have 3 and ", "3.\nSo 6, says ", "ann.\n\nAnn is right."],
+        ),
+        ("words:100", ["Ann has 3 nuts. Bob eats 3. ", "They have 3 and 3.\nSo 6, says ann.\n\nAnn is right."]),
+        ("sentencex:en", None),
+    ],
+)
+def test_steps(splitter, expected):
+    if splitter.startswith("sentencex"):
+        pytest.importorskip("sentencex")
+        expected = ["Ann has 3 nuts. ", "Bob eats 3. ", "They have 3 and 3.\n", "So 6, says ann.\n\n", "Ann is right."]
+    assert steps(splitter=splitter) == expected
+    assert segment("", "", splitter=splitter).steps == ()
+    assert len(segment("One", "Two", splitter=splitter).steps) == 2
+
+
+def test_sentencex_in_other_languages():
+    pytest.importorskip("sentencex")
+    spans = segment("Herr Dr. Müller kam z.B. am 3. Mai. Er ging.", "彼は来た。行った。", splitter="sentencex:de")
+    first = spans.text[slice(*spans.steps[0])]
+    assert "".join(spans.text[a:b] for a, b in spans.steps) == spans.text and first.startswith("Herr Dr. Müller")
+
+
+MINE = """
+import re
+
+def names(text):
+    return [match.span() for match in re.finditer("Ann|Bob", text)]
+
+def wrong(text):
+    return [(4, 2)]
+
+def commas(text):
+    return [match.end() for match in re.finditer(",", text)]
+
+def backwards(text):
+    return [5, 3]
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "my_selectors.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    yield tmp_path
+    sys.modules.pop("my_selectors", None)
+    from molsaki.text import key_words, sentences
+
+    key_words._own_selector.cache_clear()
+    sentences._own_splitter.cache_clear()
+
+
+def test_functions_of_ones_own(mine):
+    assert words(key="my_selectors:names") == ["Ann", "Bob", "Ann"]
+    assert steps(splitter="my_selectors:commas")[1:] == ["They have 3 and 3.\nSo 6, ", "says ann.\n\nAnn is right."]
+    with pytest.raises(
+        ValueError, match="key: expected ascending, disjoint spans within 0 to .* from my_selectors:wrong"
+    ):
+        words(key="my_selectors:wrong")
+    with pytest.raises(
+        ValueError, match="splitter: expected ascending ends within 1 to .* from my_selectors:backwards"
+    ):
+        steps(splitter="my_selectors:backwards")
+    with pytest.raises(ValueError, match="key: expected module:name that can be imported, got 'my_selectors:none'"):
+        words(key="my_selectors:none")
+
+
+def test_spans_in_the_data(tmp_path):
+    """They are read from the file, checked, used for the map, and a part of a store's identity."""
+    rows = tiny.problems(8)
+    for row in rows:
+        row["key_spans"] = {"question": [[0, 3]], "rationale": [[0, 5]]}
+    path = tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    data = read_examples(path)
+    spans = spans_of(data[0], TextOptions(key="given"))
+    assert [spans.text[a:b] for a, b in spans.words] == ["Ann", "There"]
+    teacher = tiny.model(3, len(OTHER), seed=1)
+    options = ExtractConfig(data_files=[str(path)], store=str(tmp_path / "store"), key="given")
+    extract(options, teacher, OTHER)
+    store = molsaki.Store(tmp_path / "store")
+    assert store["p0"].maps.shape[-1] == 2
+    live = trainer(tmp_path / "live", data=data, key="given", max_steps=1, save_strategy="no")
+    live.train()
+    assert logged(live, "words_mean") == [(2,)]
+    rows[3]["key_spans"]["question"] = [[4, 7]]
+    tiny.write_jsonl(path, rows)
+    with pytest.raises(ValueError, match="another"):
+        extract(options, teacher, OTHER)
+    for wrong, message in (
+        ([[0, 3]], "key_spans: expected an object with question and rationale"),
+        ({"question": [[0]]}, r"key_spans: question: expected a list of \[start, stop\]"),
+        ({"answer": []}, "key_spans: expected an object with question and rationale"),
+    ):
+        rows[0]["key_spans"] = wrong
+        tiny.write_jsonl(path, rows)
+        found = read_examples(path)
+        assert len(found) == 7 and message.replace("\\", "") in found.left_out[0]
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        (
+            ([[0, 99]], []),
+            r"key_spans: question\[0\]: expected a span that is not empty within \(0, 28\), got \(0, 99\)",
+        ),
+        (([[3, 6], [5, 7]], []), r"key_spans: question\[1\]: expected a span that is not empty within \(6, 28\)"),
+        (([], [[2, 2]]), r"key_spans: rationale\[0\]: expected a span that is not empty"),
+        (([[0, 1]], []), r"key_spans: question\[0\]: \(0, 1\) is blank"),
+    ],
+)
+def test_bad_spans(spans, message):
+    with pytest.raises(ValueError, match=message):
+        segment(QUESTION, RATIONALE, key="given", key_spans=spans)
+
+
+def test_they_are_parts_of_a_stores_identity(tmp_path, mine):
+    """Policies, splitters and the source of functions; a store without the new keys is one with their defaults."""
+    data, teacher = (
+        [str(tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(8)))],
+        tiny.model(3, len(OTHER), seed=1),
+    )
+    options = ExtractConfig(
+        data_files=data,
+        store=str(tmp_path / "store"),
+        key="my_selectors:names",
+        splitter="lines",
+        key_occurrence="first",
+    )
+    extract(options, teacher, OTHER)
+    again = {"key": "my_selectors:names", "splitter": "lines", "key_occurrence": "first", "store": options.store}
+    from molsaki.training.trainer import DistillTrainer
+
+    def made(**changes):
+        args = config(tmp_path / "run", **again | changes)
+        return DistillTrainer(tiny.model(2), args=args, processing_class=TOKENIZER, train_dataset=examples())
+
+    assert made().train_dataset.store is not None
+    for change, name in (({"splitter": "rules"}, "splitter"), ({"key_occurrence": "all"}, "key occurrence"),
+                         ({"max_key_words": 2}, "max key words"), ({"key": "regex:Ann|Bob"}, "key")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"this store is of another {name}"):
+            made(**change)
+    (mine / "my_selectors.py").write_text(MINE.replace("Ann|Bob", "Ann"))
+    sys.modules.pop("my_selectors")
+    with pytest.raises(ValueError, match="this store is of another source of key"):
+        made()
+    plain = dataclasses.replace(
+        options, key="numbers", splitter="rules", key_occurrence="all", store=str(tmp_path / "old")
+    )
+    extract(plain, teacher, OTHER)
+    description = json.loads((tmp_path / "old/store.json").read_text())
+    assert description["max_key_words"] == 0 and "source_of_key" not in description
