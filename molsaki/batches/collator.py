@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from molsaki.batches.batch import IGNORE, Batch, TextBatch
 from molsaki.batches.dataset import Item
@@ -17,6 +16,8 @@ from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.batches.tokenized import TokenizedText
 from molsaki.teacher.map_store import pad_maps
 from molsaki_kernels import StepPlan
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +78,11 @@ def _plan(texts: Sequence[TokenizedText]) -> StepPlan:
 
 
 def _padded(texts: Sequence[TokenizedText], pad_id: int, plan: StepPlan | None = None) -> TextBatch:
-    ids = [torch.from_numpy(text.input_ids).long() for text in texts]
-    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(text) for text in ids])
-    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    positions = list(torch.arange(input_ids.numel()).view_as(input_ids))
-    return TextBatch(input_ids, attention_mask, *_labels(texts, positions), plan=plan)
+    lengths = np.array([len(text.input_ids) for text in texts])
+    input_ids = _rows([text.input_ids for text in texts], pad_id)
+    attention_mask = torch.from_numpy((np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64))
+    positions = np.arange(input_ids.numel()).reshape(input_ids.shape)
+    return TextBatch(input_ids, attention_mask, *_labels(texts, list(positions)), plan=plan)
 
 
 def _packed(texts: Sequence[TokenizedText], plan: StepPlan | None = None) -> TextBatch:
@@ -95,7 +95,7 @@ def _packed_with_shared_prefixes(
     """All explain texts, and then each predict text without its first ``prefixes[n]`` tokens, which it shares."""
     wholes, lengths = (torch.tensor([len(text.input_ids) for text in texts]) for texts in (explain, predict))
     shared = SharedPrefix.from_lengths(wholes, torch.tensor(prefixes), lengths - torch.tensor(prefixes))
-    positions = [*_positions(explain), *shared.keys]
+    positions = [*_positions(explain), *shared.keys.numpy()]
     packed = _packed_suffixes([*explain, *predict], [0] * len(explain) + list(prefixes), positions, plan)
     return dataclasses.replace(packed, shared_prefix=shared)
 
@@ -108,34 +108,47 @@ def _common_prefix(a: TokenizedText, b: TokenizedText) -> int:
 
 
 def _packed_suffixes(
-    texts: Sequence[TokenizedText], prefixes: Sequence[int], positions: Sequence[Tensor], plan: StepPlan | None
+    texts: Sequence[TokenizedText], prefixes: Sequence[int], positions: Sequence[Array], plan: StepPlan | None
 ) -> TextBatch:
     """Each text without its first ``prefixes[r]`` tokens; ``positions``: where each text's tokens are in the result."""
-    ids = [torch.from_numpy(text.input_ids[prefix:]).long() for text, prefix in zip(texts, prefixes, strict=True)]
-    bounds = pad(torch.tensor([len(text) for text in ids]).cumsum(0), (1, 0))
-    position_ids = [torch.arange(prefix, prefix + len(text)) for text, prefix in zip(ids, prefixes, strict=True)]
-    input_ids = torch.cat(ids)[None]
+    ids = [text.input_ids[prefix:] for text, prefix in zip(texts, prefixes, strict=True)]
+    lengths = np.array([len(text) for text in ids])
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    position_ids = np.arange(bounds[-1]) + np.repeat(np.array(prefixes) - bounds[:-1], lengths)
+    input_ids = _joined(ids)[None]
     return TextBatch(
         input_ids,
         torch.ones_like(input_ids),  # without a mask transformers builds one of size M x M
         *_labels(texts, positions),
         plan=plan,
-        position_ids=torch.cat(position_ids)[None],
-        cu_seq_lens_q=bounds.int(),
+        position_ids=torch.from_numpy(position_ids)[None],
+        cu_seq_lens_q=torch.from_numpy(bounds.astype(np.int32)),
     )
 
 
-def _positions(texts: Sequence[TokenizedText]) -> list[Tensor]:
+def _positions(texts: Sequence[TokenizedText]) -> list[Array]:
     """The position of each token of texts that are packed whole."""
-    lengths = [len(text.input_ids) for text in texts]
-    return list(torch.arange(sum(lengths)).split_with_sizes(lengths))
+    ends = np.cumsum([len(text.input_ids) for text in texts])
+    return np.split(np.arange(ends[-1]), ends[:-1])
 
 
-def _labels(texts: Sequence[TokenizedText], positions: Sequence[Tensor]) -> tuple[Tensor, list[int], Tensor, Tensor]:
+def _labels(texts: Sequence[TokenizedText], positions: Sequence[Array]) -> tuple[Tensor, list[int], Tensor, Tensor]:
     """``labels``, ``counts``, ``targets`` and ``index`` of a `TextBatch`; ``positions``: where in the flattened
     ``input_ids`` each text's tokens are."""
     firsts = [max(text.target_start, 1) for text in texts]  # no position predicts a text's first token
-    targets = [torch.from_numpy(text.input_ids[first:]).long() for text, first in zip(texts, firsts, strict=True)]
+    targets = [text.input_ids[first:] for text, first in zip(texts, firsts, strict=True)]
     index = [at[first - 1 :][: len(target)] for at, first, target in zip(positions, firsts, targets, strict=True)]
-    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
-    return labels, [len(target) for target in targets], torch.cat(targets), torch.cat(index)
+    return _rows(targets, IGNORE), [len(target) for target in targets], _joined(targets), _joined(index)
+
+
+# With NumPy, since each operation on a tensor takes as long as ten on these short arrays.
+def _joined(arrays: Sequence[Array]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False))
+
+
+def _rows(arrays: Sequence[Array], fill: int) -> Tensor:
+    """``(N, longest)`` int64, padded with ``fill``."""
+    rows = np.full((len(arrays), max(map(len, arrays))), fill, np.int64)
+    for row, values in zip(rows, arrays, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(rows)
