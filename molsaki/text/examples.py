@@ -1,4 +1,4 @@
-"""Reads questions with rationales and answers from files of JSON lines or of one JSON array."""
+"""Reads questions with rationales and answers from files of JSON lines, of one JSON array, or from tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import numpy as np
 from molsaki.text.answers import gold_choice, kind_of, same_answer
 from molsaki.text.formats import Fields, to_fields
 from molsaki.text.spans import Span
+from molsaki.text.tables import as_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ class Examples(Sequence[Example]):
     """
 
     def __init__(self, paths: Sequence[Path], index: np.ndarray[Any, Any], left_out: Sequence[str] = ()):
-        self._paths, self._states = paths, [_state(path) for path in paths]
+        self._tables, self._table_states = paths, [_state(path) for path in paths]
+        self._paths = [as_json_lines(path) for path in paths]
+        self._states = [_state(path) for path in self._paths]
         self._index, self.left_out = index, left_out
 
     def __len__(self) -> int:
@@ -70,23 +73,25 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self._paths, self._index[index], self.left_out)
+            return Examples(self._tables, self._index[index], self.left_out)
         return example_of(self.record(index), str(self._index[index]["line"]), rationale=False, compared=False)
 
     def record(self, index: int) -> Fields:
         """The JSON object of an example as its file has it."""
         entry = self._index[index]
-        path = self._paths[entry["file"]]
+        path, table = self._paths[entry["file"]], self._tables[entry["file"]]
         with path.open("rb") as file:
-            if _state(file.fileno()) != self._states[entry["file"]]:
-                raise ValueError(f"{path}: has changed since it was opened; run again")
+            is_same = _state(file.fileno()) == self._states[entry["file"]]
+            if not is_same or (table is not path and _state(table) != self._table_states[entry["file"]]):
+                raise ValueError(f"{table}: has changed since it was opened; run again")
             file.seek(entry["offset"])
             return cast(Fields, json.loads(file.read(entry["length"])))
 
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Examples:
-    """Read JSON lines, or one JSON array, of objects with ``question``, ``rationale``, ``answer`` or ``gold``, and
-    optionally ``id``, ``keywords``, ``choices`` and ``task``, or of a format of `molsaki.text.formats`.
+    """Read JSON lines, one JSON array, or a table (``.csv``, ``.tsv``, ``.parquet``) of objects with ``question``,
+    ``rationale``, ``answer`` or ``gold``, and optionally ``id``, ``keywords``, ``key_spans``, ``choices`` and ``task``,
+    or of a format of `molsaki.text.formats`.
 
     Answers may be numbers, and true and false are read as yes and no. The gold answer of an example with choices
     becomes the text of its choice. Blank lines are skipped. A missing ``id`` becomes the number of the line or element.
@@ -101,14 +106,15 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file has no usable example (the message has the reasons), or is an array that is not valid JSON.
+        ValueError: a file has no usable example (the message has the reasons), or is an array that is not valid JSON,
+            or a table that cannot be read.
     """
     paths = [Path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
     entries, keys, left_out = array("q"), array("q"), []
     for number, one in enumerate(paths):
         if not one.is_file():
             raise FileNotFoundError(f"{one}: no such file")
-        for line, offset, data in _records(one):
+        for line, offset, data in _records(as_json_lines(one)):
             fields: Fields = {}
             try:
                 fields = _parse(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 
@@ -202,3 +203,54 @@ def test_examples_are_read_on_access(tmp_path):
     assert read[7].id == "ep2"
     with pytest.raises(ValueError, match=r"d.jsonl: has changed since it was opened"):
         read[3]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_tables(tmp_path, suffix):
+    """The same examples as JSON lines; arrays are JSON in a cell, and a changed table is refused."""
+    rows = tiny.problems(4)
+    rows[1] |= {"question": 'Say "3, 4"\nor\t5?', "keywords": ["x", "y z"], "rationale": "r" * 200_000 + " 3."}
+    expected = list(read_examples(tiny.write_jsonl(tmp_path / "d.jsonl", rows)))
+    path, names = tmp_path / f"d.{suffix}", ["id", "question", "rationale", "answer", "keywords"]
+
+    def write(rows) -> None:
+        if suffix == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            parquet = pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(
+                pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), path
+            )
+            return
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, delimiter="," if suffix == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(
+                row | ({"keywords": json.dumps(row["keywords"])} if "keywords" in row else {}) for row in rows
+            )
+
+    write(rows)
+    read = read_examples(path)
+    assert list(read) == expected and list(pickle.loads(pickle.dumps(read))) == expected
+    assert list(read[1:3]) == expected[1:3] and read[1].keywords == ("x", "y z")
+    write([rows[0] | {"question": "Another one?"}, *rows[1:]])
+    with pytest.raises(ValueError, match=rf"d.{suffix}: has changed since it was opened; run again"):
+        read[0]
+    assert read_examples(path)[0].question == "Another one?"
+    assert read_examples([path, tiny.write_jsonl(tmp_path / "e.jsonl", [rows[0] | {"id": "new"}])])[4].id == "new"
+
+
+def test_tables_that_cannot_be_read(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("question,rationale,answer\nq,r,1,2\n")
+    with pytest.raises(ValueError, match="d.csv: row .* has more cells than the header"):
+        read_examples(path)
+    path.write_text("question,answer\nq,1\n")
+    with pytest.raises(ValueError, match="d.csv: holds no examples that can be used: .*d.csv:1: rationale: missing"):
+        read_examples(path)
+    path.write_bytes(b"question,rationale,answer\n\xff,r,1\n")
+    with pytest.raises(ValueError, match="d.csv: not a valid table with a header"):
+        read_examples(path)
+    pytest.importorskip("pyarrow")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match="d.parquet: not a valid Parquet file"):
+        read_examples(tmp_path / "d.parquet")

@@ -1,0 +1,87 @@
+"""CSV, TSV and Parquet files as JSON lines, which are read from the disk on access."""
+
+from __future__ import annotations
+
+import csv
+import getpass
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from molsaki.io import digest
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PARQUET = ".parquet"
+
+
+def as_json_lines(path: Path) -> Path:
+    """A file of JSON lines with the rows of a table, one line per row; ``path`` itself if it is no table.
+
+    It is written once for each state of the table, into the temporary folder. Empty cells of a CSV or TSV file are
+    missing fields, and cells that are JSON arrays or objects are read as such.
+
+    Raises:
+        ValueError: the table cannot be read.
+        ImportError: Parquet needs pyarrow, which is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in DELIMITERS and suffix != PARQUET:
+        return path
+    state = os.stat(path)
+    name = digest([str(path.resolve()), state.st_size, state.st_mtime_ns])
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    folder = Path(tempfile.gettempdir(), f"molsaki-{user}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    target = folder / f"{path.stem}-{name[:16]}.jsonl"
+    if not target.is_file():
+        rows = _parquet_rows(path) if suffix == PARQUET else _csv_rows(path, DELIMITERS[suffix])
+        # A name of its own: other processes may write the same file at the same time.
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8", suffix=".part") as part:
+            try:
+                part.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            except BaseException:
+                part.close()
+                os.unlink(part.name)
+                raise
+        os.replace(part.name, target)
+    return target
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(1 << 30)  # a thinking trace is longer than the default of 131,072 characters
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+                if None in row:
+                    raise ValueError(f"{path}: row {row!r} has more cells than the header")
+                yield {name: _cell(value) for name, value in row.items() if value}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a valid table with a header: {error}") from None
+
+
+def _cell(value: str) -> Any:
+    if value[0] in "[{":
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(f"{path}: Parquet needs the package pyarrow, which is not installed")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield json.loads(json.dumps({k: v for k, v in row.items() if v is not None}, default=str))
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a valid Parquet file: {' '.join(str(error).split())}") from None
