@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 def is_named(value: object) -> bool:
@@ -21,13 +22,30 @@ def named(option: str, value: str, folder: str | Path | None = None) -> Any:
         ValueError: it cannot be imported; the message begins with ``option``.
     """
     module, _, name = value.partition(":")
-    place = str(Path(folder or ".").resolve())
-    if place not in sys.path:
-        sys.path.insert(0, place)
+    look_in(folder or ".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(f"{option}: expected module:name that can be imported, got {value!r}: {error}") from error
+
+
+def named_function(option: str, value: str) -> Callable[..., Any]:
+    """The function that ``module:name`` names, see `named`.
+
+    Raises:
+        TypeError: it is no function.
+    """
+    found = named(option, value)
+    if not callable(found):
+        raise TypeError(f"{option}: expected {value} to be a function, got {type(found).__name__}")
+    return cast("Callable[..., Any]", found)
+
+
+def look_in(folder: str | Path) -> None:
+    """Look for modules in this folder, too, and there first."""
+    place = str(Path(folder).resolve())
+    if place not in sys.path:
+        sys.path.insert(0, place)
 
 
 def source(option: str, value: str, folder: str | Path | None = None) -> str:

@@ -101,13 +101,16 @@ class DistillDataset(Dataset[Item]):
 
 
 def as_examples(data: Any, name: str) -> Sequence[Example]:
-    """Examples from a sequence of them, or of rows: dicts as the lines of a file, or a ``datasets.Dataset``.
+    """Examples from a sequence of them, or of rows: dicts as the lines of a file, a ``datasets.Dataset``, or a frame.
 
     Raises:
         TypeError, ValueError: the data is no such sequence, or a row lacks a field; the message begins with ``name``.
     """
     if isinstance(data, Examples):
         return data
+    if hasattr(data, "iloc") and hasattr(data, "to_dict"):  # a pandas frame, whose missing cells are missing fields
+        rows = data.to_dict("records")
+        data = [{name: value for name, value in row.items() if value is not None and value == value} for row in rows]
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, (str, Mapping)):
         raise TypeError(f"{name}: expected a sequence of examples or of dicts, got {type(data).__name__}")
     examples, left_out = [], []

@@ -37,7 +37,7 @@ def spans_of(example: Example, options: TextOptions) -> Spans:
         key_of=options.key_of,
         key_occurrence=options.key_occurrence,
         max_key_words=options.max_key_words,
-        key_spans=example.key_spans,
+        key_spans=example.key_spans or ((), ()),
     )
 
 

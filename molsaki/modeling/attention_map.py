@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from molsaki.modeling.capture import capture
-from molsaki.modeling.unwrap import input_device
+from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.segment import segment
 from molsaki.text.spans import Span, Spans
@@ -142,25 +143,30 @@ def attention_map(
         layers: the decoder layers to keep; all if None.
         per_token: divide each row by its number of tokens, so that it is their mean.
         template: for a text or spans: "plain", "chat" or a format string, see `molsaki.text.templates`.
-        **options: of `molsaki.segment`: ``key``, ``splitter``, ``number_words``, ``keywords``.
+        **options: of `molsaki.segment`, such as ``key`` and ``splitter``, for texts, messages and ids.
 
     Raises:
         TypeError, ValueError: an argument is not as described, the text has no key word, or the model's attention has
             no map.
     """
-    if keys not in ("words", "tokens"):
-        raise ValueError(f'keys: expected "words" or "tokens", got {keys!r}')
+    _check(keys, heads, layers)
     ids, steps, words = _read(text, tokenizer, template, options)
     if isinstance(rows, str):
         if rows not in ("steps", "tokens", "all"):
             raise ValueError(f'rows: expected "steps", "tokens", "all", a number or ranges, got {rows!r}')
         chosen = {"steps": steps, "tokens": [(t, t + 1) for t in range(len(ids))], "all": [(0, len(ids))]}[rows]
-    elif isinstance(rows, int):
-        if not 1 <= rows <= len(ids):
+    elif hasattr(rows, "__index__"):
+        if isinstance(rows, bool) or not 1 <= operator.index(rows) <= len(ids):
             raise ValueError(f"rows: expected 1 to {len(ids)} tokens, got {rows}")
-        chosen = [(len(ids) - rows, len(ids))]
+        chosen = [(len(ids) - operator.index(rows), len(ids))]
     else:
-        chosen = [(int(start), int(stop)) for start, stop in rows]
+        try:
+            chosen = [(operator.index(start), operator.index(stop)) for start, stop in rows]
+        except (TypeError, ValueError):
+            raise TypeError(f"rows: expected ranges (start, stop) of token positions, got {rows!r}") from None
+        ends = [end for row in chosen for end in row]
+        if ends != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] <= len(ids)):
+            raise ValueError(f"rows: expected ascending, disjoint ranges within 0 to {len(ids)}, got {chosen}")
     columns = words if keys == "words" else [[t] for t in range(len(ids))]
     if not columns:
         raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
@@ -192,16 +198,18 @@ def attention_while_generating(
     Raises:
         ValueError: nothing was generated; and as in `attention_map`.
     """
-    if keys not in ("words", "tokens"):
-        raise ValueError(f'keys: expected "words" or "tokens", got {keys!r}')
+    _check(keys, heads, layers)
+    if options and keys == "tokens":
+        name = next(iter(options))
+        raise ValueError(f"{name}: expected it in generate=dict({name}=...), or keys='words', got keys='tokens'")
     asked, _, _ = _read(text, tokenizer, template, options, is_prompt=True)
     inputs = torch.tensor([asked], device=input_device(model))
     settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(model):
         output = cast(Any, model).generate(
             inputs, attention_mask=torch.ones_like(inputs), **settings | dict(generate or {})
         )
-    ids = output[0].tolist()
+    ids = getattr(output, "sequences", output)[0].tolist()
     if len(ids) == len(asked):
         raise ValueError("generate: nothing was generated; expected max_new_tokens of at least 1")
     chosen = [(t - 1, t) for t in range(len(asked), len(ids))]
@@ -212,6 +220,14 @@ def attention_while_generating(
             raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
     found = _computed(model, tokenizer, ids, chosen, columns, heads, layers, False)
     return dataclasses.replace(found, rows=_labels(ids, [[t] for _, t in chosen], tokenizer))
+
+
+def _check(keys: str, heads: str, layers: Sequence[int] | None) -> None:
+    for name, value, choices in (("keys", keys, ("words", "tokens")), ("heads", heads, ("mean", "each"))):
+        if value not in choices:
+            raise ValueError(f'{name}: expected "{choices[0]}" or "{choices[1]}", got {value!r}')
+    if layers is not None and not len(layers):
+        raise ValueError("layers: expected some, or None for all, got none")
 
 
 def _read(
@@ -228,7 +244,13 @@ def _read(
     if isinstance(text, Spans):
         encoded = encode(text, tokenizer, template=template)
         return encoded.input_ids, encoded.steps, encoded.words
-    items = text.tolist() if isinstance(text, torch.Tensor) else list(text) if isinstance(text, Sequence) else []
+    if isinstance(text, (torch.Tensor, np.ndarray)):
+        if text.ndim == 2 and text.shape[0] == 1:
+            text = text[0]
+        text = text.tolist() if text.ndim == 1 else text
+    items = list(text) if isinstance(text, Sequence) else []
+    if items and all(isinstance(item, np.integer) for item in items):
+        items = [int(item) for item in items]
     if items and all(isinstance(item, int) for item in items):
         return items, *steps_and_words(items, 0, tokenizer, True, options)
     if not items or not all(isinstance(item, Mapping) for item in items):
@@ -257,13 +279,8 @@ def _computed(
     inputs = torch.tensor([ids], device=input_device(model))
     plan = StepPlan.from_spans([rows], [columns], device=inputs.device)
     decoder: nn.Module = model.base_model
-    was_training = decoder.training
-    decoder.eval()
-    try:
-        with capture(decoder, plan, map_heads=heads) as record:
-            decoder(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)
-    finally:
-        decoder.train(was_training)
+    with evaluation_mode(decoder), capture(decoder, plan, map_heads=heads) as record:
+        decoder(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False)
     found, values = record.layers, record.maps[0].float().cpu()
     if heads == "each":
         counts = record.maps_per_layer

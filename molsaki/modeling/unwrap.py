@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,3 +23,15 @@ def input_device(model: nn.Module) -> torch.device:
     first = next(m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
     hook = getattr(first, "_hf_hook", None)
     return next(first.parameters(recurse=False)).device if hook is None else torch.device(hook.execution_device)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside the block; afterwards every module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

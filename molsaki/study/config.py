@@ -25,8 +25,9 @@ from molsaki.config import (
     check_keys,
     read_yaml,
 )
-from molsaki.functions import is_named, named, source
+from molsaki.functions import is_named, look_in, named, source
 from molsaki.io import digest
+from molsaki.teacher.fingerprints import NOT_A_MODULE
 from molsaki.training.config import DistillConfig
 from molsaki.training.objectives import objective_of
 
@@ -135,9 +136,9 @@ class Study:
         found |= {f"content of {name}": _content(self.file(name)) for name in files}
         if preset := run.options.get("preset"):  # a later version may set other options
             found[f"content of preset {preset}"] = digest(presets.PRESETS[preset])
-        for option in OR_YOUR_OWN:
+        for option in (*OR_YOUR_OWN, "key", "splitter"):
             value = str(run.options.get(option))
-            if is_named(value):
+            if is_named(value) and not value.startswith(NOT_A_MODULE):
                 found[f"source of {value}"] = digest(source(f"{self.path}: {option}", value, self.path.parent))
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
@@ -172,6 +173,7 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
         FileNotFoundError: a file that is named does not exist.
     """
     path = Path(path)
+    look_in(path.parent)  # for functions of one's own, beside the file
     values = read_yaml(path)
     check_keys(values, KEYS, path)
     for key in NEEDED:

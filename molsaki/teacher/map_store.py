@@ -142,6 +142,11 @@ class Store:
         Raises:
             KeyError, ValueError: an example is not in the store, was left out there, or has another text.
         """
+        if len(ids) != len(spans) or not len(ids):
+            raise ValueError(f"ids, spans: expected as many of both, and one at least, got {len(ids)} and {len(spans)}")
+        for id in ids:
+            if not isinstance(id, str):
+                raise TypeError(f"ids: expected names, got {id!r}")
         entries = [self[id] for id in ids]
         for entry, text in zip(entries, spans, strict=True):
             check_text(self.folder, entry, text)
@@ -193,7 +198,7 @@ def check_text(folder: Path, entry: Entry, spans: Spans) -> None:
     if entry.text != expected:
         raise ValueError(
             f"{folder}: example {entry.id!r} has another text, other steps or other key words there: fingerprint "
-            f"{entry.text}, expected {expected}; extract again, or use the same data and options"
+            f"{entry.text}, expected {expected}; extract into a new folder, or use the same data, options and functions"
         )
 
 

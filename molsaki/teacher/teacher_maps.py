@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from molsaki.config import MIXTURE_NAMES
-from molsaki.functions import is_named, named
+from molsaki.functions import is_named, named_function
 from molsaki.modeling.capture import capture
-from molsaki.modeling.unwrap import input_device
+from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki.training.mixture import MixtureOfLayers, Pairing
 from molsaki_kernels import StepPlan
 
@@ -52,13 +52,11 @@ def probe(model: nn.Module, value_heads: str | None = None, map_heads: str = "me
     ``value_heads``; layers whose values cannot be stacked are refused only with it.
     """
     ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
-    was_training = model.training
-    model.eval()
     plan = StepPlan.from_spans([[(0, 2)]], [[[0]]])
     values = value_heads is not None
-    with capture(model, plan, values=values, value_heads=value_heads or "concat", map_heads=map_heads) as record:
+    how = {"value_heads": value_heads or "concat", "map_heads": map_heads}
+    with evaluation_mode(model), capture(model, plan, values=values, **how) as record:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    model.train(was_training)
     return record.maps.shape[1], len(record.layers), record.values.shape[-1] if values else 0
 
 
@@ -66,10 +64,7 @@ def kind_of(options: MixtureOptions) -> str | Pairing:
     """The kind of mixture that a config names, or the function of ``module:function``."""
     if options.mixture in MIXTURE_NAMES or not is_named(options.mixture):
         return options.mixture
-    found = named("mixture", options.mixture)
-    if not callable(found):
-        raise TypeError(f"mixture: expected {options.mixture} to be a function, got {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    return named_function("mixture", options.mixture)
 
 
 def mixture_of(

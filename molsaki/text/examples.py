@@ -18,7 +18,7 @@ import numpy as np
 
 from molsaki.text.answers import gold_choice, kind_of, same_answer
 from molsaki.text.formats import Fields, to_fields
-from molsaki.text.spans import Span
+from molsaki.text.spans import Span, checked_key_spans
 from molsaki.text.tables import as_json_lines
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def example_of(record: Fields, default_id: str, rationale: bool, compared: bool)
         rationale=_text(fields, "rationale", None if rationale and "rationale" not in fields else ""),
         answer=(gold_choice(answer, choices) or answer) if choices else answer,
         keywords=_texts(fields, "keywords"),
-        key_spans=_spans(fields),
+        key_spans=_spans(fields, _text(fields, "question"), _text(fields, "rationale", "")),
         choices=choices,
         is_right="answer" not in fields or same_answer(given, answer, choices),
         task=_text(fields, "task", "") or None,
@@ -249,7 +249,7 @@ def _text(fields: Fields, name: str, default: str | None = None) -> str:
     return default
 
 
-def _spans(fields: Fields) -> tuple[tuple[Span, ...], tuple[Span, ...]] | None:
+def _spans(fields: Fields, question: str, rationale: str) -> tuple[tuple[Span, ...], tuple[Span, ...]] | None:
     """The field ``key_spans``: ``{"question": [[start, stop], ...], "rationale": [...]}``, in characters of the two."""
     value = fields.get("key_spans")
     if value is None:
@@ -259,12 +259,12 @@ def _spans(fields: Fields) -> tuple[tuple[Span, ...], tuple[Span, ...]] | None:
     sides = []
     for side in ("question", "rationale"):
         spans = value.get(side) or []
-        if not isinstance(spans, list) or not all(
-            isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span) for span in spans
-        ):
+        if not isinstance(spans, (list, tuple)):
             raise TypeError(f"key_spans: {side}: expected a list of [start, stop], got {spans!r}")
-        sides.append(tuple((span[0], span[1]) for span in spans))
-    return sides[0], sides[1]
+        sides.append(spans)
+    checked_key_spans((sides[0], sides[1]), question, rationale)
+    first, second = (tuple((start, stop) for start, stop in spans) for spans in sides)
+    return first, second
 
 
 def _texts(fields: Fields, name: str) -> tuple[str, ...] | None:

@@ -8,6 +8,7 @@ write a function as `SelectKeyWords` describes; its docstring is its help text.
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import re
 import unicodedata
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import regex
 
-from molsaki.functions import is_named, named
+from molsaki.functions import is_named, named_function
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import Span, check_str
 
@@ -54,6 +55,8 @@ def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
 
 def _words(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
     """every word"""
+    if number_words:
+        raise ValueError('number_words: needs key="numbers", got words')
     return lambda text: [match.span() for match in _WORD.finditer(text)]
 
 
@@ -89,27 +92,45 @@ def _own_selector(key: str) -> SelectKeyWords:
         except regex.error as error:
             raise ValueError(f"key: {key!r} is not a regular expression: {error}") from None
         group = min(pattern.groups, 1)
-        return lambda keywords, number_words: (
-            lambda text: [
-                match.span(group) for match in pattern.finditer(text) if match.end(group) > match.start(group)
-            ]
-        )
+
+        def matches(text: str) -> list[Span]:
+            found = (match.span(group) for match in pattern.finditer(text))
+            return _checked_spans(key, [(start, stop) for start, stop in found if stop > start], text)
+
+        return _without_number_words(key, matches)
     if not is_named(key):
         raise ValueError(f"key: expected one of {', '.join(KEY_WORDS)}, {PATTERN}PATTERN or module:name, got {key!r}")
-    function = named("key", key)
+    function = named_function("key", key)
 
     def find(text: str) -> list[Span]:
-        found, end = [(int(start), int(stop)) for start, stop in function(text)], 0
-        for start, stop in found:
-            if not end <= start < stop <= len(text):
-                raise ValueError(
-                    f"key: expected ascending, disjoint spans within 0 to {len(text)} that are not empty from {key}, "
-                    f"got {found[:10]}"
-                )
-            end = stop
-        return found
+        try:
+            found = [(operator.index(start), operator.index(stop)) for start, stop in function(text)]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"key: expected pairs of ints (start, stop) from {key}: {error}") from error
+        return _checked_spans(key, found, text)
 
-    return lambda keywords, number_words: find
+    return _without_number_words(key, find)
+
+
+def _without_number_words(key: str, find: FindKeyWords) -> SelectKeyWords:
+    def select(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
+        if number_words:
+            raise ValueError(f'number_words: needs key="numbers", got {key}')
+        return find
+
+    return select
+
+
+def _checked_spans(key: str, found: list[Span], text: str) -> list[Span]:
+    end = 0
+    for start, stop in found:
+        if not end <= start < stop <= len(text):
+            raise ValueError(
+                f"key: expected ascending, disjoint spans within 0 to {len(text)} that are not empty from {key}, "
+                f"got {found[:10]}"
+            )
+        end = stop
+    return found
 
 
 # A word; one character of a script that puts no spaces between words, with what belongs to it.

@@ -11,7 +11,7 @@ from typing import Literal
 
 from molsaki.text.key_words import KEY_WORDS, normalized, selector_of
 from molsaki.text.sentences import splitter_of
-from molsaki.text.spans import Span, Spans, check_str
+from molsaki.text.spans import Span, Spans, check_str, checked_key_spans
 
 
 def segment(
@@ -86,12 +86,15 @@ def segment(
         raise ValueError(f"key_of: expected all or question, got {key_of!r}")
     if key_occurrence not in ("all", "first", "last"):
         raise ValueError(f"key_occurrence: expected all, first or last, got {key_occurrence!r}")
-    if max_key_words < 0:
-        raise ValueError(f"max_key_words: expected at least 0, got {max_key_words}")
+    if type(max_key_words) is not int or max_key_words < 0:
+        raise ValueError(f"max_key_words: expected an int of at least 0, got {max_key_words!r}")
     given: list[list[Span]] = []
     if key == "given":
-        sides = zip(("question", "rationale"), key_spans or ((), ()), (question, rationale), strict=True)
-        given = [_given(*side) for side in sides]
+        if key_spans is None:
+            raise ValueError("key_spans: required by key='given': the spans of the question and of the rationale")
+        if number_words:
+            raise ValueError('number_words: needs key="numbers", got given')
+        given = checked_key_spans(key_spans, question, rationale)
     else:
         find_key_words = selector_of(key)(keywords, number_words)
     text = ""
@@ -113,26 +116,6 @@ def segment(
     if max_key_words:
         words = words[:max_key_words]
     return Spans(text, tuple(steps), tuple(words), question_end=len(question.strip()))
-
-
-def _given(side: str, spans: Iterable[Span], text: str) -> list[Span]:
-    """The spans of a text, in the text without white space around it."""
-    shift, end, found = len(text) - len(text.lstrip()), 0, []
-    for number, span in enumerate(spans):
-        where = f"key_spans: {side}[{number}]"
-        try:
-            start, stop = (int(place) for place in span)
-        except (TypeError, ValueError):
-            raise TypeError(f"{where}: expected (start, stop), got {span!r}") from None
-        if not end <= start < stop <= len(text):
-            raise ValueError(
-                f"{where}: expected a span that is not empty within {(end, len(text))}, got {(start, stop)}"
-            )
-        if not text[start:stop].strip():
-            raise ValueError(f"{where}: {(start, stop)} is blank")
-        end = stop
-        found.append((max(start - shift, 0), min(stop - shift, len(text.strip()))))
-    return found
 
 
 def _of_occurrence(text: str, words: list[Span], occurrence: str) -> list[Span]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
+import operator
 import re
 import unicodedata
 from bisect import bisect_right
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import regex
 
-from molsaki.functions import is_named, named
+from molsaki.functions import is_named, named_function
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import LINE_ENDS
 
@@ -170,7 +171,8 @@ def line_ends(text: str) -> Iterator[int]:
 
 def paragraph_ends(text: str) -> Iterator[int]:
     """The ends of the steps, one per paragraph: blank lines end them."""
-    yield from _ends_after(re.compile(rf"(?:\r\n|[{LINE_ENDS}])[^\S{LINE_ENDS}]*(?:\r\n|[{LINE_ENDS}])\s*"), text)
+    line_end = rf"(?:\r\n|(?!\r\n)[{LINE_ENDS}])(?<!\r(?=\n))"
+    yield from _ends_after(re.compile(rf"{line_end}[^\S{LINE_ENDS}]*{line_end}\s*"), text)
 
 
 def _ends_after(pattern: re.Pattern[str], text: str) -> Iterator[int]:
@@ -199,6 +201,8 @@ def splitter_of(name: str) -> Callable[[str], Iterator[int]]:
         ValueError: there is no such splitter, or the function cannot be imported.
         ImportError: the package sentencex is not installed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"splitter: expected a name, got {type(name).__name__}")
     return SPLITTERS[name] if name in SPLITTERS else _own_splitter(name)
 
 
@@ -212,11 +216,14 @@ def _own_splitter(name: str) -> Callable[[str], Iterator[int]]:
     if name.startswith(SENTENCEX):
         if importlib.util.find_spec("sentencex") is None:
             raise ImportError(f"splitter: {name} needs the package sentencex, which is not installed")
-        return functools.partial(_sentencex_ends, name.removeprefix(SENTENCEX))
+        language = name.removeprefix(SENTENCEX)
+        if not re.fullmatch("[a-z]{2,3}", language):
+            raise ValueError(f"splitter: expected sentencex:LANGUAGE with a code such as de, got {name!r}")
+        return functools.partial(_sentencex_ends, language)
     if not is_named(name):
         known = f"{', '.join(SPLITTERS)}, {WORDS}N, {SENTENCEX}LANGUAGE or module:name"
         raise ValueError(f"splitter: expected one of {known}, got {name!r}")
-    return functools.partial(_checked_ends, name, named("splitter", name))
+    return functools.partial(_checked_ends, name, named_function("splitter", name))
 
 
 def _every(words: int, text: str) -> Iterator[int]:
@@ -237,7 +244,10 @@ def _sentencex_ends(language: str, text: str) -> Iterator[int]:
 
 
 def _checked_ends(name: str, function: Callable[[str], Iterable[int]], text: str) -> Iterator[int]:
-    ends = [int(end) for end in function(text)] if text else []
+    try:
+        ends = [operator.index(end) for end in function(text)] if text else []
+    except TypeError as error:
+        raise TypeError(f"splitter: expected the ends of the steps, ints, from {name}: {error}") from error
     if ends != sorted(set(ends)) or (ends and not 0 < ends[0] <= ends[-1] <= len(text)):
         raise ValueError(f"splitter: expected ascending ends within 1 to {len(text)} from {name}, got {ends[:10]}")
     yield from _with_space([*ends, len(text)], text)

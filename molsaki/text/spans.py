@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Iterable
 
 Span = tuple[int, int]
 LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
@@ -69,3 +71,34 @@ def check_str(name: str, value: object) -> None:
     """Raise a TypeError that names the argument, unless ``value`` is a str."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+
+
+def checked_key_spans(
+    key_spans: tuple[Iterable[Span], Iterable[Span]], question: str, rationale: str
+) -> list[list[Span]]:
+    """Key words that are given as spans of a question and of its rationale, in the texts without white space around.
+
+    Raises:
+        TypeError, ValueError: they are not two lists of pairs of ints, ascending, disjoint, within their text and not
+            blank; the message names the entry.
+    """
+    sides = []
+    for side, spans, text in zip(("question", "rationale"), key_spans, (question, rationale), strict=True):
+        shift, end, found = len(text) - len(text.lstrip()), 0, []
+        for number, span in enumerate(spans):
+            where = f"key_spans: {side}[{number}]"
+            try:
+                if isinstance(span, str):
+                    raise TypeError
+                start, stop = map(operator.index, span)
+            except (TypeError, ValueError):
+                raise TypeError(f"{where}: expected [start, stop], two ints, got {span!r}") from None
+            if not end <= start < stop <= len(text):
+                expected = f"a span that is not empty within {(end, len(text))}"
+                raise ValueError(f"{where}: expected {expected}, got {(start, stop)}")
+            if not text[start:stop].strip():
+                raise ValueError(f"{where}: {(start, stop)} is blank")
+            end = stop
+            found.append((max(start - shift, 0), min(stop - shift, len(text.strip()))))
+        sides.append(found)
+    return sides

@@ -38,7 +38,7 @@ def plan_from_ids(
         labels: ``(N, M)``, of the same positions as ``input_ids``; -100 where there is none.
         tokenizer: the fast tokenizer that the ids are of.
         question_steps: whether the question's sentences are steps as well; its key words count in any case.
-        **options: of `molsaki.segment`: ``key``, ``splitter``, ``number_words``, ``keywords``.
+        **options: of `molsaki.segment`, such as ``key``, ``splitter`` and ``number_words``; not ``key="given"``.
 
     Raises:
         TypeError, ValueError: the tokenizer is not a fast one, ids and labels are of different shapes, or an option is
@@ -46,6 +46,9 @@ def plan_from_ids(
     """
     if not tokenizer.is_fast:
         raise TypeError(f"tokenizer: expected a fast tokenizer (tokenizer.json), got {name_of(tokenizer)}")
+    for name, value in (("input_ids", input_ids), ("labels", labels)):
+        if any(not isinstance(row, Sequence) for row in _lists(value)):
+            raise ValueError(f"{name}: expected (N, M), a list of ids per text, got one list")
     rows = [list(map(int, row)) for row in _lists(input_ids)]
     targets = [[int(label) != IGNORE for label in row] for row in _lists(labels)]
     if list(map(len, rows)) != list(map(len, targets)):

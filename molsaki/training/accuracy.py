@@ -9,21 +9,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molsaki.config import EvaluateConfig
 from molsaki.evaluation.evaluate import generate
 from molsaki.evaluation.scoring import score
+from molsaki.modeling.unwrap import evaluation_mode
+from molsaki.text.answers import kind_of
 from molsaki.text.examples import Example
 
 
 def count_right(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], options: EvaluateConfig
 ) -> tuple[int, int]:
-    """How many of the replies are right, and how many questions were asked; too long ones are not.
+    """How many of the replies are right, and how many questions were asked.
 
-    The student is in evaluation mode meanwhile, and the generators of random numbers are not advanced.
+    Not asked are those that are too long, that a template refuses, or whose answer no reply can match. The student is
+    in evaluation mode meanwhile, and the generators of random numbers are not advanced.
     """
-    was_training = student.training
-    student.eval()  # type: ignore[no-untyped-call]
-    try:
+    examples = [example for example in examples if _can_match(example)]
+    with evaluation_mode(student):
         replies, _ = generate(student, tokenizer, examples, options)
-    finally:
-        student.train(was_training)
     asked = [(example, reply) for example, reply in zip(examples, replies, strict=True) if type(reply) is str]
     return sum(bool(score(example, reply, options.mode)["right"]) for example, reply in asked), len(asked)
+
+
+def _can_match(example: Example) -> bool:
+    try:
+        kind_of(example.answer, example.choices)
+    except ValueError:
+        return False
+    return True

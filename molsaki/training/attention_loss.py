@@ -63,8 +63,6 @@ class StepwiseAttentionLoss(nn.Module):
         self.mixture = mixture
         self.normalise, self.causal_words, self.map_heads = normalise, causal_words, map_heads
         self.teacher_temperature = teacher_temperature
-        for parameter in self.parameters():
-            parameter.register_post_accumulate_grad_hook(_average_over_processes)
 
     @classmethod
     def for_models(
@@ -133,7 +131,15 @@ class StepwiseAttentionLoss(nn.Module):
             ``entropy_teacher`` and ``entropy_student`` of the layer weights in nats, 0 if one layer has all; and
             ``teacher_weights (Lt,)`` and ``student_weights (Ls,)``, means over the examples.
         """
+        for parameter in self.parameters():  # here, since a copy of the module has no hooks
+            if not getattr(parameter, "is_averaged", False):
+                parameter.register_post_accumulate_grad_hook(_average_over_processes)
+                parameter.is_averaged = True  # type: ignore[attr-defined]
         plan = student.plan
+        if steps is not None and (steps.dtype != torch.bool or steps.shape != plan.step_mask.shape):
+            raise ValueError(
+                f"steps: expected bool, (N, S) = {tuple(plan.step_mask.shape)}, got {steps.dtype}, {tuple(steps.shape)}"
+            )
         with torch.autocast(plan.device.type, enabled=False):  # maps and values are float32
             values = student.values if self.mixture.router is not None else None
             student_weights, found = self.mixture.student(student.maps, values, plan)
@@ -152,12 +158,13 @@ class StepwiseAttentionLoss(nn.Module):
     def _teacher(self, teacher: Record | Tensor | tuple[Tensor, Tensor], plan: StepPlan) -> tuple[Tensor, Tensor]:
         """Weights and mixed maps of the teacher, on the student's device."""
         if isinstance(teacher, Record):
-            mine, its = (plan.num_steps, plan.num_words), (teacher.plan.num_steps, teacher.plan.num_words)
-            if len(teacher.plan) != len(plan) or mine != its:
-                raise ValueError(
-                    f"teacher: expected a record of the student's N, S, W = {(len(plan), *mine)}, got "
-                    f"{(len(teacher.plan), *its)}: both plans have to be of the same texts, steps and key words"
-                )
+            for name in ("step_mask", "word_mask"):
+                mine, its = getattr(plan, name), getattr(teacher.plan, name).to(plan.device)
+                if mine.shape != its.shape or not torch.equal(mine, its):
+                    raise ValueError(
+                        "teacher: expected a record of the student's texts in the same order, got other numbers of "
+                        f"{name.removesuffix('_mask')}s: {its.sum(-1).tolist()}, the student's {mine.sum(-1).tolist()}"
+                    )
             weights, maps = self.mixture.teacher(teacher.maps.to(plan.device), teacher.plan.to(plan.device))
         elif isinstance(teacher, Tensor):
             weights, maps = self.mixture.teacher(teacher.to(plan.device, torch.float32), plan)

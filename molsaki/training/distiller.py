@@ -87,6 +87,7 @@ class Distiller(nn.Module):
         )
         words = batch.plan.word_mask.sum(1)
         terms = self.objective.loss(student, batch, self.options)
+        _check_terms(terms, size)
         terms |= {"steps_mean": batch.plan.step_mask.sum(1), "words_mean": words, "without_words": (words == 0).float()}
         attached = ("loss", "loss_att") if self.keeps_graph else ("loss",)
         return {name: value if name in attached else value.detach() for name, value in terms.items()}
@@ -123,6 +124,17 @@ class Distiller(nn.Module):
             weights, mixed = self.mixture.student(maps, values, plan)
             with torch.no_grad():
                 return StudentMaps(mixed, self.mixture.uniform(maps), weights)
+
+
+def _check_terms(terms: Any, size: int) -> None:
+    """Refuse what an objective of one's own must not return."""
+    if not isinstance(terms, dict) or "loss" not in terms:
+        got = f"one with {', '.join(map(str, terms))}" if isinstance(terms, dict) else type(terms).__name__
+        raise ValueError(f"objective: expected a dict with 'loss' from its loss function, got {got}")
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.shape[:1] != (size,) or (name == "loss" and value.dim() != 1):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"objective: {name}: expected one number per example, ({size},), got {shape}")
 
 
 def _prediction(values: Tensor, labels: Tensor) -> Prediction:

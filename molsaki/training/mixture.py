@@ -10,6 +10,7 @@ With ``map_heads="each"`` every head counts as a layer: the maps of the heads of
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -231,9 +232,14 @@ def layer_pairs(
     """The pairs (teacher layer, student layer), counting from 0, of a kind other than ``mixture``."""
     students = range(student)
     if callable(kind):
-        pairs = [tuple(pair) for pair in kind(teacher, student)]
-        if not pairs or any(len(pair) != 2 or not all(isinstance(layer, int) for layer in pair) for pair in pairs):
-            raise ValueError(f"mixture: expected pairs (teacher layer, student layer) from {kind!r}, got {pairs}")
+        found = kind(teacher, student)
+        try:
+            pairs = [(operator.index(t), operator.index(s)) for t, s in found]
+        except (TypeError, ValueError):
+            pairs = []
+        if not pairs:
+            name = getattr(kind, "__name__", repr(kind))
+            raise ValueError(f"mixture: expected pairs (teacher layer, student layer) from {name}, got {found!r}")
         return [(_layer("mixture", t, teacher), _layer("mixture", s, student)) for t, s in pairs]
     if kind == "single":
         return [(_layer("teacher_layer", teacher_layer, teacher), _layer("student_layer", student_layer, student))]

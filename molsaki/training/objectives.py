@@ -84,6 +84,10 @@ class Objective:
     maps: bool = False
     teacher_logits: bool = False
 
+    def __post_init__(self) -> None:
+        if self.maps and not self.explain_texts:
+            raise ValueError("explain_texts: expected True with maps, which are of the explain texts, got False")
+
     @property
     def has_teacher(self) -> bool:
         return self.maps or self.teacher_logits

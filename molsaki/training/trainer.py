@@ -107,15 +107,19 @@ class DistillTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
-        config = DistillConfig() if args is None else args
-        if not isinstance(config, DistillConfig):
-            raise TypeError(f"args: expected a DistillConfig, got {type(config).__name__}")
+        if args is not None and not isinstance(args, DistillConfig):
+            raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
+        config = DistillConfig() if args is None else copy.copy(args)  # names and the objective are written into it
         student = _model_or_name(model, "model", config, "student")
         teacher = _model_or_name(teacher_model, "teacher_model", config, "teacher")
         tokenizer, teacher_tokenizer = processing_class, teacher_processing_class
         if isinstance(store, (str, os.PathLike)):
             _name("store", os.fspath(store), config)
             store = None
+        elif store is not None and not isinstance(store, Store):
+            raise TypeError(f"store: expected a Store, its folder or None, got {type(store).__name__}")
+        elif store is not None and config.store not in (None, str(store.folder)):
+            raise ValueError(f"store, args.store: expected the same, got {str(store.folder)!r} and {config.store!r}")
         if config.n_gpu > 1:
             raise ValueError(
                 f"{config.n_gpu} GPUs are visible to this one process; start one process per GPU with "
@@ -211,11 +215,14 @@ class DistillTrainer(Trainer):
             train_dataset = read_examples(config.train_file)
         if eval_dataset is None and config.eval_file is not None:
             eval_dataset = read_examples(config.eval_file)
+        if config.eval_accuracy and eval_dataset is None and config.process_index == 0:
+            logger.warning("eval_accuracy: there is no evaluation data (eval_file, eval_dataset) to compute it of")
         self._prepared = prepared
         self.objective, self.teacher = objective, teacher
         self._sums: dict[str, Tensor] = {}
         self._share = AttentionShare(config)
-        self._idle = IdleLoss(learns_router=mixture is not None and mixture.router is not None)
+        unit = "head" if config.map_heads == "each" else "layer"
+        self._idle = IdleLoss(learns_router=mixture is not None and mixture.router is not None, unit=unit)
         self._bad_batch: str | None = None
         self._is_in_checkpoint = False
         distiller: Any = Distiller(student, mixture, config)
@@ -330,7 +337,15 @@ class DistillTrainer(Trainer):
         mine = chosen[config.process_index :: config.world_size]
         counts = count_right(self.model.student, self.processing_class, mine, options) if mine else (0, 0)
         right, asked = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
-        return float(right / max(asked, 1))
+        if asked == 0:
+            raise ValueError(
+                f"eval_accuracy: none of {len(chosen)} examples could be asked: with the reply, their questions are "
+                "longer than the student's context, a template refuses them, or no reply can match their answers; "
+                "expected others, or eval_accuracy_mode answer"
+            )
+        if asked < len(chosen) and self.is_world_process_zero():
+            logger.warning("eval_accuracy: of %d of %d examples; the others could not be asked", asked, len(chosen))
+        return float(right / asked)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums:
@@ -680,9 +695,12 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 def _means(sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Metrics as means over examples (``without_words``: their number), and the layer weights of both sides."""
     overlaps = sums.get(f"{OVERLAP}_count")
-    means = {name: value / sums["count"] for name, value in sums.items() if not name.endswith("count")}
+    counts = ("count", f"{OVERLAP}_count")
+    means = {name: value / sums["count"] for name, value in sums.items() if name not in counts}
     if overlaps is not None:
-        means[OVERLAP] = sums[OVERLAP] / overlaps.clamp_min(1)
+        means.pop(OVERLAP)
+        if overlaps > 0:
+            means[OVERLAP] = sums[OVERLAP] / overlaps
     weights = {name.removesuffix("_weights"): value.tolist() for name, value in means.items() if value.ndim == 1}
     metrics = {name: value.item() for name, value in means.items() if value.ndim == 0}
     return metrics | {"without_words": int(sums["without_words"])}, weights

@@ -23,10 +23,11 @@ class IdleLoss:
 
     Args:
         learns_router: whether the student's layer weights are those of a router.
+        unit: what the weights are of, layers or heads.
     """
 
-    def __init__(self, learns_router: bool):
-        self.learns_router = learns_router
+    def __init__(self, learns_router: bool, unit: str = "layer"):
+        self.learns_router, self.unit = learns_router, unit
         self._warned: set[str] = set()
 
     def look(self, step: int, logs: Mapping[str, Any], student_weights: list[float] | None) -> None:
@@ -36,10 +37,10 @@ class IdleLoss:
             if most > COLLAPSED:
                 self._warn(
                     "router",
-                    f"mixture: at step {step} the router gives layer {student_weights.index(most)} of the student "
-                    f"{100 * most:.1f} % of the weight (entropy_student {logs.get('entropy_student', math.nan):.3g} "
-                    "nats), so the other layers learn nothing from the attention loss. --pooling mean or a lower "
-                    "--router_learning_rate keeps it from that",
+                    f"mixture: at step {step} the router gives {self.unit} {student_weights.index(most)} of the "
+                    f"student {100 * most:.1f} % of the weight (entropy_student "
+                    f"{logs.get('entropy_student', math.nan):.3g} nats), so the other {self.unit}s learn nothing from "
+                    "the attention loss. --pooling mean or a lower --router_learning_rate keeps it from that",
                 )
         share = logs.get("attention_share")
         if share is not None and share < SMALL_SHARE and logs.get("beta", 0) > 0:

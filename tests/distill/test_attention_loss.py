@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -72,6 +73,11 @@ def test_it_is_the_loss_of_the_trainer(tmp_path, options):
     assert stored_logs.keys() == logs.keys()
     with pytest.raises(ValueError, match="example 'p0' has another text"):
         store.batch(ids, spans[::-1])
+    for wrong in ((ids, spans[:1]), ([], [])):
+        with pytest.raises(ValueError, match="ids, spans: expected as many of both, and one at least"):
+            store.batch(*wrong)
+    with pytest.raises(TypeError, match="ids: expected names, got 3"):
+        store.batch([3], spans[:1])
     with pytest.raises(ValueError, match="this store is of another"):
         molsaki.StepwiseAttentionLoss.for_models(student, store, mixture="reverse")
 
@@ -95,8 +101,33 @@ def test_maps_of_every_layer_and_steps_that_count(tmp_path):
     assert steps.sum(1).unique().numel() == 1
     assert (first * parts[0] + second * parts[1]) / (first + second) == pytest.approx(whole, rel=1e-5)
     record = run(attention_loss, teacher, OTHER, spans[:2])
-    with pytest.raises(ValueError, match="teacher: expected a record of the student's N, S, W"):
+    with pytest.raises(
+        ValueError, match="teacher: expected a record of the student's texts in the same order, got other"
+    ):
         attention_loss(found, record)
+    with pytest.raises(ValueError, match=r"steps: expected bool, \(N, S\) = \(3, 5\), got torch.int64, \(3, 5\)"):
+        attention_loss(found, wanted, steps=steps.long())
+
+
+def test_a_teacher_in_another_order_is_refused():
+    """Of texts with other numbers of steps or words, although the largest numbers are the same."""
+    student, teacher = tiny.model(2), tiny.model(3, len(OTHER), seed=1)
+    attention_loss = molsaki.StepwiseAttentionLoss.for_models(student, teacher)
+    spans = [molsaki.segment("Ann has 3. And 4.", "So 7."), molsaki.segment("Ann has 3.", "So 7.")]
+    found = run(attention_loss, student, TOKENIZER, spans)
+    with pytest.raises(ValueError, match=r"same order, got other numbers of steps: \[2, 3\], the student's \[3, 2\]"):
+        attention_loss(found, run(attention_loss, teacher, OTHER, spans[::-1]))
+
+
+def test_a_copy_averages_over_processes_too():
+    student, teacher = tiny.model(2), tiny.model(3, len(OTHER), seed=1)
+    attention_loss = copy.deepcopy(molsaki.StepwiseAttentionLoss.for_models(student, teacher))
+    spans = [molsaki.segment("Ann has 3. And 4.", "So 7.")]
+    attention_loss(run(attention_loss, student, TOKENIZER, spans), run(attention_loss, teacher, OTHER, spans))
+    again = copy.deepcopy(attention_loss)
+    again(run(again, student, TOKENIZER, spans), run(again, teacher, OTHER, spans))
+    for module in (attention_loss, again):
+        assert [len(p._post_accumulate_grad_hooks) for p in module.parameters()] == [1, 1]
 
 
 def test_overlap_by_hand():

@@ -65,7 +65,7 @@ def test_texts_messages_and_ids():
     question, rationale = SPANS.question, SPANS.rationale
     whole = molsaki.attention_map(MODEL, TOKENIZER, SPANS.text)
     assert whole.columns == [SPANS.text[a:b] for a, b in SPANS.words]
-    for ids in (IDS, torch.tensor(IDS)):
+    for ids in (IDS, torch.tensor(IDS), torch.tensor([IDS]), np.array(IDS), list(np.array(IDS))):
         again = molsaki.attention_map(MODEL, TOKENIZER, ids)
         np.testing.assert_array_equal(again.values, whole.values)
         assert again.rows == whole.rows
@@ -152,13 +152,46 @@ def test_while_generating(heads):
     assert words.columns[:3] == ["3", "2", "1"] and len(words.rows) <= 3
 
 
+def test_a_model_with_dropout():
+    """It generates and is read in evaluation mode, and every module is in its own mode afterwards."""
+    model = tiny.model(2, attention_dropout=0.7).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found.append(
+            molsaki.attention_while_generating(model, TOKENIZER, SPANS.question, generate={"max_new_tokens": 8})
+        )
+    assert found[0].rows == found[1].rows
+    np.testing.assert_array_equal(found[0].values, found[1].values)
+    assert [module.training for module in model.modules()] == before
+    output = {"return_dict_in_generate": True, "max_new_tokens": 8}
+    again = molsaki.attention_while_generating(model, TOKENIZER, SPANS.question, generate=output)
+    np.testing.assert_array_equal(found[0].values, again.values)
+    with pytest.raises(ValueError, match=r"max_new_tokens: expected it in generate=dict\(max_new_tokens=...\)"):
+        molsaki.attention_while_generating(model, TOKENIZER, SPANS.question, max_new_tokens=3)
+
+
+def test_a_model_whose_layers_have_other_numbers_of_heads():
+    from tests.distill.test_teacher_maps import uneven
+
+    assert molsaki.attention_map(uneven(), TOKENIZER, SPANS).values.shape[0] == 2
+    with pytest.raises(ValueError, match=r"heads: expected layers with one number of heads for 'each', got \[4, 2\]"):
+        molsaki.attention_map(uneven(), TOKENIZER, SPANS, heads="each")
+
+
 @pytest.mark.parametrize(
     ("text", "options", "error", "message"),
     [
         (SPANS, {"rows": "sentences"}, ValueError, 'rows: expected "steps", "tokens", "all", a number or ranges'),
         (SPANS, {"rows": 0}, ValueError, r"rows: expected 1 to \d+ tokens, got 0"),
         (SPANS, {"keys": "numbers"}, ValueError, 'keys: expected "words" or "tokens", got'),
-        (SPANS, {"heads": "all"}, ValueError, 'map_heads: expected "mean" or "each"'),
+        (SPANS, {"heads": "all"}, ValueError, 'heads: expected "mean" or "each"'),
+        (SPANS, {"layers": []}, ValueError, "layers: expected some, or None for all, got none"),
+        (SPANS, {"rows": True}, ValueError, r"rows: expected 1 to \d+ tokens, got True"),
+        (SPANS, {"rows": [(3, 1)]}, ValueError, r"rows: expected ascending, disjoint ranges within 0 to \d+, got"),
+        (SPANS, {"rows": [3, 1]}, TypeError, r"rows: expected ranges \(start, stop\) of token positions"),
         (SPANS, {"layers": [2]}, ValueError, r"layers: expected some of \(0, 1\), got 2"),
         (
             SPANS,

@@ -10,7 +10,7 @@ import torch
 
 from molsaki.config import ExtractConfig
 from molsaki.teacher.extract import extract
-from molsaki.training.objectives import OBJECTIVES
+from molsaki.training.objectives import OBJECTIVES, Objective
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.budget import assert_within_budget
@@ -42,6 +42,18 @@ def too_far(teacher, student):
     return [(teacher, 0)]
 
 nothing = 3
+
+def numpy_pairs(teacher, student):
+    import numpy as np
+    return np.array([[0, 0], [1, 1]])
+
+def flat(teacher, student):
+    return [0, 1]
+
+mean = Objective(lambda student, batch, options: {"loss": student.explain.cross_entropy.mean()})
+scalar = Objective(lambda student, batch, options: loss(student, batch, options) | {"three": torch.tensor(3.0)})
+without = Objective(lambda student, batch, options: {"cross": student.explain.cross_entropy})
+counted = Objective(lambda *args: loss(*args) | {"discount": torch.ones(len(args[1]))})
 """
 
 
@@ -106,6 +118,29 @@ def test_an_objective_of_ones_own(tmp_path, mine):
 def test_what_is_not_one(tmp_path, mine, options, error, message):
     with pytest.raises(error, match=message):
         trainer(tmp_path / "run", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mean", r"objective: loss: expected one number per example, \(2,\), got \(\)"),
+        ("scalar", r"objective: three: expected one number per example, \(2,\), got \(\)"),
+        ("without", "objective: expected a dict with 'loss' from its loss function, got one with cross"),
+    ],
+)
+def test_a_loss_of_another_shape_is_refused(tmp_path, mine, name, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "run", objective=f"my_methods:{name}", max_steps=1, **PLAIN).train()
+
+
+def test_every_term_is_logged(tmp_path, mine):
+    t = trainer(tmp_path / "run", objective="my_methods:counted", mixture="mixture", max_steps=1, **PLAIN)
+    t.train()
+    assert logged(t, "discount") == [(1,)]
+    pairs = trainer(tmp_path / "b", mixture="my_methods:numpy_pairs", **PLAIN)
+    assert pairs.model.mixture._teacher_pairs.argmax(1).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="explain_texts: expected True with maps"):
+        Objective(lambda *args: {}, maps=True, explain_texts=False)
 
 
 def test_a_pairing_of_ones_own_needs_a_store_of_every_layer(tmp_path, mine):

@@ -47,7 +47,7 @@ def words(**options) -> list[str]:
         ({"key_occurrence": "last", "max_key_words": 1}, ["3"]),
         ({"key": "words", "max_key_words": 5}, ["Ann", "has", "3", "nuts", "Bob"]),
         ({"key": "given", "key_spans": ([[1, 4], [17, 20]], [[5, 9]])}, ["Ann", "Bob", "have"]),
-        ({"key": "given"}, []),
+        ({"key": "given", "key_spans": ((), ())}, []),
     ],
 )
 def test_key_words(options, expected):
@@ -163,18 +163,21 @@ def test_spans_in_the_data(tmp_path):
         extract(options, teacher, OTHER)
     for wrong, message in (
         ([[0, 3]], "key_spans: expected an object with question and rationale"),
-        ({"question": [[0]]}, r"key_spans: question: expected a list of \[start, stop\]"),
+        ({"question": [[0]]}, "key_spans: question[0]: expected [start, stop], two ints, got [0]"),
         ({"answer": []}, "key_spans: expected an object with question and rationale"),
     ):
         rows[0]["key_spans"] = wrong
         tiny.write_jsonl(path, rows)
         found = read_examples(path)
-        assert len(found) == 7 and message.replace("\\", "") in found.left_out[0]
+        assert len(found) == 7 and message in found.left_out[0]
 
 
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
+        (("ab", []), r"key_spans: question\[0\]: expected \[start, stop\], two ints, got 'a'"),
+        (([[0.9, 2]], []), r"key_spans: question\[0\]: expected \[start, stop\], two ints"),
+        ((["03"], []), r"key_spans: question\[0\]: expected \[start, stop\], two ints, got '03'"),
         (
             ([[0, 99]], []),
             r"key_spans: question\[0\]: expected a span that is not empty within \(0, 28\), got \(0, 99\)",
@@ -185,8 +188,58 @@ def test_spans_in_the_data(tmp_path):
     ],
 )
 def test_bad_spans(spans, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         segment(QUESTION, RATIONALE, key="given", key_spans=spans)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\u2028"])
+def test_line_ends_of_every_kind(end):
+    text = f"One line here{end}second line{end}{end}new para{end} {end}{end}last"
+    for splitter, expected in (("lines", 4), ("paragraphs", 3)):
+        assert len(segment("", text, splitter=splitter).steps) == expected
+
+
+@pytest.mark.parametrize("key", ["words", "regex:x", "given", "my_selectors:names"])
+def test_number_words_are_for_numbers(mine, key):
+    with pytest.raises(ValueError, match='number_words: needs key="numbers", got'):
+        segment(QUESTION, RATIONALE, key=key, number_words=True, key_spans=((), ()))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"key": "given"}, ValueError, "key_spans: required by key='given'"),
+        ({"key": r"regex:(?=(\w\w\w))"}, ValueError, "key: expected ascending, disjoint spans within 0 to 27"),
+        ({"splitter": "sentencex:klingon"}, ValueError, "splitter: expected sentencex:LANGUAGE with a code such as de"),
+        ({"splitter": "sentencex:"}, ValueError, "splitter: expected sentencex:LANGUAGE with a code such as de"),
+        ({"splitter": None}, TypeError, "splitter: expected a name, got NoneType"),
+        ({"max_key_words": None}, ValueError, "max_key_words: expected an int of at least 0, got None"),
+        ({"max_key_words": True}, ValueError, "max_key_words: expected an int of at least 0, got True"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        segment(QUESTION, RATIONALE, **options)
+
+
+def test_what_functions_must_not_do(mine):
+    (mine / "odd_selectors.py").write_text(
+        "import numpy as np\nnumber = 3\n"
+        "def none(text):\n    pass\n"
+        "def numpy_spans(text):\n    return np.array([[0, 3]])\n"
+        "def numpy_ends(text):\n    return np.array([4, 9])\n"
+    )
+    for option, find in (("key", words), ("splitter", steps)):
+        with pytest.raises(TypeError, match=f"{option}: expected odd_selectors:number to be a function, got int"):
+            find(**{option: "odd_selectors:number"})
+        with pytest.raises(TypeError, match=f"{option}: expected .* from odd_selectors:none"):
+            find(**{option: "odd_selectors:none"})
+    assert words(key="odd_selectors:numpy_spans")[0] == "Ann"
+    assert steps(splitter="odd_selectors:numpy_ends")[0] == "Ann "
+    (mine / "broken.py").write_text("def names(text:\n")
+    with pytest.raises(ValueError, match="key: expected module:name that can be imported, got 'broken:names'"):
+        words(key="broken:names")
+    sys.modules.pop("odd_selectors")
 
 
 def test_they_are_parts_of_a_stores_identity(tmp_path, mine):

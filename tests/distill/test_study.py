@@ -480,3 +480,25 @@ def test_the_order_of_runs_and_the_options_of_data_sets_and_arms(inputs):
     options = extract_config(found, heads, found.distill_config(heads))
     assert (options.map_heads, options.key, options.all_layers, options.mixture) == ("each", "random", True, "mixture")
     assert (options.teacher, options.data_files) == (str(inputs / "teacher"), [str(inputs / "train.jsonl")])
+
+
+def test_the_source_of_ones_own_functions_is_a_part_of_a_run(inputs, tmp_path, monkeypatch):
+    """Beside the study's file, wherever the command runs; a changed one gives another identity."""
+    folder = shutil.copytree(inputs, tmp_path / "study")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    module = folder / "study_functions.py"
+    source = "def key(text):\n    return []\ndef ends(text):\n    return []\ndef pairs(t, s):\n    return [(0, 0)]\n"
+    arms = {"dss": {"objective": "dss"}, "own": {"key": "study_functions:key", "splitter": "study_functions:ends"}}
+    path = write(folder, arms=arms | {"pairs": {"mixture": "study_functions:pairs"}})
+    found = []
+    for text in (source, source.replace("return []", "return list()")):
+        module.write_text(text)
+        sys.modules.pop("study_functions", None)
+        study = read_study(path)
+        found.append({run.arm: study.identity(run) for run in study.runs})
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"own", "pairs"}
+    sys.modules.pop("study_functions")
+    from molsaki.text import key_words, sentences
+
+    key_words._own_selector.cache_clear()
+    sentences._own_splitter.cache_clear()

@@ -12,6 +12,7 @@ from molsaki.batches.dataset import prepare
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import ExtractConfig, TextOptions
 from molsaki.teacher.extract import extract
+from molsaki.teacher.map_store import Store
 from molsaki.text.examples import Example
 from molsaki.training.checkpoints import CONFIG, ROUTER
 from molsaki.training.config import DistillConfig
@@ -301,6 +302,32 @@ def test_names_in_place_of_models(tmp_path):
         DistillTrainer(str(tmp_path / "other"), args=same, train_dataset=rows)
     with pytest.raises(ValueError, match="store, args.store: expected one of them"):
         DistillTrainer(str(student), args=config(tmp_path, store="another"), store=str(tmp_path / "store"))
+
+
+def test_the_callers_options_stay_as_they_are(tmp_path):
+    args = config(tmp_path / "run")
+    student, teacher = tiny.save(tmp_path / "student", 2), tiny.save(tmp_path / "teacher", 3, OTHER, seed=1)
+    assert DistillTrainer(str(student), str(teacher), args, examples()).objective.maps
+    assert (args.student, args.teacher, args.objective) == (None, None, None)
+    assert not DistillTrainer(str(student), None, args, examples()).objective.maps
+    with pytest.raises(TypeError, match="store: expected a Store, its folder or None, got int"):
+        DistillTrainer(str(student), args=args, train_dataset=examples(), store=3)
+    data = [str(tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(8)))]
+    extract(ExtractConfig(teacher=str(teacher), data_files=data, store=str(tmp_path / "store")))
+    other = config(tmp_path / "other", store="another")
+    with pytest.raises(ValueError, match="store, args.store: expected the same, got .*store' and 'another'"):
+        DistillTrainer(str(student), args=other, train_dataset=examples(), store=Store(tmp_path / "store"))
+
+
+def test_a_frame_of_pandas(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = tiny.problems(4)
+    rows[2]["keywords"] = ["nuts"]  # the others have none
+    frame = pandas.DataFrame(rows)
+    args = config(tmp_path, objective="dss")
+    t = DistillTrainer(tiny.model(2), args=args, train_dataset=frame, processing_class=TOKENIZER)
+    assert [e.id for e in t.train_dataset.examples] == [row["id"] for row in rows]
+    assert t.train_dataset.examples[2].keywords == ("nuts",) and t.train_dataset.examples[1].keywords is None
 
 
 def test_adapters_of_a_peft_config(tmp_path):

@@ -78,6 +78,33 @@ def test_accumulation_is_one_large_batch(models, tmp_path, monkeypatch):
         torch.testing.assert_close(weights[1][name] - start, whole - start, rtol=1e-2, atol=1e-6)
 
 
+def test_evaluation_and_resume(models, tmp_path, monkeypatch):
+    """Accumulation does not change an evaluation's loss; a checkpoint has the router; train() may be repeated."""
+    losses = []
+    for steps in (1, 4):
+        folder = tmp_path / str(steps)
+        options = {"gradient_accumulation_steps": steps, "max_steps": 1, "learning_rate": 0.0}
+        trainer = run("transformers_trainer.py", models, "rationales.jsonl", folder, monkeypatch, **options)
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+        trainer.train()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 0.1}
+    whole = run("transformers_trainer.py", models, "rationales.jsonl", tmp_path / "whole", monkeypatch, **options)
+    again = run("transformers_trainer.py", models, "rationales.jsonl", tmp_path / "again", monkeypatch, **options)
+    for parameter in again.attention_loss.parameters():
+        parameter.data.fill_(7)
+    again.train(resume_from_checkpoint=str(tmp_path / "again/checkpoint-1"))
+    for a, b in zip(again.attention_loss.parameters(), whole.attention_loss.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_packing_is_refused(models, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    with pytest.raises(ValueError, match="packing, padding_free: expected False, got batches that are not padded"):
+        run("trl_sft.py", models, "pairs.jsonl", tmp_path, monkeypatch, packing=True)
+
+
 @pytest.mark.slow
 def test_trl_sft(models, tmp_path, monkeypatch):
     pytest.importorskip("trl")

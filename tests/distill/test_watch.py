@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,29 @@ def test_the_best_checkpoint_by_accuracy(tmp_path):
         config(tmp_path, eval_accuracy=-1)
     with pytest.raises(ValueError, match="eval_accuracy_mode: expected one of answer, rationale"):
         config(tmp_path, eval_accuracy_mode="both")
+
+
+def test_accuracy_of_what_cannot_be_asked(tmp_path, caplog):
+    """Answers that no reply can match are left out; if nothing is left, it is an error and not 0."""
+    data = [*examples(3), dataclasses.replace(examples(1)[0], id="odd", answer="---")]
+    options = {"objective": "dss", "eval_accuracy": 4, "max_steps": 1, **PLAIN}
+    t = trainer(tmp_path / "a", **options)
+    assert 0 <= t.evaluate(data)["eval_accuracy"] <= 1
+    assert "eval_accuracy: of 3 of 4 examples; the others could not be asked" in caplog.text
+    assert "eval_accuracy: there is no evaluation data" in caplog.text
+    short = trainer(tmp_path / "b", student=tiny.model(2, max_position_embeddings=250), **options,
+                    eval_accuracy_mode="rationale")  # fmt: skip
+    with pytest.raises(ValueError, match="eval_accuracy: none of 3 examples could be asked"):
+        short.evaluate(examples(3))
+
+
+def test_no_overlap_without_words(tmp_path):
+    wordless = [dataclasses.replace(e, question="Who has nuts?", rationale="Ann has nuts.") for e in examples(2)]
+    t = trainer(tmp_path, data=[*wordless, *examples(1)], max_steps=2, per_device_train_batch_size=2,
+                train_sampling_strategy="sequential", **PLAIN)  # fmt: skip
+    t.train()
+    rows = [row for row in t.state.log_history if "loss" in row]
+    assert "map_overlap" not in rows[0] and rows[1]["map_overlap"] > 0
 
 
 @pytest.mark.slow
