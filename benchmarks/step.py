@@ -255,7 +255,7 @@ def own_loss(
     """Return the loss of ``DistillTrainer``'s module on one batch, and the parameters to train."""
     device = torch.device(setup.device)
     student.set_attn_implementation(NAME)
-    depth, layers, width = probe(student)
+    depth, layers, width = probe(student, "concat")
     teacher_depth = depth if setup.teacher == setup.student else probe(teacher or load(setup.teacher))[0]
     mixture = None
     if objective_of(config.objective).maps:

@@ -134,7 +134,8 @@ def describe(
 ) -> dict[str, Any]:
     """Everything that the replies depend on: they are used again only if all of it is the same."""
     options = ("template", "instruction", "hint", "keywords", "max_new_tokens", "batch_size", "samples", "temperature")
-    demonstrations = {task: [dataclasses.astuple(e) for e in found] for task, found in shown.items()}
+    names = [field.name for field in dataclasses.fields(Example) if field.name != "key_spans"]  # not shown
+    demonstrations = {task: [[getattr(e, name) for name in names] for e in found] for task, found in shown.items()}
     return {name: getattr(config, name) for name in (*options, "seed")} | {
         "number_of_examples": len(examples),
         "data": digest([[e.id, e.question, e.answer, e.choices, task_of(e)] for e in examples]),

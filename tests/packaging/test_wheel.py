@@ -119,7 +119,9 @@ def test_core_dependencies_are_torch_and_numpy(wheel):
     requires = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert {re.match(r"[\w-]+", x).group() for x in requires if "extra ==" not in x} == {"torch", "numpy"}
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"train", "plot", "triton", "flash", "fused", "math", "demo", "test", "dev", "all"}
+    assert extras == {
+        "train", "plot", "triton", "flash", "fused", "math", "trl", "languages", "parquet", "demo", "test", "dev", "all"
+    }  # fmt: skip
 
 
 @needs_compiler
