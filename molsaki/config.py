@@ -158,8 +158,10 @@ class DistillOptions(TextOptions, MixtureOptions):
     student: str | None = option(None, "Folder or hub name of the student.")
     teacher: str | None = option(None, "Folder or hub name of the white-box teacher, to run it live.")
     store: str | None = option(None, "Folder of the teacher's stored maps, in place of a live teacher.")
-    train_file: str | None = option(None, "JSON lines file with id, question, rationale and answer.")
-    eval_file: str | None = option(None, "JSON lines file whose losses are computed with eval_strategy steps or epoch.")
+    train_file: str | None = option(
+        None, "File with id, question, rationale and answer: JSON lines, a JSON array, CSV, TSV or Parquet."
+    )
+    eval_file: str | None = option(None, "File whose losses are computed with eval_strategy steps or epoch.")
     eval_accuracy: int = option(
         0,
         "Also decode this many examples of the evaluation data, the first ones, and log the share of right replies as "

@@ -57,7 +57,9 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, delimiter=delimiter, strict=True):
                 if None in row:
-                    raise ValueError(f"{path}: row {row!r} has more cells than the header")
+                    raise ValueError(
+                        f"{path}: row {row!r} has more cells than the header; expected cells between {delimiter!r}"
+                    )
                 yield {name: _cell(value) for name, value in row.items() if value}
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a valid table with a header: {error}") from None

@@ -79,6 +79,10 @@ class StepwiseAttentionLoss(nn.Module):
 
         Args:
             student, teacher: Hugging Face models, or in place of the teacher the store of its maps.
+            normalise: how a step's masses become a distribution: "softmax", the paper's, which is flat where masses
+                are small, or "sum", their shares.
+            causal_words: leave out the words after a step's end.
+            teacher_temperature: below 1 it sharpens the teacher's distribution.
             **mixture: fields of `molsaki.config.MixtureOptions`: ``mixture``, the kind of mixture, ``map_heads``,
                 ``tau_t``, ``tau_s``, ``teacher_layers`` and others.
 

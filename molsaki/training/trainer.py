@@ -215,8 +215,15 @@ class DistillTrainer(Trainer):
             train_dataset = read_examples(config.train_file)
         if eval_dataset is None and config.eval_file is not None:
             eval_dataset = read_examples(config.eval_file)
-        if config.eval_accuracy and eval_dataset is None and config.process_index == 0:
-            logger.warning("eval_accuracy: there is no evaluation data (eval_file, eval_dataset) to compute it of")
+        if config.eval_accuracy and config.process_index == 0:
+            if eval_dataset is None:
+                logger.warning(
+                    "eval_accuracy: there is no evaluation data (--eval_file, eval_dataset) to compute it of"
+                )
+            elif getattr(config.eval_strategy, "value", config.eval_strategy) == "no":
+                logger.warning(
+                    "eval_accuracy: only evaluate() computes it, with --eval_strategy no; use steps or epoch"
+                )
         self._prepared = prepared
         self.objective, self.teacher = objective, teacher
         self._sums: dict[str, Tensor] = {}
