@@ -1,4 +1,4 @@
-"""The attention loss with Accelerate, on one process, with DDP or with FSDP2.
+"""The attention loss with Accelerate, on one process, with DDP or with FSDP2 (tested with two processes on a CPU).
 
     accelerate launch --config_file examples/distributed/fsdp2.yaml \
         examples/training_loops/accelerate_fsdp2.py STUDENT TEACHER TRAIN_FILE OUTPUT_DIR

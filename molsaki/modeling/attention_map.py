@@ -17,7 +17,7 @@ from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.segment import segment
 from molsaki.text.spans import Span, Spans
-from molsaki.text.token_ids import decode_with_offsets, special_tokens, steps_and_words
+from molsaki.text.token_ids import decode_with_offsets, special_ids, steps_and_words
 from molsaki_kernels import StepPlan
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def attention_while_generating(
     chosen = [(t - 1, t) for t in range(len(asked), len(ids))]
     columns = [[t] for t in range(len(ids))]
     if keys == "words":
-        _, columns = steps_and_words(ids, len(asked), tokenizer, True, options)
+        _, columns = steps_and_words(ids, len(asked), tokenizer, options)
         if not columns:
             raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
     found = _computed(model, tokenizer, ids, chosen, columns, heads, layers, False)
@@ -252,7 +252,7 @@ def _read(
     if items and all(isinstance(item, np.integer) for item in items):
         items = [int(item) for item in items]
     if items and all(isinstance(item, int) for item in items):
-        return items, *steps_and_words(items, 0, tokenizer, True, options)
+        return items, *steps_and_words(items, 0, tokenizer, options)
     if not items or not all(isinstance(item, Mapping) for item in items):
         raise TypeError("text: expected a text, molsaki.Spans, messages or token ids, got " + type(text).__name__)
     before = items if is_prompt else items[:-1]
@@ -262,7 +262,7 @@ def _read(
     border = len(asked) if whole.startswith(asked) else 0
     first = next((t for t, (start, _) in enumerate(output["offset_mapping"]) if start >= border), 0)
     ids = output["input_ids"]
-    return ids, *steps_and_words(ids, first, tokenizer, True, options)
+    return ids, *steps_and_words(ids, first, tokenizer, options)
 
 
 @torch.no_grad()
@@ -300,7 +300,8 @@ def _computed(
 
 def _labels(ids: list[int], tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each group of tokens; the name of a special token that is alone."""
-    special = special_tokens(ids, tokenizer)
+    specials = special_ids(tokenizer)
+    special = [int(token in specials) for token in ids]
     text, offsets = decode_with_offsets(ids, special, tokenizer)
     names = []
     for group in tokens:

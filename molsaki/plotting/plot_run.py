@@ -19,7 +19,7 @@ from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import load_model, load_tokenizer
 from molsaki.plotting import plots
 from molsaki.teacher.map_store import Store
-from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
+from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student, teacher_maps
 from molsaki.text.alignment import encode
 from molsaki.text.examples import Example, read_examples
 from molsaki.text.spans import Spans
@@ -101,8 +101,7 @@ def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Pat
         raise ValueError("--data_file: needs --teacher, --store or --student to draw maps of it")
 
     heads = options.map_heads
-    value_heads = options.value_heads if options.mixture == "mixture" else None
-    own, layers, width = (1, 1, 1) if student.model is None else probe(student.model, value_heads, heads)
+    own, layers, width = (1, 1, 1) if student.model is None else probe_student(student.model, options)
     other = own if teacher.model is None else probe(teacher.model, map_heads=heads)[0]
     mixture = mixture_of(options, other if store is None else store.num_layers, own, layers, width)
     student_name = "student" if _load_router(mixture, config) else "student, layers weighted alike"

@@ -60,6 +60,11 @@ def probe(model: nn.Module, value_heads: str | None = None, map_heads: str = "me
     return record.maps.shape[1], len(record.layers), record.values.shape[-1] if values else 0
 
 
+def probe_student(model: nn.Module, options: MixtureOptions) -> tuple[int, int, int]:
+    """`probe` of a student as the mixture needs it: only a router reads values."""
+    return probe(model, options.value_heads if options.mixture == "mixture" else None, options.map_heads)
+
+
 def kind_of(options: MixtureOptions) -> str | Pairing:
     """The kind of mixture that a config names, or the function of ``module:function``."""
     if options.mixture in MIXTURE_NAMES or not is_named(options.mixture):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+LONGEST_CHARACTER = 8  # tokens: four bytes, and some that are none before them
 
 
 def plan_from_ids(
@@ -56,12 +57,13 @@ def plan_from_ids(
             f"labels: expected the shape of input_ids, {[len(row) for row in rows]} tokens, got "
             f"{[len(row) for row in targets]}"
         )
+    specials = special_ids(tokenizer)
     steps, words = [], []
     for ids, has_label in zip(rows, targets, strict=True):
         found: tuple[list[Span], list[list[int]]] = ([], [])
         if any(has_label):
             first, stop = has_label.index(True), len(ids) - has_label[::-1].index(True)
-            found = steps_and_words(ids[:stop], first, tokenizer, question_steps, options)
+            found = steps_and_words(ids[:stop], first, tokenizer, options, question_steps, specials)
         steps.append(found[0])
         words.append(found[1])
     plan = StepPlan.from_spans(steps, words)
@@ -83,23 +85,29 @@ def _lists(rows: Any) -> Any:
     return rows.tolist() if hasattr(rows, "tolist") else rows
 
 
-def special_tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """1 for each id of a special token, which is no part of the text, else 0."""
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of the special tokens, which are no part of a text."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-    specials = added.union(tokenizer.all_special_ids)
-    return [int(token in specials) for token in ids]
+    return added.union(tokenizer.all_special_ids)
 
 
 def steps_and_words(
-    ids: list[int], first: int, tokenizer: PreTrainedTokenizerBase, question_steps: bool, options: dict[str, Any]
+    ids: list[int],
+    first: int,
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+    question_steps: bool = True,
+    specials: set[int] | None = None,
 ) -> tuple[list[Span], list[list[int]]]:
     """The token range of each step of one text, and the tokens of each key word.
 
     Args:
         first: the first token of the rationale.
         options: of `molsaki.segment`.
+        specials: `special_ids` of the tokenizer, if they are known.
     """
-    special = special_tokens(ids, tokenizer)
+    specials = special_ids(tokenizer) if specials is None else specials
+    special = [int(token in specials) for token in ids]
     text, offsets = decode_with_offsets(ids, special, tokenizer)
     border = next((offsets[t][0] for t in range(first, len(ids)) if not special[t]), len(text))
     question, rationale = text[:border], text[border:]
@@ -146,7 +154,8 @@ def decode_with_offsets(
             continue
         waiting.append(t)
         after = decode([ids[i] for i in (*context, *waiting)], skip_special_tokens=False)
-        if after.endswith("\ufffd") and t != own[-1]:  # the first bytes of a character, or bytes that are none
+        is_open = after.endswith("\ufffd")  # the first bytes of a character, or bytes that are none
+        if is_open and len(waiting) < LONGEST_CHARACTER and t != own[-1]:
             continue
         pieces.append(after[len(before) :])
         for i in waiting:

@@ -15,7 +15,7 @@ from molsaki.modeling.capture import Record, capture
 from molsaki.modeling.unwrap import input_device
 from molsaki.teacher.fingerprints import describe_mixture
 from molsaki.teacher.map_store import Store
-from molsaki.teacher.teacher_maps import mixture_of, probe
+from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student
 from molsaki.training import losses
 from molsaki.training.mixture import MixtureOfLayers
 from molsaki_kernels import StepPlan
@@ -97,8 +97,7 @@ class StepwiseAttentionLoss(nn.Module):
                 raise TypeError(f"{name}: expected one of {own}, {', '.join(known)}")
         options = MixtureOptions(**mixture)
         check_options(options)
-        value_heads = options.value_heads if options.mixture == "mixture" else None
-        student_maps, value_layers, width = probe(student, value_heads, options.map_heads)
+        student_maps, value_layers, width = probe_student(student, options)
         if isinstance(teacher, Store):
             maps = teacher.num_layers
             teacher.check(describe_mixture(options, maps, teacher.all_layers, student_maps))

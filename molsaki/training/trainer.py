@@ -43,7 +43,7 @@ from molsaki.modeling.loading import context_length, load_both
 from molsaki.modeling.packing_probe import can_pack, can_share_prefix, choose_packing
 from molsaki.teacher.fingerprints import describe
 from molsaki.teacher.map_store import Store
-from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
+from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student, teacher_maps
 from molsaki.text.examples import read_examples
 from molsaki.training import checkpoints
 from molsaki.training.accuracy import count_right
@@ -177,8 +177,7 @@ class DistillTrainer(Trainer):
         if objective.maps or packing:
             student.set_attn_implementation(NAME)
         if objective.maps:
-            value_heads = config.value_heads if config.mixture == "mixture" else None
-            student_maps, value_layers, width = probe(student, value_heads, config.map_heads)
+            student_maps, value_layers, width = probe_student(student, config)
             if store is not None:
                 store.check(describe(config, store.num_layers, store.all_layers, student_maps, teacher, teacher_spec))
                 teacher, maps = None, store.num_layers

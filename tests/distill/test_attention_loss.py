@@ -188,7 +188,7 @@ def models(tmp_path_factory):
 
 
 def test_a_loop_of_ones_own(models, tmp_path):
-    """Two epochs of the same batches bring the loss down, and the student is written."""
+    """Two tokenizers; what is logged is finite, and the student is written."""
     argv = [models / "student", models / "teacher", models / "train.jsonl", tmp_path / "out"]
     done = processes.python(processes.__file__, "example", "training_loops/plain_loop.py", tmp_path / "report", *argv)
     assert done.returncode == 0, done.stderr

@@ -113,3 +113,25 @@ def test_texts_without_labels_and_bad_input(tokenizers):
         from transformers import ByT5Tokenizer
 
         molsaki.plan_from_ids(ids, labels, ByT5Tokenizer())
+
+
+def test_broken_texts_take_linear_time(tokenizers):
+    """Bytes that are no characters are not collected until the end of a text."""
+    tokenizer = tokenizers["bytes"]
+    broken = tokenizer("\N{GRINNING FACE}").input_ids[0]
+    ids = tokenizer("5 ").input_ids + [broken] * 5000 + tokenizer(" 7.").input_ids
+    calls = []
+
+    class Backend:
+        def decode(self, tokens, **options):
+            calls.append(len(tokens))
+            return tokenizer.backend_tokenizer.decode(tokens, **options)
+
+    stand_in = type("Tokenizer", (), {"backend_tokenizer": Backend()})()
+    text, offsets = decode_with_offsets(ids, [0] * len(ids), stand_in)
+    assert sum(calls) < 20 * len(ids)
+    assert (
+        text.startswith("5 ")
+        and text.endswith(" 7.")
+        and offsets[-2:] == [(len(text) - 2, len(text) - 1), (len(text) - 1, len(text))]
+    )

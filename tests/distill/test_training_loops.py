@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import molsaki
 from tests.helpers import small_tokenizers, tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 
@@ -121,9 +123,19 @@ def test_trl_gkd(models, tmp_path, monkeypatch, on_policy):
     rows[0]["messages"][0]["content"] = "Ann has 3 nuts. How many?"  # shorter than the others
     tiny.write_jsonl(models / "uneven.jsonl", rows)
     options = {"lmbda": on_policy, "max_new_tokens": 24, "temperature": 0.5}
+    before, after, original = [], [], molsaki.right_padded
+
+    def right_padded(inputs):
+        before.append(inputs["attention_mask"])
+        after.append(original(inputs))
+        return after[-1]
+
+    monkeypatch.setattr(molsaki, "right_padded", right_padded)
     trainer = run("trl_gkd.py", models, "uneven.jsonl", tmp_path, monkeypatch, **options)
-    if on_policy:
+    assert any((mask[:, 0] == 0).any() for mask in before)  # padded on the left
+    assert all((batch["attention_mask"].diff(dim=1) <= 0).all() for batch in after)
+    if on_policy:  # what an untrained student writes has hardly any numbers, so the loss may be 0
         rows = [row for row in trainer.state.log_history if "loss" in row]
-        assert len(rows) == 3 and all(row["loss_att"] >= 0 for row in rows)
+        assert len(rows) == 3 and all(math.isfinite(row["loss"] + row["loss_att"]) for row in rows)
     else:
         check(trainer, tmp_path)
