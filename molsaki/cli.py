@@ -10,6 +10,7 @@ import argparse
 import importlib
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(argv[:1]).command
+    _show_log()
     try:
         if command in CONFIGURED:
             return _run_configured(command, argv[1:])
@@ -46,6 +48,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"molsaki {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what standard error is at the time of a message."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
+
+
+def _show_log() -> None:
+    """Show what the package logs: everything in the first process, warnings in others."""
+    logger = logging.getLogger("molsaki")
+    if not logger.handlers:
+        logger.addHandler(_Stderr())
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 COMMANDS = {

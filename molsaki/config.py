@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, get_arg
 
 from molsaki import presets
 from molsaki.functions import is_named
+from molsaki.text.formats import AUTO, FORMATS
 from molsaki.text.key_words import KEY_WORDS, selector_of
 from molsaki.text.sentences import splitter_of
 
@@ -40,12 +41,27 @@ PREDICT_HELP = (
 )
 
 
+DATA_FILES = "JSON lines, a JSON array, CSV, TSV or Parquet"
+
+
 def option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
     """A dataclass field with a help text and, for some, choices; default lists and dicts are copied per config."""
     metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """How the records of data files are read."""
+
+    data_format: str = option(
+        AUTO,
+        "The format of the records: auto recognises it by their keys, for each record, and logs it; or one of "
+        f"{', '.join(FORMATS)}, of which molsaki is our own: question, rationale and answer.",
+        choices=(AUTO, *FORMATS),
+    )
 
 
 @dataclasses.dataclass
@@ -117,12 +133,12 @@ class MixtureOptions:
 
 
 @dataclasses.dataclass
-class ExtractConfig(TextOptions, MixtureOptions):
+class ExtractConfig(DataOptions, TextOptions, MixtureOptions):
     """``molsaki extract``: run the teacher once over a data set and store its maps."""
 
     teacher: str | None = option(None, "Folder or hub name of the white-box teacher.")
     data_files: list[str] = option(
-        [], "JSON lines files with id, question, rationale and answer; they share one store."
+        [], f"Files with id, question, rationale and answer: {DATA_FILES}. They share one store."
     )
     store: str | None = option(None, "Folder of the store; an unfinished store is continued.")
     student: str | None = option(
@@ -152,16 +168,19 @@ class ExtractConfig(TextOptions, MixtureOptions):
 
 
 @dataclasses.dataclass
-class DistillOptions(TextOptions, MixtureOptions):
+class DistillOptions(DataOptions, TextOptions, MixtureOptions):
     """``molsaki distill``: train a student. Besides these, it takes every option of transformers' TrainingArguments."""
 
     student: str | None = option(None, "Folder or hub name of the student.")
     teacher: str | None = option(None, "Folder or hub name of the white-box teacher, to run it live.")
     store: str | None = option(None, "Folder of the teacher's stored maps, in place of a live teacher.")
-    train_file: str | None = option(
-        None, "File with id, question, rationale and answer: JSON lines, a JSON array, CSV, TSV or Parquet."
+    train_file: list[str] = option([], f"File with id, question, rationale and answer, or several: {DATA_FILES}.")
+    eval_file: list[str] = option([], "File, or several, whose losses are computed with eval_strategy steps or epoch.")
+    streaming: bool = option(
+        False,
+        "Read the training data in their order, as they are needed, in place of once before the training. Needs "
+        "max_steps; examples are not shuffled.",
     )
-    eval_file: str | None = option(None, "File whose losses are computed with eval_strategy steps or epoch.")
     eval_accuracy: int = option(
         0,
         "Also decode this many examples of the evaluation data, the first ones, and log the share of right replies as "
@@ -246,12 +265,12 @@ class DistillOptions(TextOptions, MixtureOptions):
 
 
 @dataclasses.dataclass
-class EvaluateConfig:
+class EvaluateConfig(DataOptions):
     """``molsaki evaluate``: decode greedily, score exactly, write every prediction."""
 
     model: str | None = option(None, "Folder or hub name of the model: any causal language model.")
     data_file: str | None = option(
-        None, "JSON lines file with id, question and gold (or answer), and optionally choices."
+        None, f"File with id, question and gold (or answer), and optionally choices: {DATA_FILES}."
     )
     output_dir: str | None = option(
         None, "Folder for predictions.jsonl and summary.json; with --predictions for summary.json and compare.csv."
@@ -292,13 +311,13 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass
-class PlotConfig(TextOptions, MixtureOptions):
+class PlotConfig(DataOptions, TextOptions, MixtureOptions):
     """``molsaki plot``: draw the losses and layer weights of a run, and the maps of texts."""
 
     run: str | None = option(
         None, "Output folder of molsaki distill: draw its log, and use its options and router for the maps."
     )
-    data_file: str | None = option(None, "JSON lines file whose examples' maps are drawn.")
+    data_file: str | None = option(None, "File whose examples' maps are drawn.")
     teacher: str | None = option(None, "Folder or hub name of the teacher; run live for its maps if no store is given.")
     store: str | None = option(None, "Folder of the teacher's stored maps.")
     student: str | None = option(None, "Folder or hub name of the student, or a checkpoint with its router.")
@@ -312,12 +331,12 @@ class PlotConfig(TextOptions, MixtureOptions):
 
 
 @dataclasses.dataclass
-class AnnotateConfig:
+class AnnotateConfig(DataOptions):
     """``molsaki annotate``: a teacher writes rationales, and those that end in the right answer are kept."""
 
     teacher: str | None = option(None, "Folder or hub name of the teacher: any causal language model.")
     data_file: str | None = option(
-        None, "JSON lines file with id, question and gold (or answer), and optionally choices and task."
+        None, f"File with id, question and gold (or answer), and optionally choices and task: {DATA_FILES}."
     )
     output_file: str | None = option(
         None, "JSON lines file to write. Its .work.jsonl keeps all replies, so an interrupted run can be continued."

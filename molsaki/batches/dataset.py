@@ -25,6 +25,7 @@ from molsaki.batches.tokenized import (
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.teacher.map_store import Entry, Store, check_text
 from molsaki.text.examples import Example, Examples, example_of
+from molsaki.text.formats import AUTO
 from molsaki.text.spans import Spans
 from molsaki.text.templates import frame_of
 
@@ -61,7 +62,7 @@ class DistillDataset(Dataset[Item]):
             try:
                 tokenized = tokenization(example)
                 if store is not None:
-                    _check_stored(store, example.id, tokenized.spans)
+                    check_stored(store, example.id, tokenized.spans)
             except LeftOut as reason:
                 if str(reason) not in self.left_out and reason.__cause__ is not None:
                     logger.warning("example %s: %s", example.id, reason.__cause__)
@@ -95,13 +96,16 @@ class DistillDataset(Dataset[Item]):
         return collections.Counter({reason: len(ids) for reason, ids in self.left_out.items()})
 
     def summary(self) -> str:
-        """One line: examples used, without key words, left out and why."""
+        """One line: examples used, without key words, with thinking traces, left out and why."""
         used = f"{len(self)} examples, {self.without_words} without key words"
+        used += f", {self.thinking} with a thinking trace" if self.thinking else ""
         return "; ".join([used, list_left_out(self.left_out)] if self.left_out else [used])
 
 
-def as_examples(data: Any, name: str) -> Sequence[Example]:
+def as_examples(data: Any, name: str, data_format: str = AUTO) -> Sequence[Example]:
     """Examples from a sequence of them, or of rows: dicts as the lines of a file, a ``datasets.Dataset``, or a frame.
+
+    Fields that are None are missing, as a ``datasets.Dataset`` has them where only some rows have a field.
 
     Raises:
         TypeError, ValueError: the data is no such sequence, or a row lacks a field; the message begins with ``name``.
@@ -122,7 +126,8 @@ def as_examples(data: Any, name: str) -> Sequence[Example]:
             examples.append(row)
             continue
         try:
-            examples.append(example_of(dict(row), str(number), rationale=True, compared=False))
+            present = {name: value for name, value in row.items() if value is not None}
+            examples.append(example_of(present, str(number), rationale=True, compared=False, data_format=data_format))
         except (ValueError, TypeError) as error:
             left_out.append(f"{where}: {error}")
     if left_out and not examples:
@@ -143,9 +148,9 @@ def prepare(
 ) -> DistillDataset:
     """Tokenize every example once, to check and count it.
 
-    Examples without key words are kept and counted. Left out and counted are those without a rationale, those too long
-    for a side (unless ``options.too_long == "cut"``), those whose text a template or tokenizer refuses and, if
-    ``options.drop_wrong``, those with a wrong rationale.
+    Examples without key words are kept and counted. Left out and counted are those without a rationale, those whose
+    thinking trace is not whole, those too long for a side (unless ``options.too_long == "cut"``), those whose text a
+    template or tokenizer refuses and, if ``options.drop_wrong``, those with a wrong rationale.
 
     Args:
         teacher: needed for a live teacher, and with ``too_long="cut"``.
@@ -155,6 +160,17 @@ def prepare(
     Raises:
         ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
     """
+    return DistillDataset(examples, tokenization_of(options, student, teacher, predict_template, cot_template), store)
+
+
+def tokenization_of(
+    options: TextOptions,
+    student: TokenizerSpec,
+    teacher: TokenizerSpec | None = None,
+    predict_template: str = PREDICT_TEMPLATE,
+    cot_template: str | None = None,
+) -> Tokenization:
+    """A picklable `Tokenization`, of whose templates each can be used; arguments and errors as in `prepare`."""
     for spec in (student, teacher):
         if spec is not None:
             frame_of(spec.tokenizer, spec.template)  # refuses a template that fails for every text
@@ -162,11 +178,10 @@ def prepare(
     text_options = TextOptions(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(TextOptions)}
     )
-    tokenization = Tokenization(text_options, student, teacher, predict_template, cot_template)
-    return DistillDataset(examples, tokenization, store)
+    return Tokenization(text_options, student, teacher, predict_template, cot_template)
 
 
-def _check_stored(store: Store, id: str, spans: Spans) -> None:
+def check_stored(store: Store, id: str, spans: Spans) -> None:
     if id not in store:
         raise ValueError(f"{store.folder}: holds no example {id!r}; extract this data set too")
     entry = store[id]

@@ -23,6 +23,7 @@ from molsaki.text.examples import Example
 from molsaki.text.fitting import TooLong, fit
 from molsaki.text.segment import segment
 from molsaki.text.spans import Spans
+from molsaki.text.thinking import NOT_CLOSED, UNBALANCED, state_of
 
 
 def spans_of(example: Example, options: TextOptions) -> Spans:
@@ -38,6 +39,7 @@ def spans_of(example: Example, options: TextOptions) -> Spans:
         key_occurrence=options.key_occurrence,
         max_key_words=options.max_key_words,
         key_spans=example.key_spans or ((), ()),
+        context=example.context,
     )
 
 
@@ -46,7 +48,7 @@ def predict_prompt(
 ) -> list[int]:
     """The token ids after which the answer is generated."""
     question, template = _predict_task(example, template, predict_template)
-    return prompt(question, tokenizer, template=template)
+    return prompt(question, tokenizer, template=template, context=example.context)
 
 
 def _predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
@@ -106,13 +108,16 @@ def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) 
     """An example's spans, its tokens for each of ``specs``, and True if the text had to be truncated.
 
     Raises:
-        LeftOut: it has no rationale, or a wrong one and ``options.drop_wrong``, or is too long for one of ``specs``, or
-            a template or tokenizer refuses its text.
+        LeftOut: it has no rationale, or one whose thinking trace is not whole, or a wrong one and
+            ``options.drop_wrong``, or is too long for one of ``specs``, or a template or tokenizer refuses its text.
     """
     if not example.rationale.strip():
         raise LeftOut("no rationale")
     if options.drop_wrong and not example.is_right:
         raise LeftOut("wrong answer")
+    state = state_of(example.rationale)
+    if state not in ("none", "whole"):
+        raise LeftOut(NOT_CLOSED if state == "not closed" else UNBALANCED)
     whole = spans_of(example, options)
     with left_out_if_refused():
         encoded = [encode(whole, spec.tokenizer, template=spec.template) for spec in specs]
@@ -190,7 +195,9 @@ class Tokenization:
             parts = {"{rationale}": example.rationale, "{answer}": example.answer}
             reply = re.sub(r"\{(rationale|answer)\}", lambda match: parts[match[0]], self.cot_template)
         with left_out_if_refused():
-            predict = encode(segment(question, reply, key=()), student.tokenizer, template=template)
+            predict = encode(
+                segment(question, reply, key=(), context=example.context), student.tokenizer, template=template
+            )
         tokenized = TokenizedExample(
             example.id,
             spans,
@@ -201,3 +208,19 @@ class Tokenization:
         if student.max_length is not None and len(tokenized.predict.input_ids) > student.max_length:
             raise LeftOut("answer task longer than max_length")
         return tokenized
+
+    def describe_labels(self, example: TokenizedExample) -> str:
+        """What the student's two texts of an example teach: the end of what is masked, and the labels."""
+        tokenizer, lines = self.student.tokenizer, []
+        for name, text in (("explain", example.explain), ("predict", example.predict)):
+            masked, taught = text.input_ids[: text.target_start], text.input_ids[text.target_start :]
+            shown = [str(tokenizer.decode(part.tolist())) for part in (masked, taught)]
+            lines.append(
+                f"{name}: {len(masked)} tokens masked, {_shortened(shown[0], 0, 60)!r}; {len(taught)} taught, "
+                f"{_shortened(shown[1], 60, 40)!r}"
+            )
+        return f"labels of example {example.id}: " + "; ".join(lines)
+
+
+def _shortened(text: str, first: int, last: int) -> str:
+    return text if len(text) <= first + last + 5 else f"{text[:first]} ... {text[-last:]}".strip()

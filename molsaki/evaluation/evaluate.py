@@ -58,7 +58,7 @@ def evaluate(
     if len(config.compare) > 1:
         raise ValueError(f"--compare: expected one path without --predictions, got {' '.join(config.compare)}")
     data_file, folder = require(config, "data_file"), Path(require(config, "output_dir"))
-    examples = read_examples(data_file, rationale=False)[: config.limit]
+    examples = read_examples(data_file, rationale=False, data_format=config.data_format)[: config.limit]
     other = read_predictions("--compare", config.compare[0], examples) if config.compare else None
     model, tokenizer = load_for_command(config, "model", model, tokenizer)
     config = with_templates(config)
@@ -131,7 +131,13 @@ def generate(
         try:
             with left_out_if_refused():
                 if config.mode == "rationale":
-                    ids = prompt(example.question, tokenizer, template=config.template, thinking=bool(config.thinking))
+                    ids = prompt(
+                        example.question,
+                        tokenizer,
+                        template=config.template,
+                        thinking=bool(config.thinking),
+                        context=example.context,
+                    )
                 else:
                     ids = predict_prompt(example, tokenizer, config.template, config.predict_template)
             if limit is not None and len(ids) + new_tokens > limit:

@@ -157,7 +157,9 @@ def _load_router(mixture: MixtureOfLayers, config: PlotConfig) -> bool:
 
 
 def _chosen(config: PlotConfig, data_file: str) -> list[Example]:
-    examples = [example for example in read_examples(data_file) if example.rationale.strip()]
+    examples = [
+        example for example in read_examples(data_file, data_format=config.data_format) if example.rationale.strip()
+    ]
     if not config.ids:
         return examples[: config.examples]
     known = {example.id: example for example in examples}

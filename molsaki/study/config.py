@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from molsaki import presets
 from molsaki.config import (
     OR_YOUR_OWN,
+    DataOptions,
     EvaluateConfig,
     ExtractConfig,
     MixtureOptions,
@@ -267,13 +268,13 @@ def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConf
     """The options of the store that the run needs: its texts' options, and all layers unless the study says no."""
     assert run.extract is not None
     values = {"all_layers": True} | run.extract
-    shared = (TextOptions,) if values["all_layers"] else (TextOptions, MixtureOptions)
+    shared = (DataOptions, TextOptions, *(() if values["all_layers"] else (MixtureOptions,)))
     for options in shared:
         values |= {field.name: getattr(config, field.name) for field in dataclasses.fields(options)}
     values["map_heads"] = config.map_heads
     if not values["all_layers"] or config.too_long == "cut":
         values["student"] = config.student
-    values |= {"teacher": config.teacher, "data_files": [config.train_file]}
+    values |= {"teacher": config.teacher, "data_files": config.train_file}
     return build(ExtractConfig, values, f"{study.path}: arms.{run.arm}: extract")
 
 

@@ -25,6 +25,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.batches.batch import TextBatch
 from molsaki.batches.collator import text_batch
+from molsaki.batches.dataset import as_examples
 from molsaki.batches.tokenized import (
     LeftOut,
     TokenizedText,
@@ -53,13 +54,18 @@ Item = TypeVar("Item")
 
 
 def extract(
-    config: ExtractConfig, teacher: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    config: ExtractConfig,
+    teacher: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """Store the teacher's maps of a data set; continues an unfinished store, and does not change a finished one.
 
     Args:
         config: the options of the command.
         teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
+        data: used in place of reading ``config.data_files``: a sequence of examples or of dicts, such as a
+            ``datasets.Dataset``.
 
     Returns:
         A summary: ``examples``, ``left_out`` by reason, ``bytes_per_example`` of the whole store;
@@ -68,8 +74,14 @@ def extract(
     Raises:
         ValueError, TypeError, OSError: a flag, file or field is not as described, or the store is of something else.
     """
-    data_files, folder = require(config, "data_files"), require(config, "store")
-    examples = read_examples(data_files)[: config.limit]
+    folder = require(config, "store")
+    if data is None:
+        examples: Sequence[Example] = read_examples(require(config, "data_files"), data_format=config.data_format)
+    elif config.data_files:
+        raise ValueError(f"data, data_files: expected one of them, got both: {' '.join(config.data_files)}")
+    else:
+        examples = as_examples(data, "data", config.data_format)
+    examples = examples[: config.limit]
     device_map = config.device_map
     if device_map is None and config.quantize != "none" and torch.cuda.is_available():
         device_map = {"": _local_device()}

@@ -59,14 +59,16 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def fingerprint_spans(spans: Spans) -> int:
     """A 64-bit integer for a text, its steps and its key words."""
-    return hash64(json.dumps([spans.text, spans.steps, spans.words]))
+    turns = [spans.turns] if spans.turns else []
+    return hash64(json.dumps([spans.text, spans.steps, spans.words, *turns]))
 
 
 def fingerprint_examples(examples: Iterable[Example]) -> str:
     """A digest of the fields of a data set on which its maps depend, read one example at a time."""
     found = hashlib.blake2b(digest_size=16)
     for example in examples:
-        given = [] if example.key_spans is None else [example.key_spans]
+        given: list[Any] = [] if example.key_spans is None else [example.key_spans]
+        given += [{"context": example.context}] if example.context else []
         found.update(json.dumps([example.id, example.question, example.rationale, example.keywords, *given]).encode())
     return found.hexdigest()
 

@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from molsaki.text.conversations import Turn
 from molsaki.text.segment import segment
 from molsaki.text.spans import Span, Spans, check_str
 from molsaki.text.templates import RATIONALE_MARK, THINKING_MARK, name_of, render
@@ -93,7 +94,12 @@ def plan(
 
 
 def prompt(
-    question: str, tokenizer: PreTrainedTokenizerBase, *, template: str = "plain", thinking: bool = False
+    question: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "plain",
+    thinking: bool = False,
+    context: Sequence[Turn] = (),
 ) -> list[int]:
     """The token ids after which a rationale is generated: the template up to it, without a space at the end.
 
@@ -102,9 +108,11 @@ def prompt(
 
     Args:
         thinking: whether the rationale begins with ``<think>``: some chat templates put an empty trace before others.
+        context: the turns before the question, each a role and a text.
     """
     check_str("question", question)
-    rendered = render(segment(question, THINKING_MARK if thinking else RATIONALE_MARK, key=()), tokenizer, template)
+    spans = segment(question, THINKING_MARK if thinking else RATIONALE_MARK, key=(), context=context)
+    rendered = render(spans, tokenizer, template)
     tokens = tokenize(rendered.text[: rendered.target], tokenizer, rendered.special_tokens)
     return tokens.ids[: len(tokens.ids) - tokens.num_closing]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import collections
 import dataclasses
 import json
 import logging
@@ -17,9 +18,11 @@ from typing import Any, cast, overload
 import numpy as np
 
 from molsaki.text.answers import gold_choice, kind_of, same_answer
-from molsaki.text.formats import Fields, to_fields
+from molsaki.text.conversations import Turn, checked_context, turns_of
+from molsaki.text.formats import AUTO, Fields, format_of, to_fields
 from molsaki.text.spans import Span, checked_key_spans
 from molsaki.text.tables import as_json_lines
+from molsaki.text.thinking import with_opening
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,8 @@ NAMED = 5  # examples left out that a message names
 class Example:
     """One question with its rationale and answer.
 
-    ``key_spans`` are characters of the question and of the rationale, for ``--key given``.
+    ``context`` are the turns before the question, in a conversation. ``key_spans`` are characters of the question and
+    of the rationale, for ``--key given``.
 
     ``answer`` is the gold answer where the data has one. ``is_right`` is False where the data also has the answer in
     which the rationale ended, and the two differ.
@@ -45,6 +49,7 @@ class Example:
     is_right: bool = True
     task: str | None = None
     key_spans: tuple[tuple[Span, ...], tuple[Span, ...]] | None = None
+    context: tuple[Turn, ...] = ()
 
 
 class Examples(Sequence[Example]):
@@ -57,7 +62,15 @@ class Examples(Sequence[Example]):
             whole files, also of a slice.
     """
 
-    def __init__(self, paths: Sequence[Path], index: np.ndarray[Any, Any], left_out: Sequence[str] = ()):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        index: np.ndarray[Any, Any],
+        left_out: Sequence[str] = (),
+        data_format: str = AUTO,
+        names: Sequence[str] = ("",),
+    ):
+        self._format, self._names = data_format, names
         self._tables, self._table_states = paths, [_state(path) for path in paths]
         self._paths = [as_json_lines(path) for path in paths]
         self._states = [_state(path) for path in self._paths]
@@ -73,8 +86,10 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self._tables, self._index[index], self.left_out)
-        return example_of(self.record(index), str(self._index[index]["line"]), rationale=False, compared=False)
+            return Examples(self._tables, self._index[index], self.left_out, self._format, self._names)
+        entry = self._index[index]
+        default_id = f"{self._names[entry['file']]}{entry['line']}"
+        return example_of(self.record(index), default_id, rationale=False, compared=False, data_format=self._format)
 
     def record(self, index: int) -> Fields:
         """The JSON object of an example as its file has it."""
@@ -88,21 +103,22 @@ class Examples(Sequence[Example]):
             return cast(Fields, json.loads(file.read(entry["length"])))
 
 
-def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True) -> Examples:
+def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True, data_format: str = AUTO) -> Examples:
     """Read JSON lines, one JSON array, or a table (``.csv``, ``.tsv``, ``.parquet``) of objects with ``question``,
-    ``rationale``, ``answer`` or ``gold``, and optionally ``id``, ``keywords``, ``key_spans``, ``choices`` and ``task``,
-    or of a format of `molsaki.text.formats`.
+    ``rationale``, ``answer`` or ``gold``, and optionally ``id``, ``context``, ``keywords``, ``key_spans``, ``choices``
+    and ``task``, or of a format of `molsaki.text.formats`, which is logged for each file.
 
     Answers may be numbers, and true and false are read as yes and no. The gold answer of an example with choices
-    becomes the text of its choice. Blank lines are skipped. A missing ``id`` becomes the number of the line or element.
-    Every example is checked here, but none is kept in memory. One that cannot be used is left out: the first few are
-    named in a warning, all of them in ``left_out``.
+    becomes the text of its choice. Blank lines are skipped. A missing ``id`` becomes the number of the line or element,
+    after the file's name where several files are read. Every example is checked here, but none is kept in memory. One
+    that cannot be used is left out: the first few are named in a warning, all of them in ``left_out``.
 
     Args:
         path: one file, or several whose ids differ.
         rationale: if True, the examples are to be trained on: an example without the field ``rationale`` is left out.
             An empty rationale is none, see :func:`molsaki.batches.dataset.prepare`. If False, replies are to be
             compared with the gold answers: an example whose gold answer no reply can match is left out.
+        data_format: the name of the records' format; ``"auto"`` recognises that of each record.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -110,28 +126,34 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
             or a table that cannot be read.
     """
     paths = [Path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
+    names = id_prefixes(paths)
     entries, keys, left_out = array("q"), array("q"), []
     for number, one in enumerate(paths):
+        formats: collections.Counter[str] = collections.Counter()
         if not one.is_file():
             raise FileNotFoundError(f"{one}: no such file")
         for line, offset, data in _records(as_json_lines(one)):
             fields: Fields = {}
             try:
                 fields = _parse(data)
-                example = example_of(fields, str(line), rationale, not rationale)
+                example = example_of(fields, f"{names[number]}{line}", rationale, not rationale, data_format)
             except (ValueError, TypeError) as error:
                 id = fields.get("id")
                 left_out.append(f"{one}:{line}: {'' if id is None else f'id {id}: '}{error}")
                 continue
+            formats[format_of(fields) if data_format == AUTO else data_format] += 1
             entries.extend((number, line, offset, len(data)))
             keys.append(hash(example.id))
+        if formats:
+            counted = ", ".join(f"{count} of format {name}" for name, count in formats.most_common())
+            logger.info("%s: %s", one, counted)
     table = np.array(entries, np.int64).reshape(-1, 4)
     index = np.zeros(len(table), [("file", "<i2"), ("line", "<i4"), ("offset", "<i8"), ("length", "<i4")])
     for column, name in enumerate(index.dtype.names or ()):
         index[name] = table[:, column]
     _, firsts, groups = np.unique(np.array(keys, np.int64), return_index=True, return_inverse=True)
     is_first = firsts[groups] == np.arange(len(index))
-    found = Examples(paths, index)
+    found = Examples(paths, index, (), data_format, names)
     for at in np.flatnonzero(~is_first):
         first, second = index[firsts[groups[at]]], index[at]
         other = "" if first["file"] == second["file"] else f" of {paths[first['file']]}"
@@ -145,7 +167,31 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
         logger.warning(
             "%d of %d examples left out: %s", len(left_out), len(left_out) + is_first.sum(), _named(left_out)
         )
-    return Examples(paths, index[is_first], left_out)
+    return Examples(paths, index[is_first], left_out, data_format, names)
+
+
+def id_prefixes(paths: Sequence[Path]) -> list[str]:
+    """What comes before the number of a line in the id of an example without one: nothing for a single file, else the
+    file's name, or its path where two files have the same name."""
+    if len(paths) == 1:
+        return [""]
+    names = [path.name for path in paths]
+    return [f"{path if names.count(path.name) > 1 else path.name}:" for path in paths]
+
+
+def stream_records(path: Path) -> Iterator[tuple[int, Fields]]:
+    """The records of a file with the numbers of their lines, read as they are asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_examples`, also for one record that is not valid JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    for line, _, data in _records(as_json_lines(path)):
+        try:
+            yield line, _parse(data)
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
 
 
 def _named(left_out: Sequence[str]) -> str:
@@ -204,9 +250,12 @@ def _parse(data: bytes) -> Fields:
     return fields
 
 
-def example_of(record: Fields, default_id: str, rationale: bool, compared: bool) -> Example:
-    """Checks everything; ``compared``: also that replies can be compared with the gold answer."""
-    fields = to_fields(record)
+def example_of(record: Fields, default_id: str, rationale: bool, compared: bool, data_format: str = AUTO) -> Example:
+    """Checks everything; ``compared``: also that replies can be compared with the gold answer.
+
+    A rationale that has ``</think>`` but no ``<think>``, which was in its prompt, gets it.
+    """
+    fields = to_fields(record, data_format)
     choices = _texts(fields, "choices")
     name = "answer" if fields.get("gold") is None else "gold"
     answer = _text(fields, name)
@@ -216,16 +265,23 @@ def example_of(record: Fields, default_id: str, rationale: bool, compared: bool)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     given = _text(fields, "answer", answer)
+    written = _text(fields, "rationale", None if rationale and "rationale" not in fields else "")
+    key_spans = _spans(fields, _text(fields, "question"), written)
+    written, shift = with_opening(written)
+    if key_spans is not None and shift:
+        key_spans = key_spans[0], tuple((start + shift, stop + shift) for start, stop in key_spans[1])
+    context = fields.get("context")
     return Example(
         id=_text(fields, "id", default_id),
         question=_text(fields, "question"),
-        rationale=_text(fields, "rationale", None if rationale and "rationale" not in fields else ""),
+        rationale=written,
         answer=(gold_choice(answer, choices) or answer) if choices else answer,
         keywords=_texts(fields, "keywords"),
-        key_spans=_spans(fields, _text(fields, "question"), _text(fields, "rationale", "")),
+        key_spans=key_spans,
         choices=choices,
         is_right="answer" not in fields or same_answer(given, answer, choices),
         task=_text(fields, "task", "") or None,
+        context=() if context is None else tuple(checked_context(turns_of(context, "context"))),
     )
 
 

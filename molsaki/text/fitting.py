@@ -78,4 +78,5 @@ def _cut(spans: Spans, end: int) -> Spans:
     if stop <= start:
         raise TooLong("spans: nothing of the rationale fits: its first word is longer than max_length allows")
     steps = tuple((a, min(b, stop)) for a, b in spans.steps if a < stop)
-    return Spans(text[:stop], steps, tuple(w for w in spans.words if w[1] <= stop), spans.question_end)
+    words = tuple(w for w in spans.words if w[1] <= stop)
+    return Spans(text[:stop], steps, words, spans.question_end, spans.turns)

@@ -1,50 +1,86 @@
 """Turns the records of common data-set formats into the fields of an example: question, rationale, answer, choices.
 
-A record that has ``question`` and ``answer`` or ``gold`` is in our own format. Others are recognised by their keys, see
-`FORMATS`. Every other field of a record, such as ``id``, ``choices`` or ``gold``, is kept.
+`FORMATS` has one entry per format. A record's format is recognised by its keys, or given by the option ``data_format``.
+Every other field of a record, such as ``id``, ``choices`` or ``gold``, is kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import regex
 
 from molsaki.text.answers import CALCULATOR, final_answer, stated_answer
+from molsaki.text.conversations import Turn, split_turns, turns_of
 from molsaki.text.numbers import find_numbers
 
 Fields = dict[str, Any]  # the JSON object of a record
+AUTO, OWN = "auto", "molsaki"
 
 
-def to_fields(record: Fields) -> Fields:
-    """The record with the fields of our own format.
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One format of records.
+
+    Attributes:
+        keys: those that every record has.
+        convert: from a record to the fields of our own format that it does not have under their names.
+        has: whether a record with these keys is in the format.
+    """
+
+    keys: Sequence[str]
+    convert: Callable[[Fields], Fields]
+    has: Callable[[Fields], bool] = lambda record: True
+
+
+def format_of(record: Fields) -> str:
+    """The name in `FORMATS` of the first format that the record is in.
 
     Raises:
-        ValueError: it is in no format, or is not what its format says; the message names the format.
+        ValueError: it is in none.
     """
-    own = "question" in record and ("answer" in record or "gold" in record)
-    if own and isinstance(record.get("answer"), str) and "####" in record["answer"] and "rationale" not in record:
-        return record | _gsm8k(record)
-    if own and not isinstance(record.get("choices"), dict):
-        return record
-    for name, (keys, convert) in FORMATS.items():
-        if all(key in record for key in keys):
-            try:
-                return record | convert(record)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"format {name}: {detail}") from None
+    for name, one in FORMATS.items():
+        if all(key in record for key in one.keys) and one.has(record):
+            return name
     if "question" in record:
-        return record  # the reader names what is missing
-    read = "; ".join(f"{name} ({', '.join(keys)})" for name, (keys, _) in FORMATS.items())
+        return OWN  # the reader says what is missing
+    read = "; ".join(f"{name} ({', '.join(one.keys)})" for name, one in FORMATS.items() if name != OWN)
     raise ValueError(
         f"question: missing; the fields are {', '.join(map(str, record)) or 'none'}. Expected question, rationale and "
         f"answer, or the fields of one of: {read}"
     )
 
 
+def to_fields(record: Fields, name: str = AUTO) -> Fields:
+    """The record with the fields of our own format.
+
+    Args:
+        name: a format of `FORMATS`, or ``"auto"`` to recognise it.
+
+    Raises:
+        ValueError: it is in no format, or is not what its format says; the message names the format.
+    """
+    name = format_of(record) if name == AUTO else name
+    if name == OWN:
+        return record
+    try:
+        return record | FORMATS[name].convert(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"format {name}: {detail}") from None
+
+
+def _is_gsm8k(record: Fields) -> bool:
+    return isinstance(record["answer"], str) and "####" in record["answer"] and "rationale" not in record
+
+
 def _gsm8k(record: Fields) -> Fields:
+    if "####" not in record["answer"]:
+        raise ValueError(
+            f"answer: expected a solution that ends in #### and the answer, got {record['answer'][-60:]!r}"
+        )
     rationale = CALCULATOR.sub("", record["answer"].rpartition("####")[0]).strip()
     return {"rationale": rationale, "answer": final_answer(record["answer"])}
 
@@ -58,32 +94,28 @@ def _math(record: Fields) -> Fields:
 
 
 def _messages(record: Fields) -> Fields:
-    turns = [(turn["role"], turn.get("content"), turn.get("reasoning_content")) for turn in record["messages"]]
-    return _turns(turns, record)
+    return _conversation(turns_of(record["messages"], "messages"), "messages", record)
 
 
 def _sharegpt(record: Fields) -> Fields:
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = [(roles.get(turn["from"], turn["from"]), turn["value"], None) for turn in record["conversations"]]
-    return _turns(turns, record)
+    turns = turns_of(record["conversations"], "conversations")
+    if isinstance(record.get("system"), str) and record["system"].strip() and turns[:1] and turns[0][0] != "system":
+        turns.insert(0, ("system", record["system"]))
+    return _conversation(turns, "conversations", record)
 
 
-def _turns(turns: Sequence[tuple[str, Any, str | None]], record: Fields) -> Fields:
-    """One question and one reply, after a system turn that becomes the beginning of the question."""
-    asked = [turn for turn in turns if turn[0] != "system"]
-    if [role for role, _, _ in asked] != ["user", "assistant"] or len(turns) - len(asked) > 1:
-        raise ValueError(
-            "expected one turn of the user and one of the assistant, with or without one of the system before them, "
-            f"got {', '.join(str(role) for role, _, _ in turns) or 'none'}; split longer conversations"
-        )
-    texts = []
-    for role, content, thinking in turns:
-        if isinstance(content, list) and all(part.get("type") == "text" for part in content):
-            content = "\n".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise ValueError(f"expected text in the turn of the {role}, got {str(content)[:60]!r}")
-        texts.append(f"<think>\n{thinking.strip()}\n</think>\n\n{content}" if thinking else content)
-    return _reply("\n\n".join(texts[:-1]), texts[-1], record)
+def _prompt_completion(record: Fields) -> Fields:
+    """TRL's; both are texts or both are lists of messages."""
+    if isinstance(record["prompt"], str) and isinstance(record["completion"], str):
+        return _reply(record["prompt"], record["completion"], record)
+    turns = [turn for name in ("prompt", "completion") for turn in turns_of(record[name], name)]
+    return _conversation(turns, "prompt, completion", record)
+
+
+def _conversation(turns: Sequence[Turn], where: str, record: Fields) -> Fields:
+    context, question, reply = split_turns(turns, where)
+    fields = _reply(question, reply, record)
+    return fields | {"context": [{"role": role, "content": text} for role, text in context]} if context else fields
 
 
 def _alpaca(record: Fields) -> Fields:
@@ -126,21 +158,24 @@ def _aqua(record: Fields) -> Fields:
     return {"choices": choices, "answer": record["correct"]}
 
 
-# The keys by which a format is recognised, and its conversion; the first one whose keys are all there is used.
-FORMATS: dict[str, tuple[Sequence[str], Callable[[Fields], Fields]]] = {
-    "csqa": (("question", "answerKey"), _csqa),
-    "openbookqa": (("question_stem", "choices", "answerKey"), _csqa),
-    "aqua": (("question", "options", "correct"), _aqua),
-    "math": (("problem", "solution"), _math),
-    "messages": (("messages",), _messages),
-    "sharegpt": (("conversations",), _sharegpt),
-    "alpaca": (("instruction", "output"), _alpaca),
-    "prompt-completion": (
-        ("prompt", "completion"),
-        lambda record: _reply(record["prompt"], record["completion"], record),
+# The first one that a record is in is used.
+FORMATS: dict[str, Format] = {
+    "gsm8k": Format(("question", "answer"), _gsm8k, has=_is_gsm8k),
+    OWN: Format(
+        ("question",),
+        lambda record: record,
+        has=lambda record: ("answer" in record or "gold" in record) and not isinstance(record.get("choices"), dict),
     ),
-    "dss": (("input", "label"), lambda record: {"question": record["input"], "answer": record["label"]}),
-    "svamp": (
+    "csqa": Format(("question", "answerKey"), _csqa),
+    "openbookqa": Format(("question_stem", "choices", "answerKey"), _csqa),
+    "aqua": Format(("question", "options", "correct"), _aqua),
+    "math": Format(("problem", "solution"), _math),
+    "messages": Format(("messages",), _messages),
+    "sharegpt": Format(("conversations",), _sharegpt),
+    "alpaca": Format(("instruction", "output"), _alpaca),
+    "prompt-completion": Format(("prompt", "completion"), _prompt_completion),
+    "dss": Format(("input", "label"), lambda record: {"question": record["input"], "answer": record["label"]}),
+    "svamp": Format(
         ("Body", "Question", "Answer"),
         lambda record: {"question": f"{record['Body']} {record['Question']}", "answer": record["Answer"]},
     ),

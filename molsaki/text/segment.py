@@ -6,9 +6,10 @@ section 3: steps are the rows of a map, key words its columns).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from molsaki.text.conversations import Turn, checked_context
 from molsaki.text.key_words import KEY_WORDS, normalized, selector_of
 from molsaki.text.sentences import splitter_of
 from molsaki.text.spans import Span, Spans, check_str, checked_key_spans
@@ -26,6 +27,7 @@ def segment(
     key_occurrence: Literal["all", "first", "last"] = "all",
     max_key_words: int = 0,
     key_spans: tuple[Iterable[Span], Iterable[Span]] | None = None,
+    context: Sequence[Turn] = (),
 ) -> Spans:
     """Cut ``question + " " + rationale`` into steps and find its key words (the paper's critical words).
 
@@ -68,6 +70,9 @@ def segment(
         key_occurrence: of words that are equal but for case, all, or only the first or the last one.
         max_key_words: the most key words, the first ones; 0: no limit.
         key_spans: for ``key="given"``: ascending, disjoint spans of the characters of question and of rationale.
+        context: the turns before the question, each a role and a text. They count as a part of the question: their
+            sentences are steps and their key words are key words, except with ``key="given"``. No step and no key word
+            reaches across the end of a turn.
 
     Returns:
         The text with its steps and words in characters.
@@ -100,22 +105,31 @@ def segment(
     text = ""
     steps: list[Span] = []
     words: list[Span] = []
-    for side, piece in enumerate((question.strip(), rationale.strip())):
+    turns: list[tuple[str, Span]] = []
+    asked = [*checked_context(context), ("user", question.strip())]
+    for role, piece in (*asked, ("rationale", rationale.strip())):
         if text and piece:
-            text += " "
+            text += " " if role == "rationale" else "\n\n"
             steps[-1] = (steps[-1][0], len(text))
         start = offset = len(text)
+        turns.append((role, (offset, offset + len(piece))))
         for end in step_ends(piece):
             steps.append((start, offset + end))
             start = offset + end
-        found = given[side] if given else find_key_words(piece)
-        if key_of == "all" or side == 0:
+        if key == "given":
+            found = given[len(turns) - len(asked)] if len(turns) >= len(asked) else []
+        else:
+            found = find_key_words(piece)
+        if key_of == "all" or role != "rationale":
             words.extend((offset + a, offset + b) for a, b in found)
         text += piece
+    question_end = turns[len(asked) - 1][1][1]
+    if len(asked) > 1 and not question.strip():
+        raise ValueError("question: expected a text after a context, got a blank one")
     words = _of_occurrence(text, words, key_occurrence)
     if max_key_words:
         words = words[:max_key_words]
-    return Spans(text, tuple(steps), tuple(words), question_end=len(question.strip()))
+    return Spans(text, tuple(steps), tuple(words), question_end, tuple(turns[:-1]) if len(asked) > 1 else ())
 
 
 def _of_occurrence(text: str, words: list[Span], occurrence: str) -> list[Span]:

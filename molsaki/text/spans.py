@@ -15,11 +15,14 @@ class Spans:
     """A text cut into steps and key words. All offsets are characters of ``text``, half-open.
 
     Attributes:
-        text: the question, a space and the rationale (no space where one of the two is empty).
+        text: the question, a space and the rationale (no space where one of the two is empty). In a conversation the
+            turns before the question, each with a blank line after it, are a part of the question here.
         steps: S pairs that tile the text; the white space after a step belongs to it. No step has characters of both
             the question and the rationale.
         words: W pairs, every occurrence of a key word, ascending and disjoint, none empty.
         question_end: ``text[:question_end]`` is the question, without the separator.
+        turns: of a conversation, the role (``"system"``, ``"user"`` or ``"assistant"``) of each turn up to the question
+            and its span; empty where the question is the only one.
 
     Raises:
         TypeError: ``text`` is not a str.
@@ -30,6 +33,7 @@ class Spans:
     steps: tuple[Span, ...]
     words: tuple[Span, ...]
     question_end: int
+    turns: tuple[tuple[str, Span], ...] = ()
 
     def __post_init__(self) -> None:
         check_str("text", self.text)
@@ -52,6 +56,18 @@ class Spans:
             if start < self.question_end < stop:
                 raise ValueError(f"words[{w}]: {start, stop} crosses the question's end at {self.question_end}")
             end = stop
+        end = 0
+        for n, (role, (start, stop)) in enumerate(self.turns):
+            if not end <= start < stop <= self.question_end:
+                raise ValueError(
+                    f"turns[{n}]: expected a non-empty span of the {role} within {end, self.question_end}, got "
+                    f"{start, stop}"
+                )
+            end = stop
+        if self.turns and (end != self.question_end or self.turns[-1][0] != "user"):
+            raise ValueError(
+                f"turns: expected the last to be the user's, up to {self.question_end}, got {self.turns[-1]}"
+            )
 
     @property
     def rationale_start(self) -> int:
@@ -65,6 +81,11 @@ class Spans:
     @property
     def rationale(self) -> str:
         return self.text[self.rationale_start :]
+
+    @property
+    def asked(self) -> list[tuple[str, Span]]:
+        """The turns up to the question; the question alone where it is the only one."""
+        return list(self.turns) or [("user", (0, self.question_end))]
 
 
 def check_str(name: str, value: object) -> None:

@@ -3,9 +3,11 @@
 A template wraps the two texts, for each tokenizer its own. Steps and key words stay those of the texts themselves:
 
 * ``"plain"``: the text itself, with the special tokens the tokenizer adds by default;
-* ``"chat"``: the tokenizer's chat template, the question as the user's turn and the rationale as the assistant's. The
-  template may change white space in the rationale and where its ``<think>`` and ``</think>`` are, as those of
-  reasoning models do; a text that it changes otherwise raises `TextChanged`;
+* ``"chat"``: the tokenizer's chat template, the question as the user's turn, after those of its context, and the
+  rationale as the assistant's. The template may change white space in the rationale and move its thinking trace, as
+  those of reasoning models do; one that reads ``reasoning_content`` or ``thinking`` gets the trace there; and where a
+  template leaves the trace out, the text is what the model writes itself: the rationale after the generation prompt. A
+  text that the template changes otherwise raises `TextChanged`;
 * a format string with ``{question}`` and then ``{rationale}``, once each, as ``"Q: {question} A: {rationale}"``; the
   tokenizer adds its default special tokens.
 """
@@ -15,12 +17,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
+from molsaki.text.conversations import Turn
 from molsaki.text.spans import Span, Spans
+from molsaki.text.thinking import OPEN, split_trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +42,27 @@ class TextChanged(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The text that a template puts before, between and after the question and the rationale."""
+    """The text that a template puts around each turn up to the question and around the rationale.
 
-    before: str
-    between: str
-    after: str
-    special_tokens: bool  # whether the tokenizer adds its own special tokens
+    Attributes:
+        joints: the text before each turn, before the rationale and after it.
+        special_tokens: whether the tokenizer adds its own special tokens.
+        merges_system: whether a turn of the system is shown at the beginning of the user's.
+    """
+
+    joints: tuple[str, ...]
+    special_tokens: bool
+    merges_system: bool = False
+
+    @property
+    def between(self) -> str:
+        """Between the question and the rationale."""
+        return self.joints[-2]
+
+    @property
+    def after(self) -> str:
+        """After the rationale."""
+        return self.joints[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,62 +82,149 @@ def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> R
     """Put a text into a template; its steps and key words move with it."""
     check_spans(spans)
     check_tokenizer(tokenizer)
-    frame = frame_of(tokenizer, template)
-    question_end, rationale_start = spans.question_end, spans.rationale_start
+    asked = spans.asked if template == "chat" else [("user", (0, spans.question_end))]
+    frame = frame_of(tokenizer, template, [role for role, _ in asked])
+    origins = range(spans.rationale_start, len(spans.text))
     if template == "plain":
-        head, text = spans.text[:rationale_start], spans.text
-        steps, words = list(spans.steps), list(spans.words)
-    else:
-        question, rationale = spans.question, spans.rationale
-        head = frame.before + question + frame.between
-        text = head + rationale + frame.after
-        if template == "chat":
-            changed = apply_chat(tokenizer, [question, rationale])
-            if changed != text:
-                return _moved(spans, changed, frame, tokenizer)
+        head, steps, words = spans.text[: spans.rationale_start], list(spans.steps), list(spans.words)
+        return RenderedText(spans.text, steps, words, len(head), origins, len(head.rstrip(" ")), frame.special_tokens)
+    pieces = [*(span for _, span in asked), (spans.rationale_start, len(spans.text))]
+    head, shifts = "", []  # by how many characters each piece moves
+    for joint, (start, stop) in zip(frame.joints, pieces, strict=False):
+        head += joint
+        shifts.append(len(head) - start)
+        head += spans.text[start:stop]
+    text = head + frame.after
+    head = head[: len(head) - len(spans.rationale)]
+    if template == "chat":
+        turns = [(role, spans.text[start:stop]) for role, (start, stop) in asked]
+        shown = apply_chat(tokenizer, [*turns, ("assistant", spans.rationale)], merge_system=frame.merges_system)
+        asked_text = head[: len(head) - len(frame.between)]
+        other = _with_trace(spans, shown == text, shown, turns, tokenizer, frame, asked_text, shifts)
+        if other is not None:
+            return other
+        if shown != text:
+            raise TextChanged(
+                f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for "
+                f"the question {spans.question!r} and the rationale {spans.rationale!r}"
+            )
+    starts = [start for start, _ in pieces]
 
-        def place(span: Span) -> Span:
-            start, stop = span
-            if start < question_end:
-                return start + len(frame.before), min(stop, question_end) + len(frame.before)
-            return max(start, rationale_start) - rationale_start + len(head), stop - rationale_start + len(head)
+    def place(span: Span) -> Span:
+        piece = max(bisect_right(starts, span[0]) - 1, 0)
+        if span[1] > spans.rationale_start and span[0] < spans.rationale_start:  # the space before the rationale
+            piece = len(pieces) - 1
+        start, stop = pieces[piece]
+        return max(span[0], start) + shifts[piece], min(span[1], stop) + shifts[piece]
 
-        steps, words = [place(s) for s in spans.steps], [place(w) for w in spans.words]
-    origins = range(rationale_start, len(spans.text))
+    steps, words = [place(s) for s in spans.steps], [place(w) for w in spans.words]
     return RenderedText(text, steps, words, len(head), origins, len(head.rstrip(" ")), frame.special_tokens)
 
 
-def _moved(spans: Spans, text: str, frame: Frame, tokenizer: PreTrainedTokenizerBase) -> RenderedText:
-    """The text that a chat template gives where it changes the rationale's white space or moves its thinking trace."""
-    shift, start = len(frame.before), spans.rationale_start
-    place = None
-    if text.startswith(frame.before + spans.question):
-        whole = (start, len(spans.text))
-        place = _place([whole], spans.text, text[shift + spans.question_end :], frame)
-        if place is None:
-            tags = [match.span() for match in _THINK_TAG.finditer(spans.text, start)]
-            ends = [start, *(end for tag in tags for end in tag), len(spans.text)]
-            pieces = list(zip(ends[::2], ends[1::2], strict=True))
-            place = _place(pieces, spans.text, text[shift + spans.question_end :], frame)
-    if place is None:
-        raise TextChanged(
-            f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for the "
-            f"question {spans.question!r} and the rationale {spans.rationale!r}"
+def _with_trace(
+    spans: Spans,
+    is_verbatim: bool,
+    shown: str,
+    turns: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame,
+    asked: str,
+    shifts: Sequence[int],
+) -> RenderedText | None:
+    """The text where a chat template changes the rationale's white space, moves its trace, has a place of its own for
+    it or leaves it out; None where the rationale is shown as it is, or cannot be found.
+
+    Args:
+        is_verbatim: whether the template shows the rationale as it is.
+        shown: the template's text of the turns and the rationale.
+        turns: up to the question.
+        asked: the text up to the question's end.
+        shifts: by how many characters each turn moves.
+    """
+    start, rationale = spans.rationale_start, spans.rationale
+    trace = split_trace(rationale)
+    if is_verbatim and (trace is None or not _READS_TRACE.search(str(tokenizer.chat_template))):
+        return None
+
+    def find(text: str, pieces: list[Span]) -> dict[int, int] | None:
+        place = _place(pieces, spans.text, text[len(asked) :], frame) if text.startswith(asked) else None
+        return None if place is None else {i: len(asked) + at for i, at in place.items()}
+
+    if not is_verbatim:
+        place = find(shown, [(start, len(spans.text))])
+        if place is not None:
+            return _moved(spans, shown, place, turns, shifts)
+        tags = [match.span() for match in _THINK_TAG.finditer(spans.text, start)]
+        ends = [start, *(end for tag in tags for end in tag), len(spans.text)]
+        place = find(shown, list(zip(ends[::2], ends[1::2], strict=True)))
+        if place is not None:
+            return _moved(spans, shown, place, turns, shifts, _generation_prompt(tokenizer, turns, frame))
+    if trace is None:
+        return None
+    (first, last), rest = trace
+    fields = {"content": rationale[rest:], **dict.fromkeys(("reasoning_content", "thinking"), rationale[first:last])}
+    opened = _generation_prompt(tokenizer, turns, frame)
+    if _READS_TRACE.search(str(tokenizer.chat_template)):
+        text = apply_chat(tokenizer, [*turns, {"role": "assistant", **fields}], merge_system=frame.merges_system)
+        place = find(text, [(start + first, start + last), (start + rest, len(spans.text))])
+        if place is not None:
+            return _moved(spans, text, place, turns, shifts, opened)
+    if is_verbatim or opened is None or not opened.startswith(asked):
+        return None
+    written = first if opened.rstrip().endswith(OPEN) else 0
+    place = {i: len(opened) + i - start - written for i in range(start + written, len(spans.text))}
+    place = {i: at for i, at in place.items() if not spans.text[i].isspace()}
+    return _moved(spans, opened + rationale[written:] + frame.after, place, turns, shifts, opened)
+
+
+# A chat template that shows a thinking trace from a field of its own.
+_READS_TRACE = re.compile(r"\breasoning_content\b|\bthinking\b")
+
+
+def _generation_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], frame: Frame) -> str | None:
+    """The text after which the assistant writes; None where the template has none."""
+    try:
+        asked, opened = (
+            apply_chat(tokenizer, turns, add_generation_prompt=add, merge_system=frame.merges_system)
+            for add in (False, True)
         )
-    place = {i: shift + spans.question_end + at for i, at in place.items()}
+    except TextChanged:
+        return None
+    return opened if opened != asked else None
+
+
+def _moved(
+    spans: Spans,
+    text: str,
+    place: dict[int, int],
+    turns: Sequence[Turn],
+    shifts: Sequence[int],
+    opened: str | None = None,
+) -> RenderedText:
+    """A text in which the visible characters of the rationale are at ``place``.
+
+    Args:
+        opened: the text after which the assistant writes, all of which is taught; if None, the rationale is.
+    """
+    start, starts = spans.rationale_start, [span[0] for _, span in spans.asked]
     moved: list[Span] = []
     for a, b in (*spans.steps, *spans.words):
+        if a < spans.question_end:
+            turn = bisect_right(starts, a) - 1
+            stop = spans.asked[turn][1][1]
+            moved.append((a + shifts[turn], min(b, stop) + shifts[turn]))
+            continue
         found = [place[i] for i in range(max(a, start), b) if i in place]
         end = moved[-1][1] if moved else 0
         moved.append((found[0], found[-1] + 1) if found else (end, end))
-        if a < spans.question_end:
-            moved[-1] = (a + shift, min(b, spans.question_end) + shift)
     first, last = min(place.values()), max(place.values())
     sources = {at: i for i, at in place.items()}
     origins = [0] * (last + 1 - first)
     for at in range(last, first - 1, -1):  # a character of the template counts as the one of the rationale after it
         origins[at - first] = sources.get(at, origins[min(at + 1, last) - first])
     target = len(text[:first].rstrip(" "))
+    if opened is not None and text.startswith(opened):
+        target = min(target, len(opened.rstrip(" ")))
     steps, words = moved[: len(spans.steps)], moved[len(spans.steps) :]
     return RenderedText(text, steps, words, first, origins, target, special_tokens=False)
 
@@ -171,13 +278,17 @@ def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
-    """The frame of a template; a chat template is run once on stand-ins for the two texts."""
+def frame_of(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[str] = ("user",)) -> Frame:
+    """The frame of a template; a chat template is run once on stand-ins for the texts.
+
+    Args:
+        roles: of the turns up to the question, for a chat template; others show them as one text.
+    """
     if not isinstance(template, str):
         raise TypeError(f"template: expected a str, got {type(template).__name__}")
     if template == "plain":
-        return Frame("", " ", "", special_tokens=True)
-    return _chat_frame(tokenizer) if template == "chat" else _format_frame(template)
+        return Frame(("", " ", ""), special_tokens=True)
+    return _chat_frame(tokenizer, roles) if template == "chat" else _format_frame(template)
 
 
 def _format_frame(template: str) -> Frame:
@@ -193,30 +304,54 @@ def _format_frame(template: str) -> Frame:
         raise ValueError(f"{expected}, got {template!r} ({error})") from None
     if fields != [("question", "", None), ("rationale", "", None)]:
         raise ValueError(f"{expected}, got {template!r}")
-    before, between, after = literals
-    return Frame(before, between, after, special_tokens=True)
+    return Frame(tuple(literals), special_tokens=True)
 
 
-def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    try:
-        text = apply_chat(tokenizer, [QUESTION_MARK, RATIONALE_MARK])
-    except TextChanged as error:
-        raise ValueError(str(error)) from error  # no example can be used
-    parts = re.split(f"({QUESTION_MARK}|{RATIONALE_MARK})", text)
-    if parts[1::2] != [QUESTION_MARK, RATIONALE_MARK]:
-        raise ValueError(
-            f"template: the chat template of {name_of(tokenizer)} does not show the question and then the rationale, "
-            f"once each, unchanged: {text!r}"
+def _chat_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> Frame:
+    marks = [*(f"molsakiturn{n}x7d1c" for n in range(len(roles) - 1)), QUESTION_MARK, RATIONALE_MARK]
+    turns = list(zip((*roles, "assistant"), marks, strict=True))
+    failure = None
+    for merge in (False, True)[: 1 + (roles[0] == "system" and len(roles) > 1)]:
+        try:
+            text = apply_chat(tokenizer, turns, merge_system=merge)
+        except TextChanged as error:
+            failure = failure or ValueError(str(error))  # no example with these roles can be used
+            continue
+        parts = re.split("(" + "|".join(marks) + ")", text)
+        if parts[1::2] == marks:
+            return Frame(tuple(parts[::2]), special_tokens=False, merges_system=merge)
+        shown = "the question and then the rationale" if len(marks) == 2 else "every turn"
+        failure = failure or ValueError(
+            f"template: the chat template of {name_of(tokenizer)} does not show {shown}, once each, unchanged: {text!r}"
         )
-    before, between, after = parts[::2]
-    return Frame(before, between, after, special_tokens=False)
+    assert failure is not None
+    raise failure
 
 
-def apply_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], add_generation_prompt: bool = False) -> str:
-    """The text of a tokenizer's chat template for turns of user and assistant."""
+def apply_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[str | Turn | Mapping[str, Any]],
+    add_generation_prompt: bool = False,
+    merge_system: bool = False,
+) -> str:
+    """The text of a tokenizer's chat template.
+
+    Args:
+        turns: roles and texts, messages of the template, or texts of user and assistant in turn.
+        merge_system: put a first turn of the system at the beginning of the user's, for templates without it.
+    """
     if not tokenizer.chat_template:
         raise ValueError(f'template: {name_of(tokenizer)} has no chat template; use "plain" or a format string')
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns):
+        if isinstance(turn, Mapping):
+            messages.append(dict(turn))
+        else:
+            role, content = (("user", "assistant")[number % 2], turn) if isinstance(turn, str) else turn
+            messages.append({"role": role, "content": content})
+    if merge_system and len(messages) > 1 and messages[0]["role"] == "system":
+        system, first, *others = messages
+        messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:

@@ -33,7 +33,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from molsaki.batches.batch import Batch
 from molsaki.batches.collator import Collator
-from molsaki.batches.dataset import DistillDataset, as_examples, prepare
+from molsaki.batches.dataset import DistillDataset, as_examples, tokenization_of
+from molsaki.batches.streamed import StreamedDataset, StreamedFiles
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import EvaluateConfig, require
 from molsaki.io import write_json
@@ -58,6 +59,10 @@ logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out.json"
 OVERLAP = "map_overlap"
+_NO_WORDS = (
+    "key: {config.key} finds no key word in any of the {count} examples of {name}, so objective {config.objective} has "
+    "no attention loss; use another --key or --objective dss, or give the examples their keywords"
+)
 
 
 class DistillTrainer(Trainer):
@@ -76,7 +81,8 @@ class DistillTrainer(Trainer):
         teacher_model: a white-box teacher, which runs live, or its folder or hub name; its parameters are frozen here.
         args: all options, Trainer's own included; `DistillConfig` with its defaults if None.
         train_dataset, eval_dataset: a :class:`~molsaki.batches.dataset.DistillDataset`, or a sequence of examples or of
-            dicts such as a ``datasets.Dataset``; for evaluation also a dict of them by name.
+            dicts such as a ``datasets.Dataset``; for evaluation also a dict of them by name. For training also rows
+            without a length, such as a ``datasets.IterableDataset``, which are read in their order as they are needed.
         processing_class, teacher_processing_class: the fast tokenizers of both; loaded by the models' names if None.
         store: the teacher's stored maps, or their folder, instead of a live teacher.
         peft_config: a ``peft.PeftConfig`` whose adapters are added to the student and trained.
@@ -98,7 +104,7 @@ class DistillTrainer(Trainer):
         model: PreTrainedModel | str | None = None,
         teacher_model: PreTrainedModel | str | None = None,
         args: DistillConfig | None = None,
-        train_dataset: DistillDataset | Sequence[Any] | None = None,
+        train_dataset: DistillDataset | Sequence[Any] | Iterable[Any] | None = None,
         eval_dataset: DistillDataset | Sequence[Any] | Mapping[str, Any] | None = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -192,28 +198,44 @@ class DistillTrainer(Trainer):
         if config.deepspeed:
             set_hf_deepspeed_config(config.hf_deepspeed_config)  # type: ignore[no-untyped-call]
 
+        cot_template = config.cot_template if objective.rationale_first else None
+        tokenization = tokenization_of(config, student_spec, teacher_spec, config.predict_template, cot_template)
+
         def prepared(data: Any, name: str, limit: int | None = None) -> DistillDataset | None:
             if data is None or isinstance(data, DistillDataset):
                 found = data
             else:
-                data = as_examples(data, name)[:limit]
-                cot_template = config.cot_template if objective.rationale_first else None
-                templates = config.predict_template, cot_template
-                found = prepare(data, config, student_spec, teacher_spec, templates[0], store, templates[1])
-                if found.left_out and config.process_index == 0:
-                    logger.warning("%s: %s", name, found.summary())
+                found = DistillDataset(as_examples(data, name, config.data_format)[:limit], tokenization, store)
+                if config.process_index == 0:
+                    if found.left_out:
+                        logger.warning("%s: %s", name, found.summary())
+                    else:
+                        logger.info("%s: %s", name, found.summary())
             if objective.maps and found is not None and found.without_words == len(found):
-                raise ValueError(
-                    f"key: {config.key} finds no key word in any of the {len(found)} examples of {name}, so objective "
-                    f"{config.objective} has no attention loss; use another --key or --objective dss, or give the "
-                    "examples their keywords"
-                )
+                raise ValueError(_NO_WORDS.format(config=config, count=len(found), name=name))
             return found
 
-        if train_dataset is None and config.train_file is not None:
-            train_dataset = read_examples(config.train_file)
-        if eval_dataset is None and config.eval_file is not None:
-            eval_dataset = read_examples(config.eval_file)
+        if train_dataset is None and config.train_file:
+            files = config.train_file
+            train_dataset = (
+                StreamedFiles(files) if config.streaming else read_examples(files, data_format=config.data_format)
+            )
+        if eval_dataset is None and config.eval_file:
+            eval_dataset = read_examples(config.eval_file, data_format=config.data_format)
+        mostly_thinks, first = False, None
+        if train_dataset is not None and (config.streaming or _is_stream(train_dataset)):
+            _check_streaming(config)
+            rows = cast("Iterable[Any]", train_dataset)
+            stream = StreamedDataset(rows, "train_dataset", tokenization, store, config.data_format, config.limit)
+            first = stream.peek()
+            if objective.maps and stream.without_words == stream.used:
+                raise ValueError(_NO_WORDS.format(config=config, count=f"first {stream.used}", name="train_dataset"))
+            mostly_thinks, train_dataset = 2 * stream.thinking > stream.used, stream
+        elif (whole := prepared(train_dataset, "train_dataset", config.limit)) is not None:
+            mostly_thinks, first, train_dataset = 2 * whole.thinking > len(whole), whole[0][0], whole
+        if first is not None and config.process_index == 0:
+            logger.info("%s", tokenization.describe_labels(first))
+        self._mostly_thinks = mostly_thinks
         if config.eval_accuracy and config.process_index == 0:
             if eval_dataset is None:
                 logger.warning(
@@ -245,7 +267,7 @@ class DistillTrainer(Trainer):
                 explain=objective.explain_texts,
                 share_question=sharing,
             ),
-            train_dataset=prepared(train_dataset, "train_dataset", config.limit),
+            train_dataset=train_dataset,
             eval_dataset=(
                 {name: prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
                 if isinstance(eval_dataset, Mapping)
@@ -452,6 +474,8 @@ class DistillTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = super().get_train_dataloader()
+        if isinstance(self.train_dataset, StreamedDataset):
+            return loader
         if len(loader) == 0:
             raise ValueError(
                 f"dataloader_drop_last: expected at least one whole batch, got {len(cast(Any, self.train_dataset))} "
@@ -562,9 +586,8 @@ class DistillTrainer(Trainer):
                 student, weights = cast(Any, copy.deepcopy(student)).merge_and_unload(), None
             student.save_pretrained(part, state_dict=weights)
             self.processing_class.save_pretrained(part)
-            trained = cast("DistillDataset | None", self.train_dataset)
             options = json.loads(self.args.to_json_string())  # type: ignore[no-untyped-call]
-            options["thinking"] = trained is not None and 2 * trained.thinking > len(trained)
+            options["thinking"] = self._mostly_thinks
             write_json(Path(part, checkpoints.CONFIG), options, indent=2)
             if router:
                 save_file({name: value.contiguous() for name, value in router.items()}, Path(part, checkpoints.ROUTER))
@@ -614,6 +637,24 @@ def _model_or_name(value: Any, argument: str, config: DistillConfig, field: str)
         hint = "; give it as args" if isinstance(value, TrainingArguments) else ""
         raise TypeError(f"{argument}: expected a model, its name or None, got {type(value).__name__}{hint}")
     return cast("PreTrainedModel | None", value)
+
+
+def _is_stream(data: Any) -> bool:
+    """Whether rows have no length, so that they can only be read in their order."""
+    return data is not None and not hasattr(data, "__len__") and hasattr(data, "__iter__")
+
+
+def _check_streaming(config: DistillConfig) -> None:
+    """Refuse options that need to know all examples of a stream, which each process reads whole."""
+    if config.max_steps <= 0:
+        raise ValueError(f"max_steps: expected the number of steps to train on streamed data, got {config.max_steps}")
+    accelerator_config = copy.copy(cast(Any, config.accelerator_config))
+    accelerator_config.dispatch_batches = False  # the batches are nested
+    config.accelerator_config = accelerator_config
+    sampling = getattr(config, "train_sampling_strategy", "random")  # transformers 4 has group_by_length
+    if sampling == "group_by_length" or getattr(config, "group_by_length", False):
+        raise ValueError("train_sampling_strategy: expected no group_by_length with streamed data, whose lengths are "
+                         "not known")  # fmt: skip
 
 
 def _name(field: str, name: str, config: DistillConfig, argument: str | None = None) -> None:
@@ -683,18 +724,25 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
     Returns:
         The trainer's metrics (``train_runtime``, ``train_loss``, ...); ``examples``, ``without_words`` (key words) and
-        ``left_out`` by reason, whose ids are in ``left_out.json``.
+        ``left_out`` by reason, whose ids are in ``left_out.json``. Of streamed data the numbers are those that this
+        process itself read in the last epoch, and there are no ids.
     """
     require(config, "train_file")
     trainer = DistillTrainer(args=config)
-    data = cast(DistillDataset, trainer.train_dataset)
+    data = cast("DistillDataset | StreamedDataset", trainer.train_dataset)
     if trainer.is_world_process_zero():
         write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
     metrics = trainer.train().metrics
+    if isinstance(data, StreamedDataset) and trainer.is_world_process_zero():
+        logger.info("train_dataset, in the last epoch: %s", data.summary())
+        write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.end_training()
-    counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}
+    if isinstance(data, StreamedDataset):
+        counts = {"without_words": data.without_words, "left_out": dict(data.left_out)}
+    else:
+        counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}
     return metrics | counts | {"student": config.output_dir}
 
 

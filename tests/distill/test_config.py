@@ -28,7 +28,7 @@ def test_flags_override_yaml(tmp_path):
     assert (config.alpha, config.beta, config.learning_rate, config.resume) == (0.4, 3.0, 1e-4, True)
     assert config.lora_targets == ["q_proj", "v_proj"]
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
-    assert config.eval_file is None
+    assert config.eval_file == []
     assert config.predict_template == "{question} = {answer}"
 
 

@@ -42,7 +42,7 @@ BAD = {
     json.dumps({"text": "q", "n": 1}): "question: missing; the fields are text, n. Expected question, rationale and",
     json.dumps(
         {"messages": [{"role": "user", "content": "q"}]}
-    ): "format messages: expected one turn of the user and one",
+    ): "format messages: messages: expected a turn of the user and then one of the assistant at the end, got user",
     json.dumps({"instruction": "q", "output": "So 5 of them."}): "format alpaca: the reply states no answer: expected",
     json.dumps({"problem": "q", "solution": "5."}): "format math: solution: expected one with a \\boxed{} answer",
     json.dumps(
@@ -121,7 +121,7 @@ FORMATS = {
                 {"role": "assistant", "content": THINK},
             ]
         },
-        ("s\n\nq", THINK, "17", None),
+        ("q", THINK, "17", None),
     ),
     "messages with reasoning": (
         {
@@ -254,3 +254,30 @@ def test_tables_that_cannot_be_read(tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="d.parquet: not a valid Parquet file"):
         read_examples(tmp_path / "d.parquet")
+
+
+def test_the_format_is_said_or_given(tmp_path, caplog):
+    caplog.set_level("INFO", "molsaki")
+    gsm8k, dss = {"question": "q", "answer": "1 + 1 = 2\n#### 2"}, {"input": "q", "label": "5", "rationale": "r"}
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [gsm8k, gsm8k, dss])
+    read_examples(path)
+    assert f"{path}: 2 of format gsm8k, 1 of format dss" in caplog.text
+    given = read_examples(path, data_format="gsm8k")
+    assert len(given) == 2 and given.left_out == [f"{path}:3: format gsm8k: missing 'answer'"]
+    assert given[:1][0].rationale == "1 + 1 = 2"
+    both = tiny.write_jsonl(tmp_path / "e.jsonl", [dss | {"question": "own", "answer": "6"}])
+    assert read_examples(both)[0].question == "own"
+    assert read_examples(both, data_format="dss")[0].question == "q"
+    plain = tiny.write_jsonl(tmp_path / "f.jsonl", [{"question": "q", "answer": "no marks"}])
+    with pytest.raises(ValueError, match="format gsm8k: answer: expected a solution that ends in ####"):
+        read_examples(plain, data_format="gsm8k")
+
+
+def test_ids_of_several_files_without_any(tmp_path):
+    row = {"question": "q", "rationale": "r", "answer": "1"}
+    (tmp_path / "x").mkdir()
+    one, two = tiny.write_jsonl(tmp_path / "a.jsonl", [row, row]), tiny.write_jsonl(tmp_path / "b.jsonl", [row])
+    same = tiny.write_jsonl(tmp_path / "x" / "b.jsonl", [row])
+    assert [e.id for e in read_examples(one)] == ["1", "2"]
+    assert [e.id for e in read_examples([one, two])] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+    assert [e.id for e in read_examples([one, two, same])[2:]] == [f"{two}:1", f"{same}:1"]

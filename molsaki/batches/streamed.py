@@ -1,0 +1,134 @@
+"""The training data as a stream: examples are read and tokenized as they are needed, in their order."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from molsaki.batches.dataset import Item, check_stored
+from molsaki.batches.tokenized import LeftOut, Tokenization, TokenizedExample, all_left_out
+from molsaki.teacher.map_store import Store
+from molsaki.text.examples import Example, example_of, id_prefixes, stream_records
+from molsaki.text.formats import AUTO
+
+logger = logging.getLogger(__name__)
+
+PEEKED = 256  # examples that are read before the training, to see whether they can be used
+
+
+class StreamedFiles:
+    """The records of data files in their order, each with its default id; they can be read again."""
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self.paths = [Path(path) for path in paths]
+        for path in self.paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path, prefix in zip(self.paths, id_prefixes(self.paths), strict=True):
+            for line, record in stream_records(path):
+                yield record if record.get("id") is not None else record | {"id": f"{prefix}{line}"}
+
+
+class StreamedDataset(IterableDataset[Item]):
+    """Examples that are tokenized as they are read; nothing is kept, and the data are not counted before.
+
+    Those that cannot be used are left out as by :func:`~molsaki.batches.dataset.prepare`: the first of each reason is
+    named in a warning. Of several loading workers each reads every n-th row, unless the rows are themselves a torch
+    ``IterableDataset``, which divides itself.
+
+    Attributes:
+        left_out: how many were left out, by reason, in this process.
+        used, without_words, thinking: how many were used, and of these had no key word or a thinking trace.
+
+    Args:
+        rows: examples, or dicts as the lines of a file; iterated from the start in each epoch.
+        name: of the argument, for messages.
+        limit: use only this many rows, the first ones.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Example | Mapping[str, Any]],
+        name: str,
+        tokenization: Tokenization,
+        store: Store | None = None,
+        data_format: str = AUTO,
+        limit: int | None = None,
+    ):
+        if not hasattr(rows, "__iter__") or isinstance(rows, (str, Mapping)):
+            raise TypeError(f"{name}: expected examples or dicts to iterate over, got {type(rows).__name__}")
+        if isinstance(rows, Iterator):
+            raise TypeError(
+                f"{name}: a {type(rows).__name__} can be read only once; expected rows that can be read again, such as "
+                "a datasets.IterableDataset or a list"
+            )
+        self.rows, self.name, self.store, self.limit = rows, name, store, limit
+        self._tokenization, self._format = tokenization, data_format
+        self.left_out: collections.Counter[str] = collections.Counter()
+        self.used = self.without_words = self.thinking = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Item]:
+        self.left_out.clear()
+        self.used = self.without_words = self.thinking = 0
+        worker = get_worker_info()
+        step, first = (
+            (1, 0) if worker is None or isinstance(self.rows, IterableDataset) else (worker.num_workers, worker.id)
+        )
+        numbered = itertools.islice(enumerate(self.rows), self.limit)
+        for number, row in itertools.islice(numbered, first, None, step):
+            try:
+                yield self._item(number, row)
+            except LeftOut as reason:
+                if not self.left_out[str(reason)]:
+                    logger.warning("%s: row %d left out, the first for this reason: %s", self.name, number, reason)
+                self.left_out[str(reason)] += 1
+                if not self.used and self.left_out.total() >= 4 * PEEKED:
+                    raise ValueError(f"{self.name}: {all_left_out(self.left_out)}") from None
+
+    def _item(self, number: int, row: Any) -> Item:
+        if not isinstance(row, Example):
+            if not isinstance(row, Mapping):
+                raise TypeError(f"{self.name}: row {number}: expected an Example or a dict, got {type(row).__name__}")
+            present = {name: value for name, value in row.items() if value is not None}
+            try:
+                row = example_of(present, str(number), rationale=True, compared=False, data_format=self._format)
+            except (ValueError, TypeError) as error:
+                raise LeftOut(str(error)) from error
+        tokenized = self._tokenization(row)
+        if self.store is not None:
+            check_stored(self.store, row.id, tokenized.spans)
+        self.used += 1
+        self.without_words += not tokenized.explain.words
+        self.thinking += row.rationale.lstrip().startswith("<think>")
+        return tokenized, None if self.store is None else self.store[row.id]
+
+    def peek(self) -> TokenizedExample:
+        """Read the first `PEEKED` examples, which are then counted; the first of them.
+
+        Raises:
+            ValueError: none can be used.
+        """
+        first = None
+        for item in itertools.islice(self, PEEKED):
+            first = item[0] if first is None else first
+        if first is None:
+            raise ValueError(f"{self.name}: {all_left_out(self.left_out) if self.left_out else 'holds no examples'}")
+        return first
+
+    def summary(self) -> str:
+        """One line: examples used so far by this process, without key words, with traces, left out."""
+        counts = [f"{self.used} examples", f"{self.without_words} without key words"]
+        counts += [f"{self.thinking} with a thinking trace"] if self.thinking else []
+        return "; ".join([", ".join(counts), *(f"{n} left out: {reason}" for reason, n in self.left_out.items())])
