@@ -116,6 +116,16 @@ def test_the_share_of_the_gradient_is_that_of_all_processes(work, options):
                 assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
+def test_two_processes_share_a_stream(work):
+    """Each reads all rows and takes its share: the same steps as one process with twice the batch."""
+    more = ["--streaming=true", "--save_strategy=no"]
+    one = processes.python(processes.__file__, "distill", work / "stream_one", *flags(work, "stream_a", 4, *more))
+    assert one.returncode == 0, one.stderr
+    found = train("ddp", work, "stream", *flags(work, "stream_b", 2, *more))
+    expected = json.loads(Path(f"{work / 'stream_one'}.0").read_text())
+    torch.testing.assert_close(torch.tensor(losses(found)), torch.tensor(losses([expected])), rtol=2e-5, atol=1e-6)
+
+
 def test_resume_in_two_processes(work, straight):
     """One process is lost; torchrun ends the other and says so. The rest of the run is that without interruption,
     bitwise, with DDP from the last but one checkpoint, since the last one is damaged."""

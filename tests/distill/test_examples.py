@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
 from molsaki.text.examples import Example, read_examples
+from molsaki.text.formats import FORMATS as FORMATS_OF_RECORDS
+from molsaki.text.formats import format_of
 from tests.helpers import tiny
 
 
@@ -281,3 +284,15 @@ def test_ids_of_several_files_without_any(tmp_path):
     assert [e.id for e in read_examples(one)] == ["1", "2"]
     assert [e.id for e in read_examples([one, two])] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
     assert [e.id for e in read_examples([one, two, same])[2:]] == [f"{two}:1", f"{same}:1"]
+
+
+def test_the_records_of_the_documentation(tmp_path):
+    """Each is recognised as the format that it stands for, and can be trained on."""
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    block = page.partition("<!-- records -->\n```json\n")[2].partition("```")[0]
+    shown = {name: record for line in block.splitlines() for name, record in json.loads(line).items()}
+    assert list(shown) and set(shown) == set(FORMATS_OF_RECORDS)
+    for name, record in shown.items():
+        assert format_of(record) == name
+        found = read_examples(tiny.write_jsonl(tmp_path / f"{name}.jsonl", [record]))
+        assert found[0].answer in ("7", "7.0") and "7" in found[0].rationale

@@ -35,7 +35,8 @@ HARMONY = (
 # Kimi K2's and others: reasoning_content, and the trace in tags of the template.
 FIELD = (
     "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content is defined %}"
-    "<think>{{ m.reasoning_content | trim }}</think>{% endif %}{{ m.content | trim }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "<think>{{ m.reasoning_content | trim }}</think>{% endif %}{{ m.content | trim }}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
