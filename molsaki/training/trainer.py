@@ -33,8 +33,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from molsaki.batches.batch import Batch
 from molsaki.batches.collator import Collator
-from molsaki.batches.dataset import DistillDataset, as_examples, tokenization_of
-from molsaki.batches.streamed import StreamedDataset, StreamedFiles
+from molsaki.batches.dataset import DistillDataset, tokenization_of
+from molsaki.batches.streamed import StreamedDataset
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import EvaluateConfig, require
 from molsaki.io import write_json
@@ -45,11 +45,11 @@ from molsaki.modeling.packing_probe import can_pack, can_share_prefix, choose_pa
 from molsaki.teacher.fingerprints import describe
 from molsaki.teacher.map_store import Store
 from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student, teacher_maps
-from molsaki.text.examples import read_examples
 from molsaki.training import checkpoints
 from molsaki.training.accuracy import count_right
 from molsaki.training.attention_share import AttentionShare
 from molsaki.training.config import DistillConfig
+from molsaki.training.data import TrainingData
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import Objective, objective_of
 from molsaki.training.trainable import add_adapters, check_adapters, end_with, freeze, is_peft
@@ -59,10 +59,6 @@ logger = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out.json"
 OVERLAP = "map_overlap"
-_NO_WORDS = (
-    "key: {config.key} finds no key word in any of the {count} examples of {name}, so objective {config.objective} has "
-    "no attention loss; use another --key or --objective dss, or give the examples their keywords"
-)
 
 
 class DistillTrainer(Trainer):
@@ -201,51 +197,8 @@ class DistillTrainer(Trainer):
         cot_template = config.cot_template if objective.rationale_first else None
         tokenization = tokenization_of(config, student_spec, teacher_spec, config.predict_template, cot_template)
 
-        def prepared(data: Any, name: str, limit: int | None = None) -> DistillDataset | None:
-            if data is None or isinstance(data, DistillDataset):
-                found = data
-            else:
-                found = DistillDataset(as_examples(data, name, config.data_format)[:limit], tokenization, store)
-                if config.process_index == 0:
-                    if found.left_out:
-                        logger.warning("%s: %s", name, found.summary())
-                    else:
-                        logger.info("%s: %s", name, found.summary())
-            if objective.maps and found is not None and found.without_words == len(found):
-                raise ValueError(_NO_WORDS.format(config=config, count=len(found), name=name))
-            return found
-
-        if train_dataset is None and config.train_file:
-            files = config.train_file
-            train_dataset = (
-                StreamedFiles(files) if config.streaming else read_examples(files, data_format=config.data_format)
-            )
-        if eval_dataset is None and config.eval_file:
-            eval_dataset = read_examples(config.eval_file, data_format=config.data_format)
-        mostly_thinks, first = False, None
-        if train_dataset is not None and (config.streaming or _is_stream(train_dataset)):
-            _check_streaming(config)
-            rows = cast("Iterable[Any]", train_dataset)
-            stream = StreamedDataset(rows, "train_dataset", tokenization, store, config.data_format, config.limit)
-            first = stream.peek()
-            if objective.maps and stream.without_words == stream.used:
-                raise ValueError(_NO_WORDS.format(config=config, count=f"first {stream.used}", name="train_dataset"))
-            mostly_thinks, train_dataset = 2 * stream.thinking > stream.used, stream
-        elif (whole := prepared(train_dataset, "train_dataset", config.limit)) is not None:
-            mostly_thinks, first, train_dataset = 2 * whole.thinking > len(whole), whole[0][0], whole
-        if first is not None and config.process_index == 0:
-            logger.info("%s", tokenization.describe_labels(first))
-        self._mostly_thinks = mostly_thinks
-        if config.eval_accuracy and config.process_index == 0:
-            if eval_dataset is None:
-                logger.warning(
-                    "eval_accuracy: there is no evaluation data (--eval_file, eval_dataset) to compute it of"
-                )
-            elif getattr(config.eval_strategy, "value", config.eval_strategy) == "no":
-                logger.warning(
-                    "eval_accuracy: only evaluate() computes it, with --eval_strategy no; use steps or epoch"
-                )
-        self._prepared = prepared
+        self._data = TrainingData(config, objective, tokenization, store)
+        train_dataset, eval_dataset = self._data.for_training(train_dataset), self._data.for_evaluation(eval_dataset)
         self.objective, self.teacher = objective, teacher
         self._sums: dict[str, Tensor] = {}
         self._share = AttentionShare(config)
@@ -268,11 +221,7 @@ class DistillTrainer(Trainer):
                 share_question=sharing,
             ),
             train_dataset=train_dataset,
-            eval_dataset=(
-                {name: prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
-                if isinstance(eval_dataset, Mapping)
-                else prepared(eval_dataset, "eval_dataset")
-            ),
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             **kwargs,
         )
@@ -490,7 +439,7 @@ class DistillTrainer(Trainer):
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             if eval_dataset is not None and not isinstance(eval_dataset, str):
-                eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+                eval_dataset = self._data.whole(eval_dataset, "eval_dataset")
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop
@@ -587,7 +536,7 @@ class DistillTrainer(Trainer):
             student.save_pretrained(part, state_dict=weights)
             self.processing_class.save_pretrained(part)
             options = json.loads(self.args.to_json_string())  # type: ignore[no-untyped-call]
-            options["thinking"] = self._mostly_thinks
+            options["thinking"] = self._data.mostly_thinks
             write_json(Path(part, checkpoints.CONFIG), options, indent=2)
             if router:
                 save_file({name: value.contiguous() for name, value in router.items()}, Path(part, checkpoints.ROUTER))
@@ -637,24 +586,6 @@ def _model_or_name(value: Any, argument: str, config: DistillConfig, field: str)
         hint = "; give it as args" if isinstance(value, TrainingArguments) else ""
         raise TypeError(f"{argument}: expected a model, its name or None, got {type(value).__name__}{hint}")
     return cast("PreTrainedModel | None", value)
-
-
-def _is_stream(data: Any) -> bool:
-    """Whether rows have no length, so that they can only be read in their order."""
-    return data is not None and not hasattr(data, "__len__") and hasattr(data, "__iter__")
-
-
-def _check_streaming(config: DistillConfig) -> None:
-    """Refuse options that need to know all examples of a stream, which each process reads whole."""
-    if config.max_steps <= 0:
-        raise ValueError(f"max_steps: expected the number of steps to train on streamed data, got {config.max_steps}")
-    accelerator_config = copy.copy(cast(Any, config.accelerator_config))
-    accelerator_config.dispatch_batches = False  # the batches are nested
-    config.accelerator_config = accelerator_config
-    sampling = getattr(config, "train_sampling_strategy", "random")  # transformers 4 has group_by_length
-    if sampling == "group_by_length" or getattr(config, "group_by_length", False):
-        raise ValueError("train_sampling_strategy: expected no group_by_length with streamed data, whose lengths are "
-                         "not known")  # fmt: skip
 
 
 def _name(field: str, name: str, config: DistillConfig, argument: str | None = None) -> None:

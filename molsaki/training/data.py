@@ -1,0 +1,122 @@
+"""Turns the data that a trainer is given into data sets, and says what is in them and what they teach."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from molsaki.batches.dataset import DistillDataset, as_examples
+from molsaki.batches.streamed import StreamedDataset, StreamedFiles
+from molsaki.batches.tokenized import Tokenization, TokenizedExample
+from molsaki.teacher.map_store import Store
+from molsaki.text.examples import read_examples
+from molsaki.training.config import DistillConfig
+from molsaki.training.objectives import Objective
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingData:
+    """Prepares training and evaluation data alike.
+
+    Attributes:
+        mostly_thinks: whether most of the training examples have a thinking trace; known after `for_training`.
+    """
+
+    def __init__(self, config: DistillConfig, objective: Objective, tokenization: Tokenization, store: Store | None):
+        self.config, self.objective, self.tokenization, self.store = config, objective, tokenization, store
+        self.mostly_thinks = False
+
+    def for_training(self, given: Any) -> DistillDataset | StreamedDataset | None:
+        """The training data, from ``given`` or else the config's files; None if there are none.
+
+        Raises:
+            ValueError, TypeError: no example can be used, none has a key word though the loss needs them, or an option
+                does not fit streamed data.
+        """
+        config, name, files = self.config, "train_dataset", self.config.train_file
+        if given is None and files:
+            given = StreamedFiles(files) if config.streaming else read_examples(files, data_format=config.data_format)
+        data: DistillDataset | StreamedDataset | None
+        if given is not None and (config.streaming or _is_stream(given)):
+            data, first = self._streamed(given, name)
+            count = data.used
+        elif (data := self.whole(given, name, config.limit)) is not None:
+            first, count = data[0][0], len(data)
+        else:
+            return None
+        self.mostly_thinks = 2 * data.thinking > count
+        if config.process_index == 0:
+            logger.info("%s", self.tokenization.describe_labels(first))
+        return data
+
+    def for_evaluation(self, given: Any) -> DistillDataset | dict[str, DistillDataset | None] | None:
+        """The evaluation data, from ``given``, which may be several by name, or else the config's files."""
+        config = self.config
+        if given is None and config.eval_file:
+            given = read_examples(config.eval_file, data_format=config.data_format)
+        if config.eval_accuracy and config.process_index == 0:
+            if given is None:
+                logger.warning(
+                    "eval_accuracy: there is no evaluation data (--eval_file, eval_dataset) to compute it of"
+                )
+            elif getattr(config.eval_strategy, "value", config.eval_strategy) == "no":
+                logger.warning(
+                    "eval_accuracy: only evaluate() computes it, with --eval_strategy no; use steps or epoch"
+                )
+        if isinstance(given, Mapping):
+            return {name: self.whole(data, f"eval_dataset[{name!r}]") for name, data in given.items()}
+        return self.whole(given, "eval_dataset")
+
+    def whole(self, given: Any, name: str, limit: int | None = None) -> DistillDataset | None:
+        """A sequence of examples or of dicts, tokenized once; ``name`` is that of the argument, for messages."""
+        found: DistillDataset | None
+        if given is None or isinstance(given, DistillDataset):
+            found = given
+        else:
+            examples = as_examples(given, name, self.config.data_format)[:limit]
+            found = DistillDataset(examples, self.tokenization, self.store)
+            if self.config.process_index == 0:
+                logger.log(logging.WARNING if found.left_out else logging.INFO, "%s: %s", name, found.summary())
+        if found is not None:
+            self._need_words(found.without_words, len(found), str(len(found)), name)
+        return found
+
+    def _streamed(self, given: Any, name: str) -> tuple[StreamedDataset, TokenizedExample]:
+        """The stream, and its first example."""
+        config = self.config
+        _check_streaming(config)
+        rows = cast("Iterable[Any]", given)
+        stream = StreamedDataset(rows, name, self.tokenization, self.store, config.data_format, config.limit)
+        first = stream.peek()
+        self._need_words(stream.without_words, stream.used, f"first {stream.used}", name)
+        return stream, first
+
+    def _need_words(self, without: int, count: int, counted: str, name: str) -> None:
+        if self.objective.maps and without == count:
+            raise ValueError(
+                f"key: {self.config.key} finds no key word in any of the {counted} examples of {name}, so objective "
+                f"{self.config.objective} has no attention loss; use another --key or --objective dss, or give the "
+                "examples their keywords"
+            )
+
+
+def _is_stream(data: Any) -> bool:
+    """Whether rows have no length, so that they can only be read in their order."""
+    return not hasattr(data, "__len__") and hasattr(data, "__iter__")
+
+
+def _check_streaming(config: DistillConfig) -> None:
+    """Refuse options that need to know all examples of a stream, which each process reads whole."""
+    if config.max_steps <= 0:
+        raise ValueError(f"max_steps: expected the number of steps to train on streamed data, got {config.max_steps}")
+    accelerator_config = copy.copy(cast(Any, config.accelerator_config))
+    accelerator_config.dispatch_batches = False  # the batches are nested
+    config.accelerator_config = accelerator_config
+    sampling = getattr(config, "train_sampling_strategy", "random")  # transformers 4 has group_by_length
+    if sampling == "group_by_length" or getattr(config, "group_by_length", False):
+        raise ValueError(
+            "train_sampling_strategy: expected no group_by_length with streamed data, whose lengths are not known"
+        )
