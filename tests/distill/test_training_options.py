@@ -247,7 +247,9 @@ def test_rows(tmp_path, caplog):
     assert "1 of 9 examples left out, the first: train_dataset: row 0: question: missing" in caplog.text
     with pytest.raises(ValueError, match="train_dataset: row 0: question: missing"):
         one_step(tmp_path, data=[bad, bad])
-    for bad, kind in ((iter([]), "list_iterator"), ({"question": ["a"]}, "dict"), ("train.jsonl", "str")):
+    with pytest.raises(TypeError, match="train_dataset: a list_iterator can be read only once; expected rows that can"):
+        one_step(tmp_path, data=iter([]))
+    for bad, kind in (({"question": ["a"]}, "dict"), ("train.jsonl", "str")):
         with pytest.raises(TypeError, match=f"train_dataset: expected a sequence of examples or of dicts, got {kind}"):
             one_step(tmp_path, data=bad)
     with pytest.raises(TypeError, match="train_dataset: row 0: expected an Example or a dict, got int"):
