@@ -106,14 +106,14 @@ class Endpoint:
                 if failures > self._retries:
                     tries = f"after {failures} tries" if failures > 1 else "at the only try"
                     raise EndpointError(f"--endpoint: {self.url}: {failure} ({tries})") from None
-                delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) * self._random.uniform(0.5, 1)
-                if failure.wait is not None:
-                    if failure.wait > LONGEST_WAIT:
-                        asks = f"the server asks to wait {failure.wait:.0f} seconds"
-                        raise EndpointError(f"--endpoint: {self.url}: {asks}: {failure}") from None
+                if failure.wait is None:
+                    delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1))
+                    self._wait(delay * self._random.uniform(0.5, 1), stopped)
+                elif failure.wait <= LONGEST_WAIT:  # all threads wait
                     self._not_before = max(self._not_before, time.monotonic() + failure.wait)
-                    delay = failure.wait
-                self._wait(delay, stopped)
+                else:
+                    asks = f"the server asks to wait {failure.wait:.0f} seconds"
+                    raise EndpointError(f"--endpoint: {self.url}: {asks}: {failure}") from None
             else:
                 self._answered += 1
                 return answer

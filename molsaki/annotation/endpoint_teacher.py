@@ -137,7 +137,6 @@ class EndpointTeacher:
 
     def summary(self, journal: ReplyJournal, seconds: float) -> dict[str, Any]:
         """Tokens and cost of all answers in the journal; None where the server reported none of them."""
-        self._count_kept(journal)
         spent = self._spending
         is_known = spent.unreported < spent.answers or not spent.answers
         return {
