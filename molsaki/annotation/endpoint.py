@@ -106,6 +106,8 @@ class Endpoint:
                 if failures > self._retries:
                     tries = f"after {failures} tries" if failures > 1 else "at the only try"
                     raise EndpointError(f"--endpoint: {self.url}: {failure} ({tries})") from None
+                if failures == 3:  # often enough that a user should know why nothing happens
+                    logger.warning("%s: %s; asked again, up to %d times", self.url, failure, self._retries)
                 if failure.wait is None:
                     delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1))
                     self._wait(delay * self._random.uniform(0.5, 1), stopped)

@@ -221,11 +221,17 @@ def test_replies_under_way_are_kept_when_another_fails(tmp_path):
     assert len(server.bodies) == 2
 
 
-def test_no_server_at_all(tmp_path):
+def test_no_server_at_all(tmp_path, caplog):
     with serving(Server(add)) as server:
         pass
     with pytest.raises(EndpointError, match=r"ConnectError: .*\(after 3 tries\).* 0 replies are kept"):
         annotate(config(tmp_path, server, retries=2))
+    assert not caplog.records  # a warning comes with the third failure in a row, if there are more tries
+    with pytest.raises(EndpointError, match=r"\(after 4 tries\)"):
+        annotate(config(tmp_path, server, retries=3, concurrency=1))
+    assert [record.getMessage().partition("ConnectError")[0] for record in caplog.records] == [
+        f"{server.url}/completions: "
+    ]
 
 
 def test_a_reply_that_takes_too_long(tmp_path):
@@ -524,6 +530,8 @@ def test_key_words_of_rationales_that_exist(tmp_path, where):
         with pytest.raises(ValueError, match="was begun with another rationales"):
             changed = [{**records[0], "rationale": "12 it is, of nuts in bags."}, *records[1:]]
             annotate(files(tmp_path, changed, **options), model, tok)
+        with pytest.raises(ValueError, match=r"was begun with another rationales: '\w+', now None"):
+            annotate(files(tmp_path, records, keywords="teacher"), model, tok)
     else:
         with serving(Server(scripted_reply)) as server:
             summary = annotate(config(tmp_path, server, records, **options))
