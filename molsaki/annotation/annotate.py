@@ -8,7 +8,8 @@ as a hint (phase 2), as in STaR (arXiv 2203.14465). On request it is then asked 
     train.wrong.jsonl      refused replies with their reasons, if asked for
     train.summary.json     the counts
 
-Batches are formed independently of progress, so a resumed run decodes exactly what an uninterrupted one would.
+The teacher is loaded here (`LocalTeacher`) or is asked through an endpoint (`EndpointTeacher`). With
+``rationales=keep`` it is asked for key words only, of the rationales that the data have.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,18 +29,13 @@ from molsaki.annotation import keywords
 from molsaki.annotation.demonstrations import demonstrations_by_task, task_of
 from molsaki.annotation.journal import ReplyJournal
 from molsaki.annotation.judge import Verdict, judge
-from molsaki.annotation.prompts import FIRST, KEYWORDS, SECOND, PromptFormat, prompt_ids, question_turns
+from molsaki.annotation.prompts import FIRST, KEYWORDS, SECOND, PromptFormat, question_turns
+from molsaki.annotation.teacher import Decoding, Prompt, Teacher
 from molsaki.batches.tokenized import all_left_out
 from molsaki.config import AnnotateConfig, require
-from molsaki.evaluation.generate import Reply, batches, decode
+from molsaki.evaluation.generate import Reply
 from molsaki.io import digest, write_json, write_json_lines
-from molsaki.modeling.loading import context_length, load_for_command
-from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
-from molsaki.text.examples import Example, read_examples
-from molsaki.text.templates import TextChanged
-
-TOO_LONG = "prompt and reply longer than the context"
-REFUSED = "refused by the chat template"
+from molsaki.text.examples import Example, Examples, read_examples
 
 
 def annotate(
@@ -55,11 +50,12 @@ def annotate(
     Returns:
         The summary, as in ``.summary.json``: the number of ``examples``, of which ``phase_1`` and ``phase_2`` have a
         rationale and the others are in ``dropped``, by reason; ``left_out``, those that could not be read;
-        ``rationales`` written; ``keywords`` where asked for; tokens and seconds of this process.
+        ``rationales`` written; ``keywords`` where asked for. Of a local teacher tokens and seconds of this process; of
+        an endpoint the tokens and the cost of all replies in the journal, see `EndpointTeacher.summary`.
 
     Raises:
         ValueError, TypeError, OSError: a flag, file or field is not as described, the journal is of something else,
-            or no rationale was right.
+            no rationale was right, or the endpoint gave no reply.
     """
     data_file, output = require(config, "data_file"), Path(require(config, "output_file"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -67,18 +63,47 @@ def annotate(
     work_file = output.with_suffix(".work.jsonl")
     if output.exists() and not work_file.exists():
         raise ValueError(f"--output_file: {output} exists without its {work_file.name}; choose another name")
-    examples = read_examples(data_file, rationale=False)[: config.limit]
+    keep = config.rationales == "keep"
+    examples = read_examples(data_file, rationale=keep)[: config.limit]
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)
-    teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, device_map=config.device_map)
-    if config.device_map is None:
-        teacher.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    asked = _teacher(config, form, teacher, tokenizer)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    source = _teacher_name(config, teacher)
-    journal = ReplyJournal(work_file, describe(config, examples, shown, teacher, tokenizer, source))
-    run = _Run(config, form, shown, teacher, tokenizer, journal)
+    run = _Run(config, form, shown, asked, ReplyJournal(work_file, describe(config, examples, shown, asked)))
     start = time.perf_counter()
+    summary: dict[str, Any] = {"teacher": asked.name, "data_file": config.data_file, "output_file": config.output_file}
+    summary |= {"examples": len(examples), "left_out": len(examples.left_out)}
+    records, counts, refused = _with_keywords(run, examples) if keep else _with_rationales(run, examples)
+    summary |= counts | asked.summary(run.journal, time.perf_counter() - start)
+    if config.keep_wrong:
+        write_json_lines(output.with_suffix(".wrong.jsonl"), refused)
+    write_json(output.with_suffix(".summary.json"), summary, indent=2)
+    if not records:
+        raise ValueError(all_left_out(collections.Counter(counts["dropped"])))
+    write_json_lines(output, records)
+    return summary
+
+
+def _teacher(
+    config: AnnotateConfig, form: PromptFormat, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Teacher:
+    if config.endpoint is None:
+        from molsaki.annotation.local_teacher import LocalTeacher
+
+        return LocalTeacher(config, form, model, tokenizer)
+    from molsaki.annotation.endpoint_teacher import EndpointTeacher
+
+    if model is not None or tokenizer is not None:
+        raise ValueError("teacher, tokenizer: expected neither with an endpoint, whose model config.teacher names")
+    return EndpointTeacher(config, form)
+
+
+Written = tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]  # records, counts, refused replies
+
+
+def _with_rationales(run: _Run, examples: Examples) -> Written:
+    """Records with the teacher's right rationales."""
     kept, dropped, refused = run.rationales(examples)
     texts, ids = [], {example.id for example in examples}
     for example in examples:
@@ -87,9 +112,7 @@ def annotate(
             while number > 1 and id in ids:
                 id += "/"
             texts.append((dataclasses.replace(example, id=id, rationale=verdict.rationale), verdict))
-    words = run.keywords([text for text, _ in texts]) if config.keywords == "teacher" else None
-    seconds = time.perf_counter() - start
-
+    words = run.keywords([text for text, _ in texts]) if run.config.keywords == "teacher" else None
     records = []
     for text, verdict in texts:
         record: dict[str, Any] = {"id": text.id, "task": task_of(text), "question": text.question}
@@ -98,74 +121,70 @@ def annotate(
         record |= {"rationale": text.rationale, "answer": verdict.answer, "gold": text.answer}
         if words is not None:
             record["keywords"] = words[text.id]
-        records.append(record | {"rationale_source": source, "phase": verdict.phase})
+        records.append(record | {"rationale_source": run.teacher.name, "phase": verdict.phase})
     phases = collections.Counter(verdicts[0].phase for verdicts in kept.values())
-    summary: dict[str, Any] = {"teacher": source, "data_file": config.data_file, "output_file": config.output_file}
-    summary |= {
-        "examples": len(examples),
-        "left_out": len(examples.left_out),
-        "phase_1": phases[FIRST],
-        "phase_2": phases[SECOND],
+    counts: dict[str, Any] = {"phase_1": phases[FIRST], "phase_2": phases[SECOND]}
+    counts |= {"dropped": dict(dropped), "rationales": len(records)}
+    return records, counts | ({} if words is None else {"keywords": run.count(words)}), refused
+
+
+def _with_keywords(run: _Run, examples: Examples) -> Written:
+    """The records of the data as they are, with the teacher's key words of those that have a rationale and none yet."""
+    texts = [example for example in examples if example.rationale.strip() and example.keywords is None]
+    words = run.keywords(texts)
+    records = []
+    for number, example in enumerate(examples):
+        record = examples.record(number)
+        if not str(record.get("id", "")).strip() or record["id"] is None:  # would be the number of a line
+            record = {"id": example.id} | {name: value for name, value in record.items() if name != "id"}
+        records.append(record | ({"keywords": words[example.id]} if example.id in words else {}))
+    counts = {
+        "rationales": len(texts),
+        "had_keywords": sum(example.keywords is not None for example in examples),
+        "without_rationale": sum(not example.rationale.strip() for example in examples),
+        "keywords": run.count(words),
     }
-    summary |= {"dropped": dict(dropped), "rationales": len(records)}
-    if words is not None:
-        summary["keywords"] = {
-            "kept": sum(map(len, words.values())),
-            "not_in_the_text": run.not_in_the_text,
-            "rationales_without": sum(not found for found in words.values()),
-        }
-    summary |= {"tokens": run.tokens, "seconds": seconds, "tokens_per_second": run.tokens / seconds}
-    if config.keep_wrong:
-        write_json_lines(output.with_suffix(".wrong.jsonl"), refused)
-    write_json(output.with_suffix(".summary.json"), summary, indent=2)
-    if not records:
-        raise ValueError(all_left_out(dropped))
-    write_json_lines(output, records)
-    return summary
+    return records, counts, []
 
 
 def describe(
-    config: AnnotateConfig,
-    examples: Sequence[Example],
-    shown: dict[str, list[Example]],
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
+    config: AnnotateConfig, examples: Sequence[Example], shown: dict[str, list[Example]], teacher: Teacher
 ) -> dict[str, Any]:
-    """Everything that the replies depend on: they are used again only if all of it is the same."""
-    options = ("template", "instruction", "hint", "keywords", "max_new_tokens", "batch_size", "samples", "temperature")
+    """Everything that the replies depend on: they are used again only if all of it is the same.
+
+    A local model's replies depend on the other texts of their batch. An endpoint's do not, and each one is in the
+    journal with the digest of its request, so its description leaves out the data and how many of them there are.
+    """
+    options = ["template", "instruction", "hint", "keywords", "max_new_tokens", "batch_size", "samples", "temperature"]
+    if config.endpoint is not None:
+        for name in ("keywords", "batch_size", "samples"):
+            options.remove(name)
+        same = {name: getattr(config, name) for name in (*options, "seed")}
+        return same | {"teacher": teacher.name} | teacher.describe()
     names = [field.name for field in dataclasses.fields(Example) if field.name != "key_spans"]  # not shown
     demonstrations = {task: [[getattr(e, name) for name in names] for e in found] for task, found in shown.items()}
-    return {name: getattr(config, name) for name in (*options, "seed")} | {
+    described = {name: getattr(config, name) for name in (*options, "seed")} | {
         "number_of_examples": len(examples),
         "data": digest([[e.id, e.question, e.answer, e.choices, task_of(e)] for e in examples]),
         "demonstrations": digest(demonstrations, sort_keys=False),
-        "teacher": source,
-        "teacher_dtype": str(teacher.dtype),
-        "teacher_weights": fingerprint_model(teacher),
-        "teacher_tokenizer": fingerprint_tokenizer(tokenizer),
+        "teacher": teacher.name,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prompt:
-    example: Example
-    sample: int
-    ids: list[int]
+    if config.rationales == "keep":
+        described["rationales"] = digest([[e.rationale, e.keywords] for e in examples])
+    return described | teacher.describe()
 
 
 @dataclasses.dataclass
 class _Run:
-    """The phases of one run, with counts of tokens decoded by this process and of key words that are in no text."""
+    """The phases of one run, with counts of the key words that are in no text and of the prompts without a reply."""
 
     config: AnnotateConfig
     form: PromptFormat
     shown: dict[str, list[Example]]
-    teacher: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    teacher: Teacher
     journal: ReplyJournal
-    tokens: int = 0
     not_in_the_text: int = 0
+    without_list: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def rationales(
         self, examples: Sequence[Example]
@@ -181,15 +200,20 @@ class _Run:
                 if example.id in kept:
                     continue
                 turns = question_turns(self.form, self.shown[task_of(example)], example, hint)
-                ids, reason = self._prompt(turns, self.config.instruction, self.config.max_new_tokens)
+                content, reason = self.teacher.prompt(turns, self.config.instruction, self.config.max_new_tokens)
                 if reason:
                     reasons[example.id] = reason
                     refused.append(_refusal(example, phase, reason))
                 else:
-                    prompts += [_Prompt(example, sample, ids) for sample in range(1, self.config.samples + 1)]
+                    prompts += [Prompt(example, sample, content) for sample in range(1, self.config.samples + 1)]
             with tqdm(total=len(prompts), unit="reply", desc=f"annotate, phase {phase}") as bar:
-                for prompt, reply in self._replies(phase, prompts, self.config.max_new_tokens, bar):
+                for prompt, reply in self._replies(phase, prompts, bar):
                     example = prompt.example
+                    if isinstance(reply, str):
+                        if example.id not in kept:
+                            reasons[example.id] = reply
+                        refused.append(_refusal(example, phase, reply, prompt.sample))
+                        continue
                     verdict = judge(example, reply, self.form, self.config.hint, phase)
                     if verdict.reason:
                         if example.id not in kept:
@@ -200,63 +224,51 @@ class _Run:
                             reasons.pop(example.id, None)
                             right[phase] += 1
                         kept.setdefault(example.id, []).append(verdict)
-                    bar.set_postfix_str(f"right {right[FIRST]} + {right[SECOND]}, not {len(reasons)}", refresh=False)
+                    counts = f"right {right[FIRST]} + {right[SECOND]}, not {len(reasons)}"
+                    bar.set_postfix_str(counts + self.teacher.status(), refresh=False)
         order = {example.id: number for number, example in enumerate(examples)}
         refused.sort(key=lambda record: (order[record["id"]], record["phase"], record["sample"] or 0))
         return kept, collections.Counter(reasons[e.id] for e in examples if e.id in reasons), refused
 
     def keywords(self, texts: Sequence[Example]) -> dict[str, list[str]]:
-        """The key words of each kept text, by its id: those of the teacher's that occur in it."""
+        """The key words of each text, by its id: those of the teacher's that occur in it."""
         prompts = []
         for text in texts:
             turns = keywords.keyword_turns(self.shown[task_of(text)], text)
-            ids, reason = self._prompt(turns, keywords.INSTRUCTION, keywords.NEW_TOKENS)
-            if not reason:
-                prompts.append(_Prompt(text, 1, ids))
+            content, reason = self.teacher.prompt(turns, keywords.INSTRUCTION, keywords.NEW_TOKENS)
+            if reason:
+                self.without_list[reason] += 1
+            else:
+                prompts.append(Prompt(text, 1, content))
         found: dict[str, list[str]] = {text.id: [] for text in texts}
         with tqdm(total=len(prompts), unit="text", desc="annotate, keywords") as bar:
-            for prompt, reply in self._replies(KEYWORDS, prompts, keywords.NEW_TOKENS, bar):
+            for prompt, reply in self._replies(KEYWORDS, prompts, bar):
+                if not isinstance(reply, str) and keywords.is_cut_off(reply):
+                    reply = "cut off before the list"
+                if isinstance(reply, str):
+                    self.without_list[reply] += 1
+                    continue
                 named = keywords.split_keywords(reply.text)
                 found[prompt.example.id] = [word for word in named if keywords.occurs(word, prompt.example)]
                 self.not_in_the_text += len(named) - len(found[prompt.example.id])
+                bar.set_postfix_str(self.teacher.status().lstrip(", "), refresh=False)
         return found
 
-    def _replies(
-        self, phase: int, prompts: list[_Prompt], new_tokens: int, bar: tqdm[Any]
-    ) -> Iterator[tuple[_Prompt, Reply]]:
-        """The reply to each prompt, from the journal or decoded batch by batch; key words are decoded greedily."""
-        stop, temperature = self.form.stop, self.config.temperature
+    def count(self, words: dict[str, list[str]]) -> dict[str, Any]:
+        """The counts of key words for the summary."""
+        counts = {
+            "kept": sum(map(len, words.values())),
+            "not_in_the_text": self.not_in_the_text,
+            "rationales_without": sum(not found for found in words.values()),
+        }
+        return counts | ({"without_list": dict(self.without_list)} if self.without_list else {})
+
+    def _replies(self, phase: int, prompts: list[Prompt], bar: tqdm[Any]) -> Iterator[tuple[Prompt, Reply | str]]:
+        """The teacher's replies; key words are decoded greedily."""
+        decoding = Decoding(self.config.max_new_tokens, self.form.stop, self.config.temperature)
         if phase == KEYWORDS:
-            stop, temperature = None if self.form.chat else "\n", 0.0
-        for number, indices in enumerate(batches([prompt.ids for prompt in prompts], self.config.batch_size)):
-            batch = [prompts[i] for i in indices]
-            asked = [(prompt.example.id, prompt.sample) for prompt in batch]
-            replies = self.journal.get(phase, number, asked)
-            if replies is None:
-                seed = int(digest([self.config.seed, phase, number])[:15], 16)
-                ids = [prompt.ids for prompt in batch]
-                replies, tokens = decode(
-                    self.teacher, self.tokenizer, ids, new_tokens, stop=stop, temperature=temperature, seed=seed
-                )
-                self.tokens += tokens
-                self.journal.put(phase, number, asked, replies)
-            yield from zip(batch, replies, strict=True)
-            bar.update(len(batch))
-
-    def _prompt(self, turns: list[str], instruction: str, new_tokens: int) -> tuple[list[int], str]:
-        """The token ids of a prompt, and why it cannot be used, empty if it can."""
-        try:
-            ids = prompt_ids(turns, instruction, self.form, self.tokenizer)
-        except TextChanged:
-            return [], REFUSED
-        limit = context_length(self.teacher.config)
-        return ids, "" if limit is None or len(ids) + new_tokens <= limit else TOO_LONG
-
-
-def _teacher_name(config: AnnotateConfig, teacher: PreTrainedModel) -> str:
-    name: str = config.teacher or getattr(teacher.config, "name_or_path", "") or type(teacher).__name__
-    folder = Path(name).expanduser()
-    return folder.resolve().name if folder.is_dir() else name
+            decoding = Decoding(keywords.NEW_TOKENS, None if self.form.chat else "\n", 0.0)
+        return self.teacher.replies(self.journal, phase, prompts, decoding, bar)
 
 
 def _refusal(

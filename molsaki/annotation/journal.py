@@ -1,12 +1,12 @@
-"""`ReplyJournal`: the replies of a run, appended batch by batch to a file, so that an interrupted run can continue."""
+"""`ReplyJournal`: the replies of a run, appended to a file as they arrive, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from molsaki.evaluation.generate import Reply
 from molsaki.io import digest
@@ -14,12 +14,33 @@ from molsaki.io import digest
 Asked = tuple[str, int]  # a prompt of a batch: the example's id and the number of the sample, from 1
 
 
+class Request(NamedTuple):
+    """What a single reply was asked for with: phase, the example's id, the sample and the request's digest."""
+
+    phase: int
+    id: str
+    sample: int
+    digest: str
+
+
+class Answer(NamedTuple):
+    """What a request got.
+
+    Attributes:
+        reply: the reply, or the reason why there is none.
+        usage: tokens of the prompt and of the completion, if the server reported them.
+    """
+
+    reply: Reply | str
+    usage: tuple[int, int] | None
+
+
 class ReplyJournal:
-    """The replies of a run, batch by batch, in a file that only grows.
+    """The replies of a run in a file that only grows: of a local model batch by batch, of an endpoint one by one.
 
     Args:
-        path: JSON lines, each with a checksum: first the description, then one line per batch. Created if it does not
-            exist. An incomplete last line is removed.
+        path: JSON lines, each with a checksum: first the description, then one line per batch or per request. Created
+            if it does not exist. An incomplete last line is removed.
         description: everything that the replies depend on; JSON.
 
     Raises:
@@ -29,6 +50,7 @@ class ReplyJournal:
     def __init__(self, path: Path, description: dict[str, Any]):
         self.path = path
         self._batches: dict[tuple[int, int], list[tuple[list[Any], str, bool]]] = {}
+        self._answers: dict[Request, Answer] = {}
         description = json.loads(json.dumps(description))
         data = path.read_bytes() if path.exists() else b""
         lines, complete = data.splitlines(keepends=True), 0
@@ -40,13 +62,13 @@ class ReplyJournal:
                 break
             complete += len(line)
             if number > 1:
-                self._batches[value["phase"], value["batch"]] = value["replies"]
+                self._keep(value)
                 continue
-            for name in description:
-                if value.get(name) != description[name]:
+            for name in description | value:
+                if value.get(name) != description.get(name):
                     raise ValueError(
-                        f"{path}: was begun with another {name}: {value.get(name)!r}, now {description[name]!r}; run "
-                        "the old command to continue it, choose another output_file, or delete it to start over"
+                        f"{path}: was begun with another {name}: {value.get(name)!r}, now {description.get(name)!r}; "
+                        "run the old command to continue it, choose another output_file, or delete it to start over"
                     )
         if complete < len(data):
             os.truncate(path, complete)
@@ -69,10 +91,35 @@ class ReplyJournal:
         entries = [[name, *reply] for name, reply in zip(asked, replies, strict=True)]
         self._append({"phase": phase, "batch": batch, "replies": entries})
 
-    def _append(self, value: dict[str, Any]) -> None:
-        line = json.dumps({"check": digest(value, sort_keys=False)} | value, ensure_ascii=False) + "\n"
+    def answer(self, request: Request) -> Answer | None:
+        """What a request got, or None if it has not been asked yet."""
+        return self._answers.get(request)
+
+    def answers(self) -> Iterator[Answer]:
+        """All answers in the file, also to requests that this run does not ask."""
+        yield from self._answers.values()
+
+    def put_answers(self, found: Sequence[tuple[Request, Answer]]) -> None:
+        """Append the answers to single requests, and flush them to the disk together."""
+        self._append(*({**request._asdict(), **answer._asdict()} for request, answer in found))
+        self._answers.update(found)
+
+    def _keep(self, value: dict[str, Any]) -> None:
+        if "batch" in value:
+            self._batches[value["phase"], value["batch"]] = value["replies"]
+            return
+        reply, usage = value["reply"], value["usage"]
+        request = Request(*(value[name] for name in Request._fields))
+        self._answers[request] = Answer(
+            reply if isinstance(reply, str) else Reply(*reply), None if usage is None else (usage[0], usage[1])
+        )
+
+    def _append(self, *values: dict[str, Any]) -> None:
+        lines = [
+            json.dumps({"check": digest(value, sort_keys=False)} | value, ensure_ascii=False) + "\n" for value in values
+        ]
         with self.path.open("ab") as file:
-            file.write(line.encode())
+            file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
 

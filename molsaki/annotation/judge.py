@@ -67,7 +67,7 @@ def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: 
     has_ending = kind_of(example.answer, example.choices) in ("choice", "number")
     filler = {*FILLER, *_words(f"{hint} {example.answer}")}
     reason = ""
-    if not reply.ended and not newline:
+    if not reply.ended and (not newline or text.startswith("<think>")):  # the label may be in an unfinished thought
         reason = "cut off at max_new_tokens"
     elif not rationale:
         reason = "no rationale"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from molsaki.annotation.prompts import fill, with_choices
+from molsaki.evaluation.generate import Reply
 from molsaki.text.examples import Example
 from molsaki.text.segment import segment
 
@@ -24,6 +25,12 @@ def keyword_turns(demonstrations: Sequence[Example], example: Example) -> list[s
         text = fill(PROMPT, question=with_choices(one), rationale=one.rationale.strip())
         turns += [text + " ", ", ".join(one.keywords or ())]
     return turns[:-1]
+
+
+def is_cut_off(reply: Reply) -> bool:
+    """Return whether the reply ends before its list: within or right after a thinking trace."""
+    text = reply.text.rpartition("</think>")[2].strip()
+    return not reply.ended and (not text or text.startswith("<think>"))
 
 
 def split_keywords(reply: str) -> list[str]:

@@ -75,14 +75,24 @@ def question_turns(
     return turns[:-1]
 
 
+def prompt_text(turns: list[str], instruction: str) -> str:
+    """The text of a prompt that is no chat: the instruction, then the turns, without white space around it."""
+    blocks = ["".join(turns[i : i + 2]) for i in range(0, len(turns), 2)]
+    return "\n\n".join([instruction] * bool(instruction) + blocks).strip()
+
+
+def chat_turns(turns: list[str], instruction: str) -> list[str]:
+    """The turns of a chat, of user and assistant by turns; the first begins with the instruction."""
+    if instruction:
+        turns = [f"{instruction}\n\n{turns[0]}", *turns[1:]]  # not every chat template has a system turn
+    return [turn.strip() for turn in turns]
+
+
 def prompt_ids(turns: list[str], instruction: str, form: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a prompt: the instruction, then the turns."""
     if not form.chat:
-        blocks = ["".join(turns[i : i + 2]) for i in range(0, len(turns), 2)]
-        return prompt("\n\n".join([instruction] * bool(instruction) + blocks), tokenizer)
-    if instruction:
-        turns = [f"{instruction}\n\n{turns[0]}", *turns[1:]]  # not every chat template has a system turn
-    text = apply_chat(tokenizer, [turn.strip() for turn in turns], add_generation_prompt=True)
+        return prompt(prompt_text(turns, instruction), tokenizer)
+    text = apply_chat(tokenizer, chat_turns(turns, instruction), add_generation_prompt=True)
     return cast(list[int], tokenizer(text, add_special_tokens=False).input_ids)
 
 

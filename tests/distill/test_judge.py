@@ -49,6 +49,7 @@ def test_judge_of_replies_that_were_cut_off():
         ("3 * 4 = 12", False, "cut off at max_new_tokens"),
         ("3 * 4 = 12\nAnswer: 12", False, "cut off at max_new_tokens"),  # may have been 120
         ("3 * 4 = 12 nuts\nAnswer: 12\nBy", False, ""),
+        ("<think>3 * 4 = 12 nuts\nAnswer: 12\nOr", False, "cut off at max_new_tokens"),  # a thought, no rationale
         ("3 * 4 = 12 nuts", True, ""),
     ]:
         assert judge(example, Reply(text, ended), PLAIN, HINT, 1).reason == reason
