@@ -64,7 +64,7 @@ def annotate(
     if output.exists() and not work_file.exists():
         raise ValueError(f"--output_file: {output} exists without its {work_file.name}; choose another name")
     keep = config.rationales == "keep"
-    examples = read_examples(data_file, rationale=keep)[: config.limit]
+    examples = read_examples(data_file, rationale=keep, data_format=config.data_format)[: config.limit]
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)
     asked = _teacher(config, form, teacher, tokenizer)
@@ -116,6 +116,8 @@ def _with_rationales(run: _Run, examples: Examples) -> Written:
     records = []
     for text, verdict in texts:
         record: dict[str, Any] = {"id": text.id, "task": task_of(text), "question": text.question}
+        if text.context:
+            record["context"] = [{"role": role, "content": content} for role, content in text.context]
         if text.choices:
             record["choices"] = text.choices
         record |= {"rationale": text.rationale, "answer": verdict.answer, "gold": text.answer}
@@ -161,11 +163,17 @@ def describe(
             options.remove(name)
         same = {name: getattr(config, name) for name in (*options, "seed")}
         return same | {"teacher": teacher.name} | teacher.describe()
-    names = [field.name for field in dataclasses.fields(Example) if field.name != "key_spans"]  # not shown
-    demonstrations = {task: [[getattr(e, name) for name in names] for e in found] for task, found in shown.items()}
+    others = ("key_spans", "context")  # the first is not shown, and few have the second
+    names = [field.name for field in dataclasses.fields(Example) if field.name not in others]
+    demonstrations = {
+        task: [[*(getattr(e, name) for name in names), *([e.context] if e.context else [])] for e in found]
+        for task, found in shown.items()
+    }
     described = {name: getattr(config, name) for name in (*options, "seed")} | {
         "number_of_examples": len(examples),
-        "data": digest([[e.id, e.question, e.answer, e.choices, task_of(e)] for e in examples]),
+        "data": digest(
+            [[e.id, e.question, e.answer, e.choices, task_of(e), *([e.context] if e.context else [])] for e in examples]
+        ),
         "demonstrations": digest(demonstrations, sort_keys=False),
         "teacher": teacher.name,
     }

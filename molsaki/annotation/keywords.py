@@ -22,7 +22,8 @@ def keyword_turns(demonstrations: Sequence[Example], example: Example) -> list[s
     """Texts and their key words in turn, of the demonstrations that have some, up to the example's text."""
     turns = []
     for one in [*(one for one in demonstrations if one.keywords), example]:
-        text = fill(PROMPT, question=with_choices(one), rationale=one.rationale.strip())
+        question = "\n\n".join([*(text for _, text in one.context), with_choices(one)])
+        text = fill(PROMPT, question=question, rationale=one.rationale.strip())
         turns += [text + " ", ", ".join(one.keywords or ())]
     return turns[:-1]
 
@@ -45,5 +46,5 @@ def split_keywords(reply: str) -> list[str]:
 
 
 def occurs(word: str, example: Example) -> bool:
-    """Return whether the word is in the question or the rationale."""
-    return bool(segment(example.question, example.rationale, key=[word]).words)
+    """Return whether the word is in the question, its context or the rationale."""
+    return bool(segment(example.question, example.rationale, key=[word], context=example.context).words)

@@ -68,11 +68,26 @@ def question_turns(
     """
     turns = []
     for one in [*demonstrations, example]:
-        question = with_choices(one)
+        before, question = _context(one, form.chat)
         if hint is not None:
             question = fill(hint, question=question, answer=one.answer)
-        turns += [form.ask(question), form.reply(one)]
+        turns += [*before, form.ask(question), form.reply(one)]
     return turns[:-1]
+
+
+def _context(example: Example, chat: bool) -> tuple[list[str], str]:
+    """The turns of a chat before an example's question, of user and assistant by turns, and the question.
+
+    A turn of the system begins the first one of the user. In prompts that are no chat, and where roles do not take
+    turns, the context is a part of the question.
+    """
+    texts = [text for _, text in example.context] + [with_choices(example)]
+    roles = [role for role, _ in example.context] + ["user"]
+    if chat and roles[0] == "system":
+        texts, roles = [f"{texts[0]}\n\n{texts[1]}", *texts[2:]], roles[1:]
+    if chat and roles == [("user", "assistant")[n % 2] for n in range(len(roles))]:
+        return texts[:-1], texts[-1]
+    return [], "\n\n".join(texts)
 
 
 def prompt_text(turns: list[str], instruction: str) -> str:

@@ -387,3 +387,25 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process"):
         annotate(files(tmp_path), model, tok)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_conversations(tmp_path, template):
+    """The turns before a question are asked as turns of a chat, else as a part of the question, and are written."""
+    context = [("system", "Be brief."), ("user", "Ann has 3 bags."), ("assistant", "I see.")]
+    question, reply = "Each bag has 4 nuts. How many nuts?", RIGHT
+    model, tok = scripted({question: {"first": reply, "hint": reply, "keywords": "Ann, bags, bees"}})
+    messages = [{"role": role, "content": text} for role, text in context]
+    row = {"id": "a", "question": question, "gold": 12, "context": messages}
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", [row])
+    out = tmp_path / "o.jsonl"
+    options = dict(data_file=str(data), output_file=str(out), template=template, shots=0, keywords="teacher")
+    annotate(AnnotateConfig(**options), model, tok)
+    asked = model.seen[0][0]
+    if template == "chat":
+        assert "Be brief.\n\nAnn has 3 bags.[assistant]I see.<|end|>[user]Each bag" in asked
+    else:
+        assert f"Question: Be brief.\n\nAnn has 3 bags.\n\nI see.\n\n{question}\n" in asked
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert record["context"] == messages and record["keywords"] == ["Ann", "bags"]
+    assert read_examples(out)[0].context == tuple(context)
