@@ -182,9 +182,15 @@ class EndpointTeacher:
         while todo and pool.under_way < pool.size:
             if limit is not None:
                 most = spent.most(todo[0][2])
-                if (spent.known or 0.0) + spent.reserved + most > limit:
-                    if pool.under_way:
-                        return  # they may cost less than reserved
+                is_over = (spent.known or 0.0) + spent.reserved + most > limit
+                if pool.under_way and (is_over or spent.unreported):
+                    return  # those under way may cost less than reserved
+                if spent.unreported:
+                    raise EndpointError(
+                        f"--max_cost: cannot be kept: the server reports no tokens of {spent.unreported} replies; "
+                        f"{_kept(journal)}, without max_cost, to continue"
+                    )
+                if is_over:
                     raise EndpointError(
                         f"--max_cost: {spent.known:.6g} of {limit:g} is spent, and the next reply may cost up to "
                         f"{most:.6g}; {_kept(journal)}, with a larger max_cost, to continue"
@@ -211,7 +217,7 @@ class EndpointTeacher:
     ) -> Exception | None:
         """Write the answers that have arrived, if ``wait`` at least one; returns the first error among them."""
         errors: list[Exception] = []
-        found = []
+        found, num_refused = [], 0
         for (number, request, body), answer in pool.results(wait):
             if self._config.max_cost is not None:
                 self._spending.reserved -= self._spending.most(body)
@@ -220,6 +226,7 @@ class EndpointTeacher:
                 done[number] = answer.reply
             elif isinstance(answer, Refused):
                 done[number] = str(answer)
+                num_refused += 1
             else:
                 errors.append(_with_id(answer, request))
         if found:
@@ -227,9 +234,7 @@ class EndpointTeacher:
         for _, answer in found:
             self._spending.add(answer)
         self._asked += len(found)
-        bar.update(len(found))
-        if self._config.max_cost is not None and self._spending.unreported:
-            errors.append(EndpointError("--max_cost: the server does not report the tokens of its replies"))
+        bar.update(len(found) + num_refused)
         return errors[0] if errors else None
 
 

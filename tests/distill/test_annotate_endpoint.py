@@ -388,8 +388,15 @@ def test_cost_and_missing_usage(tmp_path):
         summary = annotate(config(tmp_path / "c", server, sums(5)))
         assert (summary["prompt_tokens"], summary["completion_tokens"]) == (None, None)
         assert summary["answers_without_usage"] == 5
-        with pytest.raises(EndpointError, match="--max_cost: the server does not report the tokens.*replies are kept"):
-            annotate(config(tmp_path / "d", server, sums(5), price_in=2.0, price_out=30.0, max_cost=1.0))
+        limited = dict(price_in=2.0, price_out=30.0, max_cost=1.0)
+        message = r"--max_cost: cannot be kept: the server reports no tokens of 2 replies; 2 replies are kept"
+        with pytest.raises(EndpointError, match=message):
+            annotate(config(tmp_path / "d", server, sums(5), concurrency=2, **limited))
+        asked = len(server.bodies)
+        with pytest.raises(EndpointError, match=message):
+            annotate(config(tmp_path / "d", server, sums(5), **limited))
+        assert annotate(config(tmp_path / "c", server, sums(5), **limited))["cost"] is None  # nothing is left to ask
+        assert len(server.bodies) == asked
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
