@@ -176,6 +176,7 @@ def scored_text(
     head = spans.text[:border] + before + spans.rationale + between
     whole = head + example.answer.strip() + after.rstrip()
     ends = [end if end <= border else end + len(before) for _, end in spans.steps]
+    ends[-1] += len(between) - len(between.lstrip())  # white space belongs to the step before it
     words = [(a, b) if a < border else (a + len(before), b + len(before)) for a, b in spans.words]
     answer = (len(head), len(head) + len(example.answer.strip()))
     steps = tuple(itertools.pairwise([0, *ends, len(whole)]))

@@ -1,6 +1,10 @@
 """`WORD_SCORES`: how much each word of a text matters to a model, by its attention or by the gradient of its loss.
 
 Both score a question with its rationale and answer. A score is comparable within one text only.
+
+A word with the text's first token has no score. That token is an attention sink (Xiao et al. 2023, arXiv 2309.17453):
+the attention that it receives, and what changes if it changes, say nothing of the word. Without a special token before
+it, it would be a key word of nearly every text.
 """
 
 from __future__ import annotations
@@ -54,8 +58,7 @@ def attention_scores(
 
     It is a mean over queries, so an early word gains nothing from being visible to more of them. Tokens of the word's
     own step are not counted: they attend to their neighbours and to themselves, whatever these say. A key that a
-    sliding window hides from a query has weight 0 there. A word with the text's first token has no score, because
-    that token is an attention sink (Xiao et al. 2023, arXiv 2309.17453); special tokens are in no word.
+    sliding window hides from a query has weight 0 there. Special tokens are in no word.
 
     The weights are the rows of MoLSAKI's map (arXiv 2604.15701, Eq. 2 and 3): memory is ``L S W`` per text, and no
     ``M x M`` matrix is computed.
@@ -87,8 +90,7 @@ def attention_scores(
         is_later = np.arange(len(lengths))[:, None] >= np.array(text.seen_from)  # (S, W)
         queries = (lengths * is_later).sum(0)
         scores = (sums[: len(lengths), : len(text.seen_from)] * is_later).sum(0) / np.maximum(queries, 1)
-        has_score = [bool(tokens) and 0 not in tokens for tokens in text.tokens.words]
-        found.append(np.where(has_score & (queries > 0), scores, NO_SCORE))
+        found.append(np.where(_has_score(text) & (queries > 0), scores, NO_SCORE))
     return found
 
 
@@ -111,7 +113,7 @@ def gradient_scores(
         layers: must be empty.
 
     Returns:
-        For each text ``(W,)`` float64, at least 0; `NO_SCORE` for a word without tokens.
+        For each text ``(W,)`` float64, at least 0; `NO_SCORE` for a word without tokens or with the text's first token.
 
     Raises:
         ValueError: no gradient passes through the weights' quantisation, or the model does not look up its input
@@ -147,13 +149,17 @@ def gradient_scores(
         handle.remove()
     norms = gradient.double().norm(dim=-1).cpu().numpy()  # (N, M)
     return [
-        np.array([np.linalg.norm(norm[tokens]) if tokens else NO_SCORE for tokens in text.tokens.words])
+        np.where(_has_score(text), [np.linalg.norm(norm[tokens]) for tokens in text.tokens.words], NO_SCORE)
         for text, norm in zip(texts, norms, strict=True)
     ]
 
 
 ScoreWords = Callable[[PreTrainedModel, Sequence[ScoredText], int, Sequence[int]], list[Array]]
 WORD_SCORES: dict[str, ScoreWords] = {"attention": attention_scores, "gradient": gradient_scores}
+
+
+def _has_score(text: ScoredText) -> Array:
+    return np.array([bool(tokens) and 0 not in tokens for tokens in text.tokens.words], bool)
 
 
 def _batch(model: PreTrainedModel, texts: Sequence[ScoredText], pad_id: int) -> TextBatch:
