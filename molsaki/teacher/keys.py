@@ -48,7 +48,8 @@ from molsaki.text.templates import frame_of
 logger = logging.getLogger(__name__)
 
 PART = 64  # examples whose results are written at once; an interruption loses at most the work on so many
-NOT_THE_RESULT = ("teacher", "data_file", "output_file")  # described by their content
+# Options that a continued run may change: files are compared by their content, the others change rounding errors only.
+NOT_THE_RESULT = ("teacher", "data_file", "output_file", "batch_tokens", "device_map")
 Result = dict[str, Any]  # {"key_spans": ...} or {"left_out": reason}, with "words" and "tokens"
 
 

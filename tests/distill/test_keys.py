@@ -279,7 +279,7 @@ def test_interrupted_and_continued(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="was begun with another data"):
         run(tmp_path, RECORDS[::-1])
     work.write_text(work.read_text() + '{"first": 4, "resu')
-    _, output = run(tmp_path)
+    _, output = run(tmp_path, batch_tokens=100)
     assert output.read_bytes() == whole.read_bytes() and calls == [2, 2, 2, 2, 1] and not work.exists()
     output.unlink()
     work.write_text("{}\n{}\n")
