@@ -83,7 +83,7 @@ def attention_scores(
         if layer not in record.layers:
             raise ValueError(f"layers: expected some of {record.layers}, got {layer}")
     kept = [n for n, layer in enumerate(record.layers) if not layers or layer in layers]
-    received = record.maps[:, kept].double().mean(1).cpu().numpy()  # (N, S, W)
+    received = record.maps[:, kept].mean(1, dtype=torch.float64).cpu().numpy()  # (N, S, W)
     found = []
     for text, sums in zip(texts, received, strict=True):
         lengths = np.array([stop - start for start, stop in text.tokens.steps])[:, None]
