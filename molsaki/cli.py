@@ -73,6 +73,7 @@ def _show_log() -> None:
 
 COMMANDS = {
     "annotate": "have a teacher write rationales, and keep the right ones",
+    "keys": "choose key words by a teacher's attention or gradient",
     "extract": "run the teacher once over a data set and store its maps",
     "distill": "train a student, with the teacher live or from the store",
     "evaluate": "decode greedily, score exactly, write every prediction",
@@ -84,6 +85,7 @@ COMMANDS = {
 # The commands with a config: its module and name, and the module of the function with the command's name.
 CONFIGURED = {
     "annotate": ("molsaki.config", "AnnotateConfig", "molsaki.annotation.annotate"),
+    "keys": ("molsaki.config", "KeysConfig", "molsaki.teacher.keys"),
     "extract": ("molsaki.config", "ExtractConfig", "molsaki.teacher.extract"),
     "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.trainer"),
     "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
@@ -91,6 +93,7 @@ CONFIGURED = {
 }
 CONTINUE = {
     "annotate": "All replies so far are kept; run the same command again to continue.",
+    "keys": "All results so far are kept; run the same command again to continue.",
     "extract": "All finished shards are kept; run the same command again to continue.",
     "distill": "Run the same command with --resume to continue from the last checkpoint.",
     "study": "All finished runs are kept; run the same command again to continue.",

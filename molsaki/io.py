@@ -44,9 +44,13 @@ def write_json(path: str | Path, value: object, indent: int | None = None) -> No
 
 
 def write_json_lines(path: str | Path, records: Iterable[object]) -> None:
-    """Write one JSON value per line, in UTF-8; the file is complete or absent."""
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """Write one JSON value per line, in UTF-8; the file is complete or absent.
+
+    Half of a surrogate pair, which UTF-8 cannot encode, is written as its JSON escape.
+    """
+    with atomic_write(path, binary=True) as file:
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def read_json_lines(path: str | Path) -> list[Any]:

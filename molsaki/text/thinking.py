@@ -53,3 +53,8 @@ def split_trace(text: str) -> tuple[tuple[int, int], int] | None:
     if match is None or _TAG.search(text, match.end()):
         return None
     return match.span(2), match.end()
+
+
+def tags_of(text: str) -> list[tuple[int, int]]:
+    """The spans of the tags."""
+    return [match.span() for match in _TAG.finditer(text)]

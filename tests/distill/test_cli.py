@@ -114,6 +114,8 @@ def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
         (["distill", "--use_cpu"], "--train_file: required"),
         (["distill", "--use_cpu", "--train_file", "none.jsonl", "--student", "/no/model"], "--student: no such folder"),
         (["extract", "--data_files", "none.jsonl", "--store", "s"], "none.jsonl: no such file"),
+        (["keys", "--data_file", "none.jsonl"], "top, top_share: expected one of them, got None and None"),
+        (["keys", "--top", "3", "--data_file", "none.jsonl", "--output_file", "k.jsonl"], "none.jsonl: no such file"),
         (["evaluate", "--mode", "guess"], "invalid choice: 'guess'"),
         (["plot"], "nothing to draw: give --run, or --data_file with"),
         (["store", "info", "/no/store"], "/no/store: no store there"),
@@ -135,6 +137,7 @@ def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
         ("import molsaki.evaluation.statistics, molsaki.evaluation.compare", ["torch", "transformers"]),
         ("from molsaki.cli import main; main(['--help'])", ["torch", "transformers", "numpy", "yaml"]),
         ("from molsaki.cli import main; main(['extract', '--help'])", ["torch", "accelerate", "matplotlib"]),
+        ("from molsaki.cli import main; main(['keys', '--help'])", ["torch", "accelerate", "matplotlib"]),
         ("from molsaki.cli import main; main(['distill', '--help'])", ["torch", "accelerate", "matplotlib"]),
     ],
 )
