@@ -60,7 +60,7 @@ class Collator:
             ids=[example.id for example, _ in items],
             plan=plan,
             student=student,
-            rationale_steps=plan.step_mask & (plan.steps[..., 0] >= torch.tensor([[t.target_start] for t in explain])),
+            rationale_steps=plan.step_mask & (plan.steps[..., 1] > torch.tensor([[t.target_start] for t in explain])),
             teacher=text_batch(teacher, self.teacher_pad, self.teacher_packing) if teacher and not maps else None,
             teacher_map=pad_maps(maps) if weights else None,
             teacher_weights=torch.stack(weights) if weights else None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from molsaki.text.alignment import checked_length, tokenize
 from molsaki.text.spans import Spans
 from molsaki.text.templates import check_spans, render
+from molsaki.text.thinking import CLOSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +61,8 @@ def _room(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str, max_l
             f"rationale's, but max_length is {max_length}"
         )
     cut = rendered.origins[rationale[-excess] - rendered.rationale]
-    tag = "</think>"
-    if not isinstance(rendered.origins, range) and spans.text.rfind(tag) + len(tag) > cut:
+    trace = spans.text.rfind(CLOSE, spans.rationale_start)
+    if trace >= 0 and trace + len(CLOSE) > cut:
         raise TooLong(f"spans: the thinking trace is longer than max_length {max_length} allows, and is not cut")
     return cut
 

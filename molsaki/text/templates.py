@@ -4,10 +4,8 @@ A template wraps the two texts, for each tokenizer its own. Steps and key words 
 
 * ``"plain"``: the text itself, with the special tokens the tokenizer adds by default;
 * ``"chat"``: the tokenizer's chat template, the question as the user's turn, after those of its context, and the
-  rationale as the assistant's. The template may change white space in the rationale and move its thinking trace, as
-  those of reasoning models do; one that reads ``reasoning_content`` or ``thinking`` gets the trace there; and where a
-  template leaves the trace out, the text is what the model writes itself: the rationale after the generation prompt. A
-  text that the template changes otherwise raises `TextChanged`;
+  rationale as the assistant's. The template may change white space in the rationale. For a rationale with a thinking
+  trace see `Traces`; a text that the template changes otherwise raises `TextChanged`;
 * a format string with ``{question}`` and then ``{rationale}``, once each, as ``"Q: {question} A: {rationale}"``; the
   tokenizer adds its default special tokens.
 """
@@ -19,13 +17,13 @@ import re
 import string
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from jinja2 import TemplateError
 
 from molsaki.text.conversations import Turn
 from molsaki.text.spans import Span, Spans
-from molsaki.text.thinking import OPEN, split_trace
+from molsaki.text.thinking import CLOSE, OPEN, split_trace, state_of, tags_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 # Stand for the two texts in a chat template, and for a rationale with a thinking trace.
 QUESTION_MARK, RATIONALE_MARK = "molsakiquestion7d1c", "molsakirationale7d1c"
 THINKING_MARK = f"<think>\n{RATIONALE_MARK}\n</think>\n\n{RATIONALE_MARK}2"
-_THINK_TAG = re.compile(r"</?think>")
 
 
 class TextChanged(ValueError):
@@ -99,15 +96,14 @@ def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> R
     if template == "chat":
         turns = [(role, spans.text[start:stop]) for role, (start, stop) in asked]
         shown = apply_chat(tokenizer, [*turns, ("assistant", spans.rationale)], merge_system=frame.merges_system)
-        asked_text = head[: len(head) - len(frame.between)]
-        other = _with_trace(spans, shown == text, shown, turns, tokenizer, frame, asked_text, shifts)
-        if other is not None:
-            return other
+        before = head[: len(head) - len(frame.between)]
+        if state_of(spans.rationale) != "none":
+            return _with_traces(spans, shown, turns, tokenizer, frame, before, shifts)
+        found = None if shown == text else _find(spans, shown, [pieces[-1]], before, frame)
+        if found is not None:
+            return _moved(spans, shown, found, shifts)
         if shown != text:
-            raise TextChanged(
-                f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for "
-                f"the question {spans.question!r} and the rationale {spans.rationale!r}"
-            )
+            raise _changed(spans, tokenizer)
     starts = [start for start, _ in pieces]
 
     def place(span: Span) -> Span:
@@ -121,102 +117,140 @@ def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> R
     return RenderedText(text, steps, words, len(head), origins, len(head.rstrip(" ")), frame.special_tokens)
 
 
-def _with_trace(
+@dataclasses.dataclass(frozen=True)
+class Traces:
+    """How a chat template shows thinking traces; found with stand-ins, so all examples have one form.
+
+    Attributes:
+        form: ``"content"``: it shows the trace from the reply, with its tags or in a form of its own. ``"field"``: the
+            message has a field for the trace (``reasoning_content``, ``thinking``), and the template a form of its own
+            for it. ``"prompt"``: it drops the trace, so the text is what the model writes itself: the reply after the
+            generation prompt. None: it does none of these.
+        opened: the text after which the assistant writes, thinking where a template has that option; None if there is
+            none. All that follows it is taught, where the text begins with it.
+    """
+
+    form: Literal["content", "field", "prompt"] | None
+    opened: str | None
+    has_tags: bool = True  # whether the form "content" shows the tags
+
+
+def _traces_of(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], frame: Frame, before: str) -> Traces:
+    """How a chat template shows the trace of a reply after these turns, whose text is ``before``."""
+
+    def show(message: Mapping[str, str]) -> str:
+        try:
+            text = apply_chat(tokenizer, [*turns, {"role": "assistant", **message}], merge_system=frame.merges_system)
+        except TextChanged:
+            return ""
+        return text[len(before) :] if text.startswith(before) and _TRACE_MARKS.search(text) else ""
+
+    def open_(add: bool) -> str:
+        return apply_chat(tokenizer, turns, add, frame.merges_system, thinking=True)
+
+    try:
+        opened = open_(True) if open_(True) != open_(False) else None
+    except TextChanged:
+        opened = None
+    by_content, by_field = show({"content": THINKING_MARK}), show(_fields(RATIONALE_MARK, f"{RATIONALE_MARK}2"))
+    if by_field and by_field != by_content:
+        return Traces("field", opened)
+    has_tags = re.search(rf"<think>\s*{RATIONALE_MARK}\s*</think>", by_content) is not None
+    if by_content and by_content.count(CLOSE) == has_tags:
+        return Traces("content", opened, has_tags)
+    is_open = opened is not None and not opened.rstrip().endswith(CLOSE)
+    return Traces("prompt" if is_open else None, opened)
+
+
+_TRACE_MARKS = re.compile(f"{RATIONALE_MARK}(?!2).*{RATIONALE_MARK}2", re.DOTALL)
+
+
+def _fields(trace: str, rest: str) -> dict[str, str]:
+    """The message of a reply whose trace is in a field, under the names that templates read."""
+    return {"content": rest, "reasoning_content": trace, "thinking": trace}
+
+
+def _with_traces(
     spans: Spans,
-    is_verbatim: bool,
     shown: str,
     turns: Sequence[Turn],
     tokenizer: PreTrainedTokenizerBase,
     frame: Frame,
-    asked: str,
+    before: str,
     shifts: Sequence[int],
-) -> RenderedText | None:
-    """The text where a chat template changes the rationale's white space, moves its trace, has a place of its own for
-    it or leaves it out; None where the rationale is shown as it is, or cannot be found.
+) -> RenderedText:
+    """The text of a rationale with thinking traces, as `Traces` says.
 
     Args:
-        is_verbatim: whether the template shows the rationale as it is.
         shown: the template's text of the turns and the rationale.
         turns: up to the question.
-        asked: the text up to the question's end.
+        before: the text up to the question's end.
         shifts: by how many characters each turn moves.
     """
-    start, rationale = spans.rationale_start, spans.rationale
-    trace = split_trace(rationale)
-    if is_verbatim and (trace is None or not _READS_TRACE.search(str(tokenizer.chat_template))):
-        return None
-
-    def find(text: str, pieces: list[Span]) -> dict[int, int] | None:
-        place = _place(pieces, spans.text, text[len(asked) :], frame) if text.startswith(asked) else None
-        return None if place is None else {i: len(asked) + at for i, at in place.items()}
-
-    if not is_verbatim:
-        place = find(shown, [(start, len(spans.text))])
-        if place is not None:
-            return _moved(spans, shown, place, turns, shifts)
-        tags = [match.span() for match in _THINK_TAG.finditer(spans.text, start)]
-        ends = [start, *(end for tag in tags for end in tag), len(spans.text)]
-        place = find(shown, list(zip(ends[::2], ends[1::2], strict=True)))
-        if place is not None:
-            return _moved(spans, shown, place, turns, shifts, _generation_prompt(tokenizer, turns, frame))
-    if trace is None:
-        return None
-    (first, last), rest = trace
-    fields = {"content": rationale[rest:], **dict.fromkeys(("reasoning_content", "thinking"), rationale[first:last])}
-    opened = _generation_prompt(tokenizer, turns, frame)
-    if _READS_TRACE.search(str(tokenizer.chat_template)):
-        text = apply_chat(tokenizer, [*turns, {"role": "assistant", **fields}], merge_system=frame.merges_system)
-        place = find(text, [(start + first, start + last), (start + rest, len(spans.text))])
-        if place is not None:
-            return _moved(spans, text, place, turns, shifts, opened)
-    if is_verbatim or opened is None or not opened.startswith(asked):
-        return None
-    written = first if opened.rstrip().endswith(OPEN) else 0
-    place = {i: len(opened) + i - start - written for i in range(start + written, len(spans.text))}
-    place = {i: at for i, at in place.items() if not spans.text[i].isspace()}
-    return _moved(spans, opened + rationale[written:] + frame.after, place, turns, shifts, opened)
+    start, end, rationale = spans.rationale_start, len(spans.text), spans.rationale
+    traces, text, place = _traces_of(tokenizer, turns, frame, before), shown, None
+    form, opened = traces.form, traces.opened
+    if form == "content" and shown[len(before) :].count(CLOSE) == traces.has_tags * rationale.count(CLOSE):
+        place = _find(spans, text, [(start, end)], before, frame)
+        if place is None:
+            ends = [start, *(start + at for tag in tags_of(rationale) for at in tag), end]
+            place = _find(spans, text, list(zip(ends[::2], ends[1::2], strict=True)), before, frame)
+        if place and opened and opened.rstrip().endswith(OPEN) and not text.startswith(opened):
+            form = "prompt"  # the tag is the prompt's, with other white space after it
+    if form == "field" and (trace := split_trace(rationale)) is not None:
+        (first, last), rest = trace
+        if rationale[first:last].strip() and rationale[rest:].strip():
+            message = {"role": "assistant", **_fields(rationale[first:last], rationale[rest:])}
+            text = apply_chat(tokenizer, [*turns, message], merge_system=frame.merges_system)
+            place = _find(spans, text, [(start + first, start + last), (start + rest, end)], before, frame)
+    if form == "prompt" and opened is not None and opened.startswith(before):
+        is_open = opened.rstrip().endswith(OPEN)
+        written = len(rationale) - len(rationale.lstrip().removeprefix(OPEN).lstrip()) if is_open else 0
+        if not is_open or rationale.lstrip().startswith(OPEN):
+            text = opened + rationale[written:] + frame.after
+            shift = len(opened) - start - written
+            place = {i: i + shift for i in range(start + written, end) if not spans.text[i].isspace()}
+    if not place:
+        raise _changed(spans, tokenizer)
+    return _moved(spans, text, place, shifts, opened)
 
 
-# A chat template that shows a thinking trace from a field of its own.
-_READS_TRACE = re.compile(r"\breasoning_content\b|\bthinking\b")
+def _changed(spans: Spans, tokenizer: PreTrainedTokenizerBase) -> TextChanged:
+    return TextChanged(
+        f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for the "
+        f"question {spans.question!r} and the rationale {spans.rationale!r}"
+    )
 
 
-def _generation_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], frame: Frame) -> str | None:
-    """The text after which the assistant writes; None where the template has none."""
-    try:
-        asked, opened = (
-            apply_chat(tokenizer, turns, add_generation_prompt=add, merge_system=frame.merges_system)
-            for add in (False, True)
-        )
-    except TextChanged:
-        return None
-    return opened if opened != asked else None
+def _find(spans: Spans, text: str, pieces: list[Span], before: str, frame: Frame) -> dict[int, int] | None:
+    """Where the visible characters of pieces of the rationale are in a text that begins with ``before``."""
+    place = _place(pieces, spans.text, text[len(before) :], frame) if text.startswith(before) else None
+    return None if place is None else {i: len(before) + at for i, at in place.items()}
 
 
 def _moved(
-    spans: Spans,
-    text: str,
-    place: dict[int, int],
-    turns: Sequence[Turn],
-    shifts: Sequence[int],
-    opened: str | None = None,
+    spans: Spans, text: str, place: dict[int, int], shifts: Sequence[int], opened: str | None = None
 ) -> RenderedText:
     """A text in which the visible characters of the rationale are at ``place``.
 
     Args:
-        opened: the text after which the assistant writes, all of which is taught; if None, the rationale is.
+        opened: the text after which the assistant writes: where the text begins with it, all that follows is taught.
     """
     start, starts = spans.rationale_start, [span[0] for _, span in spans.asked]
-    moved: list[Span] = []
-    for a, b in (*spans.steps, *spans.words):
-        if a < spans.question_end:
-            turn = bisect_right(starts, a) - 1
-            stop = spans.asked[turn][1][1]
-            moved.append((a + shifts[turn], min(b, stop) + shifts[turn]))
-            continue
-        found = [place[i] for i in range(max(a, start), b) if i in place]
-        end = moved[-1][1] if moved else 0
-        moved.append((found[0], found[-1] + 1) if found else (end, end))
+
+    def move(ranges: Sequence[Span]) -> list[Span]:
+        moved: list[Span] = []
+        for a, b in ranges:
+            if a < spans.question_end:
+                turn = bisect_right(starts, a) - 1
+                stop = spans.asked[turn][1][1]
+                moved.append((a + shifts[turn], min(b, stop) + shifts[turn]))
+                continue
+            found = [place[i] for i in range(max(a, start), b) if i in place]
+            end = moved[-1][1] if moved else 0
+            moved.append((found[0], found[-1] + 1) if found else (end, end))
+        return moved
+
     first, last = min(place.values()), max(place.values())
     sources = {at: i for i, at in place.items()}
     origins = [0] * (last + 1 - first)
@@ -224,9 +258,8 @@ def _moved(
         origins[at - first] = sources.get(at, origins[min(at + 1, last) - first])
     target = len(text[:first].rstrip(" "))
     if opened is not None and text.startswith(opened):
-        target = min(target, len(opened.rstrip(" ")))
-    steps, words = moved[: len(spans.steps)], moved[len(spans.steps) :]
-    return RenderedText(text, steps, words, first, origins, target, special_tokens=False)
+        target = len(opened.rstrip(" "))
+    return RenderedText(text, move(spans.steps), move(spans.words), first, origins, target, special_tokens=False)
 
 
 def _place(pieces: list[Span], source: str, text: str, frame: Frame) -> dict[int, int] | None:
@@ -320,10 +353,12 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> Fra
         parts = re.split("(" + "|".join(marks) + ")", text)
         if parts[1::2] == marks:
             return Frame(tuple(parts[::2]), special_tokens=False, merges_system=merge)
-        shown = "the question and then the rationale" if len(marks) == 2 else "every turn"
+        shown = "the question and then the rationale" if len(marks) == 2 else "all turns in their order"
         failure = failure or ValueError(
             f"template: the chat template of {name_of(tokenizer)} does not show {shown}, once each, unchanged: {text!r}"
         )
+        if sorted(parts[1::2]) == sorted(marks):
+            break  # with a turn of the system, but in another order
     assert failure is not None
     raise failure
 
@@ -333,12 +368,14 @@ def apply_chat(
     turns: Sequence[str | Turn | Mapping[str, Any]],
     add_generation_prompt: bool = False,
     merge_system: bool = False,
+    thinking: bool = False,
 ) -> str:
     """The text of a tokenizer's chat template.
 
     Args:
         turns: roles and texts, messages of the template, or texts of user and assistant in turn.
         merge_system: put a first turn of the system at the beginning of the user's, for templates without it.
+        thinking: ask for a reply that thinks, under the names of the option that templates have.
     """
     if not tokenizer.chat_template:
         raise ValueError(f'template: {name_of(tokenizer)} has no chat template; use "plain" or a format string')
@@ -353,7 +390,10 @@ def apply_chat(
         system, first, *others = messages
         messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        options: dict[str, Any] = {"enable_thinking": True, "thinking": True} if thinking else {}
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        )
     except TemplateError as error:
         raise TextChanged(f"template: the chat template of {name_of(tokenizer)} failed: {error}") from error
     return cast(str, text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +14,9 @@ from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import TextOptions
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.examples import Example, example_of, read_examples
+from molsaki.text.fitting import TooLong, fit
 from molsaki.text.segment import segment
+from molsaki.text.templates import TextChanged
 from molsaki.text.thinking import NOT_CLOSED, UNBALANCED, split_trace, state_of, without_traces
 from tests.helpers import tiny
 from tests.helpers.small_tokenizers import CHATML, byte_level, wrap
@@ -81,6 +86,88 @@ def test_where_a_trace_is_shown_and_what_is_taught(template, text, taught):
         step = spans.text[a:b].strip()
         found = tokenizer.decode(encoded.input_ids[start:stop]).strip()
         assert found == step or (step in ("<think>", "</think>") and found == "")  # the template has its own tags
+
+
+def real_templates() -> list[str]:
+    """Copies of the chat templates of some models, which TRL has."""
+    found = importlib.util.find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else Path("none")
+    return [path.stem for path in sorted(folder.glob("*.jinja"))] or [
+        pytest.param("", marks=pytest.mark.skip("no trl"))
+    ]
+
+
+TRACES = {
+    "lines": THINKING,
+    "tight": "<think>Okay. 5 plus 12 is 17.</think>The answer is **17**.",
+    "blank lines": "<think>\n\nOkay. 5 plus 12 is 17.\n\n</think>\n\n\nThe answer is **17**.",
+    "empty": "<think>\n\n</think>\n\nThe answer is **17**.",
+    "alone": "<think>\nOkay. 5 plus 12 is 17.\n</think>",
+    "two": "<think>5 and</think>so 12<think>or 3</think>The answer is **17**.",
+    "none": "5 plus 12 is 17.",
+}
+
+
+@pytest.mark.parametrize("name", real_templates())
+def test_the_templates_of_real_models(name):
+    """Each rationale is refused, or all of it is taught after the very prompt that generation gives. The prompt is the
+    same for all traces of a template, and one trace at the start is always taken."""
+    import trl
+
+    text = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = tokenizer_of(text)
+    for context in ((), (("user", "What is 1 plus 1?"), ("assistant", "<think>Hm.</think>2."))):
+        try:
+            encode(segment(QUESTION, "It is 17.", context=context), tokenizer, template="chat")
+        except ValueError:
+            continue  # takes pictures only, or needs a special token that this tokenizer has not
+        opened = prompt(QUESTION, tokenizer, template="chat", thinking=True, context=context)
+        for kind, rationale in TRACES.items():
+            spans = segment(QUESTION, rationale, context=context)
+            try:
+                encoded = encode(spans, tokenizer, template="chat")
+            except TextChanged:
+                assert kind in ("empty", "alone", "two"), kind
+                continue
+            masked, taught = encoded.input_ids[: encoded.target_start], encoded.input_ids[encoded.target_start :]
+            assert kind == "none" or masked == opened, kind
+            assert kind != "none" or masked == prompt(QUESTION, tokenizer, template="chat", context=context)
+            missing = re.sub(r"\s|</?think>", "", rationale)
+            for character in re.sub(r"\s", "", tokenizer.decode(taught)):
+                missing = missing.removeprefix(character)
+            assert not missing, kind
+            for (a, b), word in zip(spans.words, encoded.words, strict=True):
+                assert tokenizer.decode([encoded.input_ids[t] for t in word]) == spans.text[a:b]
+
+
+def test_a_prompt_that_ends_the_trace_is_not_trained_with_one():
+    closed = R1.replace("<A><think>\n{% endif %}", "<A></think>{% endif %}")
+    with pytest.raises(TextChanged):
+        encode(segment(QUESTION, THINKING), tokenizer_of(closed), template="chat")
+    option = R1.replace("<A><think>\n{% endif %}", "<A>{{ '<think>' if thinking else '</think>' }}{% endif %}")
+    encoded = encode(segment(QUESTION, THINKING), tokenizer_of(option), template="chat")  # as DeepSeek-V3.1's
+    assert tokenizer_of(option).decode(encoded.input_ids).endswith("<A><think>" + THINKING[8:] + "<E>")
+
+
+def test_a_key_word_in_a_tag_that_the_template_moves():
+    """It has no token, and the other words keep theirs."""
+    tokenizer, spans = (
+        tokenizer_of(HARMONY),
+        segment("Why?", "<think>\nI think 5.\n</think>\n\nSo 5.", key=["think", "5"]),
+    )
+    encoded = encode(spans, tokenizer, template="chat")
+    found = [tokenizer.decode([encoded.input_ids[t] for t in word]) for word in encoded.words]
+    assert found == ["", "think", "5", "", "5"]
+
+
+def test_a_trace_is_not_cut():
+    tokenizer = tokenizer_of(CHATML)
+    spans = segment(QUESTION, THINKING)
+    for side in ((tokenizer, "chat"), (tokenizer, "plain"), (tokenizer_of(HARMONY), "chat")):
+        total = len(encode(spans, side[0], template=side[1]).input_ids)
+        assert fit(spans, (*side, total - 8)).rationale.startswith(THINKING[:41])
+        with pytest.raises((TooLong, TextChanged)):
+            fit(spans, (*side, total - 38))
 
 
 @pytest.mark.parametrize("template", [R1, HARMONY, FIELD, CHATML])
