@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from molsaki.teacher.map_store_writer import StoreWriter as StoreWriter
     from molsaki.text.alignment import encode as encode
     from molsaki.text.alignment import plan as plan
+    from molsaki.text.examples import Example as Example
     from molsaki.text.fitting import fit as fit
     from molsaki.text.segment import segment as segment
     from molsaki.text.spans import Spans as Spans
@@ -38,6 +39,7 @@ _MODULES = {
     "AttentionMap": "molsaki.modeling.attention_map",
     "DistillConfig": "molsaki.training.config",
     "DistillTrainer": "molsaki.training.trainer",
+    "Example": "molsaki.text.examples",
     "MixtureOfLayers": "molsaki.training.mixture",
     "Spans": "molsaki.text.spans",
     "StepwiseAttentionLoss": "molsaki.training.attention_loss",

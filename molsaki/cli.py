@@ -65,7 +65,7 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
 def _show_log() -> None:
     """Show what the package logs: everything in the first process, warnings in others."""
     logger = logging.getLogger("molsaki")
-    if not logger.handlers:
+    if not logger.hasHandlers():
         logger.addHandler(_Stderr())
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)

@@ -36,6 +36,7 @@ from molsaki.config import AnnotateConfig, require
 from molsaki.evaluation.generate import Reply
 from molsaki.io import digest, write_json, write_json_lines
 from molsaki.text.examples import Example, Examples, read_examples
+from molsaki.text.formats import EARLIER
 
 
 def annotate(
@@ -117,7 +118,7 @@ def _with_rationales(run: _Run, examples: Examples) -> Written:
     for text, verdict in texts:
         record: dict[str, Any] = {"id": text.id, "task": task_of(text), "question": text.question}
         if text.context:
-            record["context"] = [{"role": role, "content": content} for role, content in text.context]
+            record[EARLIER] = [{"role": role, "content": content} for role, content in text.context]
         if text.choices:
             record["choices"] = text.choices
         record |= {"rationale": text.rationale, "answer": verdict.answer, "gold": text.answer}

@@ -117,6 +117,8 @@ def as_examples(data: Any, name: str, data_format: str = AUTO) -> Sequence[Examp
         data = [{name: value for name, value in row.items() if value is not None and value == value} for row in rows]
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, (str, Mapping)):
         raise TypeError(f"{name}: expected a sequence of examples or of dicts, got {type(data).__name__}")
+    if not len(data):
+        raise ValueError(f"{name}: expected examples, got none")
     examples, left_out = [], []
     for number in range(len(data)):
         row, where = data[number], f"{name}: row {number}"

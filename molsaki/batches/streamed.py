@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -31,10 +31,21 @@ class StreamedFiles:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | ValueError]:
         for path, prefix in zip(self.paths, id_prefixes(self.paths), strict=True):
             for line, record in stream_records(path):
-                yield record if record.get("id") is not None else record | {"id": f"{prefix}{line}"}
+                if isinstance(record, dict) and not str(record.get("id") or "").strip():
+                    record |= {"id": f"{prefix}{line}"}
+                yield record
+
+
+class Peeked(NamedTuple):
+    """What the first examples of a stream are."""
+
+    first: TokenizedExample
+    used: int
+    without_words: int
+    thinking: int
 
 
 class StreamedDataset(IterableDataset[Item]):
@@ -45,13 +56,16 @@ class StreamedDataset(IterableDataset[Item]):
     ``IterableDataset``, which divides itself.
 
     Attributes:
-        left_out: how many were left out, by reason, in this process.
-        used, without_words, thinking: how many were used, and of these had no key word or a thinking trace.
+        left_out: how many were left out, by reason, in the present epoch and this process: with loading workers none.
+        used, without_words, thinking: how many were read and used, and of these had no key word or a thinking trace.
 
     Args:
         rows: examples, or dicts as the lines of a file; iterated from the start in each epoch.
         name: of the argument, for messages.
         limit: use only this many rows, the first ones.
+
+    Raises:
+        TypeError: ``rows`` cannot be iterated over, or only once.
     """
 
     def __init__(
@@ -65,7 +79,7 @@ class StreamedDataset(IterableDataset[Item]):
     ):
         if not hasattr(rows, "__iter__") or isinstance(rows, (str, Mapping)):
             raise TypeError(f"{name}: expected examples or dicts to iterate over, got {type(rows).__name__}")
-        if isinstance(rows, Iterator):
+        if iter(rows) is iter(rows):
             raise TypeError(
                 f"{name}: a {type(rows).__name__} can be read only once; expected rows that can be read again, such as "
                 "a datasets.IterableDataset or a list"
@@ -74,38 +88,56 @@ class StreamedDataset(IterableDataset[Item]):
         self._tokenization, self._format = tokenization, data_format
         self.left_out: collections.Counter[str] = collections.Counter()
         self.used = self.without_words = self.thinking = 0
+        self._named: set[str] = set()  # the reasons of which an example was named
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Item]:
-        self.left_out.clear()
-        self.used = self.without_words = self.thinking = 0
+        self._reset()
         worker = get_worker_info()
         step, first = (
             (1, 0) if worker is None or isinstance(self.rows, IterableDataset) else (worker.num_workers, worker.id)
         )
+        if worker is not None and isinstance(self.rows, IterableDataset) and worker.num_workers > 1:
+            if self.limit is not None:
+                raise ValueError(
+                    f"limit: expected None with {worker.num_workers} workers that divide {self.name} themselves, got "
+                    f"{self.limit}; take that many rows of it first"
+                )
+            prefix = f"{worker.id}:"  # rows without an id are numbered in each worker
+        else:
+            prefix = ""
         numbered = itertools.islice(enumerate(self.rows), self.limit)
         for number, row in itertools.islice(numbered, first, None, step):
             try:
-                yield self._item(number, row)
+                yield self._item(f"{prefix}{number}", row)
             except LeftOut as reason:
-                if not self.left_out[str(reason)]:
-                    logger.warning("%s: row %d left out, the first for this reason: %s", self.name, number, reason)
+                if str(reason) not in self._named:
+                    self._named.add(str(reason))
+                    cause = "" if reason.__cause__ is None else f" ({reason.__cause__.args[-1]})"
+                    where = f"row {prefix}{number} left out, the first for this reason"
+                    logger.warning("%s: %s: %s%s", self.name, where, reason, cause)
                 self.left_out[str(reason)] += 1
                 if not self.used and self.left_out.total() >= 4 * PEEKED:
                     raise ValueError(f"{self.name}: {all_left_out(self.left_out)}") from None
 
-    def _item(self, number: int, row: Any) -> Item:
+    def _reset(self) -> None:
+        self.left_out.clear()
+        self.used = self.without_words = self.thinking = 0
+
+    def _item(self, number: str, row: Any) -> Item:
+        if isinstance(row, ValueError):
+            raise LeftOut(row.args[0]) from row
         if not isinstance(row, Example):
             if not isinstance(row, Mapping):
                 raise TypeError(f"{self.name}: row {number}: expected an Example or a dict, got {type(row).__name__}")
             present = {name: value for name, value in row.items() if value is not None}
             try:
-                row = example_of(present, str(number), rationale=True, compared=False, data_format=self._format)
+                row = example_of(present, number, rationale=True, compared=False, data_format=self._format)
             except (ValueError, TypeError) as error:
-                raise LeftOut(str(error)) from error
+                raise LeftOut(str(error)) from None
         tokenized = self._tokenization(row)
         if self.store is not None:
             check_stored(self.store, row.id, tokenized.spans)
@@ -114,8 +146,8 @@ class StreamedDataset(IterableDataset[Item]):
         self.thinking += row.rationale.lstrip().startswith("<think>")
         return tokenized, None if self.store is None else self.store[row.id]
 
-    def peek(self) -> TokenizedExample:
-        """Read the first `PEEKED` examples, which are then counted; the first of them.
+    def peek(self) -> Peeked:
+        """Read the first `PEEKED` examples that can be used, and none of them for training.
 
         Raises:
             ValueError: none can be used.
@@ -125,10 +157,12 @@ class StreamedDataset(IterableDataset[Item]):
             first = item[0] if first is None else first
         if first is None:
             raise ValueError(f"{self.name}: {all_left_out(self.left_out) if self.left_out else 'holds no examples'}")
-        return first
+        found = Peeked(first, self.used, self.without_words, self.thinking)
+        self._reset()
+        return found
 
     def summary(self) -> str:
-        """One line: examples used so far by this process, without key words, with traces, left out."""
+        """One line: examples read and used in this epoch, without key words, with traces, left out."""
         counts = [f"{self.used} examples", f"{self.without_words} without key words"]
         counts += [f"{self.thinking} with a thinking trace"] if self.thinking else []
         return "; ".join([", ".join(counts), *(f"{n} left out: {reason}" for reason, n in self.left_out.items())])

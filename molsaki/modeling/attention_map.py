@@ -235,8 +235,11 @@ def _read(
 ) -> tuple[list[int], list[Span], list[list[int]]]:
     """Token ids, steps and words of a text, messages or token ids; of a prompt the ids alone."""
     if is_prompt and isinstance(text, (str, Spans)):
-        question = text if isinstance(text, str) else text.question or text.text
-        return prompt(question, tokenizer, template=template), [], []
+        if isinstance(text, str):
+            return prompt(text, tokenizer, template=template), [], []
+        *context, (_, (start, stop)) = text.asked
+        turns = [(role, text.text[a:b]) for role, (a, b) in context]
+        return prompt(text.text[start:stop] or text.text, tokenizer, template=template, context=turns), [], []
     if isinstance(text, str):
         text = segment(text, "", **options) if template != "plain" else segment("", text, **options)
     elif isinstance(text, Spans) and options:

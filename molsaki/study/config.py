@@ -45,6 +45,7 @@ OF_THE_STUDY = {
     "output_dir": "the study names the folder of each run",
     "seed": "it is the run's, one of seeds",
     "data_seed": "it is the run's, one of seeds",
+    "streaming": "the arms share their examples, which are counted",
     "resume": "a run always continues where it stopped",
     "resume_from_checkpoint": "a run always continues where it stopped",
 }
@@ -267,6 +268,10 @@ def _run(study: Study, values: dict[str, Any], data: str, arm: str, seed: int) -
 def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConfig:
     """The options of the store that the run needs: its texts' options, and all layers unless the study says no."""
     assert run.extract is not None
+    if "data_format" in run.extract:
+        raise ValueError(
+            f"{study.path}: extract.data_format: expected it in options, for training and extraction alike"
+        )
     values = {"all_layers": True} | run.extract
     shared = (DataOptions, TextOptions, *(() if values["all_layers"] else (MixtureOptions,)))
     for options in shared:
@@ -318,6 +323,12 @@ def _check_types(values: dict[str, Any], arms: dict[str, Any], data: dict[str, A
         named[f"data.{name}.train_file"] = one.get("train_file")
         named |= {f"data.{name}.tests.{test}": file or "" for test, file in one["tests"].items()}
     flags = {key: values.get(key, False) for key in ("keep_students", "live_teacher")}
+    for name, one in {
+        "options": values,
+        **{f"data.{name}.options": one for name, one in values["data"].items()},
+    }.items():
+        given = one.get("options")
+        named |= {f"{name}.{key}": given.get(key) for key in FILES} if isinstance(given, dict) else {}
     for name, own in arms.items():
         named |= {f"arms.{name}.{key}": own.get(key) for key in ("student", "teacher", *FILES)}
         flags[f"arms.{name}.live_teacher"] = own.get("live_teacher", False)

@@ -276,7 +276,7 @@ def _key_of_data(study: Study, run: Run, config: DistillConfig) -> str:
         for name, flag in ((config.student, "--student"), (config.teacher, "--teacher"))
         if name is not None
     ]
-    more = [config.predict_template, config.cot_template, config.limit, config.store]
+    more = [config.predict_template, config.cot_template, config.limit, config.store, config.data_format]
     context = context_length(AutoConfig.from_pretrained(str(config.student)))
     content = study.identity(run)[f"content of {run.options['train_file']}"]
     objective = objective_of(str(config.objective))

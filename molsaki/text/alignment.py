@@ -26,7 +26,8 @@ class Encoded:
     Attributes:
         input_ids: T token ids.
         steps: the ``(start, stop)`` token range of each step of the spans, disjoint and ascending; empty where the
-            step has no token. Template and special tokens are in no step.
+            step has no token. Template and special tokens are in no step, but for those that a chat template puts
+            within a step, as between a trace and the reply.
         words: the token indices of each key word of the spans, ascending; empty where the word has no token.
         target_start: index of the first token of the rationale, or of the space before it where that is a token by
             itself: ``input_ids[:target_start]`` is the result of :func:`prompt`. T if no token of the rationale fits.

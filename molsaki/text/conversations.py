@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from molsaki.text.thinking import without_traces
+from molsaki.text.thinking import CLOSE, without_traces
 
 Turn = tuple[str, str]
 """The role, ``"system"``, ``"user"`` or ``"assistant"``, and its text."""
@@ -23,10 +23,14 @@ ROLES = {
 }
 
 
-def turns_of(messages: Any, where: str) -> list[Turn]:
+def turns_of(messages: Any, where: str, until_reply: bool = False) -> list[Turn]:
     """The turns of a list of messages, each with ``role`` and ``content``, or ``from`` and ``value``.
 
-    A field ``reasoning_content``, ``reasoning`` or ``thinking`` beside a content becomes a ``<think>`` block before it.
+    A field ``reasoning_content``, ``reasoning`` or ``thinking`` of the assistant becomes a ``<think>`` block before the
+    content, unless that has one. A blank turn of the system is left out.
+
+    Args:
+        until_reply: whether turns after the last one of the assistant are left out, whatever they are.
 
     Raises:
         ValueError, TypeError: it is no such list, a role is unknown (those of tools are), or a turn has no text; the
@@ -34,25 +38,37 @@ def turns_of(messages: Any, where: str) -> list[Turn]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise TypeError(f"{where}: expected a list of messages, got {type(messages).__name__}")
+    if until_reply:
+        roles = [_role(message) if isinstance(message, Mapping) else None for message in messages]
+        messages = messages[: len(roles) - roles[::-1].index("assistant")] if "assistant" in roles else messages
     turns = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise TypeError(f"{where}[{number}]: expected an object with role and content, got {message!r}")
-        name = message.get("role", message.get("from"))
-        role = ROLES.get(name) if isinstance(name, str) else None
+        role = _role(message)
         if role is None:
-            raise ValueError(f"{where}[{number}]: expected the role system, user or assistant, got {name!r}")
-        content = message.get("content", message.get("value"))
+            got = message.get("role") or message.get("from")
+            raise ValueError(f"{where}[{number}]: expected the role system, user or assistant, got {got!r}")
+        content = message.get("value") if message.get("content") is None else message["content"]
         if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
             content = "\n".join(part["text"] for part in content)
-        thinking = next(filter(None, map(message.get, ("reasoning_content", "reasoning", "thinking"))), None)
+        thinking = None
+        if role == "assistant" and not (isinstance(content, str) and CLOSE in content):
+            thinking = next(filter(None, map(message.get, ("reasoning_content", "reasoning", "thinking"))), None)
         if thinking is not None and not isinstance(thinking, str):
             raise TypeError(f"{where}[{number}]: expected a text of the thinking, got {str(thinking)[:60]!r}")
+        if role == "system" and not str(content or "").strip():
+            continue
         if not isinstance(content, str) or not (content.strip() or thinking):
             what = "a turn of tools" if message.get("tool_calls") else f"{str(content)[:60]!r}"
             raise ValueError(f"{where}[{number}]: expected text in the turn of the {role}, got {what}")
         turns.append((role, f"<think>\n{thinking.strip()}\n</think>\n\n{content}" if thinking else content))
     return turns
+
+
+def _role(message: Mapping[str, Any]) -> str | None:
+    name = message.get("role") or message.get("from")
+    return ROLES.get(name) if isinstance(name, str) else None
 
 
 def split_turns(turns: Sequence[Turn], where: str) -> tuple[list[Turn], str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from molsaki.text.answers import gold_choice, kind_of, same_answer
 from molsaki.text.conversations import Turn, checked_context, turns_of
-from molsaki.text.formats import AUTO, Fields, format_of, to_fields
+from molsaki.text.formats import AUTO, EARLIER, FORMATS, Fields, format_of, to_fields
 from molsaki.text.spans import Span, checked_key_spans
 from molsaki.text.tables import as_json_lines
 from molsaki.text.thinking import with_opening
@@ -105,8 +105,8 @@ class Examples(Sequence[Example]):
 
 def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = True, data_format: str = AUTO) -> Examples:
     """Read JSON lines, one JSON array, or a table (``.csv``, ``.tsv``, ``.parquet``) of objects with ``question``,
-    ``rationale``, ``answer`` or ``gold``, and optionally ``id``, ``context``, ``keywords``, ``key_spans``, ``choices``
-    and ``task``, or of a format of `molsaki.text.formats`, which is logged for each file.
+    ``rationale``, ``answer`` or ``gold``, and optionally ``id``, ``earlier_turns``, ``keywords``, ``key_spans``,
+    ``choices`` and ``task``, or of a format of `molsaki.text.formats`, which is logged for each file.
 
     Answers may be numbers, and true and false are read as yes and no. The gold answer of an example with choices
     becomes the text of its choice. Blank lines are skipped. A missing ``id`` becomes the number of the line or element,
@@ -125,6 +125,8 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
         ValueError: a file has no usable example (the message has the reasons), or is an array that is not valid JSON,
             or a table that cannot be read.
     """
+    if data_format not in (AUTO, *FORMATS):
+        raise ValueError(f"data_format: expected {AUTO} or one of {', '.join(FORMATS)}, got {data_format!r}")
     paths = [Path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
     names = id_prefixes(paths)
     entries, keys, left_out = array("q"), array("q"), []
@@ -179,19 +181,22 @@ def id_prefixes(paths: Sequence[Path]) -> list[str]:
     return [f"{path if names.count(path.name) > 1 else path.name}:" for path in paths]
 
 
-def stream_records(path: Path) -> Iterator[tuple[int, Fields]]:
-    """The records of a file with the numbers of their lines, read as they are asked for.
+def stream_records(path: Path) -> Iterator[tuple[int, Fields | ValueError]]:
+    """The records of a file with the numbers of their lines, read as they are asked for; in place of a record that
+    is no JSON object an error, whose arguments are the reason and where it is.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_examples`, also for one record that is not valid JSON.
+        ValueError: the file holds none, or is an array that is not valid JSON, or a table that cannot be read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    is_empty = True
     for line, _, data in _records(as_json_lines(path)):
+        is_empty = False
         try:
             yield line, _parse(data)
         except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from None
+            yield line, ValueError("not a JSON object", f"{path}:{line}: {error}")
+    if is_empty:
+        raise ValueError(f"{path}: holds no examples")
 
 
 def _named(left_out: Sequence[str]) -> str:
@@ -270,7 +275,7 @@ def example_of(record: Fields, default_id: str, rationale: bool, compared: bool,
     written, shift = with_opening(written)
     if key_spans is not None and shift:
         key_spans = key_spans[0], tuple((start + shift, stop + shift) for start, stop in key_spans[1])
-    context = fields.get("context")
+    context = fields.get(EARLIER)
     return Example(
         id=_text(fields, "id", default_id),
         question=_text(fields, "question"),
@@ -281,7 +286,7 @@ def example_of(record: Fields, default_id: str, rationale: bool, compared: bool,
         choices=choices,
         is_right="answer" not in fields or same_answer(given, answer, choices),
         task=_text(fields, "task", "") or None,
-        context=() if context is None else tuple(checked_context(turns_of(context, "context"))),
+        context=() if context is None else tuple(checked_context(turns_of(context, EARLIER), EARLIER)),
     )
 
 

@@ -18,6 +18,7 @@ from molsaki.text.numbers import find_numbers
 
 Fields = dict[str, Any]  # the JSON object of a record
 AUTO, OWN = "auto", "molsaki"
+EARLIER = "earlier_turns"  # the field of the turns before a question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +95,11 @@ def _math(record: Fields) -> Fields:
 
 
 def _messages(record: Fields) -> Fields:
-    return _conversation(turns_of(record["messages"], "messages"), "messages", record)
+    return _conversation(turns_of(record["messages"], "messages", until_reply=True), "messages", record)
 
 
 def _sharegpt(record: Fields) -> Fields:
-    turns = turns_of(record["conversations"], "conversations")
+    turns = turns_of(record["conversations"], "conversations", until_reply=True)
     if isinstance(record.get("system"), str) and record["system"].strip() and turns[:1] and turns[0][0] != "system":
         turns.insert(0, ("system", record["system"]))
     return _conversation(turns, "conversations", record)
@@ -108,18 +109,24 @@ def _prompt_completion(record: Fields) -> Fields:
     """TRL's; both are texts or both are lists of messages."""
     if isinstance(record["prompt"], str) and isinstance(record["completion"], str):
         return _reply(record["prompt"], record["completion"], record)
-    turns = [turn for name in ("prompt", "completion") for turn in turns_of(record[name], name)]
+    turns = turns_of(record["prompt"], "prompt") + turns_of(record["completion"], "completion", until_reply=True)
     return _conversation(turns, "prompt, completion", record)
 
 
 def _conversation(turns: Sequence[Turn], where: str, record: Fields) -> Fields:
     context, question, reply = split_turns(turns, where)
     fields = _reply(question, reply, record)
-    return fields | {"context": [{"role": role, "content": text} for role, text in context]} if context else fields
+    earlier = [{"role": role, "content": text} for role, text in context]
+    return fields | ({EARLIER: earlier} if context else {})
 
 
 def _alpaca(record: Fields) -> Fields:
-    return _reply("\n".join(filter(None, [record["instruction"], record.get("input")])), record["output"], record)
+    """Also with ``system`` and ``history``, pairs of an instruction and its output."""
+    fields = _reply("\n".join(filter(None, [record["instruction"], record.get("input")])), record["output"], record)
+    earlier = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    for asked, told in record.get("history") or ():
+        earlier += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    return fields | ({EARLIER: earlier} if earlier else {})
 
 
 def _reply(question: str, reply: str, record: Fields) -> Fields:

@@ -74,11 +74,9 @@ class DistillConfig(DistillOptions, TrainingArguments):
             default = [] if field.default is dataclasses.MISSING else field.default
             if field.name in REFUSED and (value := getattr(self, field.name)) != default:
                 raise ValueError(f"{field.name}: expected {default}, got {value!r}: {REFUSED[field.name]}")
-        for name in ("train_file", "eval_file"):
-            value = getattr(self, name)
-            setattr(
-                self, name, [] if value is None else [str(value)] if isinstance(value, (str, os.PathLike)) else value
-            )
+        for name in ("train_file", "eval_file"):  # one name alone is a list of it
+            value = getattr(self, name) or []
+            setattr(self, name, list(map(os.fspath, [value] if isinstance(value, (str, os.PathLike)) else value)))
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments refuses bf16 otherwise
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_options(self, beta=0, beta_mmi=0, beta_logits=0, share_steps=0, eval_accuracy=0)

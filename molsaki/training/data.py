@@ -7,9 +7,11 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from torch.utils.data import IterableDataset
+
 from molsaki.batches.dataset import DistillDataset, as_examples
-from molsaki.batches.streamed import StreamedDataset, StreamedFiles
-from molsaki.batches.tokenized import Tokenization, TokenizedExample
+from molsaki.batches.streamed import Peeked, StreamedDataset, StreamedFiles
+from molsaki.batches.tokenized import Tokenization
 from molsaki.teacher.map_store import Store
 from molsaki.text.examples import read_examples
 from molsaki.training.config import DistillConfig
@@ -41,13 +43,13 @@ class TrainingData:
             given = StreamedFiles(files) if config.streaming else read_examples(files, data_format=config.data_format)
         data: DistillDataset | StreamedDataset | None
         if given is not None and (config.streaming or _is_stream(given)):
-            data, first = self._streamed(given, name)
-            count = data.used
+            data, peeked = self._streamed(given, name)
+            first, thinking, count = peeked.first, peeked.thinking, peeked.used
         elif (data := self.whole(given, name, config.limit)) is not None:
-            first, count = data[0][0], len(data)
+            first, thinking, count = data[0][0], data.thinking, len(data)
         else:
             return None
-        self.mostly_thinks = 2 * data.thinking > count
+        self.mostly_thinks = 2 * thinking > count
         if config.process_index == 0:
             logger.info("%s", self.tokenization.describe_labels(first))
         return data
@@ -84,15 +86,15 @@ class TrainingData:
             self._need_words(found.without_words, len(found), str(len(found)), name)
         return found
 
-    def _streamed(self, given: Any, name: str) -> tuple[StreamedDataset, TokenizedExample]:
-        """The stream, and its first example."""
+    def _streamed(self, given: Any, name: str) -> tuple[StreamedDataset, Peeked]:
+        """The stream, and what its first examples are."""
         config = self.config
         _check_streaming(config)
         rows = cast("Iterable[Any]", given)
         stream = StreamedDataset(rows, name, self.tokenization, self.store, config.data_format, config.limit)
-        first = stream.peek()
-        self._need_words(stream.without_words, stream.used, f"first {stream.used}", name)
-        return stream, first
+        peeked = stream.peek()
+        self._need_words(peeked.without_words, peeked.used, f"first {peeked.used}", name)
+        return stream, peeked
 
     def _need_words(self, without: int, count: int, counted: str, name: str) -> None:
         if self.objective.maps and without == count:
@@ -105,7 +107,7 @@ class TrainingData:
 
 def _is_stream(data: Any) -> bool:
     """Whether rows have no length, so that they can only be read in their order."""
-    return not hasattr(data, "__len__") and hasattr(data, "__iter__")
+    return isinstance(data, IterableDataset) or (not hasattr(data, "__len__") and hasattr(data, "__iter__"))
 
 
 def _check_streaming(config: DistillConfig) -> None:

@@ -655,25 +655,22 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
     Returns:
         The trainer's metrics (``train_runtime``, ``train_loss``, ...); ``examples``, ``without_words`` (key words) and
-        ``left_out`` by reason, whose ids are in ``left_out.json``. Of streamed data the numbers are those that this
-        process itself read in the last epoch, and there are no ids.
+        ``left_out`` by reason, whose ids are in ``left_out.json``. Streamed data are not counted.
     """
     require(config, "train_file")
     trainer = DistillTrainer(args=config)
     data = cast("DistillDataset | StreamedDataset", trainer.train_dataset)
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and isinstance(data, DistillDataset):
         write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
     metrics = trainer.train().metrics
-    if isinstance(data, StreamedDataset) and trainer.is_world_process_zero():
-        logger.info("train_dataset, in the last epoch: %s", data.summary())
-        write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.end_training()
-    if isinstance(data, StreamedDataset):
-        counts = {"without_words": data.without_words, "left_out": dict(data.left_out)}
-    else:
+    counts: dict[str, Any] = {}
+    if isinstance(data, DistillDataset):
         counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}
+    elif trainer.is_world_process_zero() and not config.dataloader_num_workers:
+        logger.info("train_dataset, read in the last epoch: %s", data.summary())
     return metrics | counts | {"student": config.output_dir}
 
 

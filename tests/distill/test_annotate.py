@@ -396,7 +396,7 @@ def test_conversations(tmp_path, template):
     question, reply = "Each bag has 4 nuts. How many nuts?", RIGHT
     model, tok = scripted({question: {"first": reply, "hint": reply, "keywords": "Ann, bags, bees"}})
     messages = [{"role": role, "content": text} for role, text in context]
-    row = {"id": "a", "question": question, "gold": 12, "context": messages}
+    row = {"id": "a", "question": question, "gold": 12, "earlier_turns": messages}
     data = tiny.write_jsonl(tmp_path / "d.jsonl", [row])
     out = tmp_path / "o.jsonl"
     options = dict(data_file=str(data), output_file=str(out), template=template, shots=0, keywords="teacher")
@@ -407,5 +407,5 @@ def test_conversations(tmp_path, template):
     else:
         assert f"Question: Be brief.\n\nAnn has 3 bags.\n\nI see.\n\n{question}\n" in asked
     (record,) = map(json.loads, out.read_text().splitlines())
-    assert record["context"] == messages and record["keywords"] == ["Ann", "bags"]
+    assert record["earlier_turns"] == messages and record["keywords"] == ["Ann", "bags"]
     assert read_examples(out)[0].context == tuple(context)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import molsaki
-from molsaki import doctor
+from molsaki import cli, doctor
 from molsaki.cli import main
 from molsaki.evaluation import evaluate as evaluate_module
 from tests.helpers import tiny
@@ -248,3 +249,17 @@ def test_two_processes_are_one_with_twice_the_batch(work):
         assert [a[n] for n in names] == pytest.approx([b[n] for n in names], rel=1e-4)
     a, b = (load_file(path / "model.safetensors") for path in (folder, work / "run"))
     assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-4) for name in b)
+
+
+def test_the_log_is_shown_once(monkeypatch, capsys):
+    logger = logging.getLogger("molsaki")
+    for rank, level in (("0", logging.INFO), ("1", logging.WARNING)):
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+        monkeypatch.setattr(logger, "propagate", False)  # no handler above it
+        monkeypatch.setenv("RANK", rank)
+        cli._show_log()
+        cli._show_log()
+        logger.info("read")
+        assert (len(logger.handlers), logger.level) == (1, level)
+        assert capsys.readouterr().err == ("read\n" if rank == "0" else "")

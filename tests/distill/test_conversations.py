@@ -8,10 +8,11 @@ import pytest
 
 from molsaki.batches.tokenized import Tokenization, TokenizerSpec, predict_prompt, spans_of
 from molsaki.config import TextOptions
+from molsaki.modeling.attention_map import _read
 from molsaki.teacher.fingerprints import fingerprint_examples, fingerprint_spans
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.conversations import checked_context, split_turns, turns_of
-from molsaki.text.examples import Example, read_examples
+from molsaki.text.examples import Example, example_of, read_examples
 from molsaki.text.fitting import fit
 from molsaki.text.segment import segment
 from molsaki.text.spans import Spans
@@ -145,13 +146,50 @@ def test_data_sets_with_several_turns(tmp_path):
         {"conversations": shared},
         {"conversations": shared[1:], "system": "Be brief."},
         {"prompt": messages, "completion": [reply]},
-        {"question": QUESTION, "rationale": RATIONALE, "answer": "5", "context": messages[:-1]},
+        {"question": QUESTION, "rationale": RATIONALE, "answer": "5", "earlier_turns": messages[:-1]},
     ]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     for example in read_examples(path):
         assert (example.question, example.rationale, example.answer) == (QUESTION, RATIONALE, "5")
         assert example.context == tuple(CONTEXT)
+
+
+def test_messages_as_data_sets_have_them():
+    """Blank turns of the system, null columns, turns after the reply, and a trace that is there twice."""
+    ask, reply = (
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>a</think>b", "reasoning": "a"},
+    )
+    after = [{"role": "user", "content": ""}, {"role": "tool", "content": None}]
+    found = turns_of([{"role": "system", "content": ""}, ask, reply, *after], "m", until_reply=True)
+    assert found == [("user", "q"), ("assistant", "<think>a</think>b")]
+    mixed = [{"from": "human", "value": "q", "content": None, "role": None, "thinking": "no"}]
+    assert turns_of(mixed, "m") == [("user", "q")]
+    alpaca = {"instruction": "q", "output": "So 2.", "system": "s", "history": [["a", "b"]]}
+    example = example_of(alpaca, "1", True, False)
+    assert example.context == (("system", "s"), ("user", "a"), ("assistant", "b"))
+    passage = {"question": "q", "rationale": "So 2.", "answer": "2", "context": "A passage, of another format."}
+    assert example_of(passage, "1", True, False).context == ()
+
+
+def test_a_turn_of_the_system_elsewhere_is_refused():
+    """As Mistral-Nemo's template, which shows it before the last question."""
+    template = (
+        "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages if m.role != "
+        "'system' %}{% if m.role == 'user' %}[INST]{{ s if loop.index0 == loop.length - 2 }}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = bytes_tokenizer(template)
+    assert encode(segment(QUESTION, RATIONALE, context=CONTEXT[:1]), tokenizer, template="chat").steps
+    with pytest.raises(ValueError, match="does not show all turns in their order"):
+        encode(segment(QUESTION, RATIONALE, context=CONTEXT), tokenizer, template="chat")
+
+
+def test_the_map_of_a_prompt_has_its_roles():
+    tokenizer, spans = bytes_tokenizer(CHATML), segment(QUESTION, "", context=CONTEXT)
+    ids, _, _ = _read(spans, tokenizer, "chat", {}, is_prompt=True)
+    assert ids == prompt(QUESTION, tokenizer, template="chat", context=CONTEXT)
 
 
 def test_the_traces_of_earlier_turns_are_dropped():

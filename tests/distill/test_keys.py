@@ -409,7 +409,7 @@ def test_conversations_and_traces(tmp_path):
     the rationale; no tag is a key word."""
     trace = "5 plus 12 is 17, I think.\n</think>\n\nIt is 17."
     context = [{"role": "user", "content": "Think of 5 and 12."}, {"role": "assistant", "content": "I do."}]
-    record = {"question": "What is 5 plus 12?", "rationale": trace, "answer": "17", "context": context}
+    record = {"question": "What is 5 plus 12?", "rationale": trace, "answer": "17", "earlier_turns": context}
     messages = [*context, {"role": "user", "content": record["question"]}, {"role": "assistant", "content": trace}]
     data = tiny.write_jsonl(tmp_path / "d.jsonl", [record, {"messages": messages, "answer": "17"}])
     out = tmp_path / "o.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,16 +76,21 @@ def test_workers_read_each_row_once(rows):
 def test_rows_that_cannot_be_used_are_counted(caplog):
     rows = tiny.problems(3)
     rows.insert(1, {"question": "q"})
+    rows += [ValueError("not a JSON object", "d.jsonl:4: not valid JSON")]
     rows += [rows[0] | {"rationale": " "}, rows[0] | {"rationale": "<think>"}, {"question": "q"}]
     data = streamed(Rows(rows))
     assert [tokenized.id for tokenized, _ in data] == ["p0", "p1", "p2"]
-    assert sorted(data.left_out.values()) == [1, 1, 2]
+    assert sorted(data.left_out.values()) == [1, 1, 1, 2]
     assert data.left_out["no rationale"] == data.left_out["thinking trace without its end </think>"] == 1
     assert caplog.text.count("left out, the first for this reason") == len(data.left_out)
+    assert "row 4 left out, the first for this reason: not a JSON object (d.jsonl:4: not valid JSON)" in caplog.text
     assert data.summary().startswith("3 examples, 0 without key words; ")
     assert [tokenized.id for tokenized, _ in streamed(Rows(rows), limit=3)] == ["p0", "p1"]
     with pytest.raises(ValueError, match="train_dataset: all 1024 examples were left out"):
         next(iter(streamed(Rows([{"question": "q"}] * 2000))))
+    caplog.clear()
+    assert len(list(data)) == 3 and not caplog.text  # named once
+    assert data.peek().used == 3 and data.used == 0
     with pytest.raises(ValueError, match="train_dataset: holds no examples"):
         streamed(Rows([])).peek()
 
@@ -92,6 +98,12 @@ def test_rows_that_cannot_be_used_are_counted(caplog):
 def test_what_cannot_be_streamed_is_refused(tmp_path):
     with pytest.raises(TypeError, match="train_dataset: a generator can be read only once"):
         streamed(row for row in tiny.problems(2))
+    shared = SimpleNamespace(once=iter(tiny.problems(2)))
+    with pytest.raises(TypeError, match="train_dataset: a Shared can be read only once"):
+        streamed(type("Shared", (), {"__iter__": lambda self: shared.once})())
+    loader = torch.utils.data.DataLoader(streamed(OfTorch(), limit=3), num_workers=2, batch_size=None)
+    with pytest.raises(ValueError, match="limit: expected None with 2 workers"):
+        list(loader)
     with pytest.raises(ValueError, match="max_steps: expected the number of steps to train on streamed data"):
         trainer(tmp_path, Rows(tiny.problems(4)), max_steps=-1)
     with pytest.raises(ValueError, match="train_sampling_strategy: expected no group_by_length"):
@@ -112,7 +124,18 @@ def test_a_stream_of_datasets(tmp_path):
     assert len(logged(t, "loss")) == 2
 
 
-def test_files_from_the_command_line(tmp_path, capsys):
+def test_files_line_by_line(tmp_path):
+    row = {"question": "q", "rationale": "r 1.", "answer": "1"}
+    one = tiny.write_jsonl(tmp_path / "a.jsonl", [row, row | {"id": " "}])
+    one.write_text(one.read_text() + "{broken\n")
+    found = list(StreamedFiles([one]))
+    assert [record["id"] for record in found[:2]] == ["1", "2"] and "a.jsonl:3: not valid JSON" in found[2].args[1]
+    (tmp_path / "b.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="b.jsonl: holds no examples"):
+        list(StreamedFiles([one, tmp_path / "b.jsonl"]))
+
+
+def test_files_from_the_command_line(tmp_path, caplog):
     """Two files whose rows have no ids, of two formats, in order and streamed; a store made from the same files."""
     teacher, student = tiny.save(tmp_path / "t", 3, seed=1), tiny.save(tmp_path / "s", 2)
     rows = [{name: row[name] for name in ("question", "rationale", "answer")} for row in tiny.problems(8)]
@@ -120,7 +143,7 @@ def test_files_from_the_command_line(tmp_path, capsys):
     files = [tiny.write_jsonl(tmp_path / name, part) for name, part in (("a.jsonl", rows[:4]), ("b.jsonl", dss))]
     store = ["--store", tmp_path / "store"]
     assert main([str(word) for word in ["extract", "--teacher", teacher, "--data_files", *files, *store]]) == 0
-    said = capsys.readouterr().err
+    said = caplog.text
     assert f"{files[0]}: 4 of format molsaki" in said and f"{files[1]}: 4 of format dss" in said
     losses = []
     for name, options in (("list", ["--train_sampling_strategy", "sequential"]), ("stream", ["--streaming", "true"])):
@@ -130,5 +153,8 @@ def test_files_from_the_command_line(tmp_path, capsys):
         assert main([str(word) for word in words]) == 0
         state = json.loads((run / "trainer_state.json").read_text())
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-        assert "labels of example a.jsonl:1: explain: " in capsys.readouterr().err
+        said = caplog.text
+        caplog.clear()
+        assert "labels of example a.jsonl:1: explain: " in said
+        assert ("read in the last epoch: 8 examples, 0 without" in said) == (name == "stream")
     assert losses[0] == losses[1] and len(losses[0]) == 4
