@@ -372,6 +372,11 @@ class AnnotateConfig(DataOptions):
     keywords: Literal["none", "teacher"] = option(
         "none", "teacher: ask the teacher for the key words of each kept text too, as key=keywords reads them."
     )
+    thinking: Literal["drop", "keep"] = option(
+        "drop",
+        "A thinking trace before the rationale: not written, or kept in <think> tags at the rationale's beginning, so "
+        "that the student learns it too.",
+    )
     keep_wrong: bool = option(False, "Write the refused replies, with their reasons, to the output's .wrong.jsonl.")
     max_new_tokens: int = option(256, "Longest reply in tokens.")
     batch_size: int = option(16, "Replies per batch.")
@@ -420,7 +425,9 @@ class AnnotateConfig(DataOptions):
         if self.rationales == "keep":
             if self.keywords == "none":
                 raise ValueError("rationales: keep needs keywords=teacher, or there is nothing to ask for")
-            self._refuse("rationales=keep", "instruction", "hint", "keep_wrong", "samples", "temperature", "seed")
+            self._refuse(
+                "rationales=keep", "instruction", "hint", "keep_wrong", "samples", "temperature", "seed", "thinking"
+            )
         if self.temperature < 0:
             raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature}")
         if self.samples > 1 and self.temperature == 0:

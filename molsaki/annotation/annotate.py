@@ -223,7 +223,7 @@ class _Run:
                             reasons[example.id] = reply
                         refused.append(_refusal(example, phase, reply, prompt.sample))
                         continue
-                    verdict = judge(example, reply, self.form, self.config.hint, phase)
+                    verdict = judge(example, reply, self.form, self.config.hint, phase, self.config.thinking == "keep")
                     if verdict.reason:
                         if example.id not in kept:
                             reasons[example.id] = verdict.reason

@@ -12,6 +12,7 @@ from molsaki.evaluation.generate import Reply
 from molsaki.evaluation.scoring import score
 from molsaki.text.answers import kind_of
 from molsaki.text.examples import Example
+from molsaki.text.thinking import state_of, with_opening
 
 
 def _words(text: str) -> list[str]:
@@ -44,7 +45,9 @@ class Verdict:
     reason: str
 
 
-def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: int) -> Verdict:
+def judge(
+    example: Example, reply: Reply, form: PromptFormat, hint: str, phase: int, keep_thinking: bool = False
+) -> Verdict:
     """Split a reply into rationale and answer, and say what is wrong with it, if anything.
 
     The answer is the first number (or choice) after the label, or after an equals sign there. A reply without a label
@@ -56,6 +59,7 @@ def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: 
         form: the format of the prompt, with the answer's label.
         hint: the template of the second phase's question; a rationale that only repeats it is refused.
         phase: 1 or 2.
+        keep_thinking: whether a thinking trace before the rationale is a part of it. It is judged without it.
     """
     text = reply.text.rpartition("</think>")[2].strip()
     label = re.search(rf"(?<!\w)(?:the\s+)?(?:final\s+)?{re.escape(form.label.strip())}", text, re.I)
@@ -81,4 +85,9 @@ def judge(example: Example, reply: Reply, form: PromptFormat, hint: str, phase: 
         reason = "rationale only states the answer"
     elif phase == SECOND and "hint" in _words(rationale) and "hint" not in _words(example.question):
         reason = "rationale speaks of the hint"
+    if keep_thinking and "</think>" in reply.text:
+        trace = with_opening(reply.text.rpartition("</think>")[0] + "</think>")[0].strip()
+        rationale = f"{trace}\n\n{rationale}"
+        if not reason and state_of(trace) != "whole":
+            reason = "broken thinking trace"
     return Verdict(phase, rationale, answer["prediction"], reason)

@@ -53,3 +53,14 @@ def test_judge_of_replies_that_were_cut_off():
         ("3 * 4 = 12 nuts", True, ""),
     ]:
         assert judge(example, Reply(text, ended), PLAIN, HINT, 1).reason == reason
+
+
+def test_a_thinking_trace_is_kept_on_request():
+    trace, told = "Hm, 3 * 4.\n</think>", "There are 3 * 4 = 12 nuts."
+    example, text = Example("i", "How many?", "", "12"), f"{trace}\n\n{told}\nAnswer: 12"
+    for reply in (text, f"<think>\n{text}"):
+        assert judge(example, Reply(reply, True), PLAIN, HINT, 1).rationale == told
+        kept = judge(example, Reply(reply, True), PLAIN, HINT, 1, keep_thinking=True)
+        assert (kept.rationale, kept.reason) == (f"<think>\n{trace}\n\n{told}", "")
+    broken = judge(example, Reply(f"<think>a<think>{text}", True), PLAIN, HINT, 1, keep_thinking=True)
+    assert broken.reason == "broken thinking trace"
