@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
-from molsaki.text.spans import Span, Spans
+from molsaki.text.spans import Span, Spans, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +102,7 @@ def _moved(spans: Spans, text: str, frame: Frame, tokenizer: PreTrainedTokenizer
     if place is None:
         raise TextChanged(
             f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for the "
-            f"question {spans.question!r} and the rationale {spans.rationale!r}"
+            f"question {shown(spans.question)} and the rationale {shown(spans.rationale)}"
         )
     place = {i: shift + spans.question_end + at for i, at in place.items()}
     moved: list[Span] = []
