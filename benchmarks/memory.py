@@ -7,8 +7,8 @@ AdamW, one text per step. Sizes of weights, maps, their scratch memory and the h
 the code that allocates them. Bytes that autograd saves per token are counted: one and two layers of the student's
 widths run on a CPU with few tokens, and every tensor that the forward saves is added up.
 
-``--map sentences`` has a step per sentence and a word per number, as many as GSM8K's rationales one after another have (a
-sentence per 16 tokens, a number per 9); ``--map words`` has 256 steps and 3,000 words at every length, as with
+``--map sentences`` has a step per sentence and a word per number, as many as GSM8K's rationales one after another have
+(a sentence per 16 tokens, a number per 9). ``--map words`` has 256 steps and 3,000 words at every length, as with
 ``--splitter words:N --max_key_words 3000``.
 """
 
@@ -134,7 +134,9 @@ def count_saved(model: Model = STUDENT) -> Saved:
     """Count the bytes per token and layer that the forward saves under bfloat16 autocast, parameters excluded."""
     found = {}
     for checkpointing in (False, True):
-        counts = {(layers, tokens): _saved(model, layers, tokens, checkpointing) for layers in (1, 2) for tokens in TRACKED}
+        counts = {
+            (layers, tokens): _saved(model, layers, tokens, checkpointing) for layers in (1, 2) for tokens in TRACKED
+        }
         small, large = TRACKED
         per_layer = [counts[2, tokens] - counts[1, tokens] for tokens in TRACKED]
         found[checkpointing] = (per_layer[1] - per_layer[0]) / (large - small)

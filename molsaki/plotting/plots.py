@@ -48,8 +48,8 @@ def plot_map(
 ) -> Path:
     """Stepwise maps of one text as heatmaps on one colour scale, such as the teacher's beside the student's (Eq. 6).
 
-    Of more than `MOST_STEPS` steps or `MOST_WORDS` words, several neighbours share a row or column, and a cell shows the
-    largest of their values.
+    Of more than `MOST_STEPS` steps or `MOST_WORDS` words, several neighbours share a row or column, and a cell shows
+    the largest of their values.
 
     Args:
         maps: the name of each map and its ``(S, W)`` values.

@@ -234,8 +234,8 @@ def _every(words: int, text: str) -> Iterator[int]:
         yield len(text)
 
 
-# Where sentencex itself ends a paragraph. In texts of more than some 10,000 characters it drops some of these line ends and
-# finds no more sentences from there on, so it gets one paragraph at a time.
+# Where sentencex itself ends a paragraph. In texts of more than some 10,000 characters it drops some of these line ends
+# and finds no more sentences from there on, so it gets one paragraph at a time.
 _SENTENCEX_PARAGRAPH = re.compile(r"\n\r?\n\s*")
 
 

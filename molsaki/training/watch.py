@@ -30,8 +30,8 @@ PICTURE = "layer_weights.png"
 
 
 class IdleLoss:
-    """Warns, once each, that the router has collapsed, that the attention loss has hardly any of the gradient, or that it
-    hardly distinguishes maps.
+    """Warns, once each, that the router has collapsed, that the attention loss has hardly any of the gradient, or that
+    it hardly distinguishes maps.
 
     Args:
         learns_router: whether the student's layer weights are those of a router.
@@ -53,10 +53,10 @@ class IdleLoss:
         at most 0.013 nats, and a map that is spread over its words much less: the softmax is flat whatever the map is.
         ``normalise="sum"`` divides by the mass, so W does not matter.
 
-        What is measured is the loss of a map that is the same for every word, times beta if that is above 1. A student with such maps can
-        lower its loss by no more than that. The warning comes below `FADED`, 0.001 nats: a hundredth of 0.1 nats, a small
-        cross-entropy of a trained student, as `SMALL_SHARE` is of the gradient. With ``attention_share``, which makes up
-        for a small loss, it comes where float32 does not resolve the loss.
+        What is measured is the loss of a map that is the same for every word, times beta if that is above 1. A student
+        with such maps can lower its loss by no more than that. The warning comes below `FADED`, 0.001 nats: a hundredth
+        of 0.1 nats, a small cross-entropy of a trained student, as `SMALL_SHARE` is of the gradient. With
+        ``attention_share``, which makes up for a small loss, it comes where float32 does not resolve the loss.
         """
         if self._flat is None or batch.teacher_map is None:
             return
@@ -101,10 +101,10 @@ class IdleLoss:
         if beta > 0 and max(beta, 1) * softmax < self._faded:  # a beta that is too small has a warning of its own
             self._warn(
                 "faded",
-                f"normalise: with softmax the attention loss hardly distinguishes maps of texts with this many key words (up "
-                f"to {self._words}): in the first {len(values['softmax'])} examples a map that is the same for every word "
-                f"has a loss of {softmax:.2g} nats (beta is {beta:g}). With --normalise sum it is {shares:.2g} nats. "
-                "Fewer key words (--max_key_words, --key_occurrence first) make the difference larger, too",
+                "normalise: with softmax the attention loss hardly distinguishes maps of texts with this many key "
+                f"words (up to {self._words}): a map that is the same for every word has a loss of {softmax:.2g} nats, "
+                f"the mean over the first {len(values['softmax'])} examples (beta is {beta:g}); with --normalise sum "
+                f"{shares:.2g} nats",
             )
 
     def _warn(self, what: str, message: str) -> None:

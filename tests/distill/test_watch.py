@@ -192,7 +192,8 @@ def batch_of(steps: int, words: int, mass: float, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     maps = torch.rand(2, 1, steps, words, generator=generator)
     maps *= mass / 2 / maps.sum(-1, keepdim=True)
-    maps[torch.arange(2)[:, None], 0, torch.arange(steps), torch.randint(words, (2, steps), generator=generator)] += mass / 2
+    chosen = torch.randint(words, (2, steps), generator=generator)
+    maps[torch.arange(2)[:, None], 0, torch.arange(steps), chosen] += mass / 2
     weights = torch.full((2, 1, 3), 1 / 3)
     return Batch(["a", "b"], tiny.plan_of(*[(steps, words)] * 2), [], teacher_map=maps, teacher_weights=weights)
 
@@ -213,9 +214,7 @@ def batch_of(steps: int, words: int, mass: float, seed: int = 0) -> Batch:
     ],
 )
 def test_a_softmax_over_many_words(tmp_path, caplog, words, mass, options, warns):
-    options = config(tmp_path, objective="molsaki", map_steps="all", **options) if "objective" not in options else config(
-        tmp_path, **options
-    )  # fmt: skip
+    options = config(tmp_path, **{"objective": "molsaki"} | options)
     idle = watch.IdleLoss(learns_router=False)
     idle.add_maps(batch_of(20, words, mass), options)
     for step in (1, 2):  # said once
@@ -225,7 +224,7 @@ def test_a_softmax_over_many_words(tmp_path, caplog, words, mass, options, warns
     assert len(found) == warns
     if warns:
         assert found[0].startswith("normalise: with softmax the attention loss hardly distinguishes maps")
-        assert f"(up to {words})" in found[0] and "first 2 examples" in found[0]
+        assert f"(up to {words})" in found[0] and "the first 2 examples" in found[0]
 
 
 def test_the_warning_states_the_losses_of_a_flat_map(tmp_path, caplog):
@@ -247,7 +246,8 @@ def test_no_map_differs_by_more_than_the_bound():
         bound = mass * (math.exp(mass) - 1) / (math.exp(mass) + words - 1)
         plan = tiny.plan_of((500, words))
         sharpness = torch.rand(2, 1, 1, 500, 1, generator=generator) * 40
-        teacher, student = (mass * (s * torch.randn(1, 1, 500, words, generator=generator)).softmax(-1) for s in sharpness)
+        scores = torch.randn(2, 1, 1, 500, words, generator=generator)
+        teacher, student = mass * (sharpness * scores).softmax(-1)
         teacher[..., 0, :] = mass * torch.eye(words)[0]
         student[..., 0, :] = mass * torch.eye(words)[1]
         found = losses._softmax_divergence(student, teacher, torch.ones(1, 1, 500, words, dtype=torch.bool))[0, 0]
