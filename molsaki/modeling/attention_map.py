@@ -185,7 +185,7 @@ def attention_map(
             raise TypeError(f"rows: expected ranges (start, stop) of token positions, got {rows!r}") from None
         ends = [end for row in chosen for end in row]
         if ends != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] <= len(ids)):
-            raise ValueError(f"rows: expected ascending, disjoint ranges within 0 to {len(ids)}, got {chosen}")
+            raise ValueError(f"rows: expected ascending, disjoint ranges within 0 to {len(ids)}, got {chosen[:10]}")
     columns = words if keys == "words" else [[t] for t in range(len(ids))]
     if not columns:
         raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
