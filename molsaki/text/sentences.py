@@ -242,7 +242,8 @@ _SENTENCEX_PARAGRAPH = re.compile(r"\n\r?\n\s*")
 def _sentencex_ends(language: str, text: str) -> Iterator[int]:
     import sentencex
 
-    start, ends = 0, []
+    start = 0
+    ends: list[int] = []
     for stop in _ends_after(_SENTENCEX_PARAGRAPH, text):
         paragraph = text[start:stop].rstrip()
         sentences = list(sentencex.segment(language, paragraph))

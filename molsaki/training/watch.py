@@ -53,10 +53,11 @@ class IdleLoss:
         at most 0.013 nats, and a map that is spread over its words much less: the softmax is flat whatever the map is.
         ``normalise="sum"`` divides by the mass, so W does not matter.
 
-        What is measured is the loss of a map that is the same for every word, times beta if that is above 1. A student
-        with such maps can lower its loss by no more than that. The warning comes below `FADED`, 0.001 nats: a hundredth
-        of 0.1 nats, a small cross-entropy of a trained student, as `SMALL_SHARE` is of the gradient. With
-        ``attention_share``, which makes up for a small loss, it comes where float32 does not resolve the loss.
+        What is measured is the loss of a map that is the same for every word, the median over examples, times beta if
+        that is above 1. A student with such maps can lower its loss by no more than that. The warning comes below
+        `FADED`, 0.001 nats: a hundredth of 0.1 nats, a small cross-entropy of a trained student, as `SMALL_SHARE` is of
+        the gradient. With ``attention_share``, which makes up for a small loss, it comes where float32 does not resolve
+        the loss.
         """
         if self._flat is None or batch.teacher_map is None:
             return
@@ -97,13 +98,13 @@ class IdleLoss:
         values = {name: torch.cat(found) for name, found in (measured or {}).items() if found}
         if not values or not len(values["softmax"]):
             return
-        softmax, shares = (values[name].mean().item() for name in ("softmax", "sum"))
+        softmax, shares = (values[name].median().item() for name in ("softmax", "sum"))
         if beta > 0 and max(beta, 1) * softmax < self._faded:  # a beta that is too small has a warning of its own
             self._warn(
                 "faded",
                 "normalise: with softmax the attention loss hardly distinguishes maps of texts with this many key "
                 f"words (up to {self._words}): a map that is the same for every word has a loss of {softmax:.2g} nats, "
-                f"the mean over the first {len(values['softmax'])} examples (beta is {beta:g}); with --normalise sum "
+                f"the median of the first {len(values['softmax'])} examples (beta is {beta:g}); with --normalise sum "
                 f"{shares:.2g} nats",
             )
 
