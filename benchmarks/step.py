@@ -92,7 +92,7 @@ RANDOM = {
     "long": dict(
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         vocab_size=8192,
