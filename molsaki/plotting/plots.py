@@ -32,7 +32,7 @@ TEACHER, STUDENT, OTHER = "#1f5a99", "#d1672c", "#d9d9d9"
 WIDE = 24  # with more words, maps are drawn one above the other instead of side by side
 ANNOTATED = 200  # with more cells, a map's values are not written into it
 STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # longest step (per line) and word of a label
-MOST_STEPS, MOST_WORDS = 80, 160  # with more, neighbours share a row or a column, so that a picture stays readable
+MOST_STEPS, MOST_WORDS = 60, 120  # with more, neighbours share a row or a column, so that a picture stays readable
 
 CURVES = {  # the panels of a run's losses, and the logged names in each; those of evaluations (eval_*) are added
     "loss": ("loss",),
