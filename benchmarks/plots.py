@@ -175,7 +175,11 @@ def overhead_over_key_tokens(records: list[dict]) -> Figure | None:
 
 
 def step_bars(records: list[dict]) -> Figure:
-    """Draw time and memory of whole training steps: one group of bars per student and batch."""
+    """Draw time and memory of whole training steps: one group of bars per student and batch.
+
+    Long traces, whose bars would hide the others', are drawn if a file has nothing else.
+    """
+    records = [r for r in records if not r["batch"].endswith(" trace")] or records
     quantities = {"seconds": "seconds per step", PEAK: "MiB at the peak"}
     shown = [name for name in quantities if any(r["quantity"] == name for r in records)]
     if not shown:

@@ -2,16 +2,18 @@
 
     python -m benchmarks.step --model FOLDER [--student FOLDER] [--device cpu|cuda] [--csv FILE] [--shape 1x1024]
                               [--contenders 'NAME; NAME'] [--measure time memory profile] [--compile] [--seconds S]
-                              [--dtype float32|bfloat16]
+                              [--dtype float32|bfloat16] [--long]
 
-``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher``, ``smollm2-135m``
-and ``1b`` are random Llamas. Contenders:
+``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher``, ``long``,
+``smollm2-135m`` and ``1b`` are random Llamas. ``--long`` measures texts of 4,096 to 32,768 tokens that are a thinking
+trace almost alone, with as many sentences and numbers as GSM8K's rationales one after another have. Contenders:
 
 - ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward that encodes the question once;
 - ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att; "time over dss" is the cost;
 - ``molsaki, live teacher``: with the teacher's forward in every step;
 - ``dss, packed`` and ``molsaki, packed``: one forward that encodes the question in both tasks;
 - ``dss, padded`` and ``molsaki, padded``: one padded forward per task;
+- ``dss, sdpa``: the same with transformers' "sdpa" in place of our attention;
 - ``eager``: the usual implementation: both models with ``attn_implementation="eager"`` and ``output_attentions=True``,
   all weights kept and reduced afterwards, logits of all tokens, one padded forward per task; the same losses.
 """
@@ -87,6 +89,14 @@ RANDOM = {
         num_key_value_heads=3,
         vocab_size=8192,
     ),
+    "long": dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=8192,
+    ),
     "tiny-teacher": dict(
         hidden_size=48,
         intermediate_size=64,
@@ -112,6 +122,7 @@ CONTENDERS = (
     "molsaki, stored maps",
     "molsaki, live teacher",
     *(f"dss, {layout}" for layout in LAYOUTS),
+    "dss, sdpa",
     *(f"molsaki, {layout}" for layout in LAYOUTS),
     "eager",
 )
@@ -126,17 +137,26 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """N examples of ``tokens`` tokens, or ragged from half of that; 40 % are the question, 4 tokens the answer."""
+    """N examples of ``tokens`` tokens, or ragged from half of that; 40 % are the question, 4 tokens the answer.
+
+    Attributes:
+        is_trace: the question is 2 % instead.
+    """
 
     size: int
     tokens: int
     words: int
     steps: int
     ragged: bool = False
+    is_trace: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.size}x{self.tokens}" + (" ragged" if self.ragged else "")
+        return f"{self.size}x{self.tokens}" + " ragged" * self.ragged + " trace" * self.is_trace
+
+    def question(self, length: int) -> int:
+        """The tokens of the question in a text of ``length``."""
+        return int((0.02 if self.is_trace else 0.4) * length)
 
     def examples(self, vocabulary: int, seed: int = 0) -> list[TokenizedExample]:
         g = np.random.default_rng(seed)
@@ -144,7 +164,7 @@ class Batch:
 
     def _example(self, n: int, g: np.random.Generator, vocabulary: int) -> TokenizedExample:
         length = int(g.integers(self.tokens // 2, self.tokens + 1)) if self.ragged else self.tokens
-        question = int(0.4 * length)
+        question = self.question(length)
         ids = g.integers(2, vocabulary, length + 4).astype(np.int32)
         cuts = [0, *sorted(g.choice(np.arange(1, length), self.steps - 1, replace=False).tolist()), length]
         words = [[token] for token in sorted(g.choice(length, self.words, replace=False).tolist())]
@@ -155,6 +175,7 @@ class Batch:
 
 
 BATCHES = [Batch(4, 256, 20, 5), Batch(4, 256, 20, 5, ragged=True), Batch(1, 1024, 50, 10)]
+LONG_BATCHES = [Batch(1, tokens, tokens // 9, tokens // 16, is_trace=True) for tokens in (4096, 8192, 16384, 32768)]
 CUDA_BATCHES = [Batch(16, 256, 20, 5), Batch(4, 1024, 50, 10), Batch(1, 8192, 400, 64)]
 
 
@@ -173,13 +194,14 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="bfloat16 is autocast (default: float32 on a CPU, bfloat16 on CUDA)"
     )
+    parser.add_argument("--long", action="store_true", help="long thinking traces instead of the usual batches")
     parser.add_argument("--compile", action="store_true", help="torch.compile the student and its losses")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     names = arguments.contenders.split(";") if arguments.contenders else CONTENDERS
     machine = describe(device)
     records = read_records(arguments.csv)
-    for batch in CUDA_BATCHES if device.type == "cuda" else BATCHES:
+    for batch in LONG_BATCHES if arguments.long else CUDA_BATCHES if device.type == "cuda" else BATCHES:
         if batch.name.startswith(arguments.shape):
             student, dtype = arguments.student or arguments.model, arguments.dtype or default_dtype(device)
             setup = Setup(arguments.model, student, batch, arguments.compile, str(device), dtype)
@@ -234,7 +256,7 @@ def load(name: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a model in float32: one of `RANDOM` or a folder."""
     if name in RANDOM:
         torch.manual_seed(0)
-        config = LlamaConfig(**RANDOM[name], tie_word_embeddings=True, max_position_embeddings=8192)
+        config = LlamaConfig(**RANDOM[name], tie_word_embeddings=True, max_position_embeddings=1 << 17)
         with torch.device(device):
             return LlamaForCausalLM(config)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
@@ -254,14 +276,14 @@ def own_loss(
 ) -> tuple[Callable[[], Tensor], Iterable[torch.nn.Parameter]]:
     """Return the loss of ``DistillTrainer``'s module on one batch, and the parameters to train."""
     device = torch.device(setup.device)
-    student.set_attn_implementation(NAME)
+    student.set_attn_implementation("sdpa" if layout == "sdpa" else NAME)
     depth, layers, width = probe(student, "concat")
     teacher_depth = depth if setup.teacher == setup.student else probe(teacher or load(setup.teacher))[0]
     mixture = None
     if objective_of(config.objective).maps:
         mixture = mixture_of(config, teacher_depth, depth, layers, width).to(device)
     distiller = Distiller(student, mixture, config)
-    packing = layout != "padded"
+    packing = layout not in ("padded", "sdpa")
     collator = Collator(0, 0, packing, packing, share_question=layout not in LAYOUTS)
     batch = collator([(example, None) for example in examples]).to(device)
     plan, texts = batch.plan, batch.teacher
@@ -400,7 +422,7 @@ def model_flops(setup: Setup) -> float:
     every contender, so that what a contender computes beyond it lowers its utilization. The teacher is not counted.
     """
     config, batch = load_config(setup.student), setup.batch
-    answer, question = 4, int(0.4 * batch.tokens)
+    answer, question = 4, batch.question(batch.tokens)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = config.hidden_size // heads
     projections = config.hidden_size * (width * 2 * (heads + kv_heads) + 3 * config.intermediate_size)

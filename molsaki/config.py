@@ -151,7 +151,9 @@ class ExtractConfig(DataOptions, TextOptions, MixtureOptions):
     )
     batch_tokens: int = option(8192, "Tokens per forward pass of the teacher, padding included.")
     shard_size: int = option(
-        1024, "Examples per file of the store; an interruption loses at most the work on one file."
+        1024,
+        "Examples per file of the store, or fewer if their maps are large (256 MiB); an interruption loses at most the "
+        "work on one file.",
     )
     dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device_map: dict[str, Any] | str | None = option(

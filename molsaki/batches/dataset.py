@@ -32,12 +32,13 @@ from molsaki.text.templates import frame_of
 logger = logging.getLogger(__name__)
 
 KEPT = 1 << 16  # tokenized examples that a data set keeps in memory, about 1 KB each
+KEPT_BYTES = 1 << 28  # and their size: an example of 131,072 tokens has 1.5 MB
 
 Item: TypeAlias = tuple[TokenizedExample, Entry | None]
 
 
 class DistillDataset(Dataset[Item]):
-    """Examples that are tokenized on access; the first `KEPT` are kept in memory, which does not grow with more.
+    """Examples that are tokenized on access; the first ones are kept in memory, at most `KEPT` and about `KEPT_BYTES`.
 
     Make one with `prepare`. Picklable, for the workers of a ``DataLoader``.
 
@@ -55,6 +56,7 @@ class DistillDataset(Dataset[Item]):
         self.examples, self.store = examples, store
         self._tokenization = tokenization
         self._kept: list[bytes] = []
+        kept_bytes = 0
         self.left_out: dict[str, list[str]] = {}
         self.without_words = self.thinking = 0
         used, lengths = array("i"), array("i")
@@ -72,8 +74,9 @@ class DistillDataset(Dataset[Item]):
             lengths.append(len(tokenized.explain.input_ids) + len(tokenized.predict.input_ids))
             self.without_words += not tokenized.explain.words
             self.thinking += example.rationale.lstrip().startswith("<think>")
-            if len(self._kept) < KEPT:
+            if len(self._kept) < KEPT and kept_bytes < KEPT_BYTES:
                 self._kept.append(pickle.dumps(tokenized))
+                kept_bytes += len(self._kept[-1])
         if not used:
             raise ValueError(all_left_out(self.skipped))
         self.used: np.ndarray[Any, Any] = np.array(used)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARS = 100, 60, 400  # of a map that is printed; the characters of a row's text
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionMap:
@@ -99,12 +101,29 @@ class AttentionMap:
         return tuple(torch.from_numpy(layer)[None] for layer in self.values), self.columns
 
     def __str__(self) -> str:
-        widths = [max(len(column), 5) for column in self.columns]
-        lines = [" ".join(f"{column:>{width}}" for column, width in zip(self.columns, widths, strict=True))]
-        for row, values in zip(self.rows, self.mean(), strict=True):
-            cells = " ".join(f"{value:{width}.2f}" for value, width in zip(values, widths, strict=True))
-            lines.append(f"{cells}  {row}")
+        """A table of the mean over layers and heads; of a large one the first and last rows and columns."""
+        rows, columns = _ends(len(self.rows), SHOWN_ROWS), _ends(len(self.columns), SHOWN_COLUMNS)
+        widths = [0 if w is None else max(len(self.columns[w]), 5) for w in columns]
+        mean = self.mean()
+
+        def line(cells: list[str]) -> str:
+            return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+        lines = [line(["..." if w is None else self.columns[w] for w in columns])]
+        for s in rows:
+            if s is None:
+                lines.append("...")
+                continue
+            cells = line(["..." if w is None else f"{mean[s, w]:.2f}" for w in columns])
+            row = self.rows[s]
+            lines.append(f"{cells}  {row if len(row) <= SHOWN_CHARS else row[: SHOWN_CHARS - 4] + ' ...'}")
         return "\n".join(lines)
+
+
+def _ends(count: int, most: int) -> list[int | None]:
+    """All numbers below ``count``, or if they are too many the first and last ones, with None between them."""
+    numbers: list[int | None] = list(range(count))
+    return numbers if count <= most else [*numbers[: most // 2], None, *numbers[-(most // 2) :]]
 
 
 def attention_map(
@@ -166,7 +185,7 @@ def attention_map(
             raise TypeError(f"rows: expected ranges (start, stop) of token positions, got {rows!r}") from None
         ends = [end for row in chosen for end in row]
         if ends != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] <= len(ids)):
-            raise ValueError(f"rows: expected ascending, disjoint ranges within 0 to {len(ids)}, got {chosen}")
+            raise ValueError(f"rows: expected ascending, disjoint ranges within 0 to {len(ids)}, got {chosen[:10]}")
     columns = words if keys == "words" else [[t] for t in range(len(ids))]
     if not columns:
         raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")

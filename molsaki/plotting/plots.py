@@ -32,6 +32,7 @@ TEACHER, STUDENT, OTHER = "#1f5a99", "#d1672c", "#d9d9d9"
 WIDE = 24  # with more words, maps are drawn one above the other instead of side by side
 ANNOTATED = 200  # with more cells, a map's values are not written into it
 STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # longest step (per line) and word of a label
+MOST_STEPS, MOST_WORDS = 60, 120  # with more, neighbours share a row or a column, so that a picture stays readable
 
 CURVES = {  # the panels of a run's losses, and the logged names in each; those of evaluations (eval_*) are added
     "loss": ("loss",),
@@ -47,6 +48,9 @@ def plot_map(
 ) -> Path:
     """Stepwise maps of one text as heatmaps on one colour scale, such as the teacher's beside the student's (Eq. 6).
 
+    Of more than `MOST_STEPS` steps or `MOST_WORDS` words, several neighbours share a row or column, and a cell shows
+    the largest of their values.
+
     Args:
         maps: the name of each map and its ``(S, W)`` values.
         steps, words: the texts of the S steps and the W words; long ones are shortened.
@@ -56,6 +60,13 @@ def plot_map(
     """
     S, W = len(steps), len(words)
     values = _arrays(maps, S, W)
+    rows, columns = _blocks(S, MOST_STEPS), _blocks(W, MOST_WORDS)
+    merged = len(rows) < S or len(columns) < W
+    if merged and S and W:
+        at = [start for start, _ in rows], [start for start, _ in columns]
+        values = {n: np.maximum.reduceat(np.maximum.reduceat(v, at[0]), at[1], axis=1) for n, v in values.items()}
+        steps, words = _step_names(steps, rows), [_word_name(words[a:b]) for a, b in columns]
+        S, W = len(rows), len(columns)
     top = max((v.max(initial=0.0) for v in values.values()), default=0.0) or 1.0
     stacked = W > WIDE
     width, height = 2.8 + (0.3 if stacked else 0.42) * max(W, 4), 1.1 + 0.46 * max(S, 2)
@@ -76,7 +87,8 @@ def plot_map(
         _separate_cells(ax, S, W)
         if value.size <= ANNOTATED:
             _annotate(ax, value, top)
-    figure.colorbar(colours, ax=list(axes), fraction=0.04, pad=0.02, label="attention")
+    of = f", the largest of {rows[0][1]} x {columns[0][1]}" if merged and S and W else ""
+    figure.colorbar(colours, ax=list(axes), fraction=0.04, pad=0.02, label=f"attention{of}")
     return _save(figure, path, title)
 
 
@@ -90,7 +102,7 @@ def plot_attention_by_step(
     """The share of each step's attention on key words and on all other tokens.
 
     The attention weights of a query add up to one, so those of a step of n tokens add up to n; the sum of the step's
-    row of the map is the part on key words.
+    row of the map is the part on key words. Of more than `MOST_STEPS` steps, several neighbours count as one.
 
     Args:
         maps: the name of each map and its ``(S, W)`` values.
@@ -103,7 +115,14 @@ def plot_attention_by_step(
     S = len(steps)
     values = _arrays(maps, S)
     if set(tokens) != set(values) or any(len(counts) != S for counts in tokens.values()):
-        raise ValueError(f"tokens: expected {S} numbers for each of {list(values)}, got {dict(tokens)}")
+        counts = {name: len(counts) for name, counts in tokens.items()}
+        raise ValueError(f"tokens: expected {S} numbers for each of {list(values)}, got {counts}")
+    rows = _blocks(S, MOST_STEPS)
+    if len(rows) < S:
+        starts = [start for start, _ in rows]
+        values = {name: np.add.reduceat(value, starts) for name, value in values.items()}
+        tokens = {name: [sum(counts[a:b]) for a, b in rows] for name, counts in tokens.items()}
+        steps, S = _step_names(steps, rows), len(rows)
     figure = Figure(figsize=(3.0 + 2.8 * len(values), 1.6 + 0.46 * max(S, 2)), layout="constrained")
     axes = figure.subplots(1, len(values), squeeze=False).ravel()
     for i, (ax, (name, value)) in enumerate(zip(axes, values.items(), strict=True)):
@@ -279,6 +298,20 @@ def _arrays(maps: Mapping[str, Array], S: int, W: int | None = None) -> dict[str
         if value.shape != shape:
             raise ValueError(f"maps[{name!r}]: expected (steps, words) = {shape}, got {value.shape}")
     return values
+
+
+def _blocks(count: int, most: int) -> list[tuple[int, int]]:
+    """``range(count)`` in at most ``most`` ranges of one length, the last one perhaps shorter."""
+    size = max(-(-count // most), 1)
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _step_names(steps: Sequence[str], blocks: Sequence[tuple[int, int]]) -> list[str]:
+    return [steps[a] if b - a == 1 else f"{a + 1}–{b}: {steps[a]}" for a, b in blocks]
+
+
+def _word_name(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{words[0]} … {words[-1]}"
 
 
 def _label_words(ax: Axes, words: Sequence[str]) -> None:

@@ -23,11 +23,12 @@ DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1"}
 
 def write(path: Path, tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
     """Write tensors and a head, with a SHA-256 checksum of the whole file except the checksum's own place."""
-    data = bytearray(save(tensors, {HEAD: json.dumps({"sha256": UNSUMMED} | head)}))
-    at = data.index(UNSUMMED.encode())
-    data[at : at + len(UNSUMMED)] = hashlib.sha256(data).hexdigest().encode()
+    data = save(tensors, {HEAD: json.dumps({"sha256": UNSUMMED} | head)})
+    at, view = data.index(UNSUMMED.encode()), memoryview(data)  # a copy may be gigabytes
     with atomic_write(path, binary=True) as file:
-        file.write(data)
+        file.write(view[:at])
+        file.write(hashlib.sha256(data).hexdigest().encode())
+        file.write(view[at + len(UNSUMMED) :])
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:

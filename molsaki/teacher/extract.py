@@ -9,12 +9,14 @@ do not communicate, and the shards of a lost process are computed by the others.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,7 +43,7 @@ from molsaki.modeling.loading import context_length, load_for_command, load_toke
 from molsaki.modeling.packing_probe import choose_packing
 from molsaki.modeling.unwrap import input_device
 from molsaki.teacher.fingerprints import describe, fingerprint_examples, fingerprint_spans
-from molsaki.teacher.map_store import Entry, Store
+from molsaki.teacher.map_store import Entry, Store, read_description
 from molsaki.teacher.map_store_writer import StoreWriter
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
@@ -49,6 +51,10 @@ from molsaki.text.templates import frame_of
 from molsaki.training.mixture import MixtureOfLayers
 
 logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 1 << 28  # of the maps of a shard
+SAMPLED = 64  # texts from which their size is estimated
+MAP_ENTRIES = 1 << 24  # of the padded maps of one layer (64 MiB)
 
 Item = TypeVar("Item")
 
@@ -113,9 +119,11 @@ def extract(
         )
     description = describe(config, maps, config.all_layers, student_layers, teacher, spec)
     description |= {"num_layers": maps, "data": fingerprint_examples(examples)}
-    writer = StoreWriter(folder, description, len(examples), config.shard_size)
     side = dataclasses.replace(config, student_layer=-1, router="joint")  # the student's side is not used here
     mixture = None if config.all_layers else mixture_of(side, maps, student_layers or 1, layers, 1)
+    pairs = maps if mixture is None else mixture.pairs
+    shard_size = _shard_size(examples, config, pairs * (2 if mixture is None else 4), Path(folder))
+    writer = StoreWriter(folder, description, len(examples), shard_size)
     for one in specs:
         frame_of(one.tokenizer, one.template)  # refuses a template that fails for every text
 
@@ -125,7 +133,7 @@ def extract(
     total = sum(len(writer.examples_of(shard)) for shard in missing)
     with tqdm(total=total, unit="example", desc="extract", disable=os.environ.get("RANK", "0") != "0") as bar:
         for shard in writer.claim(missing):
-            bar.update(max(missing.index(shard) * config.shard_size - bar.n, 0))  # shards of other processes
+            bar.update(max(missing.index(shard) * shard_size - bar.n, 0))  # shards of other processes
             numbers = writer.examples_of(shard)
             entries: dict[int, Entry] = {}
             for found, count in entries_of(examples, numbers, config, specs, teacher, mixture, packing):
@@ -156,6 +164,23 @@ def extract(
     } | ({"tokens_per_second": tokens / seconds} if tokens else {})
 
 
+def _shard_size(examples: Sequence[Example], config: ExtractConfig, entry_bytes: int, folder: Path) -> int:
+    """Examples per shard: ``config.shard_size``, or fewer where so many maps would have more than `SHARD_BYTES`.
+
+    The maps of a shard are in memory until it is written. Their size is estimated from some of the texts, equally in
+    every process. A store that exists keeps its size.
+
+    Args:
+        entry_bytes: of one step and one word.
+    """
+    with contextlib.suppress(FileNotFoundError, ValueError):  # the writer says what is wrong with a damaged store
+        existing = int(read_description(folder)["shard_size"])
+        return existing if existing <= config.shard_size else config.shard_size
+    some = [spans_of(examples[n], config) for n in range(0, len(examples), -(-len(examples) // SAMPLED))]
+    mean = sum(len(spans.steps) * len(spans.words) for spans in some) / len(some) * entry_bytes
+    return max(min(config.shard_size, int(SHARD_BYTES / max(mean, 1))), 1)
+
+
 def _local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
@@ -170,6 +195,14 @@ class _Pending(NamedTuple):
     @property
     def tokens(self) -> int:
         return 0 if self.text is None else len(self.text.input_ids)
+
+    @property
+    def steps(self) -> int:
+        return 0 if self.text is None else len(self.text.steps)
+
+    @property
+    def words(self) -> int:
+        return 0 if self.text is None else len(self.text.words)
 
 
 def entries_of(
@@ -241,15 +274,18 @@ def _grouped(texts: Iterable[_Pending], batch_tokens: int, packing: bool) -> Ite
     """Texts in batches of at most ``batch_tokens`` with padding, or of one longer text.
 
     Packed texts keep their order, and a batch is complete as soon as it is full. Padded texts are sorted, the longest
-    first, after all of them are tokenized.
+    first, after all of them are tokenized. The maps of a batch have the steps and words of its longest texts: they have
+    at most `MAP_ENTRIES` per layer, if there are several.
     """
     batch: list[_Pending] = []
     for item in texts if packing else sorted(texts, key=lambda item: -item.tokens):
-        sizes = [one.tokens for one in (*batch, item)]
-        if batch and (sum(sizes) if packing else len(sizes) * sizes[0]) > batch_tokens:
+        more = [*batch, item]
+        tokens = sum(one.tokens for one in more) if packing else len(more) * more[0].tokens
+        entries = len(more) * max(one.steps for one in more) * max(one.words for one in more)
+        if batch and (tokens > batch_tokens or entries > MAP_ENTRIES):
             yield batch
-            batch = []
-        batch.append(item)
+            more = [item]
+        batch = more
     if batch:
         yield batch
 
@@ -266,4 +302,4 @@ def _run(
         mixed, maps = mixture.to(maps.device).teacher(maps, plan.to(maps.device))
         weights = list(mixed.cpu())
     sizes = zip(plan.step_mask.sum(1).tolist(), plan.word_mask.sum(1).tolist(), strict=True)
-    return [m[:, :steps, :words] for m, (steps, words) in zip(maps.cpu(), sizes, strict=True)], weights
+    return [m[:, :steps, :words].clone() for m, (steps, words) in zip(maps.cpu(), sizes, strict=True)], weights

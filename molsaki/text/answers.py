@@ -94,10 +94,11 @@ def _named(text: str, choices: Sequence[str]) -> list[tuple[Span, str]]:
     for start, stop in KEY_WORDS["keywords"](words, False)(text):
         if start not in inside and stop not in inside:
             found.append(((start, stop), next(c for c in words if same_text(c, text[start:stop]))))
-    kept: list[tuple[Span, str]] = []
-    for one in sorted(found, key=lambda one: one[0][0] - one[0][1]):
-        if all(one[0][1] <= a or b <= one[0][0] for (a, b), _ in kept):
-            kept.append(one)
+    kept, taken = [], bytearray(len(text))
+    for (a, b), choice in sorted(found, key=lambda one: one[0][0] - one[0][1]):
+        if not any(taken[a:b]):
+            taken[a:b] = b"\1" * (b - a)
+            kept.append(((a, b), choice))
     return kept
 
 

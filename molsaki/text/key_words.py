@@ -12,6 +12,7 @@ import operator
 import random
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import regex
@@ -46,7 +47,9 @@ def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
     def find(text: str) -> list[Span]:
         numbers = find_numbers(text, number_words)
         words = [match.span() for match in regex.finditer(r"\w+", text)]
-        others = [w for w in words if not any(w[0] < stop and start < w[1] for start, stop in numbers)]
+        ends = sorted(stop for _, stop in numbers)
+        starts = sorted(start for start, _ in numbers)  # as many start before a word's end as end before its start
+        others = [w for w in words if bisect_left(starts, w[1]) == bisect_right(ends, w[0])]
         rng = random.Random(text)  # seeded by the text itself, equally in every process
         return sorted(rng.sample(others, min(len(numbers), len(others))))
 

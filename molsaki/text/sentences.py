@@ -16,7 +16,7 @@ import regex
 
 from molsaki.functions import is_named, named_function
 from molsaki.text.numbers import find_numbers
-from molsaki.text.spans import LINE_ENDS
+from molsaki.text.spans import LINE_ENDS, shown
 
 
 def _word_set(words: str) -> frozenset[str]:
@@ -234,13 +234,24 @@ def _every(words: int, text: str) -> Iterator[int]:
         yield len(text)
 
 
+# Where sentencex itself ends a paragraph. In texts of more than some 10,000 characters it drops some of these line ends
+# and finds no more sentences from there on, so it gets one paragraph at a time.
+_SENTENCEX_PARAGRAPH = re.compile(r"\n\r?\n\s*")
+
+
 def _sentencex_ends(language: str, text: str) -> Iterator[int]:
     import sentencex
 
-    sentences = list(sentencex.segment(language, text)) if text else []
-    if "".join(sentences) != text:
-        raise ValueError(f"splitter: sentencex changes the text {text!r}")
-    yield from _with_space(itertools.accumulate(map(len, sentences)), text)
+    start = 0
+    ends: list[int] = []
+    for stop in _ends_after(_SENTENCEX_PARAGRAPH, text):
+        paragraph = text[start:stop].rstrip()
+        sentences = list(sentencex.segment(language, paragraph))
+        if "".join(sentences) != paragraph:
+            raise ValueError(f"splitter: sentencex changes the text {shown(paragraph)}")
+        ends += itertools.accumulate(map(len, sentences), initial=start)
+        start = stop
+    yield from _with_space([*ends, len(text)], text)
 
 
 def _checked_ends(name: str, function: Callable[[str], Iterable[int]], text: str) -> Iterator[int]:
@@ -257,7 +268,7 @@ def _with_space(ends: Iterable[int], text: str) -> Iterator[int]:
     """The same ends, each after the white space that follows it; a step that would be blank is not one."""
     start = 0
     for end in ends:
-        end += len(text[end:]) - len(text[end:].lstrip())
+        end = _skip(_SPACE, text, end)
         if end > start:
             yield end
             start = end

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from collections.abc import Iterable
 
 Span = tuple[int, int]
 LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
+_SPACE = re.compile(r"\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Spans:
     @property
     def rationale_start(self) -> int:
         """Where the rationale starts: the first character after the question that is no white space."""
-        return len(self.text) - len(self.text[self.question_end :].lstrip())
+        match = _SPACE.match(self.text, self.question_end)
+        return match.end() if match else self.question_end
 
     @property
     def question(self) -> str:
@@ -86,6 +89,11 @@ class Spans:
     def asked(self) -> list[tuple[str, Span]]:
         """The turns up to the question; the question alone where it is the only one."""
         return list(self.turns) or [("user", (0, self.question_end))]
+
+
+def shown(text: str) -> str:
+    """A text in an error message, in quotes: its begin and its end if it is long."""
+    return repr(text) if len(text) <= 200 else f"{text[:100]!r} ... {text[-60:]!r} ({len(text)} characters)"
 
 
 def check_str(name: str, value: object) -> None:

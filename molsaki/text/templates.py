@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from jinja2 import TemplateError
 
 from molsaki.text.conversations import Turn
-from molsaki.text.spans import Span, Spans
+from molsaki.text.spans import Span, Spans, shown
 from molsaki.text.thinking import CLOSE, OPEN, split_trace, state_of, tags_of
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> R
     head = head[: len(head) - len(spans.rationale)]
     if template == "chat":
         turns = [(role, spans.text[start:stop]) for role, (start, stop) in asked]
-        shown = apply_chat(tokenizer, [*turns, ("assistant", spans.rationale)], merge_system=frame.merges_system)
+        rendered = apply_chat(tokenizer, [*turns, ("assistant", spans.rationale)], merge_system=frame.merges_system)
         before = head[: len(head) - len(frame.between)]
         if state_of(spans.rationale) != "none":
-            return _with_traces(spans, shown, turns, tokenizer, frame, before, shifts)
-        found = None if shown == text else _find(spans, shown, [pieces[-1]], before, frame)
+            return _with_traces(spans, rendered, turns, tokenizer, frame, before, shifts)
+        found = None if rendered == text else _find(spans, rendered, [pieces[-1]], before, frame)
         if found is not None:
-            return _moved(spans, shown, found, shifts)
-        if shown != text:
+            return _moved(spans, rendered, found, shifts)
+        if rendered != text:
             raise _changed(spans, tokenizer)
     starts = [start for start, _ in pieces]
 
@@ -172,7 +172,7 @@ def _fields(trace: str, rest: str) -> dict[str, str]:
 
 def _with_traces(
     spans: Spans,
-    shown: str,
+    rendered: str,
     turns: Sequence[Turn],
     tokenizer: PreTrainedTokenizerBase,
     frame: Frame,
@@ -182,15 +182,15 @@ def _with_traces(
     """The text of a rationale with thinking traces, as `Traces` says.
 
     Args:
-        shown: the template's text of the turns and the rationale.
+        rendered: the template's text of the turns and the rationale.
         turns: up to the question.
         before: the text up to the question's end.
         shifts: by how many characters each turn moves.
     """
     start, end, rationale = spans.rationale_start, len(spans.text), spans.rationale
-    traces, text, place = _traces_of(tokenizer, turns, frame, before), shown, None
+    traces, text, place = _traces_of(tokenizer, turns, frame, before), rendered, None
     form, opened = traces.form, traces.opened
-    if form == "content" and shown[len(before) :].count(CLOSE) == traces.has_tags * rationale.count(CLOSE):
+    if form == "content" and rendered[len(before) :].count(CLOSE) == traces.has_tags * rationale.count(CLOSE):
         place = _find(spans, text, [(start, end)], before, frame)
         if place is None:
             ends = [start, *(start + at for tag in tags_of(rationale) for at in tag), end]
@@ -218,7 +218,7 @@ def _with_traces(
 def _changed(spans: Spans, tokenizer: PreTrainedTokenizerBase) -> TextChanged:
     return TextChanged(
         f"template: the chat template of {name_of(tokenizer)} changes the texts or what is around them, for the "
-        f"question {spans.question!r} and the rationale {spans.rationale!r}"
+        f"question {shown(spans.question)} and the rationale {shown(spans.rationale)}"
     )
 
 
@@ -236,14 +236,15 @@ def _moved(
     Args:
         opened: the text after which the assistant writes: where the text begins with it, all that follows is taught.
     """
-    start, starts = spans.rationale_start, [span[0] for _, span in spans.asked]
+    start, ranges_asked = spans.rationale_start, [span for _, span in spans.asked]
+    starts = [first for first, _ in ranges_asked]
 
     def move(ranges: Sequence[Span]) -> list[Span]:
         moved: list[Span] = []
         for a, b in ranges:
             if a < spans.question_end:
                 turn = bisect_right(starts, a) - 1
-                stop = spans.asked[turn][1][1]
+                stop = ranges_asked[turn][1]
                 moved.append((a + shifts[turn], min(b, stop) + shifts[turn]))
                 continue
             found = [place[i] for i in range(max(a, start), b) if i in place]
@@ -353,9 +354,10 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> Fra
         parts = re.split("(" + "|".join(marks) + ")", text)
         if parts[1::2] == marks:
             return Frame(tuple(parts[::2]), special_tokens=False, merges_system=merge)
-        shown = "the question and then the rationale" if len(marks) == 2 else "all turns in their order"
+        wanted = "the question and then the rationale" if len(marks) == 2 else "all turns in their order"
         failure = failure or ValueError(
-            f"template: the chat template of {name_of(tokenizer)} does not show {shown}, once each, unchanged: {text!r}"
+            f"template: the chat template of {name_of(tokenizer)} does not show {wanted}, once each and unchanged: "
+            f"{text!r}"
         )
         if sorted(parts[1::2]) == sorted(marks):
             break  # with a turn of the system, but in another order

@@ -113,20 +113,21 @@ def steps_and_words(
     question, rationale = text[:border], text[border:]
     spans = segment(question, rationale, **options)
     # `segment` drops white space around both: find the characters of its text in this one.
+    start = spans.rationale_start
     question_shift = len(question) - len(question.lstrip())
-    rationale_shift = border + len(rationale) - len(rationale.lstrip()) - spans.rationale_start
+    rationale_shift = border + len(rationale) - len(rationale.lstrip()) - start
 
     def moved(span: Span) -> Span:
-        shift = rationale_shift if span[0] >= spans.rationale_start else question_shift
+        shift = rationale_shift if span[0] >= start else question_shift
         return span[0] + shift, span[1] + shift
 
     steps_here = [*map(moved, spans.steps)]
     if steps_here:  # white space belongs to the step before it, and at the beginning to the first one
         steps_here[0] = 0, steps_here[0][1]
     for s, (_, stop) in enumerate(spans.steps):
-        if stop == spans.rationale_start:
+        if stop == start:
             steps_here[s] = steps_here[s][0], stop + rationale_shift
-    is_rationale = [start >= spans.rationale_start for start, _ in spans.steps]
+    is_rationale = [first >= start for first, _ in spans.steps]
     heads = [next((i for i in range(*span) if not text[i].isspace()), span[0]) for span in offsets]
     tokens = Tokens(ids, offsets, heads, special, num_closing=0)
     steps, words = token_ranges(tokens, steps_here, [*map(moved, spans.words)], len(ids))

@@ -21,6 +21,8 @@ from molsaki.config import MIXTURE_NAMES
 from molsaki.training.losses import at_least_float32
 from molsaki_kernels import StepPlan
 
+SCORED_AT_ONCE = 1 << 26  # entries of maps (256 MiB) whose differences are in memory at a time
+
 Pairing: TypeAlias = "Callable[[int, int], Sequence[tuple[int, int]]]"
 
 
@@ -174,10 +176,14 @@ class MixtureOfLayers(nn.Module):
             weights = (logits / self.tau_s).softmax(-1)[:, None]
         return weights, _mix(weights, maps)
 
+    @property
+    def pairs(self) -> int:
+        """K, the mixed maps of an example."""
+        return 1 if self.router is not None else len(self._teacher_pairs)
+
     def uniform(self, maps: Tensor) -> Tensor:
         """The student's maps ``(N, Ls, S, W)`` mixed with uniform weights, ``(N, K, S, W)``, as by a new router."""
-        pairs = 1 if self.router is not None else len(self._teacher_pairs)
-        return at_least_float32(maps).mean(1, keepdim=True).expand(-1, pairs, -1, -1)
+        return at_least_float32(maps).mean(1, keepdim=True).expand(-1, self.pairs, -1, -1)
 
     def _checked(self, maps: Tensor, layers: int, plan: StepPlan) -> Tensor:
         expected = (len(plan), layers, plan.num_steps, plan.num_words)
@@ -222,7 +228,10 @@ def layer_scores(maps: Tensor, plan: StepPlan) -> Tensor:
     if maps.shape[-1] < 2:
         return maps.new_zeros(maps.shape[:2])
     counts = plan.step_mask[:, :, None] & plan.word_mask[:, None, 1:]  # (N, S, W - 1): valid words come first
-    total = torch.where(counts[:, None], maps.diff(dim=-1).abs(), 0).sum((2, 3))
+    layers = max(SCORED_AT_ONCE // max(maps[:, 0].numel(), 1), 1)
+    total = torch.cat(
+        [torch.where(counts[:, None], some.diff(dim=-1).abs(), 0).sum((2, 3)) for some in maps.split(layers, dim=1)], 1
+    )
     return total / counts.sum((1, 2)).clamp_min(1)[:, None]
 
 

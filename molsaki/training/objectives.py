@@ -134,11 +134,7 @@ def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dic
     maps, teacher_map, teacher_weights = student.maps, batch.teacher_map, batch.teacher_weights
     assert maps is not None and teacher_map is not None and teacher_weights is not None
     terms = dss(student, batch, options)
-    entries = batch.teacher_entries
-    if options.map_steps == "rationale":
-        assert batch.rationale_steps is not None
-        steps = batch.rationale_steps[:, :, None]
-        entries = steps if entries is None else entries & steps
+    entries = counted_entries(batch, options)
     how = (options.normalise, options.causal_words, options.teacher_temperature, entries)
     with torch.autocast(batch.plan.device.type, enabled=False):  # maps are float32
         term = losses.attention(maps.mixed, teacher_map, batch.plan, *how)
@@ -151,6 +147,15 @@ def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dic
         terms[f"entropy_{side}"] = torch.special.entr(weights).sum(-1).mean(1)
         terms[f"{side}_weights"] = weights.mean(1)
     return terms
+
+
+def counted_entries(batch: Batch, options: DistillConfig) -> Tensor | None:
+    """The entries of the maps that the attention loss compares, as in `losses.attention`; all if None."""
+    if options.map_steps == "all":
+        return batch.teacher_entries
+    assert batch.rationale_steps is not None
+    steps = batch.rationale_steps[:, :, None]
+    return steps if batch.teacher_entries is None else batch.teacher_entries & steps
 
 
 OBJECTIVES = {

@@ -330,7 +330,7 @@ class DistillTrainer(Trainer):
             self._sums = {}
             logs |= metrics | self._share.logs() | {"loss": logs["loss"]}
             if self.is_world_process_zero():
-                self._idle.look(self.state.global_step, logs, weights.get("student"))
+                self._idle.look(self.state.global_step, logs, weights.get("student"), self.args.beta)
             if weights and self.is_world_process_zero():
                 with open(self._folder / checkpoints.WEIGHTS_LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")
@@ -362,6 +362,8 @@ class DistillTrainer(Trainer):
                     f"objective: {self.args.objective} needs the same tokens on both sides; expected equal labels, but "
                     "the two templates give different ones"
                 )
+        if self.model.training and self.is_world_process_zero():
+            self._idle.add_maps(batch, self.args)
         if self.args.control == "other_example" and batch.teacher_map is not None:
             batch = batch.with_other_maps()
         return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))

@@ -7,19 +7,31 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from molsaki.training import losses
+from molsaki.training.objectives import counted_entries
+
+if TYPE_CHECKING:
+    from molsaki.batches.batch import Batch
+    from molsaki.training.config import DistillConfig
 
 logger = logging.getLogger(__name__)
 
 COLLAPSED = 0.99  # of the router's weight on one layer
 SMALL_SHARE = 0.01  # of the gradient
+FADED = 1e-3  # nats, see `IdleLoss.add_maps`
+UNRESOLVED = 1e-5  # nats; float32 rounds a log-probability near log W by up to 1e-6
 PICTURE = "layer_weights.png"
 
 
 class IdleLoss:
-    """Warns, once each, that the router has collapsed, or that the attention loss has hardly any of the gradient.
+    """Warns, once each, that the router has collapsed, that the attention loss has hardly any of the gradient, or that
+    it hardly distinguishes maps.
 
     Args:
         learns_router: whether the student's layer weights are those of a router.
@@ -29,8 +41,38 @@ class IdleLoss:
     def __init__(self, learns_router: bool, unit: str = "layer"):
         self.learns_router, self.unit = learns_router, unit
         self._warned: set[str] = set()
+        self._flat: dict[str, list[Tensor]] | None = {"softmax": [], "sum": []}
+        self._words, self._faded = 0, FADED
 
-    def look(self, step: int, logs: Mapping[str, Any], student_weights: list[float] | None) -> None:
+    def add_maps(self, batch: Batch, options: DistillConfig) -> None:
+        """Measure, up to the first logging step, how far the teacher's maps are from flat ones, in nats.
+
+        Under ``normalise="softmax"`` the masses of a step are logits. Where they sum to at most m, on either side, the
+        loss of a step with W words is at most ``m (e^m - 1) / (e^m + W - 1)``, which is reached if all of the teacher's
+        mass is on one word and all of the student's on another. For a sentence m is about 2, so that 1,000 words leave
+        at most 0.013 nats, and a map that is spread over its words much less: the softmax is flat whatever the map is.
+        ``normalise="sum"`` divides by the mass, so W does not matter.
+
+        What is measured is the loss of a map that is the same for every word, the median over examples, times beta if
+        that is above 1. A student with such maps can lower its loss by no more than that. The warning comes below
+        `FADED`, 0.001 nats: a hundredth of 0.1 nats, a small cross-entropy of a trained student, as `SMALL_SHARE` is of
+        the gradient. With ``attention_share``, which makes up for a small loss, it comes where float32 does not resolve
+        the loss.
+        """
+        if self._flat is None or batch.teacher_map is None:
+            return
+        if options.normalise != "softmax" or options.objective != "molsaki":
+            return
+        self._faded = FADED if options.attention_share is None else UNRESOLVED
+        has_words = batch.plan.word_mask.any(1)
+        self._words = max(self._words, batch.plan.num_words)
+        how = (options.causal_words, options.teacher_temperature, counted_entries(batch, options))
+        with torch.no_grad():
+            for normalise, found in self._flat.items():
+                flat = torch.ones_like(batch.teacher_map)
+                found.append(losses.attention(flat, batch.teacher_map, batch.plan, normalise, *how)[has_words])
+
+    def look(self, step: int, logs: Mapping[str, Any], student_weights: list[float] | None, beta: float = 1.0) -> None:
         """Look at what is logged at a step, and at the student's weights ``(Ls,)``, means over the last examples."""
         if self.learns_router and student_weights is not None and len(student_weights) > 1:
             most = max(student_weights)
@@ -42,12 +84,28 @@ class IdleLoss:
                     f"{logs.get('entropy_student', math.nan):.3g} nats), so the other {self.unit}s learn nothing from "
                     "the attention loss. --pooling mean or a lower --router_learning_rate keeps it from that",
                 )
+        self._look_at_maps(logs.get("beta", beta))
         share = logs.get("attention_share")
         if share is not None and share < SMALL_SHARE and logs.get("beta", 0) > 0:
             self._warn(
                 "share",
                 f"beta: at step {step} the attention loss has {100 * share:.2g} % of the other losses' gradient, so it "
                 "changes the student hardly at all. --attention_share 0.1 holds it at 10 %",
+            )
+
+    def _look_at_maps(self, beta: float) -> None:
+        measured, self._flat = self._flat, None
+        values = {name: torch.cat(found) for name, found in (measured or {}).items() if found}
+        if not values or not len(values["softmax"]):
+            return
+        softmax, shares = (values[name].median().item() for name in ("softmax", "sum"))
+        if beta > 0 and max(beta, 1) * softmax < self._faded:  # a beta that is too small has a warning of its own
+            self._warn(
+                "faded",
+                "normalise: with softmax the attention loss hardly distinguishes maps of texts with this many key "
+                f"words (up to {self._words}): a map that is the same for every word has a loss of {softmax:.2g} nats, "
+                f"the median of the first {len(values['softmax'])} examples (beta is {beta:g}); with --normalise sum "
+                f"{shares:.2g} nats",
             )
 
     def _warn(self, what: str, message: str) -> None:

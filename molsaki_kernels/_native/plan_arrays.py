@@ -78,7 +78,8 @@ def _compute(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> PlanA
             if start >= stop:
                 continue
             if start < before or stop > lengths[n]:
-                raise ValueError(f"plan: expected steps that ascend within {lengths[n]} tokens, got {steps}")
+                got = f"({start}, {stop}) after {before}"
+                raise ValueError(f"plan: expected steps that ascend within {lengths[n]} tokens, got {got}")
             written[n, start:stop] = s
             before = stop
     rows, task_steps = [], 0

@@ -21,6 +21,7 @@ def test_contenders_agree(batch):
     for a, b in (
         ("molsaki, live teacher", "eager"),
         ("dss", "dss, padded"),
+        ("dss", "dss, sdpa"),
         ("dss", "dss, packed"),
         ("molsaki, stored maps", "molsaki, padded"),
         ("molsaki, stored maps", "molsaki, packed"),
@@ -69,7 +70,9 @@ def test_records(dtype, said, capsys):
     assert "time over dss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("batch", [Batch(2, 64, 5, 3), Batch(1, 200, 5, 3)], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    "batch", [Batch(2, 64, 5, 3), Batch(1, 200, 5, 3), Batch(1, 200, 5, 3, is_trace=True)], ids=lambda b: b.name
+)
 def test_model_flops(batch):
     """The products that PyTorch counts in a step, and attention's: four per row, visible key and dimension."""
     setup = Setup("tiny-teacher", "tiny", batch, False, "cpu", "float32")
@@ -77,7 +80,7 @@ def test_model_flops(batch):
     with FlopCounterMode(display=False) as counter:
         step()
     linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    question, answer = int(0.4 * batch.tokens), 4
+    question, answer = batch.question(batch.tokens), 4
     keys = sum(range(1, batch.tokens + 1)) + sum(range(question + 1, question + answer + 1))
     attention = 3 * 4 * batch.size * config.num_hidden_layers * config.hidden_size * keys
     assert model_flops(setup) == pytest.approx(linear + attention, rel=2 / batch.tokens)

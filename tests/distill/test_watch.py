@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from molsaki.batches.batch import Batch
 from molsaki.config import EvaluateConfig
 from molsaki.evaluation.evaluate import evaluate
-from molsaki.training import watch
+from molsaki.text.examples import Example
+from molsaki.training import losses, watch
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import processes, tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
@@ -182,3 +185,88 @@ def test_accuracy_in_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     (found,) = re.findall(r"'eval_accuracy': '?([\d.]+)", done.stdout)
     assert float(found) == pytest.approx(expected, abs=1e-3) and expected > 0
+
+
+def batch_of(steps: int, words: int, mass: float, seed: int = 0) -> Batch:
+    """Two examples whose steps have this mass, half of it on one word."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.rand(2, 1, steps, words, generator=generator)
+    maps *= mass / 2 / maps.sum(-1, keepdim=True)
+    chosen = torch.randint(words, (2, steps), generator=generator)
+    maps[torch.arange(2)[:, None], 0, torch.arange(steps), chosen] += mass / 2
+    weights = torch.full((2, 1, 3), 1 / 3)
+    return Batch(["a", "b"], tiny.plan_of(*[(steps, words)] * 2), [], teacher_map=maps, teacher_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("words", "mass", "options", "warns"),
+    [
+        (3000, 2.0, {}, True),
+        (1000, 2.0, {}, True),
+        (30, 2.0, {}, False),
+        (3000, 12.0, {}, False),  # long steps have large masses
+        (3000, 2.0, {"normalise": "sum"}, False),
+        (3000, 2.0, {"beta": 1000.0}, False),
+        (3000, 2.0, {"beta": 0.0}, False),
+        (3000, 2.0, {"attention_share": 0.1}, False),
+        (3000, 0.01, {"attention_share": 0.1}, True),  # the loss is rounding
+        (3000, 2.0, {"objective": "dss"}, False),
+    ],
+)
+def test_a_softmax_over_many_words(tmp_path, caplog, words, mass, options, warns):
+    options = config(tmp_path, **{"objective": "molsaki"} | options)
+    idle = watch.IdleLoss(learns_router=False)
+    idle.add_maps(batch_of(20, words, mass), options)
+    for step in (1, 2):  # said once
+        idle.look(step, {}, None, options.beta)
+        idle.add_maps(batch_of(20, words, mass), options)
+    found = messages(caplog)
+    assert len(found) == warns
+    if warns:
+        assert found[0].startswith("normalise: with softmax the attention loss hardly distinguishes maps")
+        assert f"(up to {words})" in found[0] and "the first 2 examples" in found[0]
+
+
+def test_the_warning_states_the_losses_of_a_flat_map(tmp_path, caplog):
+    batch, options = batch_of(20, 2000, 2.0), config(tmp_path, objective="molsaki")
+    idle = watch.IdleLoss(learns_router=False)
+    idle.add_maps(batch, options)
+    idle.look(1, {}, None, options.beta)
+    (message,) = messages(caplog)
+    flat = torch.ones_like(batch.teacher_map)
+    for normalise in ("softmax", "sum"):
+        expected = losses.attention(flat, batch.teacher_map, batch.plan, normalise).median().item()
+        assert f"{expected:.2g} nats" in message
+
+
+def test_no_map_differs_by_more_than_the_bound():
+    """m (e^m - 1) / (e^m + W - 1), reached by all mass on one word on either side, each on another."""
+    generator = torch.Generator().manual_seed(0)
+    for words, mass in ((2, 1.0), (30, 2.0), (300, 2.0), (300, 8.0)):
+        bound = mass * (math.exp(mass) - 1) / (math.exp(mass) + words - 1)
+        plan = tiny.plan_of((500, words))
+        sharpness = torch.rand(2, 1, 1, 500, 1, generator=generator) * 40
+        scores = torch.randn(2, 1, 1, 500, words, generator=generator)
+        teacher, student = mass * (sharpness * scores).softmax(-1)
+        teacher[..., 0, :] = mass * torch.eye(words)[0]
+        student[..., 0, :] = mass * torch.eye(words)[1]
+        found = losses._softmax_divergence(student, teacher, torch.ones(1, 1, 500, words, dtype=torch.bool))[0, 0]
+        assert len(plan) == 1 and found.max() <= bound * 1.0001
+        torch.testing.assert_close(found[0].item(), bound, rtol=1e-4, atol=0)
+
+
+def test_a_training_on_texts_of_many_key_words(tmp_path, caplog):
+    """Teacher's maps of a live model; short texts of the same kind are not warned of."""
+    tokens = tiny.tokenizer()
+    model = {"max_position_embeddings": 1 << 14}
+    for sentences, warns in ((200, 1), (1, 0)):
+        rationale = " ".join(f"There are {n} + {n % 7} = {n + n % 7} nuts." for n in range(10, 10 + sentences))
+        data = [Example(str(n), f"Ann has {n + 3} bags. How many?", rationale, "5") for n in range(2)]
+        caplog.clear()
+        t = DistillTrainer(
+            args=config(tmp_path / str(sentences), max_steps=2, mixture="last", **PLAIN),
+            model=tiny.model(1, **model), processing_class=tokens,
+            teacher_model=tiny.model(1, seed=1, **model), teacher_processing_class=tokens, train_dataset=data,
+        )  # fmt: skip
+        t.train()
+        assert len(messages(caplog)) == warns, messages(caplog)
