@@ -18,7 +18,7 @@ from molsaki.evaluation.generate import Reply, batches, decode
 from molsaki.io import digest
 from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
-from molsaki.text.templates import TextChanged
+from molsaki.text.frames import TextChanged
 
 
 class LocalTeacher:

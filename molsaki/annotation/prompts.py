@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example
-from molsaki.text.templates import apply_chat
+from molsaki.text.frames import apply_chat
 
 PLAIN = "Question: {question}\nRationale: {rationale}\nAnswer: {answer}"
 FIRST, SECOND, KEYWORDS = 1, 2, 3  # the phases, as the journal names them

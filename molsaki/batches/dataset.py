@@ -26,8 +26,8 @@ from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.teacher.map_store import Entry, Store, check_text
 from molsaki.text.examples import Example, Examples, example_of
 from molsaki.text.formats import AUTO
+from molsaki.text.frames import frame_of
 from molsaki.text.spans import Spans
-from molsaki.text.templates import frame_of
 
 logger = logging.getLogger(__name__)
 

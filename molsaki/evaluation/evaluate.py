@@ -29,7 +29,7 @@ from molsaki.io import write_json, write_json_lines
 from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example, read_examples
-from molsaki.text.templates import frame_of
+from molsaki.text.frames import frame_of
 from molsaki.training.checkpoints import CONFIG
 
 logger = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ from molsaki.teacher.map_store import Entry, Store, read_description
 from molsaki.teacher.map_store_writer import StoreWriter
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
-from molsaki.text.templates import frame_of
+from molsaki.text.frames import frame_of
 from molsaki.training.mixture import MixtureOfLayers
 
 logger = logging.getLogger(__name__)

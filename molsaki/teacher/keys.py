@@ -42,9 +42,9 @@ from molsaki.teacher.word_scores import NO_SCORE, WORD_SCORES, Array, ScoredText
 from molsaki.text.alignment import encode
 from molsaki.text.examples import Example, Examples, read_examples
 from molsaki.text.formats import to_fields
+from molsaki.text.frames import frame_of
 from molsaki.text.spans import Span, Spans
 from molsaki.text.tables import DELIMITERS, PARQUET
-from molsaki.text.templates import frame_of
 from molsaki.text.thinking import tags_of
 
 logger = logging.getLogger(__name__)

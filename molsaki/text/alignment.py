@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from molsaki.text.conversations import Turn
+from molsaki.text.frames import RATIONALE_MARK, THINKING_MARK, name_of
 from molsaki.text.segment import segment
 from molsaki.text.spans import Span, Spans, check_str
-from molsaki.text.templates import RATIONALE_MARK, THINKING_MARK, name_of, render
+from molsaki.text.templates import render
 from molsaki_kernels.plan import StepPlan
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from molsaki.text.alignment import Tokens, token_ranges
+from molsaki.text.frames import name_of
 from molsaki.text.segment import segment
 from molsaki.text.spans import Span
-from molsaki.text.templates import name_of
 from molsaki_kernels.plan import StepPlan
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from molsaki.text.alignment import encode, prompt
 from molsaki.text.conversations import checked_context, split_turns, turns_of
 from molsaki.text.examples import Example, example_of, read_examples
 from molsaki.text.fitting import fit
+from molsaki.text.frames import TextChanged
 from molsaki.text.segment import segment
 from molsaki.text.spans import Spans
-from molsaki.text.templates import TextChanged
 from tests.helpers.small_tokenizers import CHATML, byte_level, wrap
 
 CONTEXT = [("system", "Be brief."), ("user", "Ann has 3 nuts. Bob has 4. How many?"), ("assistant", "3 + 4 = 7.")]

@@ -24,10 +24,10 @@ from molsaki.text.alignment import encode
 from molsaki.text.answers import find_choice
 from molsaki.text.examples import Example
 from molsaki.text.fitting import fit
+from molsaki.text.frames import TextChanged
 from molsaki.text.segment import segment
 from molsaki.text.sentences import SPLITTERS
 from molsaki.text.spans import Spans
-from molsaki.text.templates import TextChanged
 from molsaki.text.token_ids import steps_and_words
 from molsaki.training import mixture
 from molsaki_kernels import StepPlan

@@ -6,8 +6,8 @@ import pytest
 
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.fitting import TooLong, fit
+from molsaki.text.frames import TextChanged
 from molsaki.text.segment import segment
-from molsaki.text.templates import TextChanged
 from tests.helpers.small_tokenizers import FORMAT, PAIRS, TOKENIZERS, all_tokenizers, byte_level, wrap  # noqa: F401
 
 

@@ -15,8 +15,8 @@ from molsaki.config import TextOptions
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.examples import Example, example_of, read_examples
 from molsaki.text.fitting import TooLong, fit
+from molsaki.text.frames import TextChanged
 from molsaki.text.segment import segment
-from molsaki.text.templates import TextChanged
 from molsaki.text.thinking import NOT_CLOSED, UNBALANCED, split_trace, state_of, without_traces
 from tests.helpers import tiny
 from tests.helpers.small_tokenizers import CHATML, byte_level, wrap
