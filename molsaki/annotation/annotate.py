@@ -37,6 +37,7 @@ from molsaki.evaluation.generate import Reply
 from molsaki.io import digest, write_json, write_json_lines
 from molsaki.text.examples import Example, Examples, read_examples
 from molsaki.text.formats import EARLIER
+from molsaki.text.tables import check_json_lines_name
 
 
 def annotate(
@@ -59,6 +60,7 @@ def annotate(
             no rationale was right, or the endpoint gave no reply.
     """
     data_file, output = require(config, "data_file"), Path(require(config, "output_file"))
+    check_json_lines_name("--output_file", output)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("annotate runs in one process, started without torchrun; device_map spreads a large teacher")
     work_file = output.with_suffix(".work.jsonl")

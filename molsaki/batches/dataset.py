@@ -26,7 +26,7 @@ from molsaki.config import PREDICT_TEMPLATE, TextOptions
 from molsaki.teacher.map_store import Entry, Store, check_text
 from molsaki.text.examples import Example, Examples, example_of
 from molsaki.text.formats import AUTO
-from molsaki.text.frames import frame_of
+from molsaki.text.frames import check_template
 from molsaki.text.spans import Spans
 
 logger = logging.getLogger(__name__)
@@ -176,9 +176,9 @@ def tokenization_of(
     cot_template: str | None = None,
 ) -> Tokenization:
     """A picklable `Tokenization`, of whose templates each can be used; arguments and errors as in `prepare`."""
-    for spec in (student, teacher):
+    for spec, side in ((student, "student"), (teacher, "teacher")):
         if spec is not None:
-            frame_of(spec.tokenizer, spec.template)  # refuses a template that fails for every text
+            check_template(spec.tokenizer, spec.template, f"{side}_template")
     # A config that is more than text options may hold what cannot be pickled.
     text_options = TextOptions(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(TextOptions)}
@@ -188,7 +188,10 @@ def tokenization_of(
 
 def check_stored(store: Store, id: str, spans: Spans) -> None:
     if id not in store:
-        raise ValueError(f"{store.folder}: holds no example {id!r}; extract this data set too")
+        raise ValueError(
+            f"{store.folder}: holds no example {id!r}; extract this data set "
+            "too (examples without an id are named by their lines, as FILE:LINE where several files are read)"
+        )
     entry = store[id]
     check_text(store.folder, entry, spans)
     if entry.maps is None:

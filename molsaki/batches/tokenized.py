@@ -104,6 +104,13 @@ def left_out_if_refused() -> Iterator[None]:
         raise LeftOut("the template or the tokenizer refuses its text") from error
 
 
+def check_traces(rationale: str) -> None:
+    """Raise `LeftOut` if the thinking traces of a rationale are not whole."""
+    state = state_of(rationale)
+    if state not in ("none", "whole"):
+        raise LeftOut(NOT_CLOSED if state == "not closed" else UNBALANCED)
+
+
 def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) -> tuple[Spans, list[Encoded], bool]:
     """An example's spans, its tokens for each of ``specs``, and True if the text had to be truncated.
 
@@ -115,9 +122,7 @@ def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) 
         raise LeftOut("no rationale")
     if options.drop_wrong and not example.is_right:
         raise LeftOut("wrong answer")
-    state = state_of(example.rationale)
-    if state not in ("none", "whole"):
-        raise LeftOut(NOT_CLOSED if state == "not closed" else UNBALANCED)
+    check_traces(example.rationale)
     whole = spans_of(example, options)
     with left_out_if_refused():
         encoded = [encode(whole, spec.tokenizer, template=spec.template) for spec in specs]
@@ -127,7 +132,7 @@ def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) 
         try:
             spans = fit(whole, *((spec.tokenizer, spec.template, spec.room) for spec in specs))
         except TooLong:
-            raise LeftOut("question or thinking trace longer than max_length") from None
+            raise LeftOut("question, with earlier turns, or thinking trace longer than max_length") from None
     if options.too_long == "skip":
         raise LeftOut("text longer than max_length")
     with left_out_if_refused():
@@ -223,4 +228,6 @@ class Tokenization:
 
 
 def _shortened(text: str, first: int, last: int) -> str:
-    return text if len(text) <= first + last + 5 else f"{text[:first]} ... {text[-last:]}".strip()
+    if len(text) <= first + last + 5:
+        return text
+    return f"{text[:first]} ... {text[-last:]}" if first else f"... {text[-last:]}"

@@ -48,8 +48,9 @@ def evaluate(
 
     Returns:
         The summary: ``accuracy`` with its 95% Wilson interval, counts, throughput and, with ``config.compare``, the
-        exact paired (McNemar) test. ``left_out``: the ids of the examples that could not be asked, by reason; they are
-        in no other number. With ``config.predictions`` no model runs: the summary of `compare`.
+        exact paired (McNemar) test. ``not_read``: the number of records that were no usable example. ``left_out``: the
+        ids of the examples that could not be asked, by reason. These are in no other number. With
+        ``config.predictions`` no model runs: the summary of `compare`.
     """
     if config.predictions:
         if model is not None or tokenizer is not None:
@@ -85,6 +86,7 @@ def evaluate(
     low, high = wilson(right, total)
     summary: dict[str, Any] = {"model": config.model, "data_file": config.data_file, "mode": config.mode}
     summary |= {"template": config.template, "predict_template": config.predict_template, "left_out": left_out}
+    summary["not_read"] = len(examples.left_out)
     summary |= {"examples": total, "right": right, "accuracy": right / total, "low": low, "high": high}
     summary |= {"without_answer": sum(one["prediction"] is None for one in scores), "seconds": seconds}
     summary |= {"examples_per_second": total / seconds, "tokens_per_second": tokens / seconds}

@@ -47,7 +47,7 @@ from molsaki.teacher.map_store import Entry, Store, read_description
 from molsaki.teacher.map_store_writer import StoreWriter
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
-from molsaki.text.frames import frame_of
+from molsaki.text.frames import check_template
 from molsaki.training.mixture import MixtureOfLayers
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def extract(
             ``datasets.Dataset``.
 
     Returns:
-        A summary: ``examples``, ``left_out`` by reason, ``bytes_per_example`` of the whole store;
+        A summary: ``examples``, ``left_out`` by reason, the number of records ``not_read``, ``bytes_per_example`` of
+        the whole store;
         ``shards_written``, ``tokens`` and ``tokens_per_second`` of this process.
 
     Raises:
@@ -124,8 +125,8 @@ def extract(
     pairs = maps if mixture is None else mixture.pairs
     shard_size = _shard_size(examples, config, pairs * (2 if mixture is None else 4), Path(folder))
     writer = StoreWriter(folder, description, len(examples), shard_size)
-    for one in specs:
-        frame_of(one.tokenizer, one.template)  # refuses a template that fails for every text
+    for one, option in zip(specs, ("teacher_template", "student_template"), strict=False):
+        check_template(one.tokenizer, one.template, option)
 
     missing = writer.missing()
     written, tokens, seconds, start = 0, 0, 0.0, time.perf_counter()
@@ -158,6 +159,7 @@ def extract(
         "store": folder,
         "examples": len(examples),
         "left_out": store.left_out,
+        "not_read": len(getattr(examples, "left_out", ())),
         "bytes_per_example": store.num_bytes / len(examples),
         "shards_written": written,
         "tokens": tokens,

@@ -29,6 +29,7 @@ from molsaki.batches.tokenized import (
     LeftOut,
     TokenizedText,
     all_left_out,
+    check_traces,
     left_out_if_refused,
     list_left_out,
     spans_of,
@@ -42,9 +43,9 @@ from molsaki.teacher.word_scores import NO_SCORE, WORD_SCORES, Array, ScoredText
 from molsaki.text.alignment import encode
 from molsaki.text.examples import Example, Examples, read_examples
 from molsaki.text.formats import to_fields
-from molsaki.text.frames import frame_of
+from molsaki.text.frames import check_template
 from molsaki.text.spans import Span, Spans
-from molsaki.text.tables import DELIMITERS, PARQUET
+from molsaki.text.tables import check_json_lines_name
 from molsaki.text.thinking import tags_of
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,15 @@ def keys(
         teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
 
     Returns:
-        A summary: ``examples``, ``left_out`` of them by reason, ``words`` that were candidates and ``key_words`` among
-        them, ``tokens`` and ``seconds`` of this process.
+        A summary: ``examples``, ``left_out`` of them by reason, the number of records ``not_read``, ``words`` that were
+        candidates and ``key_words`` among them, ``tokens`` and ``seconds`` of this process.
 
     Raises:
         ValueError, TypeError, OSError: a flag, file or field is not as described, the output exists, or no example can
             be used.
     """
     data_file, output = require(config, "data_file"), Path(require(config, "output_file"))
-    if output.suffix.lower() in (*DELIMITERS, PARQUET):
-        raise ValueError(f"--output_file: expected a name for JSON lines, such as train.keys.jsonl, got {output}")
+    check_json_lines_name("--output_file", output)
     if output.exists():
         raise ValueError(f"--output_file: {output} exists already; choose another name, or delete it")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -85,7 +85,7 @@ def keys(
     device_map = config.device_map or ({"": 0} if torch.cuda.is_available() else None)
     loading = {"device_map": device_map, "quantize": config.quantize}
     teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, **loading)
-    frame_of(tokenizer, config.teacher_template)  # refuses a template that fails for every text
+    check_template(tokenizer, config.teacher_template, "teacher_template")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_suffix(".work.jsonl")
@@ -117,6 +117,7 @@ def keys(
         "output_file": str(output),
         "examples": len(examples),
         "left_out": dict(counts),
+        "not_read": len(examples.left_out),
         "words": sum(result["words"] for result in results),
         "key_words": sum(len(found) for sides in spans for found in sides.values()),
         "tokens": tokens,
@@ -178,6 +179,7 @@ def scored_text(
         raise LeftOut("no rationale")
     if config.drop_wrong and not example.is_right:
         raise LeftOut("wrong answer")
+    check_traces(example.rationale)
     before, _, rest = config.cot_template.partition("{rationale}")
     between, _, after = rest.partition("{answer}")
     before, border = before.lstrip(), spans.rationale_start

@@ -31,6 +31,7 @@ DESCRIPTION, INDEX = "store.json", "index.safetensors"
 NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # in every description
 # The values of keys that older descriptions lack.
 ABSENT = {"map_heads": "mean", "key_of": "all", "key_occurrence": "all", "max_key_words": 0}
+NAMES = {"examples": "number of examples"}  # of keys, in messages
 OPEN_SHARDS = 128  # kept open for random access; each holds a file descriptor
 REMEDY = "run molsaki extract again with the same options to repair it"
 
@@ -268,9 +269,8 @@ def compare(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> No
     for name, value in json.loads(json.dumps(expected)).items():
         stored = found.get(name, ABSENT.get(name))
         if stored != value:
-            raise ValueError(
-                f"{folder}: this store is of another {name.replace('_', ' ')}: it has {stored!r}, expected {value!r}"
-            )
+            what = NAMES.get(name, name.replace("_", " "))
+            raise ValueError(f"{folder}: this store is of another {what}: it has {stored!r}, expected {value!r}")
 
 
 def shard_name(shard: int) -> str:

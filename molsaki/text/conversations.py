@@ -60,7 +60,7 @@ def turns_of(messages: Any, where: str, until_reply: bool = False) -> list[Turn]
         if role == "system" and not str(content or "").strip():
             continue
         if not isinstance(content, str) or not (content.strip() or thinking):
-            what = "a turn of tools" if message.get("tool_calls") else f"{str(content)[:60]!r}"
+            what = "a turn of tools" if message.get("tool_calls") else "none" if content is None else repr(content)[:60]
             raise ValueError(f"{where}[{number}]: expected text in the turn of the {role}, got {what}")
         turns.append((role, f"<think>\n{thinking.strip()}\n</think>\n\n{content}" if thinking else content))
     return turns

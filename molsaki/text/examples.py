@@ -26,7 +26,7 @@ from molsaki.text.thinking import with_opening
 
 logger = logging.getLogger(__name__)
 
-NAMED = 5  # examples left out that a message names
+NAMED = 5  # reasons that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Examples(Sequence[Example]):
         left_out: Sequence[str] = (),
         data_format: str = AUTO,
         names: Sequence[str] = ("",),
+        with_reply: bool = True,
     ):
-        self._format, self._names = data_format, names
+        self._options = data_format, names, with_reply
         self._tables, self._table_states = paths, [_state(path) for path in paths]
         self._paths = [as_json_lines(path) for path in paths]
         self._states = [_state(path) for path in self._paths]
@@ -86,10 +87,11 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self._tables, self._index[index], self.left_out, self._format, self._names)
-        entry = self._index[index]
-        default_id = f"{self._names[entry['file']]}{entry['line']}"
-        return example_of(self.record(index), default_id, rationale=False, compared=False, data_format=self._format)
+            return Examples(self._tables, self._index[index], self.left_out, *self._options)
+        entry, (data_format, names, with_reply) = self._index[index], self._options
+        return example_of(
+            self.record(index), f"{names[entry['file']]}{entry['line']}", False, False, data_format, with_reply
+        )
 
     def record(self, index: int) -> Fields:
         """The JSON object of an example as its file has it."""
@@ -117,7 +119,8 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
         path: one file, or several whose ids differ.
         rationale: if True, the examples are to be trained on: an example without the field ``rationale`` is left out.
             An empty rationale is none, see :func:`molsaki.batches.dataset.prepare`. If False, replies are to be
-            compared with the gold answers: an example whose gold answer no reply can match is left out.
+            compared with the gold answers: an example whose gold answer no reply can match is left out, and a
+            conversation that ends in a turn of the user asks that.
         data_format: the name of the records' format; ``"auto"`` recognises that of each record.
 
     Raises:
@@ -138,7 +141,9 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
             fields: Fields = {}
             try:
                 fields = _parse(data)
-                example = example_of(fields, f"{names[number]}{line}", rationale, not rationale, data_format)
+                example = example_of(
+                    fields, f"{names[number]}{line}", rationale, not rationale, data_format, with_reply=rationale
+                )
             except (ValueError, TypeError) as error:
                 id = fields.get("id")
                 left_out.append(f"{one}:{line}: {'' if id is None else f'id {id}: '}{error}")
@@ -155,7 +160,7 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
         index[name] = table[:, column]
     _, firsts, groups = np.unique(np.array(keys, np.int64), return_index=True, return_inverse=True)
     is_first = firsts[groups] == np.arange(len(index))
-    found = Examples(paths, index, (), data_format, names)
+    found = Examples(paths, index, (), data_format, names, rationale)
     for at in np.flatnonzero(~is_first):
         first, second = index[firsts[groups[at]]], index[at]
         other = "" if first["file"] == second["file"] else f" of {paths[first['file']]}"
@@ -169,7 +174,7 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
         logger.warning(
             "%d of %d examples left out: %s", len(left_out), len(left_out) + is_first.sum(), _named(left_out)
         )
-    return Examples(paths, index[is_first], left_out, data_format, names)
+    return Examples(paths, index[is_first], left_out, data_format, names, rationale)
 
 
 def id_prefixes(paths: Sequence[Path]) -> list[str]:
@@ -200,8 +205,16 @@ def stream_records(path: Path) -> Iterator[tuple[int, Fields | ValueError]]:
 
 
 def _named(left_out: Sequence[str]) -> str:
-    more = len(left_out) - NAMED
-    return "; ".join(left_out[:NAMED]) + (f"; and {more} more" if more > 0 else "")
+    """The first example that was left out for each reason, and how many others were."""
+    groups: dict[str, list[str]] = {}
+    for one in left_out:
+        groups.setdefault(re.sub(r"^.*?:\d+: (?:id .*?: )?", "", one, flags=re.DOTALL), []).append(one)
+    named = [
+        found[0] + (f" (and {len(found) - 1} more for this reason)" if len(found) > 1 else "")
+        for found in groups.values()
+    ]
+    more = sum(len(found) for found in list(groups.values())[NAMED:])
+    return "; ".join(named[:NAMED]) + (f"; and {more} more" if more else "")
 
 
 def _records(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -255,12 +268,20 @@ def _parse(data: bytes) -> Fields:
     return fields
 
 
-def example_of(record: Fields, default_id: str, rationale: bool, compared: bool, data_format: str = AUTO) -> Example:
-    """Checks everything; ``compared``: also that replies can be compared with the gold answer.
+def example_of(
+    record: Fields,
+    default_id: str,
+    rationale: bool,
+    compared: bool,
+    data_format: str = AUTO,
+    with_reply: bool = True,
+) -> Example:
+    """Checks everything; ``compared``: also that replies can be compared with the gold answer; ``with_reply`` as in
+    `to_fields`.
 
     A rationale that has ``</think>`` but no ``<think>``, which was in its prompt, gets it.
     """
-    fields = to_fields(record, data_format)
+    fields = to_fields(record, data_format, with_reply)
     choices = _texts(fields, "choices")
     name = "answer" if fields.get("gold") is None else "gold"
     answer = _text(fields, name)

@@ -13,8 +13,9 @@ from typing import Any
 import regex
 
 from molsaki.text.answers import CALCULATOR, final_answer, stated_answer
-from molsaki.text.conversations import Turn, split_turns, turns_of
+from molsaki.text.conversations import Turn, checked_context, split_turns, turns_of
 from molsaki.text.numbers import find_numbers
+from molsaki.text.thinking import NOT_CLOSED, UNBALANCED, state_of
 
 Fields = dict[str, Any]  # the JSON object of a record
 AUTO, OWN = "auto", "molsaki"
@@ -29,11 +30,13 @@ class Format:
         keys: those that every record has.
         convert: from a record to the fields of our own format that it does not have under their names.
         has: whether a record with these keys is in the format.
+        turns: of a conversation, its turns; up to the last one of the assistant, or all.
     """
 
     keys: Sequence[str]
     convert: Callable[[Fields], Fields]
     has: Callable[[Fields], bool] = lambda record: True
+    turns: Callable[[Fields, bool], list[Turn]] | None = None
 
 
 def format_of(record: Fields) -> str:
@@ -54,11 +57,13 @@ def format_of(record: Fields) -> str:
     )
 
 
-def to_fields(record: Fields, name: str = AUTO) -> Fields:
+def to_fields(record: Fields, name: str = AUTO, with_reply: bool = True) -> Fields:
     """The record with the fields of our own format.
 
     Args:
         name: a format of `FORMATS`, or ``"auto"`` to recognise it.
+        with_reply: whether the last reply of a conversation is what counts. If not, and its last turn is the user's,
+            that is the question, and the record has its answer in a field.
 
     Raises:
         ValueError: it is in no format, or is not what its format says; the message names the format.
@@ -66,8 +71,13 @@ def to_fields(record: Fields, name: str = AUTO) -> Fields:
     name = format_of(record) if name == AUTO else name
     if name == OWN:
         return record
+    one = FORMATS[name]
     try:
-        return record | FORMATS[name].convert(record)
+        if not with_reply and one.turns is not None:
+            turns = one.turns(record, False)
+            if turns and turns[-1][0] == "user":
+                return record | _asked(turns, record)
+        return record | one.convert(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"format {name}: {detail}") from None
@@ -94,15 +104,23 @@ def _math(record: Fields) -> Fields:
     return {"question": record["problem"], "rationale": solution, "answer": answer}
 
 
+def _turns_of_messages(record: Fields, until_reply: bool = True) -> list[Turn]:
+    return turns_of(record["messages"], "messages", until_reply)
+
+
 def _messages(record: Fields) -> Fields:
-    return _conversation(turns_of(record["messages"], "messages", until_reply=True), "messages", record)
+    return _conversation(_turns_of_messages(record), "messages", record)
+
+
+def _turns_of_sharegpt(record: Fields, until_reply: bool = True) -> list[Turn]:
+    turns = turns_of(record["conversations"], "conversations", until_reply)
+    if isinstance(record.get("system"), str) and record["system"].strip() and turns[:1] and turns[0][0] != "system":
+        turns.insert(0, ("system", record["system"]))
+    return turns
 
 
 def _sharegpt(record: Fields) -> Fields:
-    turns = turns_of(record["conversations"], "conversations", until_reply=True)
-    if isinstance(record.get("system"), str) and record["system"].strip() and turns[:1] and turns[0][0] != "system":
-        turns.insert(0, ("system", record["system"]))
-    return _conversation(turns, "conversations", record)
+    return _conversation(_turns_of_sharegpt(record), "conversations", record)
 
 
 def _prompt_completion(record: Fields) -> Fields:
@@ -115,22 +133,37 @@ def _prompt_completion(record: Fields) -> Fields:
 
 def _conversation(turns: Sequence[Turn], where: str, record: Fields) -> Fields:
     context, question, reply = split_turns(turns, where)
-    fields = _reply(question, reply, record)
-    earlier = [{"role": role, "content": text} for role, text in context]
-    return fields | ({EARLIER: earlier} if context else {})
+    return _reply(question, reply, record) | _earlier(context)
+
+
+def _asked(turns: Sequence[Turn], record: Fields) -> Fields:
+    """The fields of a conversation whose last turn is a question without a reply."""
+    answer = record.get("answer", record.get("gold"))
+    if answer is None:
+        raise ValueError("the last turn is the user's: expected its answer in a field answer or gold")
+    return {"question": turns[-1][1], "answer": answer} | _earlier(checked_context(turns[:-1], "messages"))
+
+
+def _earlier(context: Sequence[Turn]) -> Fields:
+    return {EARLIER: [{"role": role, "content": text} for role, text in context]} if context else {}
 
 
 def _alpaca(record: Fields) -> Fields:
     """Also with ``system`` and ``history``, pairs of an instruction and its output."""
     fields = _reply("\n".join(filter(None, [record["instruction"], record.get("input")])), record["output"], record)
     earlier = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    for asked, told in record.get("history") or ():
-        earlier += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    for pair in record.get("history") or ():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"history: expected pairs of an instruction and its output, got {pair!r}")
+        earlier += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return fields | ({EARLIER: earlier} if earlier else {})
 
 
 def _reply(question: str, reply: str, record: Fields) -> Fields:
     """The fields of a reply; its answer is the record's, else the one that it states, or a number at its very end."""
+    state = state_of(reply)
+    if state in ("not closed", "unbalanced"):
+        raise ValueError(NOT_CLOSED if state == "not closed" else UNBALANCED)
     answer = record.get("answer", record.get("gold"))
     if answer is None:
         answer = stated_answer(reply)
@@ -177,8 +210,8 @@ FORMATS: dict[str, Format] = {
     "openbookqa": Format(("question_stem", "choices", "answerKey"), _csqa),
     "aqua": Format(("question", "options", "correct"), _aqua),
     "math": Format(("problem", "solution"), _math),
-    "messages": Format(("messages",), _messages),
-    "sharegpt": Format(("conversations",), _sharegpt),
+    "messages": Format(("messages",), _messages, turns=_turns_of_messages),
+    "sharegpt": Format(("conversations",), _sharegpt, turns=_turns_of_sharegpt),
     "alpaca": Format(("instruction", "output"), _alpaca),
     "prompt-completion": Format(("prompt", "completion"), _prompt_completion),
     "dss": Format(("input", "label"), lambda record: {"question": record["input"], "answer": record["label"]}),

@@ -79,6 +79,14 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[
     return _chat_frame(tokenizer, roles) if template == "chat" else _format_frame(template)
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase, template: str, option: str) -> None:
+    """Refuse a template that fails for every text; the message names the option."""
+    try:
+        frame_of(tokenizer, template)
+    except ValueError as error:
+        raise ValueError(f"{option}: {str(error).removeprefix('template: ')}") from error
+
+
 def _format_frame(template: str) -> Frame:
     expected = 'template: expected "plain", "chat" or a format string with {question} and then {rationale}, once each'
     literals, fields = [""], []

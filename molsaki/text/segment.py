@@ -6,7 +6,7 @@ section 3: steps are the rows of a map, key words its columns).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from molsaki.text.conversations import Turn, checked_context
@@ -26,7 +26,7 @@ def segment(
     key_of: Literal["all", "question"] = "all",
     key_occurrence: Literal["all", "first", "last"] = "all",
     max_key_words: int = 0,
-    key_spans: tuple[Iterable[Span], Iterable[Span]] | None = None,
+    key_spans: tuple[Iterable[Span], Iterable[Span]] | Mapping[str, Iterable[Span]] | None = None,
     context: Sequence[Turn] = (),
 ) -> Spans:
     """Cut ``question + " " + rationale`` into steps and find its key words (the paper's critical words).
@@ -69,7 +69,8 @@ def segment(
         key_of: whether words of the whole text count, or of the question only.
         key_occurrence: of words that are equal but for case, all, or only the first or the last one.
         max_key_words: the most key words, the first ones; 0: no limit.
-        key_spans: for ``key="given"``: ascending, disjoint spans of the characters of question and of rationale.
+        key_spans: for ``key="given"``: ascending, disjoint spans of the characters of question and of rationale, a pair
+            of lists or a dict of them.
         context: the turns before the question, each a role and a text. They count as a part of the question: their
             sentences are steps and their key words are key words, except with ``key="given"``. No step and no key word
             reaches across the end of a turn.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 Span = tuple[int, int]
 LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
@@ -103,14 +103,18 @@ def check_str(name: str, value: object) -> None:
 
 
 def checked_key_spans(
-    key_spans: tuple[Iterable[Span], Iterable[Span]], question: str, rationale: str
+    key_spans: tuple[Iterable[Span], Iterable[Span]] | Mapping[str, Iterable[Span]], question: str, rationale: str
 ) -> list[list[Span]]:
     """Key words that are given as spans of a question and of its rationale, in the texts without white space around.
+
+    Also as the field of a record has them: ``{"question": [...], "rationale": [...]}``.
 
     Raises:
         TypeError, ValueError: they are not two lists of pairs of ints, ascending, disjoint, within their text and not
             blank; the message names the entry.
     """
+    if isinstance(key_spans, Mapping):
+        key_spans = key_spans.get("question") or (), key_spans.get("rationale") or ()
     sides = []
     for side, spans, text in zip(("question", "rationale"), key_spans, (question, rationale), strict=True):
         shift, end, found = len(text) - len(text.lstrip()), 0, []

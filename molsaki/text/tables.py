@@ -18,6 +18,12 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
 
 
+def check_json_lines_name(flag: str, path: Path) -> None:
+    """Refuse the name of a table for a file of JSON lines that is to be written."""
+    if path.suffix.lower() in (*DELIMITERS, PARQUET):
+        raise ValueError(f"{flag}: expected a name for JSON lines, such as train.jsonl, got {path}")
+
+
 def as_json_lines(path: Path) -> Path:
     """A file of JSON lines with the rows of a table, one line per row; ``path`` itself if it is no table.
 

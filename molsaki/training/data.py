@@ -101,7 +101,7 @@ class TrainingData:
             raise ValueError(
                 f"key: {self.config.key} finds no key word in any of the {counted} examples of {name}, so objective "
                 f"{self.config.objective} has no attention loss; use another --key or --objective dss, or give the "
-                "examples their keywords"
+                "examples their keywords (--key keywords) or key_spans (--key given; molsaki keys writes them)"
             )
 
 

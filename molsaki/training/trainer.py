@@ -657,7 +657,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
     Returns:
         The trainer's metrics (``train_runtime``, ``train_loss``, ...); ``examples``, ``without_words`` (key words) and
-        ``left_out`` by reason, whose ids are in ``left_out.json``. Streamed data are not counted.
+        ``left_out`` by reason, whose ids are in ``left_out.json``; the number of records
+        ``not_read``. Streamed data are not counted.
     """
     require(config, "train_file")
     trainer = DistillTrainer(args=config)
@@ -671,6 +672,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     if isinstance(data, DistillDataset):
         counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}
+        counts["not_read"] = len(getattr(data.examples, "left_out", ()))
     elif trainer.is_world_process_zero() and not config.dataloader_num_workers:
         logger.info("train_dataset, read in the last epoch: %s", data.summary())
     return metrics | counts | {"student": config.output_dir}

@@ -173,6 +173,23 @@ def test_messages_as_data_sets_have_them():
     assert example_of(passage, "1", True, False).context == ()
 
 
+def test_a_question_without_a_reply(tmp_path):
+    """To be asked, not trained on: the last turn of the user is the question."""
+    messages = [{"role": role, "content": text} for role, text in [*CONTEXT, ("user", QUESTION)]]
+    shared = [{"from": m["role"], "value": m["content"]} for m in messages]
+    path = tmp_path / "d.jsonl"
+    records = [{"messages": messages, "answer": "5"}, {"conversations": shared, "gold": 5}, {"messages": messages}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    read = read_examples(path, rationale=False)
+    assert [(e.question, e.context, e.answer) for e in read] == [(QUESTION, tuple(CONTEXT), "5")] * 2
+    assert "expected its answer in a field answer or gold" in read.left_out[0]
+    whole = [*messages, {"role": "assistant", "content": RATIONALE}]
+    path.write_text(json.dumps({"messages": whole, "answer": "5"}))
+    assert read_examples(path, rationale=False)[0].question == QUESTION
+    path.write_text(json.dumps({"messages": messages, "answer": "7"}))
+    assert read_examples(path)[0].question == CONTEXT[1][1]  # for training, what follows the reply is not used
+
+
 def test_a_turn_of_the_system_elsewhere_is_refused():
     """As Mistral-Nemo's template, which shows it before the last question."""
     template = (
@@ -211,7 +228,7 @@ def test_the_traces_of_earlier_turns_are_dropped():
         (["hello"], r"messages\[0\]: expected an object with role and content, got 'hello'"),
         ([{"role": "tool", "content": "4"}], "expected the role system, user or assistant, got 'tool'"),
         ([{"content": "4"}], "got None"),
-        ([{"role": "user", "content": None}], r"messages\[0\]: expected text in the turn of the user, got 'None'"),
+        ([{"role": "user", "content": None}], r"messages\[0\]: expected text in the turn of the user, got none"),
         ([{"role": "assistant", "content": None, "tool_calls": [1]}], "got a turn of tools"),
         ([{"role": "user", "content": [{"type": "image"}]}], "expected text in the turn of the user"),
         ([{"role": "assistant", "content": "4", "reasoning": 3}], "expected a text of the thinking, got '3'"),

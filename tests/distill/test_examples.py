@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from molsaki.text.examples import Example, read_examples
+from molsaki.text.examples import Example, example_of, read_examples
 from molsaki.text.formats import FORMATS as FORMATS_OF_RECORDS
 from molsaki.text.formats import format_of
 from tests.helpers import tiny
@@ -74,7 +74,7 @@ def test_repeated_ids_and_empty_files(tmp_path, caplog):
     assert [e.id for e in read] == ["a", "b", "c"]
     assert read.left_out == [f"{path}:{n}: id 'a' is line 1's already" for n in (3, 5)]
     path.write_text("".join("{broken\n" for _ in range(9)) + json.dumps(GOOD))
-    assert len(read_examples(path).left_out) == 9 and "and 4 more" in caplog.text
+    assert len(read_examples(path).left_out) == 9 and "(and 8 more for this reason)" in caplog.text
     for text in ("", "\n", "[]"):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"d.jsonl: holds no examples$"):
@@ -296,3 +296,27 @@ def test_the_records_of_the_documentation(tmp_path):
         assert format_of(record) == name
         found = read_examples(tiny.write_jsonl(tmp_path / f"{name}.jsonl", [record]))
         assert found[0].answer in ("7", "7.0") and "7" in found[0].rationale
+
+
+def test_reasons_are_named_once(tmp_path, caplog):
+    row = {"question": "q", "rationale": "r", "answer": "1"}
+    bad = [{"id": n, "question": "q", "rationale": "r"} for n in range(4)] + [{"question": "q", "answer": "1"}]
+    path = tmp_path / "d.jsonl"
+    tiny.write_jsonl(path, [row, *bad])
+    read_examples(path)
+    assert (
+        f"5 of 6 examples left out: {path}:2: id 0: answer: missing (and 3 more for this reason); {path}:6: "
+        in caplog.text
+    )
+    caplog.clear()
+    tiny.write_jsonl(path, [row, *({**row, "id": str(n), "keywords": [""] * n} for n in range(1, 8))])
+    read_examples(path)
+    assert caplog.text.rstrip().endswith("; and 2 more")
+
+
+def test_a_broken_history():
+    record = {"instruction": "q", "output": "So 2.", "history": [["a"]]}
+    with pytest.raises(
+        ValueError, match="format alpaca: history: expected pairs of an instruction and its output, got"
+    ):
+        example_of(record, "1", True, False)

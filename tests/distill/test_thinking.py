@@ -224,3 +224,11 @@ def test_the_reasoning_of_messages(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text(json.dumps({"messages": [{"role": "user", "content": QUESTION}, reply]}))
         assert read_examples(path)[0].rationale == THINKING
+
+
+def test_a_broken_trace_of_a_reply_is_called_that(tmp_path):
+    for reply, reason in (("<think>I add 3", NOT_CLOSED), ("<think>a<think>b</think>7", UNBALANCED)):
+        path = tmp_path / "d.jsonl"
+        path.write_text(json.dumps({"prompt": QUESTION, "completion": reply}))
+        with pytest.raises(ValueError, match=f"format prompt-completion: {reason}"):
+            read_examples(path)
