@@ -13,7 +13,7 @@ from torch import Tensor
 from molsaki.batches.batch import IGNORE, Batch, TextBatch
 from molsaki.batches.dataset import Item
 from molsaki.batches.shared_prefix import SharedPrefix
-from molsaki.batches.tokenized import TokenizedText
+from molsaki.batches.tokenized import TokenizedExample, TokenizedText
 from molsaki.teacher.map_store import pad_maps
 from molsaki_kernels import StepPlan
 
@@ -60,7 +60,7 @@ class Collator:
             ids=[example.id for example, _ in items],
             plan=plan,
             student=student,
-            rationale_steps=plan.step_mask & (plan.steps[..., 1] > torch.tensor([[t.target_start] for t in explain])),
+            rationale_steps=_rationale_steps([example for example, _ in items], plan),
             teacher=text_batch(teacher, self.teacher_pad, self.teacher_packing) if teacher and not maps else None,
             teacher_map=pad_maps(maps) if weights else None,
             teacher_weights=torch.stack(weights) if weights else None,
@@ -75,6 +75,15 @@ def text_batch(texts: Sequence[TokenizedText], pad_id: int, packing: bool) -> Te
 
 def _plan(texts: Sequence[TokenizedText]) -> StepPlan:
     return StepPlan.from_spans([text.steps for text in texts], [text.words for text in texts])
+
+
+def _rationale_steps(examples: Sequence[TokenizedExample], plan: StepPlan) -> Tensor:
+    """``(N, S)`` bool, the steps of the rationale."""
+    found = plan.step_mask.clone()
+    for row, example in zip(found, examples, strict=True):
+        start = example.spans.rationale_start
+        row[: sum(first < start for first, _ in example.spans.steps)] = False
+    return found
 
 
 def _padded(texts: Sequence[TokenizedText], pad_id: int, plan: StepPlan | None = None) -> TextBatch:
