@@ -16,6 +16,7 @@ from molsaki.batches.collator import Collator
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.batches.tokenized import TokenizedExample, TokenizedText
 from molsaki.modeling.masked_attention import suffix_attention
+from molsaki.text.spans import Spans
 from tests.helpers.architectures import SHARING, make, relative, skip_gpt2_before_transformers_5  # noqa: F401
 from tests.helpers.tiny import one_thread  # noqa: F401
 
@@ -24,17 +25,20 @@ def text(ids: list[int], start: int, steps=(), words=()) -> TokenizedText:
     return TokenizedText(np.array(ids, np.int32), start, list(steps), [list(word) for word in words])
 
 
+SPANS = Spans("", (), (), 0)
+
+
 def texts() -> list[TokenizedExample]:
     """Questions of several lengths: longer than any window; one that the predict text does not begin with, without
     words; one that is a prefix up to its last token; one after which both texts continue with the same labels."""
     ids = torch.randint(3, 61, (200,), generator=torch.Generator().manual_seed(4)).tolist()
     a, b, c, d = ids[:40], ids[40:69], ids[69:91], ids[91:111]
     return [
-        TokenizedExample("a", None, text(a, 25, [(0, 12), (12, 25), (25, 40)], [[3], [14, 15], [30]]),
+        TokenizedExample("a", SPANS, text(a, 25, [(0, 12), (12, 25), (25, 40)], [[3], [14, 15], [30]]),
             text(a[:25] + [60, 59, 7, 2], 27), None),
-        TokenizedExample("b", None, text(b, 10, [(0, 10), (12, 29)]), text([61 - b[0], *ids[111:116]], 3), None),
-        TokenizedExample("c", None, text(c, 10, [(0, 22)], [[2], [20]]), text([*c[:10], 63 - c[10], 2], 10), None),
-        TokenizedExample("d", None, text(d, 7, [(1, 7), (7, 20)], [[0], [9]]), text([*d[:11], 63 - d[11], 2], 7), None),
+        TokenizedExample("b", SPANS, text(b, 10, [(0, 10), (12, 29)]), text([61 - b[0], *ids[111:116]], 3), None),
+        TokenizedExample("c", SPANS, text(c, 10, [(0, 22)], [[2], [20]]), text([*c[:10], 63 - c[10], 2], 10), None),
+        TokenizedExample("d", SPANS, text(d, 7, [(1, 7), (7, 20)], [[0], [9]]), text([*d[:11], 63 - d[11], 2], 7), None),
     ]  # fmt: skip
 
 
@@ -99,11 +103,11 @@ def test_little_to_share_is_not_shared():
 def test_a_suffix_is_never_empty():
     """Where both texts are the same, all but the last token is shared."""
     same = text(texts()[2].explain.input_ids.tolist(), 10)
-    shared = task(True, [TokenizedExample("s", None, same, same, None), texts()[2]])
+    shared = task(True, [TokenizedExample("s", SPANS, same, same, None), texts()[2]])
     assert shared.cu_seq_lens_q.tolist() == [0, 22, 44, 45, 47]
     assert shared.position_ids[0, 44:].tolist() == [21, 10, 11]
     model = make("Llama")
-    expected = hidden(model, task(False, [TokenizedExample("s", None, same, same, None), texts()[2]]))
+    expected = hidden(model, task(False, [TokenizedExample("s", SPANS, same, same, None), texts()[2]]))
     assert relative(hidden(model, shared), expected) < 1e-6
 
 
