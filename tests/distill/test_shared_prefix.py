@@ -25,7 +25,7 @@ def text(ids: list[int], start: int, steps=(), words=()) -> TokenizedText:
     return TokenizedText(np.array(ids, np.int32), start, list(steps), [list(word) for word in words])
 
 
-SPANS = Spans("", (), (), 0)
+BARE = Spans("", (), (), 0)
 
 
 def texts() -> list[TokenizedExample]:
@@ -34,11 +34,11 @@ def texts() -> list[TokenizedExample]:
     ids = torch.randint(3, 61, (200,), generator=torch.Generator().manual_seed(4)).tolist()
     a, b, c, d = ids[:40], ids[40:69], ids[69:91], ids[91:111]
     return [
-        TokenizedExample("a", SPANS, text(a, 25, [(0, 12), (12, 25), (25, 40)], [[3], [14, 15], [30]]),
+        TokenizedExample("a", BARE, text(a, 25, [(0, 12), (12, 25), (25, 40)], [[3], [14, 15], [30]]),
             text(a[:25] + [60, 59, 7, 2], 27), None),
-        TokenizedExample("b", SPANS, text(b, 10, [(0, 10), (12, 29)]), text([61 - b[0], *ids[111:116]], 3), None),
-        TokenizedExample("c", SPANS, text(c, 10, [(0, 22)], [[2], [20]]), text([*c[:10], 63 - c[10], 2], 10), None),
-        TokenizedExample("d", SPANS, text(d, 7, [(1, 7), (7, 20)], [[0], [9]]), text([*d[:11], 63 - d[11], 2], 7), None),
+        TokenizedExample("b", BARE, text(b, 10, [(0, 10), (12, 29)]), text([61 - b[0], *ids[111:116]], 3), None),
+        TokenizedExample("c", BARE, text(c, 10, [(0, 22)], [[2], [20]]), text([*c[:10], 63 - c[10], 2], 10), None),
+        TokenizedExample("d", BARE, text(d, 7, [(1, 7), (7, 20)], [[0], [9]]), text([*d[:11], 63 - d[11], 2], 7), None),
     ]  # fmt: skip
 
 
@@ -103,11 +103,11 @@ def test_little_to_share_is_not_shared():
 def test_a_suffix_is_never_empty():
     """Where both texts are the same, all but the last token is shared."""
     same = text(texts()[2].explain.input_ids.tolist(), 10)
-    shared = task(True, [TokenizedExample("s", SPANS, same, same, None), texts()[2]])
+    shared = task(True, [TokenizedExample("s", BARE, same, same, None), texts()[2]])
     assert shared.cu_seq_lens_q.tolist() == [0, 22, 44, 45, 47]
     assert shared.position_ids[0, 44:].tolist() == [21, 10, 11]
     model = make("Llama")
-    expected = hidden(model, task(False, [TokenizedExample("s", SPANS, same, same, None), texts()[2]]))
+    expected = hidden(model, task(False, [TokenizedExample("s", BARE, same, same, None), texts()[2]]))
     assert relative(hidden(model, shared), expected) < 1e-6
 
 
