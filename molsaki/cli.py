@@ -101,8 +101,8 @@ CONTINUE = {
 
 
 def _run_configured(command: str, argv: Sequence[str]) -> int:
-    from molsaki.config import parse
     from molsaki.extras import require
+    from molsaki.flags import parse
 
     config_module, config_name, module = CONFIGURED[command]
     require("train")

@@ -22,10 +22,8 @@ from molsaki.config import (
     ExtractConfig,
     MixtureOptions,
     TextOptions,
-    build,
-    check_keys,
-    read_yaml,
 )
+from molsaki.flags import build, check_keys, read_yaml
 from molsaki.functions import is_named, look_in, named, source
 from molsaki.io import digest
 from molsaki.teacher.fingerprints import NOT_A_MODULE
@@ -268,10 +266,6 @@ def _run(study: Study, values: dict[str, Any], data: str, arm: str, seed: int) -
 def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConfig:
     """The options of the store that the run needs: its texts' options, and all layers unless the study says no."""
     assert run.extract is not None
-    if "data_format" in run.extract:
-        raise ValueError(
-            f"{study.path}: extract.data_format: expected it in options, for training and extraction alike"
-        )
     values = {"all_layers": True} | run.extract
     shared = (DataOptions, TextOptions, *(() if values["all_layers"] else (MixtureOptions,)))
     for options in shared:
@@ -370,7 +364,7 @@ def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str,
         one: {f.name for f in dataclasses.fields(one) if f.init}
         for one in (DistillConfig, ExtractConfig, EvaluateConfig)
     }
-    of_texts = {field.name for field in dataclasses.fields(TextOptions)}
+    of_texts = {field.name for options in (DataOptions, TextOptions) for field in dataclasses.fields(options)}
     of_mixtures = {field.name for field in dataclasses.fields(MixtureOptions)}
     for key, section in sections.items():
         if section is None:

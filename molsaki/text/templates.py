@@ -119,11 +119,10 @@ def _traces_of(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], frame:
             return ""
         return text[len(before) :] if text.startswith(before) and _TRACE_MARKS.search(text) else ""
 
-    def open_(add: bool) -> str:
-        return apply_chat(tokenizer, turns, add, frame.merges_system, thinking=True)
-
+    opened: str | None
     try:
-        opened = open_(True) if open_(True) != open_(False) else None
+        asked, opened = (apply_chat(tokenizer, turns, add, frame.merges_system, thinking=True) for add in (False, True))
+        opened = None if opened == asked else opened
     except TextChanged:
         opened = None
     by_content, by_field = show({"content": THINKING_MARK}), show(_fields(RATIONALE_MARK, f"{RATIONALE_MARK}2"))

@@ -19,7 +19,8 @@ from molsaki.annotation.annotate import annotate
 from molsaki.annotation.endpoint import EndpointError
 from molsaki.annotation.teacher import TOO_LONG
 from molsaki.cli import main
-from molsaki.config import AnnotateConfig, parse
+from molsaki.config import AnnotateConfig
+from molsaki.flags import parse
 from tests.distill.test_annotate import CHAT, RECORDS, RIGHT, SCRIPT, TESTS, Scripted, files, records_of, scripted
 from tests.helpers import tiny
 from tests.helpers.completions import DROP, Server, completion, serving, text_of

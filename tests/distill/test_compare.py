@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from molsaki.cli import main
-from molsaki.config import EvaluateConfig, parse
+from molsaki.config import EvaluateConfig
 from molsaki.evaluation.evaluate import evaluate
 from molsaki.evaluation.statistics import accuracy, difference, paired_test
+from molsaki.flags import parse
 from molsaki.io import read_json_lines, write_json_lines
 from tests.helpers import tiny
 

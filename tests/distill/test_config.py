@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from molsaki import presets
-from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig, PlotConfig, parse, require
+from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig, PlotConfig, require
+from molsaki.flags import parse
 from molsaki.training.config import DistillConfig
 from molsaki.training.objectives import OBJECTIVES
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from molsaki.config import ExtractConfig, parse
+from molsaki.config import ExtractConfig
+from molsaki.flags import parse
 from molsaki.text import key_words
 from molsaki.text.segment import segment
 from molsaki.text.spans import Spans

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from molsaki.batches.tokenized import spans_of
-from molsaki.config import KeysConfig, TextOptions, parse
+from molsaki.config import KeysConfig, TextOptions
+from molsaki.flags import parse
 from molsaki.text.examples import example_of, read_examples
 from molsaki.text.key_words import KEY_WORDS
 from molsaki.text.segment import segment

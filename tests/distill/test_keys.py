@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 import molsaki
 from molsaki.batches.tokenized import LeftOut, spans_of
 from molsaki.cli import main
-from molsaki.config import ExtractConfig, KeysConfig, TextOptions, parse
+from molsaki.config import ExtractConfig, KeysConfig, TextOptions
+from molsaki.flags import parse
 from molsaki.teacher import keys as keys_module
 from molsaki.teacher.extract import extract
 from molsaki.teacher.keys import candidates, key_words_of, keys, scored_text, select

@@ -404,6 +404,9 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
         ({"evaluate": {"mode": "guess"}}, "evaluate: argument --mode: invalid choice: 'guess'"),
         ({"evaluate": {"model": "x"}}, "study.yaml: evaluate: model: no such key"),
         ({"extract": {"key": "numbers"}}, "study.yaml: extract: key: no such key"),
+        ({"extract": {"data_format": "math"}}, "study.yaml: extract: data_format: no such key"),
+        ({"options": {"eval_file": ["a.jsonl"]}}, "study.yaml: options.eval_file: expected a name, got ['a.jsonl']"),
+        ({"arms": {"dss": {"streaming": True}}}, "arms.dss: streaming: must not be set: the arms share their examples"),
         ({"teacher": None}, "arms.paper: teacher: required by its objective, got none"),
         ({"student": "no/{seed}"}, "world/dss/0: student: no model folder or hub name: 'no/0'"),
         ({"data": {"world": {"train_file": "none.jsonl", "tests": {"t": "test.jsonl"}}}}, "train_file: no such file: "),
@@ -480,6 +483,22 @@ def test_the_order_of_runs_and_the_options_of_data_sets_and_arms(inputs):
     options = extract_config(found, heads, found.distill_config(heads))
     assert (options.map_heads, options.key, options.all_layers, options.mixture) == ("each", "random", True, "mixture")
     assert (options.teacher, options.data_files) == (str(inputs / "teacher"), [str(inputs / "train.jsonl")])
+
+
+def test_arms_share_tokenized_data_only_if_they_read_it_alike(inputs):
+    study = read_study(write(inputs))
+    keys = {
+        run_module._key_of_data(study, one, study.distill_config(one, **more))
+        for one in study.runs[:1]
+        for more in (
+            {},
+            {"beta": 2.0},
+            {"data_format": "molsaki"},
+            {"limit": 3},
+            {"cot_template": "{rationale}|{answer}"},
+        )
+    }
+    assert len(keys) == 4  # beta changes nothing
 
 
 def test_the_source_of_ones_own_functions_is_a_part_of_a_run(inputs, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import TrainerCallback
 
 from molsaki import StepwiseAttentionLoss, capture, cli, plan, segment
-from molsaki.config import parse
+from molsaki.flags import parse
 from molsaki.teacher import extract as extract_module
 from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
