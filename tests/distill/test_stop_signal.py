@@ -21,7 +21,7 @@ from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
-from tests.helpers.training import LOSSES, logged, trainer
+from tests.helpers.training import LOSSES, OTHER, TOKENIZER, config, examples, logged, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,13 +193,17 @@ def test_torchrun_passes_a_signal_on(work):
 @pytest.mark.parametrize("strategy", ["no", "epoch", "best"])
 def test_every_save_strategy(straight, tmp_path, strategy):
     """In Python, as a context: the checkpoint is saved whatever the strategy is, also at a step of an evaluation."""
-    options = (
-        {}
-        if strategy != "best"
-        else {"metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 3, "eval_file": []}
+    options = {} if strategy != "best" else dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="loss",
+                                                 greater_is_better=True)  # fmt: skip
+    first = DistillTrainer(
+        args=config(tmp_path, save_strategy=strategy, max_steps=6, **options),
+        model=tiny.model(2),
+        processing_class=TOKENIZER,
+        teacher_model=tiny.model(3, len(OTHER), seed=1),
+        teacher_processing_class=OTHER,
+        train_dataset=examples(),
+        eval_dataset=examples(2) if options else None,
     )
-    first = trainer(tmp_path, save_strategy=strategy, max_steps=6, **options)
-
     first.add_callback(Send(3, signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingStopped) as caught:
@@ -208,6 +212,7 @@ def test_every_save_strategy(straight, tmp_path, strategy):
     assert signal.getsignal(signal.SIGTERM) is before
     assert not any(isinstance(one, StopOnSignal) for one in first.callback_handler.callbacks)
     assert caught.value.checkpoint == str(tmp_path / "checkpoint-3") and caught.value.can_resume
+    assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / "checkpoint-2").is_dir()
     resumed = trainer(tmp_path, resume=True, max_steps=6, save_strategy="no")
     resumed.train()
     assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
