@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import itertools
 import json
 import linecache
@@ -22,10 +23,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molsaki import logs
 from molsaki.terminal import styled, styled_help
+
+if TYPE_CHECKING:
+    from molsaki.command_help import Parser
 
 NEGATIVE, USER_ERROR, CRASH, INTERRUPTED = 1, 2, 70, 128  # the last one plus the number of the signal
 
@@ -48,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = given = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
+    before = {name: os.environ.get(name) for name in logs.VARIABLES}
     try:
         argv = _take_log_format(argv)
         command = argv[0] if argv else ""
@@ -73,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return _refuse(command, " ".join(str(error).split()))
         return _crashed(command, error)
+    finally:  # --log_format is of this call
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 COMMANDS = {
@@ -129,7 +140,7 @@ Exit codes: 0 done, 1 the result is negative, 2 a mistake in what was asked,
 """
 
 
-def parsers(inherited: bool = False) -> dict[str, argparse.ArgumentParser]:
+def parsers(inherited: bool = False) -> dict[str, Parser]:
     """The parser of every command, from which its help is printed and shell completion is generated.
 
     Args:
@@ -138,7 +149,7 @@ def parsers(inherited: bool = False) -> dict[str, argparse.ArgumentParser]:
     return {command: parser_of_command(command, inherited) for command in COMMANDS}
 
 
-def parser_of_command(command: str, inherited: bool = False) -> argparse.ArgumentParser:
+def parser_of_command(command: str, inherited: bool = False) -> Parser:
     """The parser of one command; see `parsers`."""
     from molsaki.command_help import config_of, parser_of
 
@@ -308,8 +319,10 @@ def _completion_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _completion(args: argparse.Namespace) -> int:
     from molsaki.completion import script
+    from molsaki.extras import MODULES
 
-    print(script(args.shell))
+    has_training = all(importlib.util.find_spec(name) is not None for name in MODULES["train"])
+    print(script(args.shell, parsers(inherited=has_training), COMMANDS))
     return 0
 
 

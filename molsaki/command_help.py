@@ -15,7 +15,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from molsaki.terminal import styled_help
 
@@ -153,7 +153,7 @@ HELP = {
         "command takes all of transformers' TrainingArguments: --help_all.",
         {
             "required": ("student", "train_file", "output_dir"),
-            "the teacher (one of them, or none: texts alone are then trained)": ("teacher", "store"),
+            "the teacher (one of them, or none)": ("teacher", "store"),
             "the most used options of TrainingArguments": tuple(TRAINING),
             "the loss": (
                 "objective", "alpha", "beta", "beta_until", "attention_share", "share_steps", "normalise",
@@ -270,10 +270,12 @@ HELP = {
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors, and whose help has colours on a terminal only."""
 
+    color: bool
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         file = sys.stdout if file is None else file
         file.write(styled_help(self.format_help(), file))
 
@@ -307,7 +309,7 @@ def examples_of(examples: Iterable[tuple[str, str]], width: int) -> str:
     lines = ["examples:"]
     for what, command in examples:
         lines += _wrapped("  # ", what.split(), "  # ", width, "")
-        words = re.sub(r" (?=-)|(?<=\.) (?=\w)", "\n", command).split("\n")  # a flag and its values stay together
+        words = re.sub(r" (?=[->])|(?<=\.) (?=\w)", "\n", command).split("\n")  # a flag and its values stay together
         lines += _wrapped("  ", words, "      ", width, " \\")
     return "\n".join(lines)
 
@@ -354,8 +356,8 @@ def parser_of(
         formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=False,
-        **({"color": False} if sys.version_info >= (3, 14) else {}),  # `styled_help` knows when to colour
     )
+    parser.color = False  # of Python 3.14, which would colour by rules of its own
     general = None
     if config is not None:
         _add_fields(parser, config, about, inherited)

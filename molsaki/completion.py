@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Mapping
 
 from molsaki.command_help import Parser
 
 FILES, FOLDERS = ("FILE",), ("FOLDER", "MODEL")  # metavars whose values are files, or folders
 
 
-def script(shell: str) -> str:
+def script(shell: str, parsers: Mapping[str, Parser], summaries: Mapping[str, str]) -> str:
     """The script for bash, zsh or fish.
+
+    Args:
+        parsers: of each command.
+        summaries: of each command, one line.
 
     Raises:
         ImportError: shtab is not installed.
@@ -26,22 +31,18 @@ def script(shell: str) -> str:
         )
     import shtab
 
-    return str(shtab.complete(whole_parser(), shell=shell))
+    return str(shtab.complete(_whole(parsers, summaries), shell=shell))
 
 
-def whole_parser() -> argparse.ArgumentParser:
+def _whole(parsers: Mapping[str, Parser], summaries: Mapping[str, str]) -> argparse.ArgumentParser:
     """One parser with all commands below it, whose actions say what completes their values."""
     import shtab
 
-    from molsaki.cli import COMMANDS, parsers
-    from molsaki.extras import MODULES
-
-    has_training = all(importlib.util.find_spec(name) is not None for name in MODULES["train"])
     whole = Parser(prog="molsaki", description="Distil a teacher's attention to key words, step by step.")
     whole.add_argument("--version", action="store_true", help="Show the version.")
     commands = whole.add_subparsers(dest="command")
-    for name, parser in parsers(inherited=has_training).items():
-        below = commands.add_parser(name, help=COMMANDS[name], add_help=False, parents=[parser])
+    for name, parser in parsers.items():
+        below = commands.add_parser(name, help=summaries[name], add_help=False, parents=[parser])
         for action in below._actions:
             metavar = str(action.metavar).rstrip(".")
             if metavar in FILES:

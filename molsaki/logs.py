@@ -16,6 +16,7 @@ from typing import Any
 
 VARIABLE = "MOLSAKI_LOG"
 FORMATS = ("text", "json")
+VARIABLES = (VARIABLE, "TQDM_DISABLE", "TQDM_MININTERVAL")  # that are set here, for libraries and other processes
 
 
 def choose(name: str) -> None:

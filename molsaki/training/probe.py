@@ -157,7 +157,7 @@ class Probe(DistillTrainer):
                 if timed == TYPICAL:
                     break
             total += seconds * len(loader) / timed
-            count += len(data)
+            count += len(cast(Any, data))
         return total, count
 
 
