@@ -8,8 +8,10 @@ options themselves are read by `molsaki.flags`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -284,7 +286,7 @@ class _Formatter(argparse.HelpFormatter):
     """As wide as the terminal, 40 to 120 columns; keeps the lines of the examples."""
 
     def __init__(self, prog: str, **options: Any):
-        width = min(max(shutil.get_terminal_size().columns, 40), 120) - 1
+        width = text_width()
         super().__init__(prog, max_help_position=min(27, width // 3), width=width)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -300,8 +302,14 @@ class _Formatter(argparse.HelpFormatter):
         return super()._format_args(action, default_metavar)
 
 
-def width_of_examples() -> int:
-    return min(max(shutil.get_terminal_size().columns, 40), 120) - 1
+def text_width() -> int:
+    """Columns for text: of the terminal, also where standard output is a pipe to a pager; at most 120."""
+    columns = 0
+    for stream in (sys.__stdout__, sys.__stderr__, sys.__stdin__):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            columns = columns or os.get_terminal_size(stream.fileno()).columns  # type: ignore[union-attr]
+    size = shutil.get_terminal_size((columns or 80, 24))  # $COLUMNS, else standard output, else that
+    return min(max(size.columns, 40), 120) - 1
 
 
 def examples_of(examples: Iterable[tuple[str, str]], width: int) -> str:
@@ -317,7 +325,7 @@ def examples_of(examples: Iterable[tuple[str, str]], width: int) -> str:
 def _usage(program: str, usage: str) -> str:
     """The usage, wrapped between arguments."""
     words = re.findall(r"\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^]]*\]|--\w+ [A-Z.]+|\S+", usage)
-    lines = _wrapped(f"{program} ", words, " " * len(f"usage: {program} "), width_of_examples() - len("usage: "), "")
+    lines = _wrapped(f"{program} ", words, " " * len(f"usage: {program} "), text_width() - len("usage: "), "")
     return "\n".join(lines)
 
 
@@ -352,7 +360,7 @@ def parser_of(
         prog=f"molsaki {command}",
         usage=_usage(f"molsaki {command}", about.usage),
         description=about.about,
-        epilog=examples_of(about.examples, width_of_examples()) if about.examples else None,
+        epilog=examples_of(about.examples, text_width()) if about.examples else None,
         formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=False,

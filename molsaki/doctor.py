@@ -99,7 +99,7 @@ def report() -> dict[str, Section]:
     ready = sum(str(result).startswith(OK) for result in selftest.values())
     result = f"{ready} of {ready + len(failed)} engines that are ready passed the self-test"
     if lacking := [name for name in TRAINING if name in to_do]:
-        result += f"; training and most commands lack {', '.join(lacking)}"
+        result += f"; training and most commands need {', '.join(lacking)}"
     if broken:
         result = f"{broken} broken: {', '.join([*failed, *(name for name in REQUIRED if name in to_do)])}; " + result
     return {

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import molsaki
+from molsaki import cli
 from molsaki.annotation import annotate as annotate_module
 from molsaki.cli import main
 from molsaki.evaluation import evaluate as evaluate_module
@@ -307,3 +308,26 @@ def test_two_processes_are_one_with_twice_the_batch(work):
         assert [a[n] for n in names] == pytest.approx([b[n] for n in names], rel=1e-4)
     a, b = (load_file(path / "model.safetensors") for path in (folder, work / "run"))
     assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-4) for name in b)
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("raise ValueError('a')", True),
+        ("raise ValueError(\n    'a'\n    'b'\n) from None", True),
+        (
+            "try:\n    int('x')\nexcept ValueError as error:\n    raise ValueError(\n        f'a {error}'\n    ) from error",
+            True,
+        ),
+        ("int('x')", False),
+        ("a, b = [1]", False),
+        ("None + 1", False),
+    ],
+)
+def test_what_is_raised_by_a_raise_statement(tmp_path, statement, expected):
+    """So under every Python: which line of a statement a traceback names has changed between versions."""
+    path = tmp_path / "code.py"
+    path.write_text(statement + "\n")
+    with pytest.raises((ValueError, TypeError)) as caught:
+        exec(compile(path.read_text(), str(path), "exec"), {})
+    assert cli._is_deliberate(caught.value) is expected
