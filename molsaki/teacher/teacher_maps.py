@@ -60,6 +60,16 @@ def probe(model: nn.Module, value_heads: str | None = None, map_heads: str = "me
     return record.maps.shape[1], len(record.layers), record.values.shape[-1] if values else 0
 
 
+@torch.no_grad()
+def layers_with_maps(model: nn.Module) -> tuple[int, ...]:
+    """The decoder layers whose attention has a map, from a forward of two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
+    plan = StepPlan.from_spans([[(0, 2)]], [[[0]]])
+    with evaluation_mode(model), capture(model, plan) as record:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return record.layers
+
+
 def probe_student(model: nn.Module, options: MixtureOptions) -> tuple[int, int, int]:
     """`probe` of a student as the mixture needs it: only a router reads values."""
     return probe(model, options.value_heads if options.mixture == "mixture" else None, options.map_heads)
