@@ -78,6 +78,7 @@ COMMANDS = {
     "distill": "train a student, with the teacher live or from the store",
     "evaluate": "decode greedily, score exactly, write every prediction",
     "plot": "draw losses, layer weights and maps",
+    "report": "write a page about a run: curves, maps, predictions",
     "study": "train and compare a grid of methods, seeds and data sets",
     "store": "look at a store: verify, info or head",
     "doctor": "print versions, devices, engines, and why each is or is not ready",
@@ -90,6 +91,7 @@ CONFIGURED = {
     "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.trainer"),
     "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
     "plot": ("molsaki.config", "PlotConfig", "molsaki.plotting.plot_run"),
+    "report": ("molsaki.config", "ReportConfig", "molsaki.reporting.report"),
 }
 CONTINUE = {
     "annotate": "All replies so far are kept; run the same command again to continue.",
@@ -109,6 +111,8 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
     if command == "distill" and not {"-h", "--help"}.isdisjoint(argv):  # TrainingArguments take seconds to import
         config_module, config_name = "molsaki.config", "DistillOptions"
     config_class = getattr(importlib.import_module(config_module), config_name)
+    if command == "report" and argv and not argv[0].startswith("-"):  # molsaki report RUN
+        argv = [f"--run={argv[0]}", *argv[1:]]
     options = parse(config_class, argv, f"molsaki {command}")
     result = getattr(importlib.import_module(module), command)(options)
     if os.environ.get("RANK", "0") == "0":
