@@ -351,11 +351,11 @@ class ReportConfig(DataOptions):
     predictions: list[str] = option(
         [],
         "predictions.jsonl of molsaki evaluate, or its folder: first the student's, then those of other models to be "
-        "shown beside them, such as the student before training. Default: the one in the run's folder, if there is one.",
+        "shown beside them, such as the student before training. Default: the one in the run's folder, if any.",
     )
     examples: int = option(
         8,
-        "Number of examples whose maps are shown, the first ones of the data; also of right and of wrong predictions.",
+        "Number of examples whose maps are shown, the first of the data; also of right and of wrong predictions.",
     )
     ids: list[str] = option([], "Ids of the examples whose maps are shown, in place of the first ones.")
 

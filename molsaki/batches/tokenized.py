@@ -52,7 +52,7 @@ def predict_prompt(
 
 
 def predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
-    """The question of the predict text, and the template of that question and the answer, which stands for a rationale."""
+    """The question of the predict text, and the template of it and the answer, which is encoded as a rationale."""
     head, found, tail = predict_template.partition("{answer}")
     if not found or "{question}" not in head or (tail and template == "chat"):
         raise ValueError(

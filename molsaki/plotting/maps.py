@@ -67,8 +67,8 @@ class Side:
 class MapSource:
     """The maps of examples under the options of a run.
 
-    The teacher's come from the store where it is given; otherwise, and with ``every_layer`` also for an example of which
-    the store does not hold every layer, from the live teacher, if that is given.
+    The teacher's come from the store where it is given. Otherwise, and with ``every_layer`` also for an example of
+    which the store does not hold every layer, they come from the live teacher, if that is given.
 
     Args:
         config: names the models, the store and the run, whose last checkpoint has the router.
@@ -111,9 +111,8 @@ class MapSource:
 
     def of_teacher(self, example: Example, spans: Spans) -> Maps:
         """Raises a ValueError if there is no teacher and the store lacks the example or has another text for it."""
-        if self.store is not None and (
-            self.teacher.name is None or not self._every_layer or self._holds(example, spans)
-        ):
+        use_store = self.teacher.name is None or not self._every_layer or self._holds(example, spans)
+        if self.store is not None and use_store:
             return self._stored(self.store, example, spans)
         inputs, plan = self.teacher.tokens(spans)
         record = teacher_record(self.teacher.model, **inputs, plan=plan, map_heads=self.options.map_heads)

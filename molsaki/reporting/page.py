@@ -13,6 +13,7 @@ import importlib.resources
 import json
 import logging
 import math
+import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from molsaki.reporting.run_logs import RunLogs, base_name, curves_of, meaning_of
 logger = logging.getLogger(__name__)
 
 NO_SCRIPT = "<noscript><p>This part needs JavaScript.</p></noscript>"
+FLAG = re.compile(r"(?<![\w-])--[a-z]\w*")
 NOT_RECORDED = "not recorded"
 
 
@@ -62,14 +64,12 @@ def render(
         "script": resource("report.js"),
         "navigation": " ".join(f'<a href="#{ids[title]}">{title}</a>' for title in sections),
         "sections": "\n".join(
-            f'<section id="{ids[title]}" aria-labelledby="{ids[title]}-title"><h2 id="{ids[title]}-title">{title}</h2>\n'
-            f"{content}\n</section>"
+            f'<section id="{ids[title]}" aria-labelledby="{ids[title]}-title">\n'
+            f'<h2 id="{ids[title]}-title">{title}</h2>\n{content}\n</section>'
             for title, content in sections.items()
         ),
-        "footer": f"Written by <code>molsaki report</code> from {escaped(str(logs.folder))}. The file needs no network.",
-        "data": as_script(
-            {"curves": curves, "weights": weights, "others": [one.name for one in predictions[1:]], **data}
-        ),
+        "footer": f"Written by <code>molsaki report</code> from {escaped(logs.folder)}. The file needs no network.",
+        "data": as_script({"curves": curves, "weights": weights, "models": [one.name for one in predictions], **data}),
     }
     return string.Template(resource("page.html")).substitute(values)
 
@@ -150,7 +150,8 @@ def summary(logs: RunLogs, predictions: Sequence[Predictions]) -> str:
         tiles.append(("accuracy", percent(right / total), where))
         for other in predictions[1:]:
             if other.interval is not None:
-                tiles.append((f"accuracy of {other.name}", percent(other.counts[0] / other.counts[1]), "beside it"))
+                share = percent(other.counts[0] / other.counts[1])
+                tiles.append((f"accuracy of {other.name}", share, f"of model {other.model}"))
     elif "eval_accuracy" in values:
         step, last = values["eval_accuracy"][-1]
         tiles.append(("accuracy", percent(last), f"during training, at step {step:,}"))
@@ -169,7 +170,8 @@ def summary(logs: RunLogs, predictions: Sequence[Predictions]) -> str:
     speed = f"{logs.seconds / done:.2f} s per step" if logs.seconds is not None and done else "of the training"
     tiles.append(("time", duration(logs.seconds), speed))
     shown_tiles = "\n".join(
-        f'<div class="tile"><dt>{escaped(label)}</dt><dd>{escaped(value)}</dd><dd class="small">{escaped(detail)}</dd></div>'
+        f'<div class="tile"><dt>{escaped(label)}</dt><dd>{escaped(value)}</dd>'
+        f'<dd class="small">{escaped(detail)}</dd></div>'
         for label, value, detail in tiles
     )
     found = f'<dl class="tiles">\n{shown_tiles}\n</dl>'
@@ -201,14 +203,23 @@ def accuracies(predictions: Sequence[Predictions]) -> str:
         test = None if one is first else first.paired(one)
         paired = (
             "" if test is None else
-            f"{test['only_this']} right here only, {test['only_other']} there only, p = {number(test['p_value'], 2)}"
+            f"right by {escaped(first.name)} only: {test['only_this']}, by {escaped(one.name)} only: "
+            f"{test['only_other']}; p = {number(test['p_value'], 2)}"
         )  # fmt: skip
         accuracy = percent(right / total) if total else ""
-        lines.append([escaped(one.name), escaped(one.mode), accuracy, interval, f"{right} of {total}", paired,
-                      escaped(one.path)])  # fmt: skip
-    head = ["model", "asked for", "accuracy", "95 % interval", "right", "paired with the first (McNemar)", "file"]
-    return table(head if len(lines) > 1 else [*head[:5], head[6]],
-                 lines if len(lines) > 1 else [[*line[:5], line[6]] for line in lines], "numbers")  # fmt: skip
+        lines.append([escaped(one.name), escaped(one.model), escaped(one.mode), accuracy, interval,
+                      f"{right} of {total}", paired])  # fmt: skip
+    head = [
+        "predictions",
+        "model",
+        "asked for",
+        "accuracy",
+        "95 % interval",
+        "right",
+        "paired with the first (McNemar)",
+    ]
+    shown = len(head) - (len(lines) == 1)
+    return table(head[:shown], [line[:shown] for line in lines], "numbers")
 
 
 def configuration(options: Mapping[str, Any]) -> str:
@@ -218,7 +229,8 @@ def configuration(options: Mapping[str, Any]) -> str:
     defaults, help_texts = default_options(), help_of_options()
     order = [name for name in help_texts if name in options]
     order += sorted(name for name in options if name not in help_texts)
-    changed, same = [], []
+    changed: list[list[str]] = []
+    same: list[list[str]] = []
     for name in order:
         value = options[name]
         known = defaults.get(name, [])
@@ -254,9 +266,9 @@ def default_options() -> dict[str, list[Any]]:
 
     found: dict[str, list[Any]] = {}
     for field in dataclasses.fields(DistillConfig):
-        default: Any = field.default
-        if default is dataclasses.MISSING:
-            default = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default: Any = None if field.default is dataclasses.MISSING else field.default
+        if callable(field.default_factory):
+            default = field.default_factory()
         found[field.name] = [json.loads(json.dumps(default, default=str))]
     try:
         completed = json.loads(DistillConfig(output_dir="run").to_json_string())  # type: ignore[no-untyped-call]
@@ -321,7 +333,7 @@ def _curve_notes(logs: RunLogs, has_curves: bool) -> list[str]:
     has_attention = logs.options.get("objective") == "molsaki" or "loss_att" in values
     if has_attention and "attention_share" not in values:
         found.append(
-            "The attention loss's share of the gradient was not measured: molsaki distill --share_steps 20 does so every "
+            "The attention loss's share of the gradient was not measured: molsaki distill --share_steps 20 does so once per "
             "20 steps, each time with one forward and two backwards more."
         )
     if not any(name.startswith("eval_") for name in values):
@@ -351,7 +363,11 @@ def _drawn(id: str, has_data: bool, notes: Iterable[str], before: str = "") -> s
 
 
 def _notes(notes: Iterable[str]) -> str:
-    return "".join(f'<p class="note">{escaped(note)}</p>' for note in notes)
+    return "".join(f'<p class="note">{FLAG.sub(as_code, escaped(note))}</p>' for note in notes)
+
+
+def as_code(match: re.Match[str]) -> str:
+    return f"<code>{match[0]}</code>"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:

@@ -24,7 +24,7 @@ class Predictions:
 
     Attributes:
         path: as it was given.
-        name: a short one, unlike those of the others.
+        name: that of its folder, with a number where others have the same.
         records: its lines.
         summary: empty if there is none.
     """
@@ -129,8 +129,7 @@ def read_all(paths: Sequence[str]) -> list[Predictions]:
                 summary = json.loads(beside.read_text(encoding="utf-8"))
             except ValueError as error:
                 logger.warning("%s: cannot be read: %s", beside, error)
-        model = summary.get("model")
-        name = Path(model).name if isinstance(model, str) else file.parent.name
+        name = file.resolve().parent.name
         same = sum(one.name.partition(" (")[0] == name for one in found)
         found.append(Predictions(path, f"{name} ({same + 1})" if same else name, records, dict(summary)))
     if len(found) > 1:

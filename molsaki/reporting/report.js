@@ -100,7 +100,7 @@
   }
 
   function control(label, ...nodes) {
-    return make("label", { class: "control" }, label, make("span", { class: "row" }, ...nodes));
+    return make("label", { class: `control${nodes[0].type === "range" ? " wide" : ""}` }, label, make("span", { class: "row" }, ...nodes));
   }
 
   // A list of choices with a button to either side. `change` gets the index.
@@ -260,9 +260,10 @@
       let top = 0;
       for (const v of values) for (const byte of v) if (byte !== NOT_FINITE) top = Math.max(top, byte);
       top = weight(top) || 1;
+      const tall = clamp(12 * Math.max(...weights.sides.map((side) => side.layers)), 90, 300);
       for (const one of drawn) {
         const L = one.side.layers, width = Math.max(one.box.clientWidth, 120), left = 34, plot = width - left - 6;
-        const tall = clamp(L * 12, 90, 300), context = prepared(one.over, width, tall + 24);
+        const context = prepared(one.over, width, tall + 24);
         const image = pixels(T, L, (r, c) => { // layer 0 below
           const w = weight(one.values[c * L + L - 1 - r]);
           return w === null ? [127, 127, 127] : of(w / top);
@@ -663,12 +664,12 @@
     return make("span", { class: `mark ${entry.right ? "right" : "wrong"}`, textContent: entry.right ? "✓ right" : "✗ wrong" });
   }
 
-  function replies(parent, entries, others) {
+  function replies(parent, entries, [own, ...others]) {
     const groups = [["all", () => true], ["right", (e) => e.right], ["wrong", (e) => !e.right && !e.left_out]];
     if (entries.some((e) => e.left_out)) groups.push(["left out", (e) => Boolean(e.left_out)]);
     others.forEach((name, i) => {
-      groups.push([`right here, wrong by ${name}`, (e) => e.right && e.others[i] && !e.others[i].right]);
-      groups.push([`wrong here, right by ${name}`, (e) => !e.right && !e.left_out && e.others[i] && e.others[i].right]);
+      groups.push([`right by ${own}, wrong by ${name}`, (e) => e.right && e.others[i] && !e.others[i].right]);
+      groups.push([`wrong by ${own}, right by ${name}`, (e) => !e.right && !e.left_out && e.others[i] && e.others[i].right]);
     });
     if (entries.some((e) => e.view)) groups.push(["with a map", (e) => Boolean(e.view)]);
     const list = make("div"), buttons = make("div", { class: "controls" });
@@ -737,7 +738,7 @@
   part("curves", data.curves.length, (node) => node.append(make("div", { class: "charts" }, ...data.curves.map(chart))));
   part("weights", data.weights, (node) => layerWeights(node, data.weights));
   part("maps", data.maps.length, (node) => maps(node, data.maps));
-  part("predictions", data.replies.length, (node) => replies(node, data.replies, data.others));
+  part("predictions", data.replies.length, (node) => replies(node, data.replies, data.models));
 
   const redraw = () => redraws.forEach((one) => one());
   let waiting = 0, known = innerWidth;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -66,10 +67,13 @@ class _Gathered:
         self.config, self.logs = config, logs
         self.notes: dict[str, list[str]] = {"maps": [], "predictions": []}
         self.sources: dict[str, str] = {}
+        self._not_here: list[str] = []
         self.predictions: list[Predictions] = self._read_predictions()
         self._is_given = any((config.teacher, config.store, config.student, config.data_file, config.ids))
         teacher = self._named("teacher", config.teacher)
         store = self._named("store", config.store)
+        if teacher is None and store is None:
+            self.notes["maps"] += self._not_here
         student = config.student or _exported(logs.folder)
         self.source: MapSource | None = None
         if not config.examples and not config.ids:
@@ -116,7 +120,7 @@ class _Gathered:
         if found is not None:
             return found if Path(found).is_dir() else None
         if isinstance(named, str):
-            self.notes["maps"].append(f"The run's {option} {named} is no folder here: add --{option}.")
+            self._not_here.append(f"The run's {option} {named} is no folder here: add --{option}.")
         return None
 
     def _existing(self, name: str) -> str | None:
@@ -237,11 +241,8 @@ class _Gathered:
         for name in files:
             path = self._existing(name) if name else None
             if path is not None:
-                found = self._tried(
-                    "predictions",
-                    lambda: read_examples(str(path), rationale=False, data_format=self.config.data_format),
-                )
-                return {example.id: example for example in found or ()}
+                read = functools.partial(read_examples, path, rationale=False, data_format=self.config.data_format)
+                return {example.id: example for example in self._tried("predictions", read) or ()}
         return {}
 
     def _with_map(self, shown: list[dict[str, Any]]) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from molsaki.plotting.maps import saved_options
-from molsaki.training.checkpoints import WEIGHTS_LOG, checkpoints, last_state
+from molsaki.training.checkpoints import WEIGHTS_LOG, last_state
 from molsaki.training.run_record import RECORD, read_attempts
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ PANELS = {
     "Attention loss: share of the gradient": ("attention_share",),
     "Attention loss: weight (beta)": ("beta",),
     "Entropy of the layer weights": ("entropy_teacher", "entropy_student"),
+    "Steps and key words per example": ("steps_mean", "words_mean"),
     "Learning rate": ("learning_rate",),
     "Norm of the gradient": ("grad_norm",),
 }
@@ -53,6 +54,8 @@ MEANINGS = {
     "entropy_student": "entropy of the student's layer weights, nats",
     "learning_rate": "learning rate of the student",
     "grad_norm": "norm of the student's gradient, before it is clipped",
+    "steps_mean": "steps per example: rows of its map",
+    "words_mean": "key words per example: columns of its map",
     "without_words": "examples without key words",
 }
 NOT_CURVES = ("step", "epoch", "total_flos", "num_input_tokens_seen")
@@ -203,9 +206,8 @@ def _thinned(points: Sequence[tuple[int, float]]) -> dict[str, Any]:
 
 def weights_of(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The layer weights of both sides for the page: bytes ``254 sqrt(weight)``, one row per point in time."""
-    lengths = {
-        side: len(records[-1][side]) for side in ("teacher", "student") if records and isinstance(records[-1].get(side), list)
-    }  # fmt: skip
+    last = records[-1] if records else {}
+    lengths = {side: len(last[side]) for side in ("teacher", "student") if last.get(side)}
     whole = [r for r in records if all(len(r.get(side, ())) == n for side, n in lengths.items())]
     if not lengths or not whole:
         return None
