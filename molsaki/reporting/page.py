@@ -333,8 +333,8 @@ def _curve_notes(logs: RunLogs, has_curves: bool) -> list[str]:
     has_attention = logs.options.get("objective") == "molsaki" or "loss_att" in values
     if has_attention and "attention_share" not in values:
         found.append(
-            "The attention loss's share of the gradient was not measured: molsaki distill --share_steps 20 does so once per "
-            "20 steps, each time with one forward and two backwards more."
+            "The attention loss's share of the gradient was not measured: molsaki distill --share_steps 20 does so "
+            "once per 20 steps, each time with one forward and two backwards more."
         )
     if not any(name.startswith("eval_") for name in values):
         found.append("There was no evaluation: add --eval_file with --eval_strategy steps to molsaki distill.")

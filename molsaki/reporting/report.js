@@ -60,6 +60,16 @@
   addEventListener("scroll", hideTooltip, { passive: true });
   addEventListener("keydown", (event) => { if (event.key === "Escape") hideTooltip(); });
 
+  // Calls `leave` when a mouse leaves the node, or when something else is touched: a finger that is lifted stays.
+  const leaving = [];
+  function onLeave(node, leave) {
+    node.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") leave(); });
+    leaving.push([node, leave]);
+  }
+  addEventListener("pointerdown", (event) => {
+    if (event.pointerType === "touch") for (const [node, leave] of leaving) if (!node.contains(event.target)) leave();
+  }, { capture: true });
+
   function bytes(text) {
     const raw = atob(text), found = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) found[i] = raw.charCodeAt(i);
@@ -216,7 +226,7 @@
     const leave = () => { cursor.setAttribute("visibility", "hidden"); hideTooltip(); };
     picture.addEventListener("pointermove", point);
     picture.addEventListener("pointerdown", point);
-    picture.addEventListener("pointerleave", leave);
+    onLeave(picture, leave);
     picture.addEventListener("blur", leave);
     picture.addEventListener("keydown", (event) => {
       const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
@@ -335,8 +345,8 @@
         one.over.addEventListener(type, explain(one, false));
         one.bars.addEventListener(type, explain(one, true));
       }
-      one.over.addEventListener("pointerleave", hideTooltip);
-      one.bars.addEventListener("pointerleave", hideTooltip);
+      onLeave(one.over, hideTooltip);
+      onLeave(one.bars, hideTooltip);
     }
     slider.addEventListener("input", draw);
     redraws.push(draw);
@@ -405,7 +415,7 @@
         node.append(word);
       }
       node.addEventListener("pointerenter", () => select(0, s, null));
-      node.addEventListener("pointerleave", () => clear());
+      onLeave(node, clear);
       stepNodes.push(node);
       textNode.append(node);
     });
@@ -430,7 +440,7 @@
       };
       cells.addEventListener("pointermove", (event) => { const [s, w] = locate(event); select(i, s, w, event.clientX, event.clientY); });
       cells.addEventListener("pointerdown", (event) => { const [s, w] = locate(event); select(i, s, w, event.clientX, event.clientY); });
-      cells.addEventListener("pointerleave", clear);
+      onLeave(cells, clear);
       cells.addEventListener("blur", clear);
       cells.addEventListener("focus", () => { if (cells.matches(":focus-visible")) key(one, 0, 0); });
       cells.addEventListener("keydown", (event) => {

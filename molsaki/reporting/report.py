@@ -242,7 +242,11 @@ class _Gathered:
             path = self._existing(name) if name else None
             if path is not None:
                 read = functools.partial(read_examples, path, rationale=False, data_format=self.config.data_format)
-                return {example.id: example for example in self._tried("predictions", read) or ()}
+                try:
+                    return {example.id: example for example in read()}
+                except (ValueError, OSError) as error:
+                    logger.warning("report: %s", error)
+                    self.notes["predictions"].append(f"Without the key words and earlier turns of the data: {error}")
         return {}
 
     def _with_map(self, shown: list[dict[str, Any]]) -> set[str]:

@@ -35,6 +35,7 @@ PANELS = {
     "Attention loss: weight (beta)": ("beta",),
     "Entropy of the layer weights": ("entropy_teacher", "entropy_student"),
     "Steps and key words per example": ("steps_mean", "words_mean"),
+    "Examples without key words": ("without_words",),
     "Learning rate": ("learning_rate",),
     "Norm of the gradient": ("grad_norm",),
 }
@@ -179,7 +180,9 @@ def curves_of(values: dict[str, list[tuple[int, float]]]) -> list[dict[str, Any]
     found = []
     for title, names in panels.items():
         names = sorted(names, key=lambda name: (order.get(base_name(name), len(order)), name))
-        constant = [name for name in names if name == "without_words" and not any(v for _, v in values[name])]
+        constant = [
+            name for name in names if base_name(name) == "without_words" and not any(v for _, v in values[name])
+        ]
         names = [name for name in names if name not in constant]
         if names:
             series = [{"name": name, "meaning": meaning_of(name)} | _thinned(values[name]) for name in names]
