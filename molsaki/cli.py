@@ -93,6 +93,7 @@ COMMANDS = {
     "distill": "train a student, with the teacher live or from the store",
     "evaluate": "decode greedily, score exactly, write every prediction",
     "plot": "draw losses, layer weights and maps",
+    "report": "write a page about a run: curves, maps, predictions",
     "study": "train and compare a grid of methods, seeds and data sets",
     "store": "look at a store: verify, info or head",
     "doctor": "say what this machine can run, and what to do about the rest",
@@ -106,6 +107,7 @@ CONFIGURED = {
     "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.trainer"),
     "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
     "plot": ("molsaki.config", "PlotConfig", "molsaki.plotting.plot_run"),
+    "report": ("molsaki.config", "ReportConfig", "molsaki.reporting.report"),
 }
 CONTINUE = {
     "annotate": "All replies so far are kept",
@@ -127,6 +129,7 @@ examples:
   molsaki distill --student MODEL --store maps --train_file train.jsonl \\
       --output_dir run
   molsaki evaluate --model run --data_file test.jsonl --output_dir results
+  molsaki report run --predictions results
 
 options:
   -h, --help             Show this help; `molsaki COMMAND --help` shows the
@@ -200,6 +203,8 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
     config_module, config_name, module = CONFIGURED[command]
     require("train")
     config_class = getattr(importlib.import_module(config_module), config_name)
+    if command == "report" and argv and not argv[0].startswith("-"):  # molsaki report RUN
+        argv = [f"--run={argv[0]}", *argv[1:]]
     has_dry_run = command in HELP and HELP[command].dry_run
     try:
         options, dry_run = parse_command(config_class, _underscores(argv), f"molsaki {command}", has_dry_run)

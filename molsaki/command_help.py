@@ -226,6 +226,22 @@ HELP = {
              "--output_dir pictures"),
         ],
     ),
+    "report": Help(
+        "RUN [options]",
+        "Write one HTML file about a run of molsaki distill: curves, layer weights, maps of teacher and student, "
+        "predictions, configuration. It needs no network.",
+        {
+            "the run": ("run", "output_file"),
+            "maps of teacher and student": ("teacher", "store", "student", "data_file", "examples", "ids"),
+            "predictions": ("predictions",),
+            "the texts": ("data_format",),
+        },
+        [
+            ("Everything that the run recorded", "molsaki report run"),
+            ("With the predictions of molsaki evaluate, beside those before training",
+             "molsaki report run --predictions after before --teacher Qwen/Qwen3-4B --data_file test.jsonl"),
+        ],
+    ),
     "study": Help(
         "FILE [options]",
         "Train and evaluate a grid of methods, seeds and data sets as a YAML file describes it, and compare them: see "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from molsaki.config import MIXTURE_NAMES
 from molsaki.functions import is_named, named_function
-from molsaki.modeling.capture import capture
+from molsaki.modeling.capture import Record, capture
 from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki.training.mixture import MixtureOfLayers, Pairing
 from molsaki_kernels import StepPlan
@@ -38,10 +38,23 @@ def teacher_maps(
         map_heads: as in `capture`; "each" gives the maps of all heads of all layers.
         **packed: ``position_ids`` and ``cu_seq_lens_q`` of packed texts.
     """
+    return teacher_record(teacher, input_ids, attention_mask, plan, map_heads, **packed).maps
+
+
+@torch.no_grad()
+def teacher_record(
+    teacher: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    plan: StepPlan,
+    map_heads: str = "mean",
+    **packed: Any,
+) -> Record:
+    """What `teacher_maps` captures: the maps, and which layers they are of."""
     decoder = teacher.base_model
     with capture(decoder, plan, map_heads=map_heads) as record:
         decoder(**{"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | packed)
-    return record.maps
+    return record
 
 
 @torch.no_grad()

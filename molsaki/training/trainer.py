@@ -53,6 +53,7 @@ from molsaki.training.data import TrainingData
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import Objective, objective_of
 from molsaki.training.progress import log_in_place_of_printing
+from molsaki.training.run_record import RunRecord
 from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
 from molsaki.training.trainable import add_adapters, check_adapters, end_with, freeze, is_peft
 from molsaki.training.watch import IdleLoss, LayerWeightPictures
@@ -242,6 +243,7 @@ class DistillTrainer(Trainer):
         self.add_callback(_StartOfRun(self))
         self.add_callback(_LogBeforeSave())
         self.add_callback(_StopIfBad(self))
+        self.add_callback(RunRecord(self._folder, self.train_dataset))
         if mixture is not None:
             self.add_callback(
                 LayerWeightPictures(self._folder / checkpoints.WEIGHTS_LOG, self.callback_handler.callbacks)
