@@ -14,6 +14,7 @@ docs/benchmarking.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import re
 import statistics
@@ -114,7 +115,7 @@ def shapes_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser, de
         shapes = cpu_shapes(arguments.size) if on_cpu else cuda_shapes(arguments.size)
         if dtype is None:
             return shapes
-        return list(dict.fromkeys(Shape(**{**vars(shape), "dtype": dtype}) for shape in shapes))
+        return list({s.name: s for s in (dataclasses.replace(shape, dtype=dtype) for shape in shapes)}.values())
     heads = re.fullmatch(r"(\d+)/(\d+)", arguments.heads or ("9/9" if on_cpu else "32/8"))
     if heads is None or not int(heads[2]) or int(heads[1]) % int(heads[2]):
         parser.error(f"--heads: expected Q/KV with Q a multiple of KV, such as 32/8, got {arguments.heads!r}")
@@ -248,7 +249,7 @@ def draw(records: list[dict], path: Path) -> None:
     try:
         from . import bench_plot
     except ModuleNotFoundError as reason:
-        if reason.name != "matplotlib":
+        if (reason.name or "").partition(".")[0] != "matplotlib":
             raise
         print('No plot: matplotlib is not installed (pip install "matplotlib>=3.9", or the extra "plot").')
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from .plots import by, colours_of, conditions, finish
 from .plots import draw as draw_steps
@@ -33,7 +34,7 @@ def layer_figure(records: list[dict]) -> Figure:
     shapes = by(records, "shape", "steps")
     colours = colours_of(records)
     most = max(len({r["contender"] for r in group}) for _, group in shapes)
-    height = 1.1 + len(shapes) * (0.9 + 0.24 * most)
+    height = 1.1 + len(shapes) * (0.9 + 0.3 * most)
     figure = Figure(figsize=(11, height), layout="constrained")
     axes = figure.subplots(len(shapes), 2, squeeze=False)
     for (time, memory), (_, group) in zip(axes, shapes, strict=True):
@@ -69,7 +70,7 @@ def _dots(ax: Axes, group: list[dict], names: list[str], colours: dict[str, str]
         if r.get(key) is None:
             continue
         value, y = r[key], lines - 1 - names.index(r["contender"])
-        y += 0.16 if r["pass"] == "forward+backward" else -0.16
+        y += 0.2 if r["pass"] == "forward+backward" else -0.2
         marker, fill = PASSES[r["pass"]]
         colour = colours[r["contender"]]
         low, high = r.get(f"{key}_q1"), r.get(f"{key}_q3")
@@ -77,10 +78,9 @@ def _dots(ax: Axes, group: list[dict], names: list[str], colours: dict[str, str]
             ax.plot([low, high], [y, y], color=colour, linewidth=1.5, alpha=0.6)
         shown = max(value, 0.05) if key == "peak_mib" else value  # the axis is logarithmic
         ax.plot([shown], [y], marker=marker, fillstyle=fill, color=colour, markersize=5)
-        text = f"{value:.2f}" if value < 10 else f"{value:,.0f}"
-        ax.annotate(
-            text, (shown, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, color="#333333"
-        )
+        text = f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if key == "peak_mib" else f"{value:.2f}"
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(text, (max(shown, high or shown), y), fontsize=7, color="#333333", **place)
         found.append(shown)
     ax.set_yticks(range(lines), reversed(names), fontsize=8)
     ax.set_ylim(-0.6, lines - 0.4)
@@ -90,5 +90,6 @@ def _dots(ax: Axes, group: list[dict], names: list[str], colours: dict[str, str]
         return
     ax.set_xscale("log")
     ax.set_xlim(min(found) / 1.5, max(found) * 2.5)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(found) < 100 * min(found) else (1,)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
     ax.minorticks_off()

@@ -25,15 +25,21 @@ class Row:
 def table(title: str, over: str, rows: Sequence[Row], missing: Iterable[tuple[str, str]] = ()) -> list[str]:
     """Return the lines of one table; ``over`` heads the column of ratios, ``missing`` has names and reasons."""
     width = max([len(row.name) for row in rows] + [len("contender")])
-    lines = [title, f"  {'contender':{width}}  {'ms':>9}  {over:>7}  {'quartiles':>13}  {'peak MiB':>8}  note"]
+    lines = [title, f"  {'contender':{width}}  {'ms':>9}  {over:>7}  {'quartiles':>14}  {'peak MiB':>9}  note"]
     for row in rows:
-        spread = f"{row.low:.2f} to {row.high:.2f}" if row.low is not None and row.high is not None else ""
+        spread = _spread(row.low, row.high)
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}" if row.ratio < 1000 else f"{row.ratio:,.0f}"
         peak = "" if row.peak_mib is None else f"{row.peak_mib:,.1f}"
-        line = f"  {row.name:{width}}  {milliseconds(row.ms):>9}  {ratio:>7}  {spread:>13}  {peak:>8}  {row.note}"
+        line = f"  {row.name:{width}}  {milliseconds(row.ms):>9}  {ratio:>7}  {spread:>14}  {peak:>9}  {row.note}"
         lines.append(line.rstrip())
     lines += [wrapped for name, reason in missing for wrapped in _wrapped(f"{name}: {reason}")]
     return lines
+
+
+def _spread(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return ""
+    return f"{low:.2f} to {high:.2f}" if high < 100 else f"{low:,.0f} to {high:,.0f}"
 
 
 def milliseconds(ms: float | None) -> str:

@@ -5,7 +5,8 @@
 A layer's time is compared as its ratio to PyTorch's attention in the same run, where both files have it: that code is
 the same in both, so that a slow period of the machine does not count as a change. Otherwise the times are compared. A
 change is reported as one if it exceeds the uncertainty of both medians, 1.57 times the interquartile range over the
-root of the number of calls (McGill, Tukey and Larsen 1978), and :data:`LEAST`, by which two runs of one commit differ too.
+root of the number of calls (McGill, Tukey and Larsen 1978), and :data:`LEAST`, and if the first quartiles, which other
+work on the machine disturbs less, differ in the same direction by more than :data:`LEAST`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .layer import read_records
 
 LEAST = 0.05  # as a share of the time
 UNKNOWN = 0.10  # half-width for records without quartiles
+FEW = 0.50  # half-width where fewer than three calls were measured
+DRIFT = 0.10  # change of the reference from which on the reader is told of it
 SLOWER_STATUS = 3  # exit status for --fail_on_slower
 OURS = ("map", "map alone")
 
@@ -31,13 +34,16 @@ class Timing:
     """A median with the uncertainty of it, both of one unit."""
 
     median: float
-    half_width: float | None  # as a share of the median
+    half_width: float  # as a share of the median
+    low: float | None = None  # first quartile
 
     @classmethod
     def of(cls, median: float, q1: float | None, q3: float | None, calls: float | None) -> Timing:
-        if q1 is None or q3 is None or not calls or calls < 3:
-            return cls(median, None)
-        return cls(median, 1.57 * (q3 - q1) / median / math.sqrt(calls))
+        if calls is not None and calls < 3:
+            return cls(median, FEW)
+        if q1 is None or q3 is None or calls is None:
+            return cls(median, UNKNOWN)
+        return cls(median, 1.57 * (q3 - q1) / median / math.sqrt(calls), q1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +63,25 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """``change`` is that of the time as a share; within ``noise`` it means nothing. ``by_ratio``: see the module."""
+    """``change`` is that of the time as a share; within ``noise`` it means nothing. ``by_ratio``: see the module.
+
+    ``low`` is the change of the first quartiles, or None. ``is_reference``: others are compared by their ratio to it.
+    """
 
     before: Measured
     after: Measured
     change: float
     noise: float
-    by_ratio: bool
+    by_ratio: bool = False
+    low: float | None = None
+    is_reference: bool = False
 
     @property
     def verdict(self) -> str:
-        if abs(self.change) <= self.noise:
+        if self.is_reference:
+            return "the reference"
+        agrees = self.low is None or (abs(self.low) > LEAST and (self.low > 0) == (self.change > 0))
+        if abs(self.change) <= self.noise or not agrees:
             return "no change"
         return "slower" if self.change > 0 else "faster"
 
@@ -155,11 +169,14 @@ def compared(before: dict[tuple, Measured], after: dict[tuple, Measured]) -> lis
         old = before.get(key)
         if old is None:
             continue
-        by_ratio = bool(old.ratio and new.ratio and old.control == new.control and old.torch == new.torch and new.ours)
+        same_control = old.control == new.control is not None and old.torch == new.torch
+        by_ratio = bool(same_control and old.ratio and new.ratio)
         a, b = (old.ratio, new.ratio) if by_ratio else (old.ms, new.ms)
         assert a is not None and b is not None
-        widths = [UNKNOWN if t.half_width is None else t.half_width for t in (a, b)]
-        changes.append(Change(old, new, b.median / a.median - 1, max(LEAST, sum(widths)), by_ratio))
+        low = b.low / a.low - 1 if a.low and b.low else None
+        noise = max(LEAST, a.half_width + b.half_width)
+        is_reference = same_control and new.contender == new.control
+        changes.append(Change(old, new, b.median / a.median - 1, noise, by_ratio, low, is_reference))
     return changes
 
 
@@ -172,6 +189,11 @@ def report(changes: Sequence[Change], before: str) -> list[str]:
     for what in ("device", "torch"):
         pairs = dict.fromkeys((getattr(c.before, what), getattr(c.after, what)) for c in changes)
         lines += [f"The {what} differs: {a} before, {b} now." for a, b in pairs if a != b]
+    drift = max((c.change for c in changes if c.is_reference), key=abs, default=0.0)
+    if abs(drift) > DRIFT:
+        lines.append(
+            f"PyTorch's attention itself changed by up to {100 * drift:+.0f} %: the machine was in another state."
+        )
     width = max(len(c.after.contender) for c in changes)
     title = None
     for c in changes:
@@ -179,7 +201,7 @@ def report(changes: Sequence[Change], before: str) -> list[str]:
             title = c.after.title
             columns = f"{'before':>9}  {'now, ms':>9}  {'change':>8}  {'noise':>7}  verdict"
             lines += ["", title, f"  {'contender':{width}}  {columns}"]
-        control = " (over SDPA)" if c.by_ratio else ""
+        control = f" (over {c.after.control})" if c.by_ratio else ""
         times = "  ".join(f"{milliseconds(m.ms.median):>9}" for m in (c.before, c.after))
         verdict = f"{100 * c.change:+7.1f}%  {100 * c.noise:6.1f}%  {c.verdict}{control}"
         lines.append(f"  {c.after.contender:{width}}  {times}  {verdict}")
