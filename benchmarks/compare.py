@@ -23,7 +23,6 @@ from .layer import read_records
 
 LEAST = 0.05  # as a share of the time
 UNKNOWN = 0.10  # half-width for records without quartiles
-FEW = 0.50  # half-width where fewer than three calls were measured
 DRIFT = 0.10  # change of the reference from which on the reader is told of it
 SLOWER_STATUS = 3  # exit status for --fail_on_slower
 OURS = ("map", "map alone")
@@ -34,13 +33,13 @@ class Timing:
     """A median with the uncertainty of it, both of one unit."""
 
     median: float
-    half_width: float  # as a share of the median
+    half_width: float  # as a share of the median; infinite for fewer than three calls
     low: float | None = None  # first quartile
 
     @classmethod
     def of(cls, median: float, q1: float | None, q3: float | None, calls: float | None) -> Timing:
         if calls is not None and calls < 3:
-            return cls(median, FEW)
+            return cls(median, math.inf)
         if q1 is None or q3 is None or calls is None:
             return cls(median, UNKNOWN)
         return cls(median, 1.57 * (q3 - q1) / median / math.sqrt(calls), q1)
@@ -80,6 +79,8 @@ class Change:
     def verdict(self) -> str:
         if self.is_reference:
             return "the reference"
+        if math.isinf(self.noise):
+            return "too few calls"
         agrees = self.low is None or (abs(self.low) > LEAST and (self.low > 0) == (self.change > 0))
         if abs(self.change) <= self.noise or not agrees:
             return "no change"
@@ -203,11 +204,15 @@ def report(changes: Sequence[Change], before: str) -> list[str]:
             lines += ["", title, f"  {'contender':{width}}  {columns}"]
         control = f" (over {c.after.control})" if c.by_ratio else ""
         times = "  ".join(f"{milliseconds(m.ms.median):>9}" for m in (c.before, c.after))
-        verdict = f"{100 * c.change:+7.1f}%  {100 * c.noise:6.1f}%  {c.verdict}{control}"
+        verdict = f"{100 * c.change:+7.1f}%  {_percent(c.noise)}  {c.verdict}{control}"
         lines.append(f"  {c.after.contender:{width}}  {times}  {verdict}")
     counts = {v: sum(c.verdict == v and c.after.ours for c in changes) for v in ("faster", "slower", "no change")}
     lines += ["", "Of ours: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "."]
     return lines
+
+
+def _percent(share: float) -> str:
+    return " " * 7 if math.isinf(share) else f"{100 * share:6.1f}%"
 
 
 def status(changes: Iterable[Change], percent: float | None) -> int:
