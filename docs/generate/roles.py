@@ -1,0 +1,51 @@
+"""Rewrites docstrings for the API pages: roles such as ``:class:`StepPlan```, code, entries with several names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+_ROLE = re.compile(r":(?:func|class|attr|meth|data|mod):`(~?)([^`]+)`")
+_CODE = re.compile(r"``([^`]+)``")
+_NAMES = re.compile(r"(\s+)(\w+(?:, \w+)+): ")
+
+
+class Roles(griffe.Extension):
+    """Rewrites every docstring before it is parsed."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of one object."""
+        if obj.docstring is not None:
+            obj.docstring.value = rewritten(obj.docstring.value)
+
+    def on_members(self, *, obj: griffe.Module | griffe.Class, **_: Any) -> None:
+        """Drop overloads: the signature of the function itself has all parameters."""
+        obj.overloads.clear()
+
+
+def rewritten(text: str) -> str:
+    """A docstring with roles and double backticks as Markdown code, and each argument in an entry of its own."""
+    text = _ROLE.sub(lambda found: f"`{found[2].rpartition('.')[2] if found[1] else found[2]}`", text)
+    return one_each(_CODE.sub(r"`\1`", text))
+
+
+def one_each(text: str) -> str:
+    """A docstring whose sections Args and Attributes describe several names in one entry: one entry each, alike."""
+    lines, section = [], False
+    todo = text.splitlines()
+    while todo:
+        line = todo.pop(0)
+        if line and not line[0].isspace():
+            section = line in ("Args:", "Attributes:")
+        found = _NAMES.match(line) if section else None
+        if found is None:
+            lines.append(line)
+            continue
+        rest = [line[found.end() :]]
+        while todo and (not todo[0].strip() or todo[0].startswith(found[1] + " ")):
+            rest.append(todo.pop(0))
+        for name in found[2].split(", "):
+            lines += [f"{found[1]}{name}: {rest[0]}", *rest[1:]]
+    return "\n".join(lines)
