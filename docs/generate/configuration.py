@@ -58,7 +58,9 @@ def overview() -> str:
 def preset_table() -> str:
     """What each preset sets for `distill`."""
     found = {name: presets.options(name, DistillOptions) for name in presets.PRESETS}
-    names = [field.name for field in dataclasses.fields(DistillOptions) if any(field.name in one for one in found.values())]
+    names = [
+        field.name for field in dataclasses.fields(DistillOptions) if any(field.name in one for one in found.values())
+    ]
     return table(
         ["option", *(f"`{name}`" for name in found)],
         [[f"`{name}`", *(value(one[name]) if name in one else "" for one in found.values())] for name in names],

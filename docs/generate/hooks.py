@@ -1,6 +1,6 @@
-"""Hooks of the documentation site: pages from outside of docs/, notebooks, Markdown as repository viewers read it, math.
+"""Hooks of the documentation site: pages from outside of docs/, notebooks, GitHub's Markdown, formulas.
 
-The pages are written for a repository viewer too. They link to files outside of docs/, which `on_files` adds to the site
+The pages are written for repository viewers too. They link to files outside of docs/, which `on_files` adds to the site
 under `SOURCE`, and they are GitHub's Markdown, which `as_python_markdown` rewrites for Python-Markdown.
 """
 
@@ -17,14 +17,24 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 SOURCE = "source"  # the folder of the site for files from outside of docs/
 LANGUAGES = {
-    ".py": "python", ".sh": "bash", ".c": "c", ".h": "c", ".yaml": "yaml", ".yml": "yaml", ".cff": "yaml", ".toml": "toml",
-    ".txt": "text", ".jsonl": "json", ".json": "json", "": "text",
+    ".py": "python",
+    ".sh": "bash",
+    ".c": "c",
+    ".h": "c",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".cff": "yaml",
+    ".toml": "toml",
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    "": "text",
 }  # fmt: skip; a file that is neither one of these nor Markdown nor a notebook is copied
 LINKED = 20  # files of a folder; of a larger one only the names are listed
 NOT_LISTED = {"__pycache__", ".git", ".venv"}
@@ -56,11 +66,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     root, docs = Path(config.config_file_path).resolve().parent, Path(config.docs_dir).resolve()
     folder = docs.relative_to(root).as_posix()
     _origins.clear()
-    for path in notebooks(docs):
-        name = path.relative_to(docs).as_posix()
+    for notebook in notebooks(docs):
+        name = notebook.relative_to(docs).as_posix()
         if (copy := files.get_file_from_path(name)) is not None:
             files.remove(copy)
-        for file in notebook_files(path, name.removesuffix(".ipynb") + ".md", config):
+        for file in notebook_files(notebook, name.removesuffix(".ipynb") + ".md", config):
             files.append(file)
     todo = []
     for uri in re.findall(rf'"{SOURCE}/([^"]+)"', json.dumps(config.nav)):  # in the navigation, linked to or not
@@ -101,6 +111,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             kind = "tree" if (root / path).is_dir() else "blob"
             return f"{str(config.repo_url).rstrip('/')}/{kind}/main/{path}"
         inside = path.startswith(f"{folder}/")
+        if inside and path.endswith(".ipynb"):
+            path, target = (text.replace(".ipynb", ".md") for text in (path, target))
         if inside and origin == f"{folder}/{here}":
             return target
         uri = path.removeprefix(f"{folder}/") if inside else site_path(path, root)
@@ -130,7 +142,9 @@ def notebooks(docs: Path) -> list[Path]:
 def title(notebook: Path) -> str:
     """The first heading of a notebook, or its name."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    headings = re.findall(r"^# (.+)$", "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.M)
+    headings = re.findall(
+        r"^# (.+)$", "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"), re.M
+    )
     return headings[0].replace("`", "") if headings else notebook.stem
 
 
@@ -198,7 +212,7 @@ def site_path(path: str, root: Path) -> str:
 
 
 def resolve(target: str, origin: str, root: Path) -> str | None:
-    """The path in the repository that a link of the file ``origin`` leads to, or None: an address, an anchor, no file."""
+    """The path in the repository that a link of the file ``origin`` leads to, or None if it leads to no file."""
     if re.match(r"[a-z][a-z0-9+.-]*:|[#/]", target):
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target.partition("#")[0]))
@@ -284,8 +298,12 @@ def as_python_markdown(markdown: str) -> str:
             depth = len(offsets)
             extra = max(indent - offsets[-1], 0) if offsets else indent
             before = lines[-1].strip() if lines else ""
-            is_table = text.startswith("|") and number + 1 < len(parts) and re.match(r"\s*\|[\s:|-]+\|\s*$", parts[number + 1])
-            if before and ((is_item and not depth and not _in_list(lines)) or (is_table and not before.startswith("|"))):
+            is_table = (
+                text.startswith("|") and number + 1 < len(parts) and re.match(r"\s*\|[\s:|-]+\|\s*$", parts[number + 1])
+            )
+            if before and (
+                (is_item and not depth and not _in_list(lines)) or (is_table and not before.startswith("|"))
+            ):
                 lines.append("")
             lines.append(" " * (4 * depth + extra) + text)
             if is_item and extra < 4:
@@ -301,8 +319,8 @@ def as_python_markdown(markdown: str) -> str:
 def _in_list(lines: list[str]) -> bool:
     """Whether the last paragraph of the lines is part of a list."""
     for line in reversed(lines):
-        if not line or _FENCE.match(line):
+        if not line or line.startswith(("```", "~~~")):
             return False
-        if _ITEM.match(line.lstrip(" ")):
+        if line.startswith("    ") or _ITEM.match(line):
             return True
     return False

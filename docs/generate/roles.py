@@ -20,9 +20,14 @@ class Roles(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = rewritten(obj.docstring.value)
 
-    def on_members(self, *, obj: griffe.Module | griffe.Class, **_: Any) -> None:
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Drop overloads: the signature of the function itself has all parameters."""
-        obj.overloads.clear()
+        todo: list[griffe.Object] = [pkg]
+        while todo:
+            one = todo.pop()
+            if isinstance(one, griffe.Function):
+                one.overloads = None
+            todo += [member for member in one.members.values() if isinstance(member, griffe.Object)]
 
 
 def rewritten(text: str) -> str:
