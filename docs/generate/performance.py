@@ -256,9 +256,9 @@ def summary() -> str:
         gpu += [min(one for one in engines if one is not None)] if of == BOTH else []
     low, high = (f"{pick(one for one in cpu if one is not None):.2f}" for pick in (min, max))
     return (
-        f"[Performance](performance.md), forward and backward: one layer with its map takes {low} to {high} of the time "
-        f"of PyTorch's attention without one on a CPU (float32, AVX-512), and with the fastest engine {min(gpu):.2f} to "
-        f"{max(gpu):.2f} of the time of the fastest attention without one on an H200."
+        f"[Performance](performance.md), forward and backward: one layer with its map takes {low} to {high} of the "
+        "time of PyTorch's attention without one on a CPU (float32, AVX-512), and with the fastest engine "
+        f"{min(gpu):.2f} to {max(gpu):.2f} of the time of the fastest attention without one on an H200."
     )
 
 
