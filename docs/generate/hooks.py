@@ -46,6 +46,8 @@ _ITEM = re.compile(r"(?:[-*+]|\d{1,9}[.)])[ \t]+")
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _MARKER = re.compile(r"^<!-- (?:generated|end)\b.*?-->\n?", re.MULTILINE)
 
+# Weights of pages in the search: an option is looked up more often than what was once tried.
+BOOST = {"reference/configuration.md": 4, "troubleshooting.md": 2, "lab/2026-11.md": 0.3, f"{SOURCE}/CHANGELOG.md": 0.3}
 _slug = slugify(case="lower")
 _origins: dict[str, str] = {}  # page of the site -> its path in the repository
 
@@ -101,6 +103,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     root = Path(config.config_file_path).resolve().parent
     folder = Path(config.docs_dir).resolve().relative_to(root).as_posix()
     here = page.file.src_uri
+    if here in BOOST:
+        page.meta.setdefault("search", {"boost": BOOST[here]})
     origin = _origins.get(here, f"{folder}/{here}")
 
     def rewrite(target: str) -> str:

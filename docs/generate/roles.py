@@ -33,6 +33,7 @@ class Roles(griffe.Extension):
 def rewritten(text: str) -> str:
     """A docstring with roles and double backticks as Markdown code, and each argument in an entry of its own."""
     text = _ROLE.sub(lambda found: f"`{found[2].rpartition('.')[2] if found[1] else found[2]}`", text)
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # the section whose >>> is code
     return one_each(_CODE.sub(r"`\1`", text))
 
 
