@@ -281,6 +281,7 @@ def test_docstrings(hooks):
     assert rewritten("See :class:`~a.b.C` and ``x``.\n\nArgs:\n    q, k: of\n        heads.\n    v: it.") == (
         "See `C` and `x`.\n\nArgs:\n    q: of\n        heads.\n    k: of\n        heads.\n    v: it."
     )
+    assert rewritten("Returns:\n    ``a:b``, or ``x``: it.") == "Returns:\n    `a:b`, or `x`&#58; it."
 
 
 def build(folder: Path, **environment: str) -> Path:
