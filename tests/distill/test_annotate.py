@@ -385,7 +385,7 @@ def test_bad_input(tmp_path, monkeypatch):
             AnnotateConfig(**options)
         assert message in str(error.value)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process"):
+    with pytest.raises(ValueError, match="WORLD_SIZE: annotate runs in one process, got 2"):
         annotate(files(tmp_path), model, tok)
 
 
