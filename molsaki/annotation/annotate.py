@@ -69,7 +69,8 @@ def annotate(
     work_file = output.with_suffix(".work.jsonl")
     if output.exists() and not work_file.exists():
         raise ValueError(
-            f"--output_file: {output} exists without its {work_file.name}, so it cannot be continued; choose another name"
+            f"--output_file: {output} exists without its {work_file.name}, so it cannot be continued; choose another "
+            "name"
         )
     keep = config.rationales == "keep"
     examples = read_examples(data_file, rationale=keep, data_format=config.data_format)[: config.limit]

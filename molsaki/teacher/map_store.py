@@ -248,8 +248,8 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged; {REMEDY}")
     if description["version"] != VERSION:
         raise ValueError(
-            f"{folder}: expected a store of version {VERSION}, got version {description['version']}; extract into a new "
-            "folder with this version of molsaki"
+            f"{folder}: expected a store of version {VERSION}, got version {description['version']}; extract into a "
+            "new folder with this version of molsaki"
         )
     return description
 
