@@ -14,16 +14,15 @@ import pytest
 from tests.helpers.messages import ROOT, Message, collect, matches, normalised
 
 PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-ROW = re.compile(r"^\| `(.+)` \| (.+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (?:`([^`]+)`|`` (.+?) ``) \| (.+) \|$", re.MULTILINE)  # two backticks around a text that has one
 LIST = re.compile(r"^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 HEAD = "| message | cause, and what to do |"
 
 
 def entries(page: str) -> list[str]:
     """The messages of a page: the first cells of its tables, and the lines of its lists."""
-    return [row[1] for row in ROW.finditer(page)] + [
-        line for block in LIST.findall(page) for line in block.splitlines()
-    ]
+    rows = [row[1] or row[2] for row in ROW.finditer(page)]
+    return rows + [line for block in LIST.findall(page) for line in block.splitlines()]
 
 
 def missing(page: str, messages: list[Message]) -> str:
@@ -31,8 +30,9 @@ def missing(page: str, messages: list[Message]) -> str:
     patterns = entries(page)
     exact = {normalised(pattern) for pattern in patterns}
     found = [m for m in messages if m.text not in exact and not any(matches(p, m.text) for p in patterns)]
-    lines = [f"{m.place}\n    | `{m.text}` | cause, and what to do |" for m in found]
-    return "\n".join(dict.fromkeys(lines))
+    cells = (f"`` {m.text} ``" if "`" in m.text else f"`{m.text}`" for m in found)
+    lines = [f"{m.place}\n    | {cell} | cause, and what to do |" for m, cell in zip(found, cells, strict=True)]
+    return "\n".join(lines)
 
 
 def stale(page: str, messages: list[Message]) -> list[str]:
