@@ -82,7 +82,8 @@ def evaluate(
     scores = [one for one in records if "left_out" not in one]
     total, right = len(scores), sum(one["right"] for one in scores)
     if not scores:
-        raise ValueError(all_left_out(collections.Counter({reason: len(ids) for reason, ids in left_out.items()})))
+        counts = collections.Counter({reason: len(ids) for reason, ids in left_out.items()})
+        raise ValueError(f"{data_file}: {all_left_out(counts)}")
     low, high = wilson(right, total)
     summary: dict[str, Any] = {"model": config.model, "data_file": config.data_file, "mode": config.mode}
     summary |= {"template": config.template, "predict_template": config.predict_template, "left_out": left_out}

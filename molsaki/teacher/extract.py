@@ -111,7 +111,7 @@ def extract(
         logger.warning("%s: %s", folder, list_left_out(left_out))
     store = Store(folder)
     if sum(store.left_out.values()) == len(examples):
-        raise ValueError(all_left_out(collections.Counter(store.left_out)))
+        raise ValueError(f"{folder}: {all_left_out(collections.Counter(store.left_out))}")
     return {
         "store": folder,
         "examples": len(examples),

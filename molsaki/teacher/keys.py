@@ -98,7 +98,7 @@ def keys(
     if left_out:
         logger.warning("%s: %s", data_file, list_left_out(left_out))
     if counts.total() == len(examples):
-        raise ValueError(all_left_out(counts))
+        raise ValueError(f"{data_file}: {all_left_out(counts)}")
     write_json_lines(output, _records(examples, results, config.data_format))
     work.unlink()
     spans = [result["key_spans"] for result in results if "key_spans" in result]
@@ -122,11 +122,17 @@ def prepare_keys(
     check_json_lines_name("--output_file", output)
     if output.exists():
         raise ValueError(f"--output_file: {output} exists already; choose another name, or delete it")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("keys runs in one process, started without torchrun; device_map spreads a large teacher")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE: keys runs in one process, got {processes}; start it without torchrun (--device_map auto "
+            "spreads a large teacher over several GPUs)"
+        )
     examples = read_examples(data_file, data_format=config.data_format)[: config.limit]
     if not any(candidates(example, config).words for example in examples):
-        raise ValueError(f"--among: {config.among} finds no word in any of the {len(examples)} examples")
+        raise ValueError(
+            f"--among: {config.among} finds no word in any of the {len(examples)} examples of {data_file}; use another "
+            "one, such as words"
+        )
     device_map = config.device_map or ({"": 0} if torch.cuda.is_available() else None)
     loading = {"device_map": device_map, "quantize": config.quantize}
     teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, **loading)

@@ -324,7 +324,9 @@ def _text(fields: Fields, name: str, default: str | None = None) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{name}: half of a surrogate pair at character {error.start}") from None
+            raise ValueError(
+                f"{name}: expected valid Unicode, got half of a surrogate pair at character {error.start}"
+            ) from None
         return value
     if default is None:
         hint = hint_of_case(fields, name)

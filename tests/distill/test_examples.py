@@ -36,7 +36,8 @@ BAD = {
     json.dumps({**GOOD, "question": None}): "id a: question: missing",
     json.dumps({**GOOD, "question": " "}): "id a: question: expected a text, got a blank one",
     json.dumps({**GOOD, "question": ["q"]}): "id a: question: expected a text, got list",
-    json.dumps({**GOOD, "question": "\ud83d?"}): "id a: question: half of a surrogate pair at character 0",
+    json.dumps({**GOOD, "question": "\ud83d?"}): "id a: question: expected valid Unicode, got half of a surrogate pair "
+    "at character 0",
     json.dumps({**GOOD, "answer": float("nan")}): "id a: answer: expected a text, got float",
     json.dumps({"question": "q", "answer": "1"}): "rationale: missing",
     json.dumps({"question": "q", "rationale": "r"}): "answer: missing",

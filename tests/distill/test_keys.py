@@ -394,7 +394,7 @@ def test_bad_files(tmp_path, monkeypatch):
         run(tmp_path, layers=[3])
     assert run(tmp_path, layers=[2])[0]["examples"] == 7  # nothing is left of the run before
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="keys runs in one process"):
+    with pytest.raises(ValueError, match="WORLD_SIZE: keys runs in one process, got 2"):
         keys(KeysConfig(data_file=str(data), output_file=str(tmp_path / "n.jsonl"), top=1))
 
 
