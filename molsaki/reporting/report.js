@@ -532,7 +532,7 @@
       const every = Math.ceil(13 / one.cw), isFlat = one.th === 20;
       for (let w = 0; w < W; w += every) {
         top.save();
-        top.translate((w + 0.5) * one.cw, one.th - 5);
+        top.translate(isFlat ? (w + 0.5) * one.cw : Math.max((w + 0.5) * one.cw, 5), one.th - 5);
         if (isFlat) { top.textAlign = "center"; } else { top.rotate(-Math.PI / 3); top.textBaseline = "middle"; }
         top.fillText(shorten(view.words[w], 14), 0, 0);
         top.restore();
@@ -541,7 +541,7 @@
       const skip = Math.ceil(12 / one.ch);
       for (let s = 0; s < S; s += skip) {
         left.fillStyle = s >= view.rationale ? ink : soft;
-        const name = `${s + 1}  ${shorten(texts[s], 200)}`, y = (s + 0.5) * one.ch;
+        const name = `${s + 1}  ${shorten(texts[s], 200)}`, y = clamp((s + 0.5) * one.ch, 6, Math.max(height - 6, 6));
         let most = name.length;
         while (most > 3 && left.measureText(name.slice(0, most) + "…").width > one.lw - 8) most--;
         left.fillText(most < name.length ? name.slice(0, most) + "…" : name, 4, y);

@@ -87,7 +87,10 @@ class _Gathered:
             )  # fmt: skip
             self.source = self._tried("maps", lambda: MapSource(self.plot_config, every_layer=True))
         if self.source is not None:
-            found = {"teacher": teacher, "store": store, "student": student}
+            stored = self.source.store
+            found = {"teacher": teacher, "student": student}
+            if stored is not None and (teacher is None or stored.all_layers):
+                found["store"] = store
             self.sources |= {name: value for name, value in found.items() if value is not None}
             if teacher is None and self.source.store is not None and not self.source.store.all_layers:
                 self.notes["maps"].append("The store holds the teacher's mixed maps only: --teacher adds each layer.")

@@ -33,7 +33,9 @@ def step_of(checkpoint: str | Path) -> int:
 def last_state(folder: str | Path) -> Path | None:
     """The file of the trainer's state after the most steps, of the run's folder or of a checkpoint, if there is one."""
     files = [path / STATE for path in (Path(folder), *checkpoints(folder))]
-    steps = {file: json.loads(file.read_text(encoding="utf-8"))["global_step"] for file in files if file.is_file()}
+    steps = {
+        file: json.loads(file.read_text(encoding="utf-8")).get("global_step", 0) for file in files if file.is_file()
+    }
     return max(steps, key=lambda file: steps[file], default=None)
 
 

@@ -118,6 +118,7 @@ def test_the_command_writes_a_page_with_every_section(work, capsys):
     assert all(entry["view"]["sides"][0]["name"] == "student" for entry in data["replies"])
     assert "50.0 %" in page and "right by after only: 2, by before only: 1; p = 1" in page
     assert not re.search(r'class="note">[^<]*(add|cannot)', page)
+    assert f"Maps by teacher <code>{work / 'teacher'}</code>, student <code>{work / 'run'}</code>, texts" in page
     assert "version: torch" in page and torch.__version__ in page and "machine: device" in page
 
 
@@ -285,6 +286,7 @@ def test_what_is_missing_is_said_with_its_flag(tmp_path, caplog):
         report(ReportConfig(run=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="--run: required"):
         report(ReportConfig())
+    assert run("report", tmp_path / "none") == run("report") == 2
     options = {"objective": "dss", "student": "/no/model", "teacher": "/no/teacher", "store": None}
     (tmp_path / "run/distill.json").write_text(json.dumps(options))
     page = write(tmp_path / "run", tmp_path)
