@@ -315,11 +315,7 @@ def test_two_processes_are_one_with_twice_the_batch(work):
     [
         ("raise ValueError('a')", True),
         ("raise ValueError(\n    'a'\n    'b'\n) from None", True),
-        (
-            "try:\n    int('x')\nexcept ValueError as error:\n"
-            "    raise ValueError(\n        f'a {error}'\n    ) from error",
-            True,
-        ),
+        ("try:\n    int('x')\nexcept ValueError as e:\n    raise ValueError(\n        f'a {e}'\n    ) from e", True),
         ("int('x')", False),
         ("a, b = [1]", False),
         ("None + 1", False),
