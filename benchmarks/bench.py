@@ -32,7 +32,7 @@ from molsaki_kernels.validation import make_options
 
 from . import compare
 from .bench_table import WIDTH, layer_rows, layer_sentence, layer_title, table
-from .candidates import Candidate, candidates
+from .candidates import MATERIALISES, Candidate, candidates
 from .check import LIMITS, Probe, Worker
 from .contenders import step
 from .layer import PASSES, in_turn, make_sets, pass_name, read_records, timing, write_csv, write_json
@@ -325,8 +325,16 @@ def timed(
     device: torch.device,
     seconds: float,
 ) -> dict[str, dict[int, float]]:
-    """Return the seconds of a call by round, for each contender; a slow one has the one call that checked it."""
-    slow = {name for name, found in probes.items() if found.seconds is not None and 3 * found.seconds > seconds}
+    """Return the seconds of a call by round, for each contender.
+
+    One that stores all weights and is slow has only the call that checked it. The others are compared with each other,
+    for which single calls, the first of their process, would not do.
+    """
+    slow = {
+        name
+        for name, found in probes.items()
+        if name in MATERIALISES and found.seconds is not None and 3 * found.seconds > seconds
+    }
     once = {name: {-1: probes[name].seconds or 0.0} for name in slow}
     fast = {name: candidate.contender for name, candidate in running.items() if name not in slow}
     if not fast:

@@ -486,6 +486,17 @@ def test_shapes_that_are_asked_for():
         assert bench.cuda_shapes(size)[0].tokens == 256 and len(bench.cuda_shapes(size)) >= 3
 
 
+def test_only_slow_contenders_that_store_the_weights_are_timed_once(monkeypatch):
+    found = {c.name: c for c in candidates.candidates(DEVICE, SMALL) if c.contender is not None}
+    probes = {name: check.Probe(error=0.0, seconds=5.0) for name in found}
+    times = bench.timed(SMALL, False, found, probes, DEVICE, 0.01)
+    once = {name for name, rounds in times.items() if len(rounds) == 1}
+    assert set(times) == set(found) and once == set(candidates.MATERIALISES)
+    assert all(times[name] == {-1: 5.0} for name in once)
+    fast = dict.fromkeys(found, check.Probe(error=0.0, seconds=1e-3))
+    assert all(len(rounds) >= 3 for rounds in bench.timed(SMALL, False, found, fast, DEVICE, 0.01).values())
+
+
 def test_list_measures_nothing(capsys, monkeypatch):
     monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured"))
     assert bench.main(["--device", "cpu", "--list"]) == 0
