@@ -1,7 +1,9 @@
 # make demo       from text to a trained student with plots, in a few minutes on a CPU
 # make test       the whole test suite
 # make test-fast  the tests that are not marked slow
-# make bench      the benchmarks
+# make bench      measure this machine against plain and eager attention, compare with its last run, draw the plot
+#                 (BENCH=quick|full, WHAT=step, COMPARE=file.csv, ARGS="--shapes 1x2048 --dtype bfloat16 ...")
+# make bench-pytest  the benchmarks of pytest-benchmark, with the targets
 # make study      the study of docs/evidence.md: hours; it continues where it was interrupted (STUDY=path, PROCESSES=2;
 #                 a part of it: ARMS="dss pointer-30" SEEDS="11 12")
 # make check      lint, format, types
@@ -18,7 +20,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast bench study check format docs docs-serve plots gpu-kit clean
+.PHONY: demo test test-fast bench bench-pytest study check format docs docs-serve plots gpu-kit clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,7 +40,13 @@ test: $(VENV)/.test-installed
 test-fast: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-bench: $(VENV)/.test-installed
+BENCH ?= default
+WHAT ?= layer
+
+bench: $(VENV)/.demo-installed
+	$(BIN)/python -m benchmarks --size $(BENCH) --what $(WHAT) $(if $(COMPARE),--compare $(COMPARE)) $(ARGS)
+
+bench-pytest: $(VENV)/.test-installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 STUDY ?= studies/work

@@ -102,6 +102,7 @@ def test_the_wheel_contains_the_engine(wheel):
     sources = {f"molsaki_kernels/csrc/{path.name}" for path in (*compile.SOURCES, *compile.HEADERS)}
     assert names >= {*libraries, *sources, "molsaki_kernels/py.typed", "molsaki/py.typed"}
     assert "molsaki/annotation/demonstrations.jsonl" in names
+    assert {f"molsaki/reporting/{name}" for name in ("page.html", "report.css", "report.js")} <= names
     assert {name.split("/")[0] for name in names} == {
         "molsaki",
         "molsaki_kernels",
