@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from docs.generate.marked import table
 from molsaki import presets
 from molsaki.cli import COMMANDS, CONFIGURED
+from molsaki.command_help import HELP, OTHERS
 from molsaki.config import OR_YOUR_OWN, DataOptions, DistillOptions, MixtureOptions, TextOptions
 
 # Options that several commands share, and the heading of their section.
@@ -27,6 +28,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"model": "run", "data_file": "test.jsonl", "output_dir": "result"},
     "plot": {"teacher": "TEACHER", "student": "run", "run": "run", "data_file": "test.jsonl", "output_dir": "plots"},
+    "report": {"run": "run", "data_file": "test.jsonl", "predictions": ["result"]},
 }  # fmt: skip
 
 
@@ -86,8 +88,8 @@ def commands() -> str:
         links = [f"[{SHARED[base]}](#{anchor(SHARED[base])})" for base in SHARED if issubclass(config, base)]
         parts.append(f"Also the options of {', '.join(links)}." if links else "")
         parts.append(f"```yaml\n{yaml_lines(EXAMPLES[command])}\n```")
-        for group, fields in groups(config):
-            parts.append(f"### {command}: {group}" if group else "")
+        for group, fields in groups(command):
+            parts.append(f"### {command}: {group}")
             parts.append("\n".join(option(field, config, f"{command}-") for field in fields))
         everything = yaml_lines({field.name: default(field) for field in dataclasses.fields(config) if field.init})
         parts.append(
@@ -103,12 +105,15 @@ def description(config: Any) -> str:
     return re.sub(r"^``molsaki \w+``: (\w)", lambda found: found[1].upper(), text).replace("``", "`")
 
 
-def groups(config: Any) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
-    """A command's own options by the group that their metadata names, if it does."""
-    found: dict[str, list[dataclasses.Field[Any]]] = {}
-    for field in own_fields(config):
-        found.setdefault(str(field.metadata.get("group", "")), []).append(field)
-    yield from found.items()
+def groups(command: str) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
+    """A command's own options by the groups of its help; the rest has the last."""
+    fields = {field.name: field for field in own_fields(config_class(command))}
+    for title, names in HELP[command].groups.items():
+        found = [fields.pop(name) for name in names if name in fields]
+        if found:
+            yield title, found
+    if fields:
+        yield OTHERS if HELP[command].groups else "options", [*fields.values()]
 
 
 def option(field: dataclasses.Field[Any], config: Any, prefix: str) -> str:
