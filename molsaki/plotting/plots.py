@@ -46,7 +46,7 @@ R = TypeVar("R")
 TEACHER, STUDENT, OTHER = "#1f5a99", "#d1672c", "#d9d9d9"
 # Lines differ in hue and in lightness, so that they can be told apart with every kind of colour blindness and in grey;
 # each also has a dash pattern and a marker of its own. tests/distill/test_plots.py measures the distances.
-COLOURS = (TEACHER, STUDENT, "#4b0f1e", "#1f9e89", "#8a4fe0", "#871e00")
+COLOURS = (TEACHER, STUDENT, "#2a0a12", "#1fa592", "#8f55ea", "#7d1a08")
 DASHES: tuple[Any, ...] = (
     "-",
     (0, (5, 1.5)),
