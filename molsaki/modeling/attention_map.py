@@ -83,17 +83,19 @@ class AttentionMap:
         """
         from molsaki.plotting.plots import plot_map
 
-        values, name = self.values, "mean over layers" if self.values.ndim == 3 else "mean over layers and heads"
+        values, name = self.values, "mean over layers and heads"
         if layer is not None:
             if layer not in self.layers:
                 raise ValueError(f"layer: expected one of {self.layers}, got {layer}")
-            values = values[[self.layers.index(layer)]]
-            name = f"layer {layer}" + (", mean over heads" if values.ndim == 4 and head is None else "")
+            values, name = values[[self.layers.index(layer)]], f"layer {layer}, mean over heads"
         if head is not None:
             if values.ndim != 4 or not 0 <= head < values.shape[1]:
                 count = values.shape[1] if values.ndim == 4 else 0
                 raise ValueError(f"head: expected one of {count} heads (attention_map(..., heads='each')), got {head}")
-            values, name = values[:, [head]], f"{name.removesuffix(' and heads')}, head {head}"
+            values, name = (
+                values[:, [head]],
+                f"head {head}, " + ("mean over layers" if layer is None else f"layer {layer}"),
+            )
         mean = values.mean(axis=tuple(range(values.ndim - 2)))
         names = {"rows": self.row_name, "columns": self.column_name, "unit": self.unit}
         return plot_map({name: mean}, self.rows, self.columns, path, title, **names)

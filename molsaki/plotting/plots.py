@@ -60,6 +60,7 @@ MISSING = "#c4c4c4"  # a cell that is not a number
 
 DPI = 150
 PAGE = 10.0  # inches: of more, panels stand one above the other, so that letters stay readable at a page's width
+DIFFERENCE_CHARS = 44  # of the name of a comparison
 STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # longest step (per line) and word of a label
 LABELLED_STEPS, LABELLED_WORDS = 40, 40  # with more, a map is an overview of all cells and a cut-out with all labels
 TOP_STEPS, TOP_WORDS = 16, 24  # rows and columns of the cut-out
@@ -194,7 +195,7 @@ def plot_map(
             ax.set_ylabel(shorten(rows, 16, 2))
             ax.set_xlabel(columns + ", # its number in the text")
     numbered = ", # its number in the text" if w < W else ""
-    of_step = [f"{i + 1}. {steps[i]}" for i in chosen_steps]
+    of_step = [f"{i + 1}. {_visible(steps[i])}" for i in chosen_steps]
     of_word = [(f"#{i + 1} " if w < W else "") + _visible(words[i]) for i in chosen_words]
     for i, (ax, (name, value)) in enumerate(zip(axes[len(values) if is_large else 0 :], values.items(), strict=True)):
         part = value[np.ix_(chosen_steps, chosen_words)]
@@ -257,6 +258,7 @@ def plot_attention_by_step(
     lines = STEP_LINES if S <= TOP_STEPS else 1
     height = 5.0 if is_large else max((0.42 if lines > 1 else 0.22) * S, 0.9)
     figure = Figure(figsize=(2.9 + 3.0 * len(values), 1.7 + height), layout="constrained")
+    cast(Any, figure.get_layout_engine()).set(wspace=0.05)
     axes = figure.subplots(1, len(values), squeeze=False).ravel()
     described = []
     for i, (ax, (name, value)) in enumerate(zip(axes, values.items(), strict=True)):
@@ -411,7 +413,7 @@ def plot_differences(
     methods = list(dict.fromkeys(name for panel in differences.values() for name in panel))
     columns = min(len(differences), 3)
     lines = -(-len(differences) // columns)
-    labels = 0.07 * max((min(_width(name), 60) for name in methods), default=0)
+    labels = 0.07 * max((min(_width(name), DIFFERENCE_CHARS) for name in methods), default=0)
     size = (0.4 + labels + 2.5 * columns, (1.0 + 0.26 * len(methods)) * lines + 0.6)
     figure = Figure(figsize=(max(size[0], 5.5), size[1]), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).ravel()
@@ -426,7 +428,7 @@ def plot_differences(
             ax.plot([low, high], [methods.index(name)] * 2, color=colour, linewidth=1 if contains else 2)
             ax.plot(mean, methods.index(name), "o", color=colour, markerfacecolor=face, markersize=5)
             described.append(f"{test}, {name}: {mean:+.2f} ({low:+.2f} to {high:+.2f})")
-        ax.set_yticks(range(len(methods)), [shorten(name, 60) for name in methods])
+        ax.set_yticks(range(len(methods)), [shorten(name, DIFFERENCE_CHARS) for name in methods])
         ax.set(ylim=(len(methods) - 0.5, -0.5))
         ax.set_xlabel("difference, percentage points")
         ax.set_title(_clean(test))
@@ -634,7 +636,11 @@ def _some(count: int, most: int) -> list[int]:
 def _label_some_steps(ax: Axes, steps: Sequence[str] | None, count: int, size: int = 1) -> None:
     """Label every n-th of many rows with its number and text; a drawn row may stand for ``size`` neighbours."""
     shown = _some(count, 11)
-    labels = [""] * len(shown) if steps is None else [shorten(f"{s + 1}. {steps[s]}", STEP_CHARS + 6) for s in shown]
+    labels = (
+        [""] * len(shown)
+        if steps is None
+        else [shorten(f"{s + 1}. {_visible(steps[s])}", STEP_CHARS + 6) for s in shown]
+    )
     ax.set_yticks([s // size for s in shown], labels)
 
 
