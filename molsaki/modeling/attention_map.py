@@ -203,7 +203,7 @@ def attention_map(
     named = {"steps": "reasoning step (sentence)", "tokens": "token (query)", "all": "all tokens"}
     row_name = named[rows] if isinstance(rows, str) else "range of tokens"
     found = _computed(model, tokenizer, ids, chosen, columns, heads, layers, per_token)
-    return _named(found, row_name, keys, "step" if rows == "steps" else "row", per_token)
+    return _named(found, row_name, keys, "sentence" if rows == "steps" else "row", per_token)
 
 
 def attention_while_generating(
