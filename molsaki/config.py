@@ -320,10 +320,16 @@ class PlotConfig(DataOptions, TextOptions, MixtureOptions):
     examples: int = option(3, "Number of examples to draw, the first ones of the data.")
     ids: list[str] = option([], "Ids of the examples to draw, in place of the first ones.")
     output_dir: str | None = option(None, "Folder of the pictures. Default: plots in the run's folder.")
-    format: Literal["png", "pdf", "svg"] = option("png", "File format.")
+    format: list[str] = option(
+        ["png", "svg"],
+        "File formats: png for slides and chats, svg for the web and papers (its text can be searched), pdf for LaTeX.",
+        choices=("png", "svg", "pdf"),
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not isinstance(self.format, list) or not self.format or {*self.format} - {"png", "svg", "pdf"}:
+            raise ValueError(f"format: expected some of png, svg and pdf in a list, got {self.format!r}")
 
 
 @dataclasses.dataclass

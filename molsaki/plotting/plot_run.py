@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from molsaki.batches.tokenized import spans_of
@@ -32,7 +33,7 @@ def plot(config: PlotConfig) -> list[Path]:
     return drawn
 
 
-def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
+def draw_run(run: Path, folder: Path, formats: Sequence[str]) -> list[Path]:
     """Draw the logs of a run of ``molsaki distill``: ``losses`` and, if it has any, ``layer_weights``."""
     if not run.is_dir():
         raise FileNotFoundError(f"--run: no such folder: {run}")
@@ -45,12 +46,12 @@ def draw_run(run: Path, folder: Path, suffix: str) -> list[Path]:
             panel: [*names, *(x for x in logged if x.startswith("eval_") and x.endswith(tuple(f"_{n}" for n in names)))]
             for panel, names in plots.CURVES.items()
         }
-        drawn.append(plots.plot_losses(history, curves, folder / f"losses.{suffix}"))
+        drawn.append(plots.plot_losses(history, curves, folder / f"losses.{formats[0]}", formats=formats))
     if (run / WEIGHTS_LOG).is_file():
         records = read_json_lines(run / WEIGHTS_LOG)
         if records:
-            drawn.append(plots.plot_layer_weights(records, folder / f"layer_weights.{suffix}"))
-    return drawn
+            drawn.append(plots.plot_layer_weights(records, folder / f"layer_weights.{formats[0]}", formats=formats))
+    return _written(drawn, formats)
 
 
 def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Path]:
@@ -73,13 +74,19 @@ def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Pat
             for name, side in sides.items()
             if name in maps and side.tokenizer is not None
         }
-        name = _file_name(example.id)
-        drawn.append(plots.plot_map(values, steps, words, folder / f"map_{name}.{config.format}", example.id))
+        name, formats = _file_name(example.id), config.format
+        path = folder / f"map_{name}.{formats[0]}"
+        drawn.append(plots.plot_map(values, steps, words, path, example.id, formats=formats))
         if tokens:
             shown = {side: values[side] for side in tokens}
-            path = folder / f"attention_{name}.{config.format}"
-            drawn.append(plots.plot_attention_by_step(shown, tokens, steps, path, example.id))
-    return drawn
+            path = folder / f"attention_{name}.{formats[0]}"
+            drawn.append(plots.plot_attention_by_step(shown, tokens, steps, path, example.id, formats=formats))
+    return _written(drawn, config.format)
+
+
+def _written(pictures: Iterable[Path], formats: Sequence[str]) -> list[Path]:
+    """The files of the pictures, one for each format."""
+    return [picture.with_suffix(f".{suffix}") for picture in pictures for suffix in dict.fromkeys(formats)]
 
 
 def _file_name(id: str) -> str:

@@ -85,8 +85,8 @@ def test_evaluate_plot_and_store(work, capsys):
     student = ["--student", work / "run", "--run", work / "run", "--data_file", work / "test.jsonl"]
     assert run("plot", "--teacher", work / "teacher", *student, "--output_dir", work / "plots", "--examples", 2) == 0
     names = {re.sub("-[0-9a-f]{8}[.]", ".", path.name) for path in (work / "plots").iterdir()}
-    maps = {"map_t_p0.png", "map_t_p1.png", "attention_t_p0.png", "attention_t_p1.png"}
-    assert names == maps | {"losses.png", "layer_weights.png"}
+    pictures = ("map_t_p0", "map_t_p1", "attention_t_p0", "attention_t_p1", "losses", "layer_weights")
+    assert names == {f"{picture}.{suffix}" for picture in pictures for suffix in ("png", "svg")}
     stored = ["--store", work / "store", "--data_file", work / "train.jsonl", "--ids", "p3", "--format", "svg"]
     assert run("plot", *stored, "--output_dir", work / "stored") == 0
     assert [path.name for path in (work / "stored").iterdir()] == ["map_p3.svg"]
