@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from molsaki.config import ExtractConfig
-from molsaki.flags import parse
+from molsaki.cli import main
 from molsaki.text import key_words
 from molsaki.text.segment import segment
 from molsaki.text.spans import Spans
@@ -80,11 +79,10 @@ def test_a_new_selector_is_one_entry(monkeypatch):
 
 
 def test_the_option_lists_the_table(capsys):
-    with pytest.raises(SystemExit):
-        parse(ExtractConfig, ["--help"])
+    assert main(["extract", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     expected = (
-        "--key KEY The key words: numbers = every number; keywords = each example's own keywords field; random = "
+        "--key VALUE The key words: numbers = every number; keywords = each example's own keywords field; random = "
     )
     assert expected in shown
 
