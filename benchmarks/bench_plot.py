@@ -89,7 +89,7 @@ def _dots(ax: Axes, group: list[dict], names: list[str], colours: dict[str, str]
         ax.set_xticks([])
         return
     ax.set_xscale("log")
-    ax.set_xlim(min(found) / 1.5, max(found) * 2.5)
+    ax.set_xlim(min(found) / 1.5, max(found) * (6 if max(found) > 50 * min(found) else 2.5))
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(found) < 100 * min(found) else (1,)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.10g}")
     ax.minorticks_off()
