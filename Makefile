@@ -1,12 +1,15 @@
 # make demo       from text to a trained student with plots, in a few minutes on a CPU
 # make test       the whole test suite
 # make test-fast  the tests that are not marked slow
-# make bench      the benchmarks
+# make bench      measure this machine against plain and eager attention, compare with its last run, draw the plot
+#                 (BENCH=quick|full, WHAT=step, COMPARE=file.csv, ARGS="--shapes 1x2048 --dtype bfloat16 ...")
+# make bench-pytest  the benchmarks of pytest-benchmark, with the targets
 # make study      the study of docs/evidence.md: hours; it continues where it was interrupted (STUDY=path, PROCESSES=2;
 #                 a part of it: ARMS="dss pointer-30" SEEDS="11 12")
 # make check      lint, format, types
 # make format     apply the fixes that ruff can make
-# make docs       list the documentation
+# make docs       build the documentation into site/; every warning is an error
+# make docs-serve show the documentation at http://127.0.0.1:8000 and build it again when a page changes (PORT=8000)
 # make plots      plot the demo's results and the benchmark results again
 # make gpu-kit    what the two scripts for a GPU machine carry, made without a GPU (benchmarks/README.md)
 # make clean      remove what the other targets created
@@ -17,7 +20,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast bench study check format docs plots gpu-kit clean
+.PHONY: demo test test-fast bench bench-pytest study check format docs docs-serve plots gpu-kit clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,7 +40,13 @@ test: $(VENV)/.test-installed
 test-fast: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-bench: $(VENV)/.test-installed
+BENCH ?= default
+WHAT ?= layer
+
+bench: $(VENV)/.demo-installed
+	$(BIN)/python -m benchmarks --size $(BENCH) --what $(WHAT) $(if $(COMPARE),--compare $(COMPARE)) $(ARGS)
+
+bench-pytest: $(VENV)/.test-installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 STUDY ?= studies/work
@@ -60,8 +69,17 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs:
-	@for page in README.md CONTRIBUTING.md docs/*.md; do printf '%-28s %s\n' "$$page" "$$(sed -n 's/^# *//p;T;q' "$$page")"; done
+# mkdocs-material prints an advertisement about MkDocs 2.0 without this variable.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+PORT ?= 8000
+
+docs: $(VENV)/.test-installed
+	$(BIN)/python -m docs.generate --check
+	$(MKDOCS) build --strict --quiet
+	@echo "open site/index.html"
+
+docs-serve: $(VENV)/.test-installed
+	$(MKDOCS) serve --no-strict --watch molsaki --watch molsaki_kernels --dev-addr 127.0.0.1:$(PORT)
 
 plots: demo
 	$(BIN)/python -m benchmarks.plots
@@ -82,7 +100,7 @@ $(GPU_VENV)/bin/python:
 	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install $(GPU_PACKAGES) "numpy<2.4" | $(SHORT)
 
 clean:
-	rm -rf gpu-kit $(VENV) demo build *.egg-info
+	rm -rf gpu-kit $(VENV) demo build site *.egg-info
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'
@@ -95,6 +113,6 @@ $(VENV)/.demo-installed: pyproject.toml setup.py $(CONSTRAINTS) | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
-	@echo "Installing what the tests need"
-	@$(PIP) install -c $(CONSTRAINTS) -e '.[test,dev]' | $(SHORT)
+	@echo "Installing what the tests and the documentation need"
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[test,dev,docs]' | $(SHORT)
 	@touch $@

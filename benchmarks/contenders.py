@@ -102,23 +102,31 @@ def _step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object,
     return result, torch.autograd.grad(result, leaves, upstream)
 
 
+def plain_sdpa(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
+    """Return PyTorch's attention by one of its backends; an error where that backend cannot serve the inputs."""
+
+    def run(x: Inputs) -> Tensor:
+        with sdpa_kernel(backend):
+            grouped = x.q.shape[1] != x.k.shape[1]
+            return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, enable_gqa=grouped)
+
+    return run
+
+
+def with_engine(engine: str, map_engine: str = "auto") -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    """Return ours, with its map, by one engine."""
+    return lambda x: mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine=engine, map_engine=map_engine)
+
+
 def _plain(device: torch.device, shape: Shape) -> list[Contender]:
-    def plain(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
-        def run(x: Inputs) -> Tensor:
-            with sdpa_kernel(backend):
-                grouped = x.q.shape[1] != x.k.shape[1]
-                return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True, enable_gqa=grouped)
-
-        return run
-
     if device.type == "cpu":
-        found = [Contender(CPU_FLASH, "plain", plain(SDPBackend.FLASH_ATTENTION))]
+        found = [Contender(CPU_FLASH, "plain", plain_sdpa(SDPBackend.FLASH_ATTENTION))]
         if mk.engines()["native"].ready:
             found.append(Contender(NATIVE_ALONE, "plain", _native_alone(shape.batch)))
         return found
     found = [
-        Contender("sdpa, cuDNN", "plain", plain(SDPBackend.CUDNN_ATTENTION)),
-        Contender("sdpa, aten flash", "plain", plain(SDPBackend.FLASH_ATTENTION)),
+        Contender("sdpa, cuDNN", "plain", plain_sdpa(SDPBackend.CUDNN_ATTENTION)),
+        Contender("sdpa, aten flash", "plain", plain_sdpa(SDPBackend.FLASH_ATTENTION)),
         Contender("FlexAttention", "plain", _flex()),
     ]
     for name, module in (("flash-attn 4", "flash_attn.cute"), ("flash-attn 2", "flash_attn")):
@@ -126,11 +134,13 @@ def _plain(device: torch.device, shape: Shape) -> list[Contender]:
             function = importlib.import_module(module).flash_attn_func
         except (ImportError, AttributeError):  # flash-attn 4 installs a namespace without a flash_attn 2 in it
             continue
-        found.append(Contender(name, "plain", _flash_attn(function)))
+        found.append(Contender(name, "plain", plain_flash_attn(function)))
     return found
 
 
-def _flash_attn(function: Callable) -> Callable[[Inputs], Tensor]:
+def plain_flash_attn(function: Callable) -> Callable[[Inputs], Tensor]:
+    """Return attention by the function ``flash_attn_func`` of any release of flash-attn."""
+
     def run(x: Inputs) -> Tensor:
         out = function(*(t.transpose(1, 2) for t in x[:3]), causal=True)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
@@ -150,13 +160,10 @@ def _flex() -> Callable[[Inputs], Tensor]:
 
 
 def _with_map(device: torch.device) -> list[Contender]:
-    def ours(engine: str, map_engine: str = "auto") -> Callable[[Inputs], tuple[Tensor, Tensor]]:
-        return lambda x: mk.stepwise_attention(x.q, x.k, x.v, x.plan, engine=engine, map_engine=map_engine)
-
     others = {"eager", "triton" if device.type == "cpu" else "native"}  # the interpreter is not measured
     names = [name for name, status in mk.engines().items() if status.ready and name not in others]
     if device.type == "cpu":
-        return [Contender(f"molsaki, {name}", "map", ours(name)) for name in names]
+        return [Contender(f"molsaki, {name}", "map", with_engine(name)) for name in names]
     found = []
     for name in names:  # each way of computing the map by its name, since "auto" chooses by the shape
         settings = {"": contextlib.nullcontext}
@@ -166,11 +173,12 @@ def _with_map(device: torch.device) -> list[Contender]:
                 del settings[" (cuDNN)"]
         for text, setting in settings.items():
             own_map = "auto" if name == "triton" else "triton"
-            found.append(Contender(f"molsaki, {name}{text}", "map", ours(name, own_map), setting))
+            found.append(Contender(f"molsaki, {name}{text}", "map", with_engine(name, own_map), setting))
             if name in ("sdpa", "flash_attn"):
-                found.append(Contender(f"molsaki, {name}{text}, widened", "map", ours(name, "widened"), setting))
+                found.append(Contender(f"molsaki, {name}{text}, widened", "map", with_engine(name, "widened"), setting))
         if name == "flash_attn" and flash_attn.version_of(device) == 4:
-            found.append(Contender("molsaki, flash_attn (own preprocess)", "map", ours(name, "triton"), own_preprocess))
+            run = with_engine(name, "triton")
+            found.append(Contender("molsaki, flash_attn (own preprocess)", "map", run, own_preprocess))
     return found
 
 
@@ -184,4 +192,5 @@ def _eager(x: Inputs) -> tuple[Tensor, Tensor]:
     weights, _ = reference.attention_weights(x.q, x.k)
     weights = weights.to(x.q.dtype)
     out = weights @ x.v.repeat_interleave(x.q.shape[1] // x.v.shape[1], dim=1)
-    return out, reference.reduce_weights(weights.float(), x.plan)
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    return out, reference.reduce_weights(weights.to(wide), x.plan)

@@ -466,7 +466,7 @@ def read_records(path: Path | None) -> list[dict]:
 
 
 def _value(key: str, text: str) -> str | float | int | None:
-    if key in ("device", "arch", "driver", "torch", "triton", "cudnn", "python", "commit", "date"):
+    if key in ("device", "arch", "driver", "torch", "triton", "cudnn", "python", "commit", "date", "isa"):
         return text
     if text == "":
         return None
@@ -489,7 +489,7 @@ def write_csv(path: Path, records: list[dict]) -> None:
     _replace(path, write)
 
 
-def write_json(path: Path, records: list[dict]) -> None:
+def write_json(path: Path, records: list[dict] | dict) -> None:
     _replace(path, lambda file: file.write(json.dumps(records, indent=1) + "\n"))
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
+import os
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -47,6 +50,50 @@ def interleaved(
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(clock(function) / calls_of[name])
+    return times
+
+
+def paired(
+    functions: dict[str, Callable[[], None]],
+    device: torch.device,
+    seconds: float,
+    references: Collection[str] = (),
+    calls: int = 1,
+) -> dict[str, dict[int, float]]:
+    """Time the functions in rounds, in a new order each; return the seconds of one call by round, for each function.
+
+    Unlike :func:`interleaved` it lets a slow function take part in fewer rounds, so that it does not limit the number
+    of measurements of the others: each gets an equal share of ``seconds``, and MIN_ROUNDS (or 3) to MAX_ROUNDS rounds.
+    Of the references, those that are at most one and a half times as slow as the fastest take part in every round. The
+    ratio of any function to one of them is then that of calls of the same round.
+
+    Args:
+        calls: number of calls that one function makes, one per set of inputs; each time is divided by it.
+    """
+    clock = _cuda_clock if device.type == "cuda" else _clock
+    for function in functions.values():
+        if clock(function) < seconds / 8:  # a longer call needs no second warm-up
+            function()
+    first = {name: clock(function) for name, function in functions.items()}
+    calls_of = dict.fromkeys(functions, calls)
+    if device.type == "cuda":  # as in interleaved: so that the host can run ahead
+        for name, time_of_one in first.items():
+            repeats = max(1, min(16, round(BACK_TO_BACK / max(time_of_one, 1e-9))))
+            functions = functions | {name: repeated(functions[name], repeats)}
+            calls_of[name] = repeats * calls
+            first[name] *= repeats
+    count = {name: rounds_in(seconds / len(functions), time_of_one) for name, time_of_one in first.items()}
+    known = {name: first[name] / calls_of[name] for name in references if name in first}
+    fastest = [name for name, time_of_one in known.items() if time_of_one <= 1.5 * min(known.values())]
+    rounds = max(count[name] for name in fastest or functions)
+    count = {name: rounds if name in fastest else min(n, rounds) for name, n in count.items()}
+    order, shuffle = list(functions), random.Random(0).shuffle
+    times: dict[str, dict[int, float]] = {name: {} for name in functions}
+    for i in range(rounds):
+        shuffle(order)
+        for name in order:
+            if i * count[name] // rounds != (i + 1) * count[name] // rounds:  # spread over the rounds
+                times[name][i] = clock(functions[name]) / calls_of[name]
     return times
 
 
@@ -153,6 +200,20 @@ def _cpu_peak(shape: Shape, name: str, backward: bool) -> float:
         before = memory_status("VmRSS")
         step(contender, inputs, backward)
     return memory_status("VmHWM") - before
+
+
+@contextlib.contextmanager
+def without_malloc_reserve() -> Iterator[None]:
+    """Make glibc return freed tensors in processes started inside; by default it sometimes keeps 100 MiB or more."""
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(1 << 18)
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def memory_status(field: str) -> float:

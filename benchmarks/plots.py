@@ -5,7 +5,7 @@
 Without arguments it draws the committed pictures: time over plain attention, memory, and a whole training step. The
 records of ``benchmarks.layer`` give a row of panels per dtype and choice of heads. A grid that varies the number of key
 tokens at one length (the GPU grid) gives a further picture of that. The line below each picture says what the records
-were measured on. Predictions are thin dotted lines and are labelled as such. A CSV may hold several measurements of one
+were measured on. Predictions are thin dotted lines. A CSV may hold several measurements of one
 shape; the latest is drawn.
 """
 
@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -28,10 +29,20 @@ from .layer import read_records
 RESULTS = Path(__file__).parent / "results"
 COMMITTED = tuple(RESULTS / f"{name}.csv" for name in ("layer-xeon-2core", "step-xeon-2core", "layer-h200"))
 PASSES = ("forward", "forward+backward")
-OURS = ("#d1672c", "#7b3294", "#1b9e77", "#c51b7d", "#8c510a", "#e6ab02", "#a6d854", "#525252")  # engines with the map
-PLAIN = ("#1f5a99", "#5b8fc7", "#93b7dd", "#2b2b6b", "#7f7f7f")
-MARKERS = {"eager": "o", "graph": "^", "compile": "s"}  # per mode; only "eager" is joined by lines
+# Each contender has a marker (in bars, a hatch) of its own, since colours alone are not told apart by everybody.
+OURS = ("#d1672c", "#8f55ea", "#1fa592", "#7d1a08", "#c2408f", "#7a7300", "#2a0a12", "#525252")  # engines with the map
+PLAIN = ("#1f5a99", "#5b8fc7", "#2b2b6b", "#7f7f7f", "#4f7f7f")
+MARKERS = "os^DvP*Xd<>p"
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "|||")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "legend.fontsize": 8.5,
+    "svg.hashsalt": "molsaki",
+    "svg.fonttype": "none",
+}
 MODES = {"graph": "as a CUDA graph", "compile": "through torch.compile"}
+PREDICTED = ", predicted"
 PEAK = "peak MiB with weights and optimizer"
 
 
@@ -39,14 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path, nargs="*", help="default: the committed CSVs that the README's pictures use")
     parser.add_argument("--output-dir", type=Path, help="default: the folder plots beside the CSV")
-    parser.add_argument("--format", default="png", choices=("png", "svg"))
+    parser.add_argument("--format", default=["png"], nargs="+", choices=("png", "svg"))
     arguments = parser.parse_args(argv)
     for path in arguments.csv or COMMITTED:
         records = read_records(path)
         if not records:
             parser.error(f"csv: expected records of benchmarks.layer or benchmarks.step, {path} has none")
-        for picture in draw(records, arguments.output_dir or path.parent / "plots", path.stem, arguments.format):
-            print(picture)
+        for suffix in arguments.format:
+            for picture in draw(records, arguments.output_dir or path.parent / "plots", path.stem, suffix):
+                print(picture)
 
 
 def draw(records: list[dict], folder: Path, stem: str, suffix: str = "png") -> list[Path]:
@@ -67,10 +79,11 @@ def draw(records: list[dict], folder: Path, stem: str, suffix: str = "png") -> l
             ("key-tokens", "Additional time for the map, fastest engine", overhead_over_key_tokens),
         )
     files = []
-    for question, title, picture in pictures:
-        figure = picture(records)
-        if figure is not None:
-            files.append(save(figure, folder / f"{stem}-{question}.{suffix}", title, records))
+    with matplotlib.style.context([STYLE], after_reset=True):  # not the settings of whoever draws
+        for question, title, picture in pictures:
+            figure = picture(records)
+            if figure is not None:
+                files.append(save(figure, folder / f"{stem}-{question}.{suffix}", title, records))
     return files
 
 
@@ -91,15 +104,16 @@ def time_over_plain(records: list[dict]) -> Figure | None:
         return None
     figure, axes = panels(len(groups), len(PASSES))
     colours = colours_of(records)
+    markers = markers_of(records)
     for (label, group), panel_row in zip(groups, axes, strict=True):
         for ax, which in zip(panel_row, PASSES, strict=True):
             of_pass = [r for r in group if r["pass"] == which]
             for (name,), of_name in by(of_pass, "contender"):
-                line(ax, of_name, "over_plain", name, colours[name])
+                line(ax, of_name, "over_plain", name, colours[name], markers[name])
                 predicted = [r for r in of_name if r.get("predicted_over_plain") and mode_of(r) == "eager"]
                 if predicted and predicted[0]["kind"] == "map":
                     x, y = zip(*sorted((r["tokens"], r["predicted_over_plain"]) for r in predicted), strict=True)
-                    ax.plot(x, y, ":", color=colours[name], linewidth=1, label=f"{name}, predicted")
+                    ax.plot(x, y, ":", color=colours[name], linewidth=1, label=name + PREDICTED)
             ax.axhline(1, color="black", linewidth=0.8)
             ax.set_yscale("log", base=2)
             low, high = ax.get_ylim()
@@ -119,9 +133,10 @@ def memory_over_tokens(records: list[dict]) -> Figure | None:
         return None
     figure, axes = panels(1, len(groups))
     colours = colours_of(records)
+    markers = markers_of(records)
     for ax, (label, group) in zip(axes[0], groups, strict=True):
         for (name,), of_name in by(group, "contender"):
-            line(ax, of_name, "peak_mib", name, colours[name])
+            line(ax, of_name, "peak_mib", name, colours[name], markers[name])
         ax.set_yscale("log")
         lengths_axis(ax, group)
         finish(ax, label, "MiB")
@@ -145,7 +160,7 @@ def overhead_over_key_tokens(records: list[dict]) -> Figure | None:
     figure, axes = panels(len(groups), len(PASSES))
     sizes = sorted({(r["tokens"], r["batch"]) for r in records})
     colours = dict(zip(sizes, colormaps["viridis"](np.linspace(0, 0.9, len(sizes))), strict=True))
-    markers = dict(zip(sorted({r["contender"] for r in records}), itertools.cycle("o^sDv"), strict=False))
+    markers = dict(zip(sorted({r["contender"] for r in records}), itertools.cycle(MARKERS), strict=False))
     for (label, group), panel_row in zip(groups, axes, strict=True):
         for ax, which in zip(panel_row, PASSES, strict=True):
             of_pass = [r for r in group if r["pass"] == which]
@@ -159,7 +174,7 @@ def overhead_over_key_tokens(records: list[dict]) -> Figure | None:
             for target in sorted({r["target"] for r in of_pass if r.get("target")}):
                 at, text = (0.01, 100 * (target - 1)), f"target {100 * (target - 1):.0f} %"
                 ax.axhline(at[1], color="grey", linewidth=0.8, linestyle=(0, (1, 2)))
-                ax.annotate(text, at, xycoords=("axes fraction", "data"), va="bottom", fontsize=6, color="grey")
+                ax.annotate(text, at, xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="#555555")
             ax.axhline(0, color="black", linewidth=0.8)
             ax.set_xscale("log", base=2)
             ax.set_xlabel("key tokens per sequence")
@@ -170,7 +185,7 @@ def overhead_over_key_tokens(records: list[dict]) -> Figure | None:
             finish(ax, f"{label}, {which}", "% beyond the fastest plain attention")
     handles = [Line2D([], [], color=colours[size], label=f"{size[1]} x {size[0]:,}") for size in sizes]
     handles += [Line2D([], [], color="grey", linestyle="none", marker=m, label=name) for name, m in markers.items()]
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=7, title="batch x tokens")
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, title="batch x tokens")
     return figure
 
 
@@ -185,19 +200,22 @@ def step_bars(records: list[dict]) -> Figure:
     if not shown:
         found = sorted({r["quantity"] for r in records})
         raise ValueError(f"records: expected a quantity of {list(quantities)}, got {found}")
-    figure, axes = panels(1, len(shown))
+    figure, axes = panels(len(shown), 1)
     contenders = dict.fromkeys(r["contender"] for r in records if r["quantity"] in shown)
     colours = dict(zip(sorted(contenders, key="eager".__eq__), itertools.cycle((*OURS, *PLAIN)), strict=False))
     colours["eager"] = "black"
-    for ax, quantity in zip(axes[0], shown, strict=True):
+    hatches = dict(zip(colours, itertools.cycle(HATCHES), strict=False))
+    for ax, quantity in zip(axes[:, 0], shown, strict=True):
         values = {(step_group(r), r["contender"]): r["value"] for r in records if r["quantity"] == quantity}
         groups, names = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+        names.sort(key=list(colours).index)
         width = 0.8 / len(names)
         for i, name in enumerate(names):
             heights = [values.get((group, name), 0) for group in groups]
             at = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
-            bars = ax.bar(at, heights, width, label=name, color=colours[name])
-            ax.bar_label(bars, [f"{h:,.0f}" if h >= 100 else f"{h:.3g}" if h else "" for h in heights], fontsize=6)
+            look = {"color": colours[name], "hatch": hatches[name], "edgecolor": "white", "linewidth": 0.5}
+            bars = ax.bar(at, heights, width, label=name, **look)
+            ax.bar_label(bars, [f"{h:,.0f}" if h >= 100 else f"{h:.3g}" if h else "" for h in heights], fontsize=8)
         ax.set_xticks(range(len(groups)), groups)
         finish(ax, "", quantities[quantity])
     legend(figure, axes.flat)
@@ -249,8 +267,13 @@ def colours_of(records: Iterable[dict]) -> dict[str, str]:
     return {name: next(choices[some[0]["kind"]]) for (name,), some in by(records, "contender")}
 
 
-def line(ax: Axes, records: list[dict], key: str, name: str, colour: str) -> None:
-    """Draw one contender over the lengths: a line for mode "eager", markers for the other modes."""
+def markers_of(records: Iterable[dict]) -> dict[str, str]:
+    """Choose one marker per contender for all panels."""
+    return dict(zip((name for (name,), _ in by(records, "contender")), itertools.cycle(MARKERS), strict=False))
+
+
+def line(ax: Axes, records: list[dict], key: str, name: str, colour: str, marker: str) -> None:
+    """Draw one contender over the lengths: a line for mode "eager", hollow markers for the other modes."""
     for (mode,), some in by([{**record, "mode": mode_of(record)} for record in records], "mode"):
         x, y = zip(*sorted((r["tokens"], r[key]) for r in some), strict=True)
         ax.plot(
@@ -258,15 +281,16 @@ def line(ax: Axes, records: list[dict], key: str, name: str, colour: str) -> Non
             y,
             linestyle="none" if mode != "eager" else "--" if some[0]["kind"] == "plain" else "-",
             color=colour,
-            marker=MARKERS[mode],
-            markersize=4,
+            marker=marker,
+            markersize=5 if mode != "compile" else 8,
+            linewidth=1.3,
             label=name if mode == "eager" else f"{name}, {MODES[mode]}",
             markerfacecolor=colour if mode == "eager" else "none",
         )
 
 
 def panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(3.2 + 4.4 * columns, 0.7 + 3.7 * rows), layout="constrained")
+    figure = Figure(figsize=(9.6, 0.7 + (3.3 if columns > 1 else 3.0) * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -287,17 +311,26 @@ def finish(ax: Axes, title: str, unit: str) -> None:
 
 
 def legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Add one legend for all panels, beside them."""
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=7)
+    """Add one legend for all panels, below them; predictions, which have the colours of what they predict, once."""
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = {label: handle for label, handle in found.items() if not label.endswith(PREDICTED)}
+    if len(handles) < len(found):
+        handles["predicted"] = Line2D([], [], color="#555555", linestyle=":", linewidth=1)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, handlelength=3)
 
 
 def save(figure: Figure, path: Path, title: str, records: list[dict]) -> Path:
+    below = conditions(records)
     figure.suptitle(title, fontsize=11)
-    below = textwrap.fill(conditions(records), 30 + int(13 * figure.get_figwidth()))
-    figure.supxlabel(below, fontsize=7, color="#555555")
+    lines = textwrap.wrap(below, int(14 * figure.get_figwidth()))
+    for legend in figure.legends:  # its title, above it, is the one place that the layout keeps free of both
+        legend.set_title("\n".join([*lines, legend.get_title().get_text()]).strip(), {"size": 8})
+        entries = -(-len(legend.get_texts()) // 3)
+        figure.set_figheight(figure.get_figheight() + 0.16 * (entries + len(lines)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    metadata = {"Title": title, "Description": below}
+    metadata |= {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=150, metadata=metadata)
     return path
 
 

@@ -23,11 +23,9 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import gc
 import multiprocessing
-import os
 import re
 import statistics
 import tempfile
@@ -58,10 +56,11 @@ from molsaki.training import losses
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import objective_of
-from molsaki_kernels import StepPlan, pool_values
+from molsaki_kernels import pool_values
 
+from .check import indicators
 from .layer import describe, read_records, write_csv
-from .measure import memory_status, ratio
+from .measure import memory_status, ratio, without_malloc_reserve
 from .roofline import gpu_named
 
 RANDOM = {
@@ -353,17 +352,6 @@ def eager_loss(
     return loss, [*student.parameters(), *mixture.parameters()]
 
 
-def indicators(plan: StepPlan, length: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of each step ``(N, S, M)`` and the columns of each word ``(N, M, W)`` as zeros and ones."""
-    row = torch.arange(length, device=plan.device)
-    steps = (row >= plan.steps[..., :1]) & (row < plan.steps[..., 1:])
-    words = torch.zeros(len(plan), length, plan.num_words, device=plan.device)
-    for n in range(len(plan)):
-        own = plan.word_of_token[n] >= 0
-        words[n, plan.tokens[n][own], plan.word_of_token[n][own]] = 1
-    return steps.float(), words
-
-
 def measured(measure: str, setup: Setup, names: list[str], seconds: float, machine: dict) -> list[dict]:
     """Measure one batch; return records of contender, quantity and value."""
     common = {
@@ -551,22 +539,8 @@ def peak_memory(setup: Setup, name: str) -> tuple[float, float]:
         peak = torch.cuda.max_memory_allocated()
         return (peak - before) / 2**20, peak / 2**20
     spawn = multiprocessing.get_context("spawn")
-    with _without_malloc_reserve(), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with without_malloc_reserve(), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_cpu_peak, setup, name).result()
-
-
-@contextlib.contextmanager
-def _without_malloc_reserve() -> Iterator[None]:
-    """Make glibc return freed tensors in processes started inside; by default it sometimes keeps 100 MiB or more."""
-    name = "MALLOC_MMAP_THRESHOLD_"
-    before = os.environ.get(name)
-    os.environ[name] = str(1 << 18)
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def _cpu_peak(setup: Setup, name: str) -> tuple[float, float]:

@@ -1,11 +1,13 @@
-"""Prints where each sentence of a word problem looks, for a Hugging Face decoder: examples/capture_maps.py MODEL.
+"""Where each sentence of a word problem looks, in any Hugging Face decoder, without eager attention.
 
-MODEL is a folder or a hub name, such as HuggingFaceTB/SmolLM2-135M-Instruct. Needs the extra `train`.
+    python examples/capture_maps.py                                              # a tiny random model, offline
+    python examples/capture_maps.py --model HuggingFaceTB/SmolLM2-135M-Instruct  # or a folder
+
+`molsaki.capture` gives the maps of all layers with their gradient; `molsaki.attention_map` wraps these lines where only
+the numbers are wanted. Needs the extra `train`.
 """
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +18,7 @@ QUESTION = "A mailman delivers 4 letters to each house in 16 blocks of 17 houses
 RATIONALE = "There are 16 × 17 = 272 houses. He delivers 272 × 4 = 1088 letters."
 
 
-def main(name: str) -> None:
+def main(name: str) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     spans = molsaki.segment(QUESTION, RATIONALE)  # steps and numbers, as ranges of characters
@@ -28,9 +30,10 @@ def main(name: str) -> None:
     print(" ".join(f"{word:>6s}" for word in words))
     for (start, stop), masses in zip(spans.steps, mean.tolist(), strict=True):
         print(" ".join(f"{mass:6.2f}" for mass in masses), spans.text[start:stop].strip())
+    return record.maps
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    from tiny_models import arguments
+
+    main(*arguments(__doc__, "model"))

@@ -1,74 +1,89 @@
 """The program ``molsaki``: one word per command, each a config, a module and the function that runs it.
 
-A module is imported when its command runs, so ``molsaki --help`` imports neither torch nor transformers. A user's
-mistake is one line on standard error and exit code 2; set ``MOLSAKI_TRACEBACK=1`` to see where it was raised.
+A module is imported when its command runs, so ``molsaki --help`` imports neither torch nor transformers. Results go to
+standard output, everything else to standard error. A user's mistake is one line there and exit code 2; set
+``MOLSAKI_TRACEBACK=1`` to see where it was raised. The exit codes are described in docs/command-line.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import importlib
+import importlib.util
 import itertools
 import json
+import linecache
 import logging
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import threading
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from molsaki import logs
+from molsaki.terminal import styled, styled_help
+
+if TYPE_CHECKING:
+    from molsaki.command_help import Parser
+
+NEGATIVE, USER_ERROR, CRASH, INTERRUPTED = 1, 2, 70, 128  # the last one plus the number of the signal
+
+logger = logging.getLogger("molsaki.cli")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+    signal = signal.SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, 1 (``store verify`` found faults, or runs of a study are not finished), 2 (an error),
-        130 (interrupted).
+        The exit code: 0; 1 if the result is negative (``store verify`` found faults, runs of a study are not finished,
+        ``doctor`` found something broken); 2 after a user's mistake; 70 after a fault of the program; 130 or 143 after
+        SIGINT or SIGTERM.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    listed = "\n".join(f"  {name:10}{help}" for name, help in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="molsaki",
-        description="Distil a teacher's attention to key words, step by step (arXiv 2604.15701).",
-        epilog=f"commands:\n{listed}\n\n`molsaki COMMAND --help` lists the command's flags; --config FILE reads them "
-        "from YAML.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
-    command = parser.parse_args(argv[:1]).command
-    _show_log()
+    argv = given = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else ""
+    before = {name: os.environ.get(name) for name in logs.VARIABLES}
     try:
-        if command in CONFIGURED:
-            return _run_configured(command, argv[1:])
-        return {"study": _study, "store": _store, "doctor": _doctor}[command](argv[1:])
-    except KeyboardInterrupt:
-        print(f"\nmolsaki {command}: interrupted. {CONTINUE.get(command, 'Run it again.')}", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ArithmeticError, ImportError) as error:
-        if os.environ.get("MOLSAKI_TRACEBACK"):
-            raise
-        print(f"molsaki {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what standard error is at the time of a message."""
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: Any) -> None:
-        pass
-
-
-def _show_log() -> None:
-    """Show what the package logs: everything in the first process, warnings in others."""
-    logger = logging.getLogger("molsaki")
-    if not logger.hasHandlers():
-        logger.addHandler(_Stderr())
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        argv = _take_log_format(argv)
+        command = argv[0] if argv else ""
+        logs.show()
+        if command in ("", "-h", "--help", "--version"):
+            return _about(command)
+        if command not in COMMANDS:
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`molsaki --help` lists them"
+            return _refuse("", f"{command}: no such command; {hint}")
+        with _sigterm():
+            return _run(command, argv[1:])
+    except KeyboardInterrupt as error:
+        return _interrupted(command, given, error)
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED + 13  # SIGPIPE
+    except SystemExit as end:  # argparse has shown a help
+        return end.code if isinstance(end.code, int) else 0
+    except Exception as error:
+        if _is_user_error(error):
+            if os.environ.get("MOLSAKI_TRACEBACK"):
+                raise
+            return _refuse(command, " ".join(str(error).split()))
+        return _crashed(command, error)
+    finally:  # --log_format is of this call
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 COMMANDS = {
@@ -78,9 +93,11 @@ COMMANDS = {
     "distill": "train a student, with the teacher live or from the store",
     "evaluate": "decode greedily, score exactly, write every prediction",
     "plot": "draw losses, layer weights and maps",
+    "report": "write a page about a run: curves, maps, predictions",
     "study": "train and compare a grid of methods, seeds and data sets",
     "store": "look at a store: verify, info or head",
-    "doctor": "print versions, devices, engines, and why each is or is not ready",
+    "doctor": "say what this machine can run, and what to do about the rest",
+    "completion": "print a script that completes commands and flags in a shell",
 }
 # The commands with a config: its module and name, and the module of the function with the command's name.
 CONFIGURED = {
@@ -90,61 +107,168 @@ CONFIGURED = {
     "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.trainer"),
     "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
     "plot": ("molsaki.config", "PlotConfig", "molsaki.plotting.plot_run"),
+    "report": ("molsaki.config", "ReportConfig", "molsaki.reporting.report"),
 }
 CONTINUE = {
-    "annotate": "All replies so far are kept; run the same command again to continue.",
-    "keys": "All results so far are kept; run the same command again to continue.",
-    "extract": "All finished shards are kept; run the same command again to continue.",
-    "distill": "Run the same command with --resume to continue from the last checkpoint.",
-    "study": "All finished runs are kept; run the same command again to continue.",
+    "annotate": "All replies so far are kept",
+    "keys": "All results so far are kept",
+    "extract": "All finished shards are kept",
+    "study": "All finished runs are kept",
 }
+OVERVIEW = """\
+usage: molsaki COMMAND [options]
+
+Distil a teacher's attention to key words, step by step (arXiv 2604.15701).
+
+commands:
+{commands}
+
+examples:
+  # Store the teacher's maps once, train a student with them, score it
+  molsaki extract --teacher MODEL --data_files train.jsonl --store maps
+  molsaki distill --student MODEL --store maps --train_file train.jsonl \\
+      --output_dir run
+  molsaki evaluate --model run --data_file test.jsonl --output_dir results
+  molsaki report run --predictions results
+
+options:
+  -h, --help             Show this help; `molsaki COMMAND --help` shows the
+                         options of a command, with examples.
+  --version              Show the version.
+  --log_format FORMAT    text or json: see `molsaki COMMAND --help`.
+
+Dashes and underscores in flags are the same: --data-file is --data_file.
+Exit codes: 0 done, 1 the result is negative, 2 a mistake in what was asked,
+70 a fault of molsaki, 130 interrupted. More: docs/command-line.md.
+"""
+
+
+def parsers(inherited: bool = False) -> dict[str, Parser]:
+    """The parser of every command, from which its help is printed and shell completion is generated.
+
+    Args:
+        inherited: with the options that distill inherits from TrainingArguments, which imports transformers.
+    """
+    return {command: parser_of_command(command, inherited) for command in COMMANDS}
+
+
+def parser_of_command(command: str, inherited: bool = False) -> Parser:
+    """The parser of one command; see `parsers`."""
+    from molsaki.command_help import config_of, parser_of
+
+    if command not in CONFIGURED:
+        return parser_of(command, COMMANDS[command], fill=ARGUMENTS[command])
+    module, name, _ = CONFIGURED[command]
+    if command == "distill" and not inherited:  # TrainingArguments take seconds to import
+        module, name = "molsaki.config", "DistillOptions"
+    return parser_of(command, COMMANDS[command], config_of(module, name), inherited)
+
+
+def _about(word: str) -> int:
+    """The help of the program, or its version."""
+    if word == "--version":
+        import molsaki
+
+        print(f"molsaki {molsaki.__version__}")
+        return 0
+    stream = sys.stdout if word else sys.stderr
+    listed = "\n".join(f"  {name:12}{help}" for name, help in COMMANDS.items())
+    stream.write(styled_help(OVERVIEW.format(commands=listed), stream))
+    return 0 if word else USER_ERROR
+
+
+def _run(command: str, argv: Sequence[str]) -> int:
+    before = list(itertools.takewhile(lambda word: word != "--", argv))
+    everything = any(word.replace("-", "_") == "__help_all" for word in before)
+    if everything or not {"-h", "--help"}.isdisjoint(before):
+        parser_of_command(command, inherited=everything).print_help()
+        return 0
+    if command in CONFIGURED:
+        return _run_configured(command, argv)
+    parser = parser_of_command(command)
+    args, unknown = parser.parse_known_args(_underscores(argv))
+    if unknown:
+        from molsaki.flags import nearest
+
+        names = [action.dest for action in parser._actions if action.option_strings]
+        raise ValueError(f"{unknown[0]}: no such argument" + nearest(unknown[0], names, "--"))
+    return {"study": _study, "store": _store, "doctor": _doctor, "completion": _completion}[command](args)
 
 
 def _run_configured(command: str, argv: Sequence[str]) -> int:
+    from molsaki.command_help import HELP
     from molsaki.extras import require
-    from molsaki.flags import parse
+    from molsaki.flags import parse_command
 
     config_module, config_name, module = CONFIGURED[command]
     require("train")
-    if command == "distill" and not {"-h", "--help"}.isdisjoint(argv):  # TrainingArguments take seconds to import
-        config_module, config_name = "molsaki.config", "DistillOptions"
     config_class = getattr(importlib.import_module(config_module), config_name)
-    options = parse(config_class, argv, f"molsaki {command}")
+    if command == "report" and argv and not argv[0].startswith("-"):  # molsaki report RUN
+        argv = [f"--run={argv[0]}", *argv[1:]]
+    has_dry_run = command in HELP and HELP[command].dry_run
+    try:
+        options, dry_run = parse_command(config_class, _underscores(argv), f"molsaki {command}", has_dry_run)
+    except (ValueError, TypeError) as error:
+        raise _of_the_user(error) from error
+    logs.take_over_libraries()
+    if dry_run:
+        from molsaki.dry_run import DRY_RUNS, render
+
+        found = DRY_RUNS[command](options)
+        if os.environ.get("RANK", "0") == "0":
+            print(logs.as_json(found) if logs.is_json() else render(found))
+        return 0
     result = getattr(importlib.import_module(module), command)(options)
     if os.environ.get("RANK", "0") == "0":
         _print(result)
     return 0
 
 
-def _study(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="molsaki study")
-    parser.add_argument("config", help="YAML file of the study: see docs/study.md")
-    parser.add_argument("--processes", type=int, default=1, help="how many to start here; others may join, also later")
-    parser.add_argument("--threads", type=int, help="threads per process. Default: all processors, shared evenly")
-    parser.add_argument("--arms", nargs="+", default=[], help="only the runs of these arms")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only the runs of these seeds")
-    parser.add_argument("--report", action="store_true", help="run nothing; write the CSV files and the report")
-    args = parser.parse_args(argv)
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="FILE", help="YAML file of the study: see docs/study.md.")
+    parser.add_argument("--processes", metavar="N", type=int, default=1,
+                        help="How many to start here; others may join, also later. [default: 1]")  # fmt: skip
+    parser.add_argument("--threads", metavar="N", type=int,
+                        help="Threads per process. Default: all processors, shared evenly.")  # fmt: skip
+    parser.add_argument("--arms", metavar="NAME", nargs="+", default=[], help="Only the runs of these arms.")
+    parser.add_argument("--seeds", metavar="N", nargs="+", type=int, default=[], help="Only the runs of these seeds.")
+    parser.add_argument("--report", action="store_true", help="Run nothing; write the CSV files and the report.")
+
+
+def _study(args: argparse.Namespace) -> int:
     from molsaki.extras import require
 
     require("train")
     os.environ.setdefault("TQDM_DISABLE", "1")  # a line per run in place of bars; tqdm reads it when it is imported
+    if args.dry_run:
+        from molsaki.dry_run import render, study_runs
+
+        found = study_runs(args.config, args.arms, args.seeds)
+        print(logs.as_json(found) if logs.is_json() else render(found))
+        return 0
     from molsaki.study.report import write_report
     from molsaki.study.run import study
 
+    logs.take_over_libraries()
     unfinished = [] if args.report else study(args.config, args.processes, args.threads, args.arms, args.seeds)
-    print(*write_report(args.config), sep="\n")
-    if unfinished:
+    files = [str(path) for path in write_report(args.config)]
+    if logs.is_json():
+        print(logs.as_json({"files": files, "unfinished": unfinished}))
+    else:
+        print(*files, sep="\n")
+    if unfinished and not logs.is_json():
         print(f"{len(unfinished)} runs are not finished:", *unfinished, sep="\n", file=sys.stderr)
-    return 1 if unfinished else 0
+    return NEGATIVE if unfinished else 0
 
 
-def _store(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="molsaki store")
-    parser.add_argument("action", choices=["verify", "info", "head"], help="check every file, describe, show examples")
-    parser.add_argument("folder", help="folder of the store")
-    parser.add_argument("-n", type=int, default=3, help="head: how many examples")
-    args = parser.parse_args(argv)
+def _store_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", metavar="ACTION", choices=["verify", "info", "head"],
+                        help="verify: check every file; info: describe the store; head: show examples.")  # fmt: skip
+    parser.add_argument("folder", metavar="FOLDER", help="Folder of the store.")
+    parser.add_argument("-n", metavar="N", type=int, default=3, help="head: how many examples. [default: 3]")
+
+
+def _store(args: argparse.Namespace) -> int:
     from molsaki.extras import require
 
     require("train")
@@ -153,34 +277,216 @@ def _store(argv: Sequence[str]) -> int:
     if args.action == "verify":
         faults = verify(args.folder)
         store = None if faults else Store(args.folder)
-        print("\n".join(faults) if store is None else f"{len(store)} examples in {store.num_shards} shards, all whole")
-        return 1 if faults else 0
+        if logs.is_json():
+            print(logs.as_json({"faults": faults, "examples": None if store is None else len(store)}))
+        else:
+            whole = "" if store is None else f"{len(store)} examples in {store.num_shards} shards, all whole"
+            print("\n".join(faults) if faults else whole)
+        return NEGATIVE if faults else 0
     store = Store(args.folder)
     if args.action == "info":
         counts = {"left_out": store.left_out, "shards": store.num_shards, "bytes": store.num_bytes}
         _print(store.description | counts | {"bytes_per_example": store.num_bytes / max(len(store), 1)})
         return 0
+    examples = []
     for entry in itertools.islice(store, args.n):
-        shape = f"left out: {entry.reason}" if entry.maps is None else "map " + " x ".join(map(str, entry.maps.shape))
-        print(f"{entry.id}: {shape}")
-        if entry.weights is not None:
-            print(f"  layer weights: {' '.join(f'{w:.3f}' for w in entry.weights.mean(0).tolist())}")
+        shape = None if entry.maps is None else list(entry.maps.shape)
+        weights = None if entry.weights is None else entry.weights.mean(0).tolist()
+        examples.append({"id": entry.id, "left_out": entry.reason, "map": shape, "layer_weights": weights})
+        if not logs.is_json():
+            print(f"{entry.id}: " + (f"left out: {entry.reason}" if shape is None else f"map {_by(shape)}"))
+            if weights is not None:
+                print(f"  layer weights: {' '.join(f'{w:.3f}' for w in weights)}")
+    if logs.is_json():
+        print(logs.as_json({"examples": examples}))
     return 0
 
 
-def _doctor(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="molsaki doctor")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    from molsaki.doctor import render, report
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from molsaki.doctor import is_broken, render, report
 
     found = report()
-    print(json.dumps(found, indent=2) if args.json else render(found))
+    print(json.dumps(found, indent=2) if args.json or logs.is_json() else render(found, sys.stdout))
+    return NEGATIVE if is_broken(found) else 0
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", metavar="SHELL", choices=["bash", "zsh", "fish"], help="bash, zsh or fish.")
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from molsaki.completion import script
+    from molsaki.extras import MODULES
+
+    has_training = all(importlib.util.find_spec(name) is not None for name in MODULES["train"])
+    print(script(args.shell, parsers(inherited=has_training), COMMANDS))
     return 0
+
+
+ARGUMENTS = {
+    "study": _study_arguments,
+    "store": _store_arguments,
+    "doctor": _doctor_arguments,
+    "completion": _completion_arguments,
+}
+
+
+def _take_log_format(argv: list[str]) -> list[str]:
+    """The words without ``--log_format``, which may be anywhere and whose value is chosen here."""
+    chosen, rest, words = os.environ.get(logs.VARIABLE), [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.replace("-", "_") != "__log_format":
+            rest.append(word)
+            continue
+        chosen = value if equals else next(words, "")
+    if chosen:
+        logs.choose(chosen)
+    return rest
+
+
+def _underscores(argv: Iterable[str]) -> list[str]:
+    """The words with underscores for the dashes within the names of flags."""
+    words = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            word = f"--{name.replace('-', '_')}{equals}{value}"
+        words.append(word)
+    return words
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM, so that it ends a command as Ctrl-C does."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _OfTheUser(ValueError):
+    """A mistake in the options, which a library may have found."""
+
+
+def _of_the_user(error: Exception) -> Exception:
+    return _OfTheUser(str(error)) if _is_deliberate(error) else error
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether an exception is the answer to what the user asked for, and not a fault of the program.
+
+    Files and packages that are missing are; so is a value that a ``raise`` statement of ours or of a library refused.
+    An error that Python itself raised in the middle of an expression is not.
+    """
+    if isinstance(error, (_OfTheUser, OSError, ImportError, MemoryError)) or _is_out_of_memory(error):
+        return True
+    return isinstance(error, (ValueError, TypeError, ArithmeticError)) and _is_deliberate(error)
+
+
+def _is_deliberate(error: BaseException) -> bool:
+    """Whether the statement that raised an exception is a ``raise``; also if its source is not there to look."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return True
+    line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
+    return line.startswith("raise") or not line
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _refuse(command: str, message: str) -> int:
+    """One line about a user's mistake."""
+    if _out_of_memory_in(message):
+        message = f"out of memory: {message[:200]}"
+    if logs.is_json():
+        logger.error("%s", message, extra={"values": {"command": command, "exit_code": USER_ERROR}})
+    else:
+        where = f"molsaki {command}".strip()
+        print(f"{where}: {styled('error:', 'red', sys.stderr)} {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _out_of_memory_in(message: str) -> bool:
+    return "CUDA out of memory" in message or "can't allocate memory" in message
+
+
+def _crashed(command: str, error: Exception) -> int:
+    """The traceback of a fault of the program, and how to report it."""
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    report = (
+        "This is a fault of molsaki or of a library that it uses. Please report it with the lines above, the command, "
+        "and the output of `molsaki doctor --json`."
+    )
+    if logs.is_json():
+        logger.error("%s. %s", what, report, exc_info=error,
+                     extra={"values": {"command": command, "exit_code": CRASH}})  # fmt: skip
+        return CRASH
+    print("".join(traceback.format_exception(error)), end="", file=sys.stderr)
+    print(f"\nmolsaki {command}: {styled('internal error:', 'red', sys.stderr)} {what}\n{report}", file=sys.stderr)
+    return CRASH
+
+
+def _interrupted(command: str, argv: Sequence[str], error: KeyboardInterrupt) -> int:
+    """Say what was kept and how to continue."""
+    number = int(getattr(error, "signal", signal.SIGINT))
+    saved = getattr(error, "checkpoint", None)
+    again = _again(argv, resume=command == "distill")
+    if saved is not None and not getattr(error, "can_resume", True):
+        message = f"saved {saved}, which save_only_model keeps from being continued."
+    elif saved is not None:
+        message = f"saved {saved}. To continue: {again}"
+    elif command == "distill":
+        message = f"To continue from the last checkpoint, if there is one: {again}"
+    else:
+        message = f"{CONTINUE[command]}. To continue: {again}" if command in CONTINUE else "Run it again."
+    what = "interrupted" if number == signal.SIGINT else "terminated"
+    if os.environ.get("RANK", "0") != "0":
+        return INTERRUPTED + number
+    if logs.is_json():
+        values = {"command": command, "exit_code": INTERRUPTED + number, "continue": again}
+        logger.warning("%s. %s", what, message, extra={"values": values})
+    else:
+        print(f"\nmolsaki {command}: {what}. {message}", file=sys.stderr)
+    return INTERRUPTED + number
+
+
+def _again(argv: Sequence[str], resume: bool) -> str:
+    """The command line once more, with --resume if it needs that."""
+    words = list(argv)
+    if resume and not any(word.partition("=")[0] == "--resume" for word in words):
+        words.append("--resume")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    start = ["molsaki"] if processes == 1 else f"torchrun --nproc_per_node {processes} -m molsaki.cli".split()
+    return shlex.join([*start, *map(str, words)])
 
 
 def _print(result: Mapping[str, Any] | Iterable[Any]) -> None:
-    """Print a summary by name, or one item per line."""
+    """Print a summary by name, or one item per line; with JSON one object."""
+    if logs.is_json():
+        print(logs.as_json(result if isinstance(result, Mapping) else {"files": [str(one) for one in result]}))
+        return
     if not isinstance(result, Mapping):
         print(*result, sep="\n")
         return

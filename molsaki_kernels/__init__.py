@@ -7,6 +7,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from molsaki_kernels.api import EngineStatus, engines, pool_values, stepwise_attention, stepwise_map
+from molsaki_kernels.engine_selection import register_engine
 from molsaki_kernels.plan import StepPlan
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "engines",
     "pool_values",
     "reference",
+    "register_engine",
     "stepwise_attention",
     "stepwise_map",
 ]

@@ -189,13 +189,14 @@ def stepwise_map(
 ) -> Tensor:
     """Compute the stepwise map alone, from an attention's log-sum-exp (Eq. 2 and 3).
 
+    Arguments that are not listed are those of :func:`stepwise_attention`.
+
     Args:
         lse: ``(B, Hq, M)`` (``(Hq, total)`` if q is ``(total, Hq, D)``) float32 (float64 for float64 inputs), the
             natural logarithm of the softmax's denominator, sinks counted.
         sinks: accepted so that one set of options serves both functions; the map depends on them through lse only.
         engine: "auto", "triton", "native" (C, for CPU tensors) or "torch".
         heads, backend: the old names of ``head_reduction`` and ``engine``.
-        The others as in :func:`stepwise_attention`.
 
     Returns:
         ``(N, S, W)`` (``head_reduction="none"``: ``(N, Hq, S, W)``) float32 (float64 for float64). Differentiable in q,

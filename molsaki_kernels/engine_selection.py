@@ -1,5 +1,7 @@
 """Choose the engine of a call: measured order where there are measurements, else the documented default order.
 
+Engines that were registered with ``first_on`` come before both (:func:`register_engine`).
+
 A record of :data:`MEASURED` is computed from a committed CSV by ``python -m benchmarks.auto_table`` and names that
 file. It holds for one architecture, pass, padded head dimension and set of features, and for a range of sequence
 lengths. All other calls keep the default order. No record is an estimate.
@@ -8,6 +10,7 @@ lengths. All other calls keep the default order. No record is an estimate.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from molsaki_kernels import widened_values
 from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import has_amx
 from molsaki_kernels.attention import ENGINES, flash_attn
-from molsaki_kernels.attention.protocol import as_served
+from molsaki_kernels.attention.protocol import Engine, as_served
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 from molsaki_kernels.value_pooling import POOLING_ENGINES
@@ -32,6 +35,8 @@ DEFAULT_ORDER = {
     "cuda": ("sdpa", "triton", "eager"),
     HOPPER: ("flash_attn", "sdpa", "triton", "eager"),
 }
+FIRST: dict[str, tuple[str, ...]] = {}  # registered engines that "auto" tries before all others, by type of device
+REQUIRED = ("NAME", "COMPUTES_MAP", "DIFFERENTIABLE", "available", "why_not", "takes_value_dim", "forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,31 @@ MEASURED: tuple[Measured, ...] = (
 )
 
 
+def register_engine(engine: Engine, first_on: Sequence[str] = ()) -> None:
+    """Add an attention engine of your own, which ``engine=`` then takes by its ``NAME``.
+
+    Args:
+        engine: a module, or an object, with the names of :class:`~molsaki_kernels.attention.protocol.Engine`.
+        first_on: types of devices, such as ``("cuda",)``, on which "auto" tries it before all other engines.
+
+    Raises:
+        TypeError: a name of the protocol is missing, or ``first_on`` is a text.
+        ValueError: another engine has this name.
+    """
+    missing = [name for name in REQUIRED if not hasattr(engine, name)]
+    if missing:
+        raise TypeError(f"engine: expected {', '.join(missing)} as in molsaki_kernels.attention.protocol, got none")
+    if isinstance(first_on, str):
+        raise TypeError(f'first_on: expected types of devices such as ("cuda",), got {first_on!r}')
+    if engine.NAME == "auto" or ENGINES.get(engine.NAME, engine) is not engine:
+        raise ValueError(f"engine: expected a NAME that no other engine has, got {engine.NAME!r}")
+    ENGINES[engine.NAME] = engine
+    for device, names in list(FIRST.items()):
+        FIRST[device] = tuple(name for name in names if name != engine.NAME)
+    for device in first_on:
+        FIRST[device] = (engine.NAME, *FIRST.get(device, ()))
+
+
 def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "auto") -> str:
     """Return the name of the first engine, in order of speed, that supports the call, or the one asked for.
 
@@ -82,7 +112,7 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
     Raises:
         ValueError: there is no such engine, or none of those considered supports the call; the reasons are listed.
     """
-    names = order(request) if engine == "auto" else (engine,)
+    names = (*FIRST.get(request.device.type, ()), *order(request)) if engine == "auto" else (engine,)
     reasons = {}
     for name in names:
         if name not in ENGINES:

@@ -49,5 +49,9 @@ say "Pictures"
 molsaki plot --config $scripts/plot.yaml --teacher "$teacher" --student "$out/distilled" --run "$out/distilled" \
   --data_file "$out/data/test.jsonl" --output_dir "$out/plots"
 
-say "Done. All files:"
+say "All files but the report:"
 find "$out" -type f -not -path '*/.*' -not -path '*/checkpoint-*' | sort
+
+say "The report, to be opened in a browser:"
+molsaki report "$out/distilled" --teacher "$teacher" --data_file "$out/data/test.jsonl" \
+  --predictions "$out/after" "$out/before"

@@ -61,11 +61,17 @@ def annotate(
     """
     data_file, output = require(config, "data_file"), Path(require(config, "output_file"))
     check_json_lines_name("--output_file", output)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("annotate runs in one process, started without torchrun; device_map spreads a large teacher")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE: annotate runs in one process, got {processes}; start it without torchrun (--device_map auto "
+            "spreads a large teacher over several GPUs)"
+        )
     work_file = output.with_suffix(".work.jsonl")
     if output.exists() and not work_file.exists():
-        raise ValueError(f"--output_file: {output} exists without its {work_file.name}; choose another name")
+        raise ValueError(
+            f"--output_file: {output} exists without its {work_file.name}, so it cannot be continued; choose another "
+            "name"
+        )
     keep = config.rationales == "keep"
     examples = read_examples(data_file, rationale=keep, data_format=config.data_format)[: config.limit]
     form = PromptFormat.of(config.template)
@@ -83,7 +89,7 @@ def annotate(
         write_json_lines(output.with_suffix(".wrong.jsonl"), refused)
     write_json(output.with_suffix(".summary.json"), summary, indent=2)
     if not records:
-        raise ValueError(all_left_out(collections.Counter(counts["dropped"])))
+        raise ValueError(f"{data_file}: {all_left_out(collections.Counter(counts['dropped']))}")
     write_json_lines(output, records)
     return summary
 

@@ -47,12 +47,12 @@ def predict_prompt(
     example: Example, tokenizer: PreTrainedTokenizerBase, template: str, predict_template: str
 ) -> list[int]:
     """The token ids after which the answer is generated."""
-    question, template = _predict_task(example, template, predict_template)
+    question, template = predict_task(example, template, predict_template)
     return prompt(question, tokenizer, template=template, context=example.context)
 
 
-def _predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
-    """The question of the predict text, and the template of that question and the answer."""
+def predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
+    """The question of the predict text, and the template of it and the answer, which is encoded as a rationale."""
     head, found, tail = predict_template.partition("{answer}")
     if not found or "{question}" not in head or (tail and template == "chat"):
         raise ValueError(
@@ -194,7 +194,7 @@ class Tokenization:
         end = student.tokenizer.eos_token_id
         if self.cot_template is None:
             reply = example.answer
-            question, template = _predict_task(example, student.template, self.predict_template)
+            question, template = predict_task(example, student.template, self.predict_template)
         else:
             question, template = example.question, student.template
             parts = {"{rationale}": example.rationale, "{answer}": example.answer}

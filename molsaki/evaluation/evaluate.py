@@ -82,7 +82,8 @@ def evaluate(
     scores = [one for one in records if "left_out" not in one]
     total, right = len(scores), sum(one["right"] for one in scores)
     if not scores:
-        raise ValueError(all_left_out(collections.Counter({reason: len(ids) for reason, ids in left_out.items()})))
+        counts = collections.Counter({reason: len(ids) for reason, ids in left_out.items()})
+        raise ValueError(f"{data_file}: {all_left_out(counts)}")
     low, high = wilson(right, total)
     summary: dict[str, Any] = {"model": config.model, "data_file": config.data_file, "mode": config.mode}
     summary |= {"template": config.template, "predict_template": config.predict_template, "left_out": left_out}
@@ -122,13 +123,31 @@ def generate(
     Questions of similar length are decoded together, padded on the left. In place of a reply stands the reason why a
     question was not asked: it does not fit the model's context, or a template or tokenizer refuses it.
     """
+    prompts, left_out, new_tokens = prompts_of(model, tokenizer, examples, config)
+    replies: list[str | LeftOut] = ["" if number in prompts else left_out[number] for number in range(len(examples))]
+    numbers, decoded = list(prompts), 0
+    with tqdm(total=len(prompts), unit="question", desc="evaluate") as bar:
+        for batch in batches(list(prompts.values()), config.batch_size):
+            asked = [numbers[i] for i in batch]
+            found, tokens = decode(model, tokenizer, [prompts[i] for i in asked], new_tokens)
+            for i, reply in zip(asked, found, strict=True):
+                replies[i] = reply.text
+            decoded += tokens
+            bar.update(len(batch))
+    return replies, decoded
+
+
+def prompts_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: EvaluateConfig
+) -> tuple[dict[int, list[int]], dict[int, LeftOut], int]:
+    """The token ids of each question that is asked and why others are not, by number, and the longest reply."""
     config = with_templates(config)
     assert config.template is not None and config.predict_template is not None
     frame_of(tokenizer, config.template)  # refuses a template that fails for every text
     new_tokens = config.max_new_tokens or MAX_NEW_TOKENS[config.mode]
     limit = context_length(model.config)
-    replies: list[str | LeftOut] = [""] * len(examples)
     prompts: dict[int, list[int]] = {}
+    left_out: dict[int, LeftOut] = {}
     for number, example in enumerate(examples):
         try:
             with left_out_if_refused():
@@ -146,14 +165,5 @@ def generate(
                 raise LeftOut(f"question and a reply of {new_tokens} tokens longer than the model's context of {limit}")
             prompts[number] = ids
         except LeftOut as reason:
-            replies[number] = reason
-    numbers, decoded = list(prompts), 0
-    with tqdm(total=len(prompts), unit="question", desc="evaluate") as bar:
-        for batch in batches(list(prompts.values()), config.batch_size):
-            asked = [numbers[i] for i in batch]
-            found, tokens = decode(model, tokenizer, [prompts[i] for i in asked], new_tokens)
-            for i, reply in zip(asked, found, strict=True):
-                replies[i] = reply.text
-            decoded += tokens
-            bar.update(len(batch))
-    return replies, decoded
+            left_out[number] = reason
+    return prompts, left_out, new_tokens

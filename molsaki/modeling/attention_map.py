@@ -39,6 +39,7 @@ class AttentionMap:
         rows, columns: the texts of the S rows and the W columns.
         layers: the decoder layer of each of the L maps.
         row_tokens, column_tokens: the positions of the tokens of each row, ``(start, stop)``, and of each column.
+        row_name, column_name, unit: what a row, a column and a value are, for the axes of pictures.
     """
 
     values: Array
@@ -47,6 +48,9 @@ class AttentionMap:
     layers: tuple[int, ...]
     row_tokens: list[Span]
     column_tokens: list[list[int]]
+    row_name: str = "row"
+    column_name: str = "column"
+    unit: str = "attention, summed over the tokens of the row and of the column"
 
     def mean(self) -> Array:
         """``(S, W)``, the mean over layers and heads."""
@@ -69,25 +73,32 @@ class AttentionMap:
         return pandas.DataFrame(table, index=pandas.MultiIndex.from_tuples(index, names=names), columns=self.columns)
 
     def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, title: str = "") -> Path:
-        """Draw a heatmap (png, pdf or svg): of one layer and head, or of the mean over those that are not given.
+        """Draw a heatmap, of one layer and head or of the mean over those that are not given; see docs/pictures.md.
 
         Args:
+            path: the file, whose suffix is png, svg or pdf.
             layer: a decoder layer, one of ``layers``.
+            head: a query head, with ``heads="each"``.
+            title: stands above the picture.
         """
         from molsaki.plotting.plots import plot_map
 
-        values, name = self.values, "mean over layers"
+        values, name = self.values, "mean over layers and heads"
         if layer is not None:
             if layer not in self.layers:
                 raise ValueError(f"layer: expected one of {self.layers}, got {layer}")
-            values, name = values[[self.layers.index(layer)]], f"layer {layer}"
+            values, name = values[[self.layers.index(layer)]], f"layer {layer}, mean over heads"
         if head is not None:
             if values.ndim != 4 or not 0 <= head < values.shape[1]:
                 count = values.shape[1] if values.ndim == 4 else 0
                 raise ValueError(f"head: expected one of {count} heads (attention_map(..., heads='each')), got {head}")
-            values, name = values[:, [head]], f"{name}, head {head}"
+            values, name = (
+                values[:, [head]],
+                f"head {head}, " + ("mean over layers" if layer is None else f"layer {layer}"),
+            )
         mean = values.mean(axis=tuple(range(values.ndim - 2)))
-        return plot_map({name: mean}, self.rows, self.columns, path, title)
+        names = {"rows": self.row_name, "columns": self.column_name, "unit": self.unit}
+        return plot_map({name: mean}, self.rows, self.columns, path, title, **names)
 
     def to_bertviz(self) -> tuple[tuple[torch.Tensor, ...], list[str]]:
         """What BertViz takes, ``head_view(*attention_map.to_bertviz())``: ``(1, H, M, M)`` per layer, and the tokens.
@@ -189,7 +200,10 @@ def attention_map(
     columns = words if keys == "words" else [[t] for t in range(len(ids))]
     if not columns:
         raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
-    return _computed(model, tokenizer, ids, chosen, columns, heads, layers, per_token)
+    named = {"steps": "reasoning step (sentence)", "tokens": "token (query)", "all": "all tokens"}
+    row_name = named[rows] if isinstance(rows, str) else "range of tokens"
+    found = _computed(model, tokenizer, ids, chosen, columns, heads, layers, per_token)
+    return _named(found, row_name, keys, "sentence" if rows == "steps" else "row", per_token)
 
 
 def attention_while_generating(
@@ -238,7 +252,19 @@ def attention_while_generating(
         if not columns:
             raise ValueError("text: has no key word, so the map has no column; use another key, or keys='tokens'")
     found = _computed(model, tokenizer, ids, chosen, columns, heads, layers, False)
-    return dataclasses.replace(found, rows=_labels(ids, [[t] for _, t in chosen], tokenizer))
+    found = dataclasses.replace(found, rows=_labels(ids, [[t] for _, t in chosen], tokenizer))
+    return _named(found, "generated token", keys, "token")
+
+
+def _named(found: AttentionMap, row_name: str, keys: str, row: str, per_token: bool = False) -> AttentionMap:
+    """The map with what its rows, columns and values are; sums and means over single tokens are not mentioned."""
+    column_name, of = ("key word", "key word") if keys == "words" else ("token (key)", "")
+    one = all(stop - start == 1 for start, stop in found.row_tokens)
+    sums = ([] if one or per_token else [f"the {row}"]) + ([f"the {of}"] if of else [])
+    unit = "attention" + (f", summed over the tokens of {' and of '.join(sums)}" if sums else "")
+    if per_token and not one:
+        unit += f"; mean over the tokens of the {row}"
+    return dataclasses.replace(found, row_name=row_name, column_name=column_name, unit=unit)
 
 
 def _check(keys: str, heads: str, layers: Sequence[int] | None) -> None:

@@ -8,6 +8,7 @@ import os
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -126,6 +127,6 @@ def _load(auto_class: Any, name: str, flag: str, **options: Any) -> Any:
         raise ValueError(f"{flag}: no such folder: {name}")
     try:
         return auto_class.from_pretrained(os.path.expanduser(name) if is_path else name, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{flag}: cannot load {name!r} as a model folder or hub name: {reason}") from error

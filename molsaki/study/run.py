@@ -28,6 +28,7 @@ import transformers
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import molsaki
+from molsaki import logs
 from molsaki.batches.dataset import DistillDataset
 from molsaki.config import TextOptions
 from molsaki.doctor import processor
@@ -92,7 +93,7 @@ def study(
     earlier = {str(run): _read(run.folder / FAILED) for run in runs}
     (found.output_dir / LOCKS).mkdir(parents=True, exist_ok=True)
     done = sum((run.folder / RESULT).is_file() for run in runs)
-    print(f"{len(runs)} runs, {done} of them finished; {processes} process{'es' * (processes > 1)}", flush=True)
+    logger.info("%d runs, %d of them finished; %d process%s", len(runs), done, processes, "es" * (processes > 1))
     if processes == 1:
         work(found, runs, earlier, threads)
     else:
@@ -167,13 +168,17 @@ def work(study: Study, runs: Sequence[Run], earlier: dict[str, str | None], thre
             run.folder.mkdir(parents=True, exist_ok=True)
             failure = {"error": message, "traceback": traceback.format_exc(), "date": _now()}
             write_json(run.folder / FAILED, failure, indent=1)
-            print(f"{run}: failed: {message}", flush=True)
+            logger.warning("%s: failed: %s", run, message)
         else:
             (run.folder / FAILED).unlink(missing_ok=True)
             done = sum((one.folder / RESULT).is_file() for one in runs)
             accuracies = ", ".join(f"{name} {100 * test['accuracy']:.1f} %" for name, test in tests.items())
             seconds = time.perf_counter() - start
-            print(f"{run}: {accuracies}; took {seconds:.0f} s; {done} of {len(runs)} runs finished", flush=True)
+            values = {name: test["accuracy"] for name, test in tests.items()}
+            logger.info(
+                "%s: %s; took %.0f s; %d of %d runs finished", run, accuracies, seconds, done, len(runs),
+                extra={"values": {"run": str(run), "accuracy": values, "seconds": seconds}},
+            )  # fmt: skip
         gc.collect()
 
 
@@ -345,6 +350,8 @@ def _worker(study: Study, runs: Sequence[Run], earlier: dict[str, str | None], t
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    logs.show()
+    logs.take_over_libraries()
     with contextlib.suppress(KeyboardInterrupt):
         work(study, runs, earlier, threads)
 

@@ -81,6 +81,82 @@ def extract(
     Raises:
         ValueError, TypeError, OSError: a flag, file or field is not as described, or the store is of something else.
     """
+    job = prepare_extraction(config, teacher, tokenizer, data)
+    folder, examples, shard_size = job.folder, job.examples, job.shard_size
+    writer = StoreWriter(folder, job.description, len(examples), shard_size)
+    job.check_templates()
+    missing = writer.missing()
+    written, tokens, seconds, start = 0, 0, 0.0, time.perf_counter()
+    left_out: dict[str, list[str]] = {}
+    total = sum(len(writer.examples_of(shard)) for shard in missing)
+    with tqdm(total=total, unit="example", desc="extract", disable=os.environ.get("RANK", "0") != "0") as bar:
+        for shard in writer.claim(missing):
+            bar.update(max(missing.index(shard) * shard_size - bar.n, 0))  # shards of other processes
+            numbers = writer.examples_of(shard)
+            entries: dict[int, Entry] = {}
+            for found, count in entries_of(examples, numbers, config, job.specs, job.teacher, job.mixture, job.packing):
+                entries |= found
+                tokens += count
+                seconds = time.perf_counter() - start
+                bar.update(len(found))
+                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s here")
+            for entry in entries.values():
+                if entry.maps is None:
+                    left_out.setdefault(entry.reason, []).append(entry.id)
+            writer.write(shard, [entries[number] for number in numbers])
+            written += 1
+        bar.update(total - bar.n)
+    writer.finish()
+    if left_out:
+        logger.warning("%s: %s", folder, list_left_out(left_out))
+    store = Store(folder)
+    if sum(store.left_out.values()) == len(examples):
+        raise ValueError(f"{folder}: {all_left_out(collections.Counter(store.left_out))}")
+    return {
+        "store": folder,
+        "examples": len(examples),
+        "left_out": store.left_out,
+        "not_read": len(getattr(examples, "left_out", ())),
+        "bytes_per_example": store.num_bytes / len(examples),
+        "shards_written": written,
+        "tokens": tokens,
+    } | ({"tokens_per_second": tokens / seconds} if tokens else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What an extraction needs, loaded and checked.
+
+    Attributes:
+        specs: the teacher's tokenizer first, then others whose limit a text has to fit.
+        mixture: None to keep the maps of all layers.
+        description: the store's identity.
+        entry_bytes: of one step and one word in the store.
+    """
+
+    folder: str
+    examples: Sequence[Example]
+    teacher: PreTrainedModel
+    specs: list[TokenizerSpec]
+    mixture: MixtureOfLayers | None
+    packing: bool
+    description: dict[str, Any]
+    entry_bytes: int
+    shard_size: int
+
+    def check_templates(self) -> None:
+        """Refuse a template that cannot be used."""
+        for one, option in zip(self.specs, ("teacher_template", "student_template"), strict=False):
+            check_template(one.tokenizer, one.template, option)
+
+
+def prepare_extraction(
+    config: ExtractConfig,
+    teacher: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Sequence[Any] | None = None,
+) -> Extraction:
+    """Load data and teacher and check the options, as `extract` does before it writes anything."""
     folder = require(config, "store")
     if data is None:
         examples: Sequence[Example] = read_examples(require(config, "data_files"), data_format=config.data_format)
@@ -123,47 +199,9 @@ def extract(
     side = dataclasses.replace(config, student_layer=-1, router="joint")  # the student's side is not used here
     mixture = None if config.all_layers else mixture_of(side, maps, student_layers or 1, layers, 1)
     pairs = maps if mixture is None else mixture.pairs
-    shard_size = _shard_size(examples, config, pairs * (2 if mixture is None else 4), Path(folder))
-    writer = StoreWriter(folder, description, len(examples), shard_size)
-    for one, option in zip(specs, ("teacher_template", "student_template"), strict=False):
-        check_template(one.tokenizer, one.template, option)
-
-    missing = writer.missing()
-    written, tokens, seconds, start = 0, 0, 0.0, time.perf_counter()
-    left_out: dict[str, list[str]] = {}
-    total = sum(len(writer.examples_of(shard)) for shard in missing)
-    with tqdm(total=total, unit="example", desc="extract", disable=os.environ.get("RANK", "0") != "0") as bar:
-        for shard in writer.claim(missing):
-            bar.update(max(missing.index(shard) * shard_size - bar.n, 0))  # shards of other processes
-            numbers = writer.examples_of(shard)
-            entries: dict[int, Entry] = {}
-            for found, count in entries_of(examples, numbers, config, specs, teacher, mixture, packing):
-                entries |= found
-                tokens += count
-                seconds = time.perf_counter() - start
-                bar.update(len(found))
-                bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s here")
-            for entry in entries.values():
-                if entry.maps is None:
-                    left_out.setdefault(entry.reason, []).append(entry.id)
-            writer.write(shard, [entries[number] for number in numbers])
-            written += 1
-        bar.update(total - bar.n)
-    writer.finish()
-    if left_out:
-        logger.warning("%s: %s", folder, list_left_out(left_out))
-    store = Store(folder)
-    if sum(store.left_out.values()) == len(examples):
-        raise ValueError(all_left_out(collections.Counter(store.left_out)))
-    return {
-        "store": folder,
-        "examples": len(examples),
-        "left_out": store.left_out,
-        "not_read": len(getattr(examples, "left_out", ())),
-        "bytes_per_example": store.num_bytes / len(examples),
-        "shards_written": written,
-        "tokens": tokens,
-    } | ({"tokens_per_second": tokens / seconds} if tokens else {})
+    entry_bytes = pairs * (2 if mixture is None else 4)
+    shard_size = _shard_size(examples, config, entry_bytes, Path(folder))
+    return Extraction(folder, examples, teacher, specs, mixture, packing, description, entry_bytes, shard_size)
 
 
 def _shard_size(examples: Sequence[Example], config: ExtractConfig, entry_bytes: int, folder: Path) -> int:

@@ -39,6 +39,7 @@ from molsaki.functions import is_named, source
 from molsaki.io import digest, write_json_lines
 from molsaki.modeling.loading import context_length, load_for_command
 from molsaki.teacher.fingerprints import NOT_A_MODULE, fingerprint_examples, fingerprint_model, fingerprint_tokenizer
+from molsaki.teacher.teacher_maps import layers_with_maps
 from molsaki.teacher.word_scores import NO_SCORE, WORD_SCORES, Array, ScoredText
 from molsaki.text.alignment import encode
 from molsaki.text.examples import Example, Examples, read_examples
@@ -73,20 +74,8 @@ def keys(
         ValueError, TypeError, OSError: a flag, file or field is not as described, the output exists, or no example can
             be used.
     """
-    data_file, output = require(config, "data_file"), Path(require(config, "output_file"))
-    check_json_lines_name("--output_file", output)
-    if output.exists():
-        raise ValueError(f"--output_file: {output} exists already; choose another name, or delete it")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("keys runs in one process, started without torchrun; device_map spreads a large teacher")
-    examples = read_examples(data_file, data_format=config.data_format)[: config.limit]
-    if not any(candidates(example, config).words for example in examples):
-        raise ValueError(f"--among: {config.among} finds no word in any of the {len(examples)} examples")
-    device_map = config.device_map or ({"": 0} if torch.cuda.is_available() else None)
-    loading = {"device_map": device_map, "quantize": config.quantize}
-    teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, **loading)
-    check_template(tokenizer, config.teacher_template, "teacher_template")
-
+    examples, teacher, tokenizer = prepare_keys(config, teacher, tokenizer)
+    data_file, output = config.data_file, Path(str(config.output_file))
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.with_suffix(".work.jsonl")
     description = describe(config, examples, teacher, tokenizer)
@@ -109,7 +98,7 @@ def keys(
     if left_out:
         logger.warning("%s: %s", data_file, list_left_out(left_out))
     if counts.total() == len(examples):
-        raise ValueError(all_left_out(counts))
+        raise ValueError(f"{data_file}: {all_left_out(counts)}")
     write_json_lines(output, _records(examples, results, config.data_format))
     work.unlink()
     spans = [result["key_spans"] for result in results if "key_spans" in result]
@@ -123,6 +112,36 @@ def keys(
         "tokens": tokens,
         "seconds": seconds,
     }
+
+
+def prepare_keys(
+    config: KeysConfig, teacher: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Examples, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load data and teacher and check the options, as `keys` does before it writes anything."""
+    data_file, output = require(config, "data_file"), Path(require(config, "output_file"))
+    check_json_lines_name("--output_file", output)
+    if output.exists():
+        raise ValueError(f"--output_file: {output} exists already; choose another name, or delete it")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE: keys runs in one process, got {processes}; start it without torchrun (--device_map auto "
+            "spreads a large teacher over several GPUs)"
+        )
+    examples = read_examples(data_file, data_format=config.data_format)[: config.limit]
+    if not any(candidates(example, config).words for example in examples):
+        raise ValueError(
+            f"--among: {config.among} finds no word in any of the {len(examples)} examples of {data_file}; use another "
+            "one, such as words"
+        )
+    device_map = config.device_map or ({"": 0} if torch.cuda.is_available() else None)
+    loading = {"device_map": device_map, "quantize": config.quantize}
+    teacher, tokenizer = load_for_command(config, "teacher", teacher, tokenizer, **loading)
+    check_template(tokenizer, config.teacher_template, "teacher_template")
+    there = layers_with_maps(teacher.base_model) if config.layers else ()
+    for layer in config.layers:
+        if layer not in there:
+            raise ValueError(f"--layers: expected some of {' '.join(map(str, there))}, got {layer}")
+    return examples, teacher, tokenizer
 
 
 def candidates(example: Example, config: KeysConfig) -> Spans:

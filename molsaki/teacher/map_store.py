@@ -144,7 +144,9 @@ class Store:
             KeyError, ValueError: an example is not in the store, was left out there, or has another text.
         """
         if len(ids) != len(spans) or not len(ids):
-            raise ValueError(f"ids, spans: expected as many of both, and one at least, got {len(ids)} and {len(spans)}")
+            raise ValueError(
+                f"ids, spans: expected equally many of both, at least one, got {len(ids)} and {len(spans)}"
+            )
         for id in ids:
             if not isinstance(id, str):
                 raise TypeError(f"ids: expected names, got {id!r}")
@@ -245,7 +247,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not description.keys() >= NEEDED or description["shard_size"] < 1:
         raise ValueError(f"{path}: damaged; {REMEDY}")
     if description["version"] != VERSION:
-        raise ValueError(f"{folder}: version {description['version']}, this program reads {VERSION}")
+        raise ValueError(
+            f"{folder}: expected a store of version {VERSION}, got version {description['version']}; extract into a "
+            "new folder with this version of molsaki"
+        )
     return description
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from molsaki.config import MIXTURE_NAMES
 from molsaki.functions import is_named, named_function
-from molsaki.modeling.capture import capture
+from molsaki.modeling.capture import Record, capture
 from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki.training.mixture import MixtureOfLayers, Pairing
 from molsaki_kernels import StepPlan
@@ -38,10 +38,23 @@ def teacher_maps(
         map_heads: as in `capture`; "each" gives the maps of all heads of all layers.
         **packed: ``position_ids`` and ``cu_seq_lens_q`` of packed texts.
     """
+    return teacher_record(teacher, input_ids, attention_mask, plan, map_heads, **packed).maps
+
+
+@torch.no_grad()
+def teacher_record(
+    teacher: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    plan: StepPlan,
+    map_heads: str = "mean",
+    **packed: Any,
+) -> Record:
+    """What `teacher_maps` captures: the maps, and which layers they are of."""
     decoder = teacher.base_model
     with capture(decoder, plan, map_heads=map_heads) as record:
         decoder(**{"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | packed)
-    return record.maps
+    return record
 
 
 @torch.no_grad()
@@ -58,6 +71,16 @@ def probe(model: nn.Module, value_heads: str | None = None, map_heads: str = "me
     with evaluation_mode(model), capture(model, plan, values=values, **how) as record:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return record.maps.shape[1], len(record.layers), record.values.shape[-1] if values else 0
+
+
+@torch.no_grad()
+def layers_with_maps(model: nn.Module) -> tuple[int, ...]:
+    """The decoder layers whose attention has a map, from a forward of two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
+    plan = StepPlan.from_spans([[(0, 2)]], [[[0]]])
+    with evaluation_mode(model), capture(model, plan) as record:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return record.layers
 
 
 def probe_student(model: nn.Module, options: MixtureOptions) -> tuple[int, int, int]:

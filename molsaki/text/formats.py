@@ -50,11 +50,21 @@ def format_of(record: Fields) -> str:
             return name
     if "question" in record:
         return OWN  # the reader says what is missing
+    if hint := hint_of_case(record, "id", "question", "rationale", "answer", "gold"):
+        raise ValueError(f"question: missing; {hint}")
     read = "; ".join(f"{name} ({', '.join(one.keys)})" for name, one in FORMATS.items() if name != OWN)
     raise ValueError(
         f"question: missing; the fields are {', '.join(map(str, record)) or 'none'}. Expected question, rationale and "
         f"answer, or the fields of one of: {read}"
     )
+
+
+def hint_of_case(record: Fields, *names: str) -> str:
+    """What to rename, if a record has fields that differ from these names only in case or in white space."""
+    there = {str(field).strip().lower(): field for field in record}
+    wrong = {there[name]: name for name in names if name in there and name not in record}
+    listed = ", ".join(f"{field!r} to {name!r}" for field, name in wrong.items())
+    return f"rename {listed}: names of fields are lower case" if wrong else ""
 
 
 def to_fields(record: Fields, name: str = AUTO, with_reply: bool = True) -> Fields:

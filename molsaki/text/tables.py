@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(1 << 30)  # a thinking trace is longer than the default of 131,072 characters
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            _check_header(path, reader.fieldnames or (), delimiter)
+            for row in reader:
                 if None in row:
                     raise ValueError(
                         f"{path}: row {row!r} has more cells than the header; expected cells between {delimiter!r}"
@@ -69,6 +71,19 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
                 yield {name: _cell(value) for name, value in row.items() if value}
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a valid table with a header: {error}") from None
+
+
+def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
+    """Refuse a header of one column whose name has the character that divides columns in other programs' files."""
+    if len(names) != 1:
+        return
+    for other, called in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
+        if other in names[0] and other != delimiter:
+            end = {"\t": "; name it .tsv", ",": "; name it .csv"}.get(other, "; save it with commas, as CSV")
+            raise ValueError(
+                f"{path}: the header has one column, {names[0]!r}: its columns are divided by {called}, expected "
+                f"{delimiter!r}{end}"
+            )
 
 
 def _cell(value: str) -> Any:

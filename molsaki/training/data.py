@@ -62,7 +62,7 @@ class TrainingData:
         if config.eval_accuracy and config.process_index == 0:
             if given is None:
                 logger.warning(
-                    "eval_accuracy: there is no evaluation data (--eval_file, eval_dataset) to compute it of"
+                    "eval_accuracy: not computed, since there is no evaluation data (--eval_file, eval_dataset)"
                 )
             elif getattr(config.eval_strategy, "value", config.eval_strategy) == "no":
                 logger.warning(

@@ -52,6 +52,9 @@ from molsaki.training.config import DistillConfig
 from molsaki.training.data import TrainingData
 from molsaki.training.distiller import Distiller
 from molsaki.training.objectives import Objective, objective_of
+from molsaki.training.progress import log_in_place_of_printing
+from molsaki.training.run_record import RunRecord
+from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
 from molsaki.training.trainable import add_adapters, check_adapters, end_with, freeze, is_peft
 from molsaki.training.watch import IdleLoss, LayerWeightPictures
 
@@ -240,6 +243,7 @@ class DistillTrainer(Trainer):
         self.add_callback(_StartOfRun(self))
         self.add_callback(_LogBeforeSave())
         self.add_callback(_StopIfBad(self))
+        self.add_callback(RunRecord(self._folder, self.train_dataset))
         if mixture is not None:
             self.add_callback(
                 LayerWeightPictures(self._folder / checkpoints.WEIGHTS_LOG, self.callback_handler.callbacks)
@@ -500,6 +504,12 @@ class DistillTrainer(Trainer):
             checkpoints.cut_weights_log(self._folder / checkpoints.WEIGHTS_LOG, step)
         return super().train(resume or None, **kwargs)
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As ``Trainer``'s, which saves after an evaluation only the best with save_strategy best, or when stopping."""
+        is_best = bool(super()._determine_best_metric(*args, **kwargs))
+        stops = [one for one in self.callback_handler.callbacks if isinstance(one, StopOnSignal)]
+        return is_best or any(one.is_stopping for one in stops)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go after this one is sealed
         self._is_in_checkpoint = True
@@ -655,6 +665,8 @@ class _StopIfBad(TrainerCallback):
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Train as the config says, and export the student to ``config.output_dir``.
 
+    SIGINT and SIGTERM save a checkpoint at the end of the step; `TrainingStopped` is then raised.
+
     Returns:
         The trainer's metrics (``train_runtime``, ``train_loss``, ...); ``examples``, ``without_words`` (key words) and
         ``left_out`` by reason, whose ids are in ``left_out.json``; the number of records
@@ -665,7 +677,14 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     data = cast("DistillDataset | StreamedDataset", trainer.train_dataset)
     if trainer.is_world_process_zero() and isinstance(data, DistillDataset):
         write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
-    metrics = trainer.train().metrics
+    log_in_place_of_printing(trainer)
+    try:
+        with StopOnSignal(trainer):
+            metrics = trainer.train().metrics
+    except TrainingStopped:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bar and trackers
+        trainer.accelerator.end_training()
+        raise
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.end_training()

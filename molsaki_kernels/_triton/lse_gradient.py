@@ -79,7 +79,9 @@ def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor,
         TypeError: ``out`` or ``dout`` is float16, which cannot represent the constant for rows without a direction.
     """
     if torch.float16 in (out.dtype, dout.dtype):
-        raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
+        raise TypeError(
+            "out, dout: expected bfloat16 or float32, got float16, whose exponent range is too small to fold dlse"
+        )
     B, H, M, D = out.shape
     # out has the layout of q; the gradient of a sum is one number, expanded.
     out, dout = with_contiguous_head_dim(out), with_contiguous_head_dim(dout)

@@ -33,7 +33,9 @@ def fold_dlse_into_out(out: Tensor, dout: Tensor, dlse: Tensor) -> tuple[Tensor,
         the host only for CPU tensors). On a CPU O' may be in the workspace, valid until the next call.
     """
     if torch.float16 in (out.dtype, dout.dtype):
-        raise TypeError("out, dout: float16 lacks the exponent range to fold dlse; widen the head dimension instead")
+        raise TypeError(
+            "out, dout: expected bfloat16 or float32, got float16, whose exponent range is too small to fold dlse"
+        )
     if out.is_cuda and why_no_triton(out.device, out.dtype) is None:
         from molsaki_kernels._triton import lse_gradient
 

@@ -207,7 +207,7 @@ def test_true_generate_loop_of_a_saved_model(tmp_path, capsys):
     argv = ["annotate", "--teacher", str(folder), "--data_file", str(data), "--output_file", str(tmp_path / "o.jsonl")]
     argv += ["--max_new_tokens", "5", "--batch_size", "2", "--shots", "1", "--keep_wrong"]
     assert main(argv) == 2
-    assert "error: all 3 examples were left out: 3 cut off at max_new_tokens" in capsys.readouterr().err
+    assert "d.jsonl: all 3 examples were left out: 3 cut off at max_new_tokens" in capsys.readouterr().err
     refused = records_of(tmp_path / "o.wrong.jsonl")
     assert [(record["id"], record["phase"]) for record in refused] == [(f"p{i}", k) for i in range(3) for k in (1, 2)]
     assert json.loads((tmp_path / "o.summary.json").read_text())["teacher"] == "teacher"
@@ -385,7 +385,7 @@ def test_bad_input(tmp_path, monkeypatch):
             AnnotateConfig(**options)
         assert message in str(error.value)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process"):
+    with pytest.raises(ValueError, match="WORLD_SIZE: annotate runs in one process, got 2"):
         annotate(files(tmp_path), model, tok)
 
 

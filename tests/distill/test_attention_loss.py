@@ -74,7 +74,7 @@ def test_it_is_the_loss_of_the_trainer(tmp_path, options):
     with pytest.raises(ValueError, match="example 'p0' has another text"):
         store.batch(ids, spans[::-1])
     for wrong in ((ids, spans[:1]), ([], [])):
-        with pytest.raises(ValueError, match="ids, spans: expected as many of both, and one at least"):
+        with pytest.raises(ValueError, match="ids, spans: expected equally many of both, at least one"):
             store.batch(*wrong)
     with pytest.raises(TypeError, match="ids: expected names, got 3"):
         store.batch([3], spans[:1])

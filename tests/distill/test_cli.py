@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import molsaki
-from molsaki import cli, doctor
+from molsaki import cli
+from molsaki.annotation import annotate as annotate_module
 from molsaki.cli import main
 from molsaki.evaluation import evaluate as evaluate_module
 from tests.helpers import tiny
@@ -84,8 +85,8 @@ def test_evaluate_plot_and_store(work, capsys):
     student = ["--student", work / "run", "--run", work / "run", "--data_file", work / "test.jsonl"]
     assert run("plot", "--teacher", work / "teacher", *student, "--output_dir", work / "plots", "--examples", 2) == 0
     names = {re.sub("-[0-9a-f]{8}[.]", ".", path.name) for path in (work / "plots").iterdir()}
-    maps = {"map_t_p0.png", "map_t_p1.png", "attention_t_p0.png", "attention_t_p1.png"}
-    assert names == maps | {"losses.png", "layer_weights.png"}
+    pictures = ("map_t_p0", "map_t_p1", "attention_t_p0", "attention_t_p1", "losses", "layer_weights")
+    assert names == {f"{picture}.{suffix}" for picture in pictures for suffix in ("png", "svg")}
     stored = ["--store", work / "store", "--data_file", work / "train.jsonl", "--ids", "p3", "--format", "svg"]
     assert run("plot", *stored, "--output_dir", work / "stored") == 0
     assert [path.name for path in (work / "stored").iterdir()] == ["map_p3.svg"]
@@ -120,13 +121,30 @@ def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
         (["evaluate", "--mode", "guess"], "invalid choice: 'guess'"),
         (["plot"], "nothing to draw: give --run, or --data_file with"),
         (["store", "info", "/no/store"], "/no/store: no store there"),
-        (["distill", "--config", "none.yaml"], "none.yaml"),
+        (["distill", "--config", "none.yaml"], "--config: none.yaml: no such file"),
+        (["distill", "--config", "."], "--config: .: expected a YAML file"),
+        (
+            ["keys", "--top", "3", "--data-file", "a.jsonl", "b.jsonl"],
+            "--data_file: expected one value, got 2: a",
+        ),
+        (["keys", "--data_file", "a.jsonl", "--data-file", "b.jsonl"], "--data_file: given 2 times; expected one file"),
+        (["extract", "--data_files", "a", "--data-files=b"], "--data_files: given 2 times; give all its values once"),
+        (["plot", "--limit", "3"], "--limit: no such flag; did you mean --examples?"),
+        (["distill", "--lr", "3"], "--lr: no such flag; did you mean --learning_rate?"),
+        (["keys", "--data_files", "a"], "--data_files: no such flag; did you mean --data_file?"),
+        (["evaluate", "stray"], "stray: no such flag"),
+        (["study", "s.yaml", "--procesess", "3"], "--procesess: no such argument; did you mean --processes?"),
+        (["study"], "the following arguments are required: FILE"),
+        (["store", "look", "s"], "invalid choice: 'look'"),
+        (["trian"], "trian: no such command"),
+        (["extrakt"], "extrakt: no such command; did you mean extract?"),
+        (["evaluate", "--log_format", "xml"], "--log_format, MOLSAKI_LOG: expected one of text, json, got 'xml'"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
     assert run(*argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"molsaki {argv[0]}: error: ")
+    assert error.startswith("molsaki" if "no such command" in message else f"molsaki {argv[0]}: error: ")
     assert message in error
 
 
@@ -137,9 +155,10 @@ def test_errors_are_one_line_and_exit_code_2(argv, message, capsys):
         ("import molsaki; molsaki.segment('Why 4?', 'So 5.')", ["torch", "transformers"]),
         ("import molsaki.evaluation.statistics, molsaki.evaluation.compare", ["torch", "transformers"]),
         ("from molsaki.cli import main; main(['--help'])", ["torch", "transformers", "numpy", "yaml"]),
-        ("from molsaki.cli import main; main(['extract', '--help'])", ["torch", "accelerate", "matplotlib"]),
-        ("from molsaki.cli import main; main(['keys', '--help'])", ["torch", "accelerate", "matplotlib"]),
-        ("from molsaki.cli import main; main(['distill', '--help'])", ["torch", "accelerate", "matplotlib"]),
+        (
+            "from molsaki.cli import COMMANDS, main\nfor command in COMMANDS: main([command, '--help'])",
+            ["torch", "transformers", "numpy", "yaml", "matplotlib"],
+        ),
     ],
 )
 def test_imports(code, absent):
@@ -147,6 +166,19 @@ def test_imports(code, absent):
     check = f"import atexit, sys\natexit.register(lambda: print([m for m in {absent} if m in sys.modules]))\n{code}"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
+
+
+def test_layers_that_are_not_there_are_refused_before_the_model_runs(work, capsys, tmp_path):
+    files = ["--data_file", work / "train.jsonl", "--output_file", tmp_path / "k.jsonl"]
+    assert run("keys", "--top", 3, "--layers", 0, 3, "--teacher", work / "teacher", *files) == 2
+    assert "--layers: expected some of 0 1 2, got 3" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_for_one_value_in_yaml(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("data_file: [a.jsonl, b.jsonl]\ntop: 3\n")
+    assert run("keys", "--config", tmp_path / "c.yaml") == 2
+    assert "c.yaml: data_file: expected one value, got ['a.jsonl', 'b.jsonl']" in capsys.readouterr().err
 
 
 def test_public_names():
@@ -165,45 +197,72 @@ def test_interruption_says_how_to_continue(monkeypatch, capsys):
     assert run("evaluate") == 130
     assert "molsaki evaluate: interrupted. Run it again." in capsys.readouterr().err
 
+    def terminate(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
 
-@pytest.mark.parametrize(("flag", "inherited"), [("--help", False), ("--help_all", True)])
-def test_help_of_distill(capsys, flag, inherited):
-    """The options of TrainingArguments, which take seconds to import, are listed on request."""
-    with pytest.raises(SystemExit) as caught:
-        run("distill", flag)
-    listed = capsys.readouterr().out
-    assert caught.value.code == 0 and "--objective" in listed and "--help_all" in listed
-    assert ("--learning_rate" in listed) is inherited
-
-
-def test_unknown_command(capsys):
-    with pytest.raises(SystemExit) as caught:
-        run("train")
-    assert caught.value.code == 2
-    assert "invalid choice: 'train'" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate_module, "evaluate", terminate)
+    assert run("evaluate") == 143
+    assert "molsaki evaluate: terminated. Run it again." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setattr(annotate_module, "annotate", interrupt)
+    assert run("annotate", "--teacher", "my model", "--limit", 3) == 130
+    error = capsys.readouterr().err
+    assert "All replies so far are kept. To continue: molsaki annotate --teacher 'my model' --limit 3" in error
 
 
-def test_doctor(capsys):
-    assert run("doctor", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["engines"]["eager"] == "ready"
-    assert {"flash_attn", "flex"} <= found["engines"].keys() and found["auto"]["cpu"] == "native, then sdpa, then eager"
-    assert found["packages"]["torch"][0].isdigit()
-    assert found["optional"]["deepspeed"][0].isdigit() or "needed for" in found["optional"]["deepspeed"]
-    assert run("doctor") == 0
-    assert "engines" in capsys.readouterr().out
+def raise_type_error(config):
+    return len(config)
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_doctor_says_what_gpu_packages_need(monkeypatch, kept):
-    monkeypatch.setattr(doctor, "_version", lambda package: "4.0.0b36")
-    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1" if kept else "0")
-    notes = doctor._notes(None)
-    assert "missing here: a C compiler" in notes["triton"]
-    assert ("again in every process unless" in notes["flash-attn-4"]) is not kept
-    assert "FA4" in notes["flash-attn-4 in PyTorch"]
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
-    assert doctor._notes("cc") == {} and "notes" not in doctor.render({"a": {"b": 1}, "notes": {}})
+def refuse(config):
+    raise ValueError("beta: too large")
+
+
+def out_of_memory(config):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory: you tried 9 TB")
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "messages"),
+    [
+        (refuse, 2, ["molsaki evaluate: error: beta: too large\n"]),
+        (out_of_memory, 2, ["molsaki evaluate: error: out of memory: "]),
+        (raise_type_error, 70, ["Traceback (most recent", "return len(config)", "internal error: TypeError: object of",
+                                "Please report it with the lines above, the command, and the output of"]),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_program_is_not_a_mistake_of_the_user(monkeypatch, capsys, function, code, messages):
+    monkeypatch.setattr(evaluate_module, "evaluate", function)
+    assert run("evaluate") == code
+    out, error = capsys.readouterr()
+    assert out == "" and all(message in error for message in messages), error
+    assert ("Traceback" in error) is (code == 70)
+
+
+def test_the_traceback_of_a_mistake_on_request(monkeypatch):
+    monkeypatch.setenv("MOLSAKI_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        run("extract", "--data_files", "none.jsonl", "--store", "s")
+
+
+def test_version_and_no_command(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"molsaki {molsaki.__version__}\n"
+    assert run() == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("usage: molsaki COMMAND")
+
+
+def test_a_reader_that_has_enough():
+    """As in `molsaki --help | head -1`."""
+    code = "import sys; from molsaki import cli\nfor _ in range(4000): code = cli.main(['--help'])\nsys.exit(code)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert (process.wait(), error) == (0, "")  # after the first 141, what follows goes nowhere
 
 
 KILLED = """
@@ -251,15 +310,21 @@ def test_two_processes_are_one_with_twice_the_batch(work):
     assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-4) for name in b)
 
 
-def test_the_log_is_shown_once(monkeypatch, capsys):
-    logger = logging.getLogger("molsaki")
-    for rank, level in (("0", logging.INFO), ("1", logging.WARNING)):
-        monkeypatch.setattr(logger, "handlers", [])
-        monkeypatch.setattr(logger, "level", logging.NOTSET)
-        monkeypatch.setattr(logger, "propagate", False)  # no handler above it
-        monkeypatch.setenv("RANK", rank)
-        cli._show_log()
-        cli._show_log()
-        logger.info("read")
-        assert (len(logger.handlers), logger.level) == (1, level)
-        assert capsys.readouterr().err == ("read\n" if rank == "0" else "")
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("raise ValueError('a')", True),
+        ("raise ValueError(\n    'a'\n    'b'\n) from None", True),
+        ("try:\n    int('x')\nexcept ValueError as e:\n    raise ValueError(\n        f'a {e}'\n    ) from e", True),
+        ("int('x')", False),
+        ("a, b = [1]", False),
+        ("None + 1", False),
+    ],
+)
+def test_what_is_raised_by_a_raise_statement(tmp_path, statement, expected):
+    """So under every Python: which line of a statement a traceback names has changed between versions."""
+    path = tmp_path / "code.py"
+    path.write_text(statement + "\n")
+    with pytest.raises((ValueError, TypeError)) as caught:
+        exec(compile(path.read_text(), str(path), "exec"), {})
+    assert cli._is_deliberate(caught.value) is expected

@@ -36,7 +36,8 @@ BAD = {
     json.dumps({**GOOD, "question": None}): "id a: question: missing",
     json.dumps({**GOOD, "question": " "}): "id a: question: expected a text, got a blank one",
     json.dumps({**GOOD, "question": ["q"]}): "id a: question: expected a text, got list",
-    json.dumps({**GOOD, "question": "\ud83d?"}): "id a: question: half of a surrogate pair at character 0",
+    json.dumps({**GOOD, "question": "\ud83d?"}): "id a: question: expected valid Unicode, got half of a surrogate pair "
+    "at character 0",
     json.dumps({**GOOD, "answer": float("nan")}): "id a: answer: expected a text, got float",
     json.dumps({"question": "q", "answer": "1"}): "rationale: missing",
     json.dumps({"question": "q", "rationale": "r"}): "answer: missing",
@@ -320,3 +321,21 @@ def test_a_broken_history():
         ValueError, match="format alpaca: history: expected pairs of an instruction and its output, got"
     ):
         example_of(record, "1", True, False)
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("d.csv", "id;question;answer\n1;Why 4?;4\n", "d.csv: the header has one column, 'id;question;answer': its columns "
+     "are divided by semicolons, expected ','; save it with commas, as CSV"),
+    ("d.csv", "id\tquestion\tanswer\n1\tWhy 4?\t4\n", "are divided by tabs, expected ','; name it .tsv"),
+    ("d.tsv", "id,question,answer\n1,Why 4?,4\n", "are divided by commas, expected '\\t'; name it .csv"),
+    ("d.csv", "ID,Question,Answer\n1,Why 4?,4\n", "question: missing; rename 'ID' to 'id', 'Question' to 'question', "
+     "'Answer' to 'answer': names of fields are lower case"),
+    ("d.csv", "question, Answer\nWhy 4?,4\n", "answer: missing; rename ' Answer' to 'answer': names of fields are"),
+    ("d.jsonl", '{"Question": "Why 4?", "answer": 4}\n', "question: missing; rename 'Question' to 'question'"),
+    ("d.csv", "question\nWhy 4?\n", "d.csv:1: answer: missing"),
+])  # fmt: skip
+def test_a_table_with_other_columns_gets_a_hint(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_examples(tmp_path / name, rationale=False)
+    assert message in str(caught.value)

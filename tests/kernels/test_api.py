@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.metadata
-import re
 import sys
-import textwrap
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 import molsaki_kernels as mk
-from molsaki_kernels import reference
+from molsaki_kernels import engine_selection, reference
 from molsaki_kernels._compile import constant_when_compiled
+from molsaki_kernels.spec import AttentionInputs, AttentionOptions
 from tests.helpers import flash_attn_stand_ins as stand_ins
 from tests.helpers.budget import assert_within_budget
-from tests.kernels.test_attention import FEATURES, compare, inputs
+from tests.kernels.test_attention import FEATURES, inputs
 
 ENGINES = ("native", "sdpa", "eager", "triton")
 
@@ -241,40 +239,58 @@ def test_engines_are_data_and_printable():
         assert not listed["flex"].ready and "no GPU" in str(listed["flex"])
 
 
-def test_the_recipe_of_an_engine(monkeypatch):
-    """The engine that docs/extending.md writes, on a package whose backward ignores the gradient of lse."""
-    text = (Path(__file__).parents[2] / "docs/extending.md").read_text()
-    source = textwrap.dedent(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
-    package = types.ModuleType("mine")
-    package.__spec__ = importlib.machinery.ModuleSpec("mine", None)
+@pytest.fixture
+def registered(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(engine_selection, "FIRST", {})
+    engines = dict(engine_selection.ENGINES)
+    yield
+    engine_selection.ENGINES.clear()
+    engine_selection.ENGINES.update(engines)
 
-    def forward(q, k, v, scale, causal):
-        accumulator = torch.promote_types(q.dtype, torch.float32)
-        weights, lse = reference.attention_weights(q.to(accumulator), k.to(accumulator), scale=scale, causal=causal)
-        return weights.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), lse
 
-    def backward(dout, q, k, v, out, lse, scale, causal):
-        leaves = [t.double().requires_grad_() for t in (q, k, v)]
-        with torch.enable_grad():
-            exact, exact_lse = forward(*leaves, scale, causal)
-            # D comes from the O that is given, as in a flash backward.
-            dlse = (dout.double() * (exact.detach() - out)).sum(-1)
-            grads = torch.autograd.grad((exact, exact_lse), leaves, (dout.double(), dlse))
-        return tuple(g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
+def renamed_eager(name: str, reason: str | None = None) -> types.SimpleNamespace:
+    """Engine eager under another name, which refuses every call with this reason."""
+    names = {n: getattr(mk.api.ENGINES["eager"], n) for n in engine_selection.REQUIRED}
+    return types.SimpleNamespace(**names | {"NAME": name, "why_not": lambda request: reason})
 
-    package.forward, package.backward = forward, backward
-    monkeypatch.setitem(sys.modules, "mine", package)
-    engine = types.ModuleType("recipe")
-    monkeypatch.setitem(sys.modules, "recipe", engine)
-    exec(compile(source, "docs/extending.md", "exec"), vars(engine))
-    monkeypatch.setitem(mk.api.ENGINES, "mine", engine)
-    for dtype in (torch.float32, torch.bfloat16):
-        for options in ({}, dict(causal=False), dict(scale=0.5)):
-            compare("mine", "some empty", options, dtype)
-            compare("mine", "some empty", options, dtype, source="maps")
+
+def test_an_engine_of_ones_own(registered):
+    """It is listed, taken by its name, and by "auto" only where it asks for it; the last one that asks is the first."""
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
-    with pytest.raises(ValueError, match="mine has no window"):
-        mk.stepwise_attention(q, k, v, plan, window=3, engine="mine")
+    before = engine_selection.order(AttentionInputs(q, k, v).request(AttentionOptions(True, 0.25)))
+    mine = renamed_eager("mine")
+    mk.register_engine(mine)
+    mk.register_engine(mine)  # the same again
+    assert mk.engines()["mine"].ready
+    out, maps = mk.stepwise_attention(q, k, v, plan, engine="mine")
+    expected = mk.stepwise_attention(q, k, v, plan, engine="eager")
+    assert out.equal(expected[0]) and maps.equal(expected[1])
+    request = AttentionInputs(q, k, v).request(AttentionOptions(True, 0.25))
+    assert engine_selection.choose_engine("auto", request) in before
+    mk.register_engine(mine, first_on=("cpu",))
+    assert engine_selection.choose_engine("auto", request) == "mine"
+    mk.register_engine(renamed_eager("other"), first_on=("cpu", "cuda"))
+    assert engine_selection.choose_engine("auto", request) == "other"
+    mk.register_engine(renamed_eager("third", "it serves nothing"), first_on=("cpu",))
+    assert engine_selection.choose_engine("auto", request) == "other"
+    with pytest.raises(ValueError, match="'third' cannot serve this call .third: it serves nothing"):
+        mk.stepwise_attention(q, k, v, plan, engine="third")
+    mk.register_engine(mine)  # it asks for nothing any more
+    assert engine_selection.FIRST == {"cpu": ("third", "other"), "cuda": ("other",)}
+
+
+def test_what_is_no_engine(registered):
+    engine = renamed_eager("mine")
+    del engine.backward, engine.takes_value_dim
+    with pytest.raises(TypeError, match=r"engine: expected takes_value_dim, backward as in .*attention\.protocol"):
+        mk.register_engine(engine)
+    for taken in ("eager", "auto"):
+        with pytest.raises(ValueError, match=f"engine: expected a NAME that no other engine has, got '{taken}'"):
+            mk.register_engine(renamed_eager(taken))
+    with pytest.raises(TypeError, match="first_on: expected types of devices"):
+        mk.register_engine(renamed_eager("mine"), first_on="cuda")
+    assert "mine" not in mk.engines() and not engine_selection.FIRST
 
 
 def calls(function) -> list[str]:

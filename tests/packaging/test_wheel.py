@@ -84,7 +84,16 @@ def test_the_sdist_contains_all_that_its_tests_need(source, unpacked):
     files = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
     files += [*(source / "benchmarks").glob("*.*"), *(source / "benchmarks/results").glob("*.csv")]
     files += [*(source / "studies").glob("*.*"), *(source / "studies/results").rglob("*.csv")]
-    files += [source / name for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", "LICENSE")]
+    names = (
+        "Makefile",
+        "constraints.txt",
+        "pyproject.toml",
+        "setup.py",
+        "readme_for_pypi.py",
+        "LICENSE",
+        "SECURITY.md",
+    )
+    files += [source / name for name in names]
     missing = [str(path.relative_to(source)) for path in files if not (unpacked / path.relative_to(source)).exists()]
     assert missing == []
     environment = os.environ | {"PYTHONPATH": str(unpacked)}
@@ -102,6 +111,11 @@ def test_the_wheel_contains_the_engine(wheel):
     sources = {f"molsaki_kernels/csrc/{path.name}" for path in (*compile.SOURCES, *compile.HEADERS)}
     assert names >= {*libraries, *sources, "molsaki_kernels/py.typed", "molsaki/py.typed"}
     assert "molsaki/annotation/demonstrations.jsonl" in names
+    data = {path for path in (ROOT / "molsaki").rglob("*") if path.suffix in (".css", ".html", ".js", ".jsonl")}
+    assert names >= {path.relative_to(ROOT).as_posix() for path in data}
+    assert {Path(name).suffix for name in names if ".dist-info/" not in name} <= {
+        ".py", ".c", ".h", ".so", ".typed", ".jsonl", ".css", ".html", ".js"
+    }  # fmt: skip
     assert {name.split("/")[0] for name in names} == {
         "molsaki",
         "molsaki_kernels",
@@ -119,23 +133,48 @@ def test_core_dependencies_are_torch_and_numpy(wheel):
     requires = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert {re.match(r"[\w-]+", x).group() for x in requires if "extra ==" not in x} == {"torch", "numpy"}
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {
-        "train", "plot", "triton", "flash", "fused", "math", "trl", "languages", "parquet", "demo", "test", "dev", "all"
-    }  # fmt: skip
+    section = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]\n")[2]
+    declared = set(re.findall(r"^([\w-]+) = \[", section.partition("\n[")[0], re.MULTILINE))
+    assert extras == declared >= {"train", "plot", "triton", "flash", "fused", "all"}
+
+
+@pytest.mark.parametrize("url", ["https://host.example/owner/name", ""])
+def test_the_long_description_and_the_repository(source, tmp_path, url):
+    """As PyPI shows them: the metadata of a wheel and of an sdist, with the repository's URL and without it."""
+    for hook in ("build_wheel", "build_sdist"):
+        folder = tmp_path / hook
+        folder.mkdir()
+        built, _ = build_with(hook, source, folder, MOLSAKI_REPOSITORY_URL=url, MOLSAKI_PURE_WHEEL="1")
+        if hook == "build_wheel":
+            with zipfile.ZipFile(built) as opened:
+                (name,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
+                text = opened.read(name).decode()
+        else:
+            with tarfile.open(built) as opened:
+                text = opened.extractfile(f"{built.name.removesuffix('.tar.gz')}/PKG-INFO").read().decode()
+        header, _, body = text.partition("\n\n")
+        assert "Description-Content-Type: text/markdown" in header and body.startswith("# MoLSAKI")
+        assert ("Dynamic: description" in header) and (f"Project-URL: Repository, {url}" in header) == bool(url)
+        version = re.search(r"^Version: (.*)$", header, re.MULTILINE).group(1)
+        assert (f"]({url}/blob/v{version}/docs/" in body) == bool(url)
+        assert "](docs/" not in body and 'src="docs/' not in body
 
 
 @needs_compiler
-@pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails"])
+@pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails", "a pure wheel is asked for"])
 def test_a_wheel_without_the_engine_is_pure_and_the_build_names_the_reason(source, tmp_path, fault):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho no space left >&2\n[ $1 = --version ]\n")
     broken.chmod(0o755)
-    environment = {"PATH": "/nowhere", "CC": ""} if fault == "no compiler" else {"CC": str(broken)}
+    environment, reason = {
+        "no compiler": ({"PATH": "/nowhere", "CC": ""}, "no C compiler"),
+        "a compiler that fails": ({"CC": str(broken)}, f"{broken} failed: no space left"),
+        "a pure wheel is asked for": ({"MOLSAKI_PURE_WHEEL": "1"}, "MOLSAKI_PURE_WHEEL is 1"),
+    }[fault]
     (tmp_path / "wheel").mkdir()
     built, output = build_with("build_wheel", source, tmp_path / "wheel", **environment)
     assert built.name.endswith("-py3-none-any.whl")
     assert not any(name.endswith(".so") for name in names_in(built))
-    reason = "no C compiler" if fault == "no compiler" else f"{broken} failed: no space left"
     assert f"the wheel is built without the C engine: {reason}" in output
 
 

@@ -1,4 +1,4 @@
-"""Tests that the small examples run, and that links and names of tests in the documentation exist."""
+"""Tests that links and names of tests in the documentation exist, and that its figure is that of its script."""
 
 from __future__ import annotations
 
@@ -8,29 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import tiny
-from tests.helpers.tiny import one_thread  # noqa: F401
-
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
-
-
-def run(example: str, *arguments: str) -> None:
-    runpy.run_path(str(ROOT / "examples" / example))["main"](*arguments)
-
-
-def test_kernel_only(capsys):
-    run("kernel_only.py")
-    first, *_, last = re.findall(r"'([\d.]+)'\]", capsys.readouterr().out)
-    assert float(last) > 10 * float(first)
-
-
-def test_capture_maps(tmp_path, capsys):
-    run("capture_maps.py", str(tiny.save(tmp_path / "model", 2)))
-    header, *steps = capsys.readouterr().out.splitlines()[-5:]
-    assert header.split() == ["4", "16", "17", "16", "17", "272", "272", "4", "1088"]
-    assert len(steps) == 4 and steps[-1].endswith("1088 letters.")
-    assert steps[0].split()[3:9] == ["0.00"] * 6  # the question does not see the rationale
 
 
 def test_the_figure_of_the_concepts_is_the_scripts(monkeypatch):

@@ -1,0 +1,523 @@
+"""The help of the commands: options in groups, in the order in which a user needs them, and examples.
+
+`parser_of` builds an argparse parser of a command from its dataclass, without torch and, but for the inherited options
+of ``molsaki distill``, without transformers. It prints ``--help`` and is what shell completion is generated from; the
+options themselves are read by `molsaki.flags`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import os
+import re
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from molsaki.terminal import styled_help
+
+DRY_RUN = "Load, count, and measure one or two batches; print what the command would do, and do not do it."
+LOG_FORMAT = (
+    "Logs and results as text, or as JSON: one object per line on standard error, the result on standard output."
+)
+CONFIG = "YAML file that sets these options by name; options given as flags override it."
+PRESET = (
+    "paper: every option of the method as in arXiv 2604.15701; recommended: objective dss, since no form of the "
+    "attention loss was clearly better in docs/evidence.md. Options that are given override it."
+)
+HELP_ALL = "Show this help with the options of transformers' TrainingArguments too, all of which the command takes."
+OTHERS = "more options"
+
+_TEXTS = ("key", "key_of", "key_occurrence", "max_key_words", "number_words", "splitter")
+_MIXTURE = (
+    "mixture", "map_heads", "tau_t", "tau_s", "teacher_scale", "router", "value_heads", "pooling", "teacher_layer",
+    "student_layer", "teacher_layers", "mixture_seed",
+)  # fmt: skip
+_LENGTHS = ("teacher_template", "student_template", "teacher_max_length", "max_length", "too_long", "drop_wrong")
+
+# The inherited options of distill that almost every run sets: name -> (help, default as TrainingArguments has it).
+TRAINING = {
+    "num_train_epochs": ("How often the training data are seen.", 3.0),
+    "max_steps": ("In its place, the number of optimizer steps; -1: as many as the epochs have.", -1),
+    "per_device_train_batch_size": ("Examples per forward and backward pass, in each process.", 8),
+    "gradient_accumulation_steps": ("Passes per optimizer step, to train with larger batches than fit.", 1),
+    "learning_rate": ("The largest learning rate.", 5e-5),
+    "lr_scheduler_type": ("How the learning rate falls: linear, cosine, constant, ...", "linear"),
+    "warmup_steps": ("Steps in which the learning rate rises to that, or, below 1, the fraction of all steps.", 0),
+    "bf16": ("Mixed precision: fewer bits in matrix products. Several times faster on hardware that has it.", False),
+    "gradient_checkpointing": ("Compute activations again in the backward: less memory, more time.", False),
+    "eval_strategy": ("When the losses of eval_file are computed: no, steps or epoch.", "no"),
+    "eval_steps": ("eval_strategy=steps: once per this number of steps. Default: logging_steps.", None),
+    "save_steps": ("Save a checkpoint after this number of steps.", 500),
+    "save_total_limit": ("Keep only this number of checkpoints, the last ones. Default: all.", None),
+    "load_best_model_at_end": ("Export the checkpoint with the best evaluation in place of the last one.", False),
+    "seed": ("Seed of everything that is random in the training.", 42),
+}
+
+
+class Help(NamedTuple):
+    """What the help of a command shows besides the options' own texts.
+
+    Attributes:
+        usage: after the name of the command.
+        about: what the command does.
+        groups: titles and the names of the options below them; those in no group are shown last.
+        examples: what each does, and the command.
+        dry_run: whether it has --dry_run.
+    """
+
+    usage: str
+    about: str
+    groups: Mapping[str, Sequence[str]]
+    examples: Sequence[tuple[str, str]]
+    dry_run: bool = False
+
+
+HELP = {
+    "annotate": Help(
+        "--teacher MODEL --data_file FILE --output_file FILE [options]",
+        "A teacher writes rationales, and those that end in the right answer are kept. If its answer is wrong, it is "
+        "asked again with the right answer as a hint. An interrupted run is continued by the same command.",
+        {
+            "required": ("teacher", "data_file", "output_file"),
+            "the prompt": ("template", "examples", "shots", "instruction", "hint"),
+            "what is written": ("rationales", "keywords", "thinking", "keep_wrong"),
+            "decoding": ("max_new_tokens", "samples", "temperature", "seed"),
+            "a teacher behind an endpoint": (
+                "endpoint", "api_key_env", "concurrency", "request", "timeout", "retries", "price_in", "price_out",
+                "max_cost",
+            ),  # fmt: skip
+            "a teacher on this machine": ("batch_size", "dtype", "device", "device_map"),
+            "the data": ("data_format", "limit"),
+        },
+        [
+            ("A model on this machine", "molsaki annotate --teacher Qwen/Qwen3-4B --template chat --data_file "
+             "questions.jsonl --output_file train.jsonl"),
+            ("A model behind an endpoint, with a limit on the cost; first see how many requests that takes",
+             "molsaki annotate --teacher gpt-x --template chat --endpoint https://api.example.com/v1 --price_in 0.4 "
+             "--price_out 1.6 --max_cost 20 --data_file questions.csv --output_file train.jsonl --dry_run"),
+            ("Ask only for the key words of rationales that exist", "molsaki annotate --rationales keep --keywords "
+             "teacher --teacher Qwen/Qwen3-4B --data_file train.jsonl --output_file train.keywords.jsonl"),
+        ],
+        dry_run=True,
+    ),
+    "keys": Help(
+        "--teacher MODEL --data_file FILE --output_file FILE (--top N | --top_share X) [options]",
+        "Choose the words of each text that matter most to a teacher, and write them into the records, where --key "
+        "given reads them. An interrupted run is continued by the same command.",
+        {
+            "required": ("teacher", "data_file", "output_file"),
+            "how many (one of them is required)": ("top", "top_share"),
+            "the score of a word": ("by", "among", "of", "number_words", "layers", "labels", "splitter"),
+            "the texts": ("cot_template", "teacher_template", "teacher_max_length", "drop_wrong"),
+            "speed and memory": ("batch_tokens", "dtype", "device_map", "quantize"),
+            "the data": ("data_format", "limit"),
+        },
+        [
+            ("The eight words with most attention", "molsaki keys --teacher Qwen/Qwen3-4B --top 8 --data_file "
+             "train.jsonl --output_file train.keys.jsonl"),
+            ("A fifth of the numbers, by the gradient of the answer", "molsaki keys --teacher Qwen/Qwen3-4B --by "
+             "gradient --among numbers --top_share 0.2 --data_file train.jsonl --output_file train.keys.jsonl"),
+        ],
+        dry_run=True,
+    ),
+    "extract": Help(
+        "--teacher MODEL --data_files FILE... --store FOLDER [options]",
+        "Run the white-box teacher once over a data set and store its maps, steps x key words, from which `molsaki "
+        "distill --store` trains students without the teacher. An interrupted run is continued by the same command.",
+        {
+            "required": ("teacher", "data_files", "store"),
+            "key words and steps (the same as in distill)": _TEXTS,
+            "the texts (the same as in distill)": _LENGTHS,
+            "which maps are stored": ("all_layers", "student", *_MIXTURE),
+            "speed and memory": ("batch_tokens", "packing", "dtype", "device_map", "quantize", "shard_size"),
+            "the data": ("data_format", "limit"),
+        },
+        [
+            ("The maps of numbers, mixed over layers as in the paper", "molsaki extract --teacher Qwen/Qwen3-4B "
+             "--data_files train.jsonl --store maps"),
+            ("Every layer's maps, for any mixture; first see how large the store becomes", "molsaki extract --teacher "
+             "Qwen/Qwen3-4B --data_files train.jsonl eval.jsonl --store maps --all_layers --dry_run"),
+            ("Four processes on four GPUs share the work", "torchrun --nproc_per_node 4 -m molsaki.cli extract "
+             "--teacher Qwen/Qwen3-32B --dtype bfloat16 --data_files train.jsonl --store maps"),
+        ],
+        dry_run=True,
+    ),
+    "distill": Help(
+        "--student MODEL --train_file FILE... --output_dir FOLDER [--teacher MODEL | --store FOLDER] [options]",
+        "Train a student on answers, rationales and the teacher's attention to key words, step by step. Ctrl-C saves a "
+        "checkpoint at the end of the step, and --resume continues from the last one. Besides the options below the "
+        "command takes all of transformers' TrainingArguments: --help_all.",
+        {
+            "required": ("student", "train_file", "output_dir"),
+            "the teacher (one of them, or none)": ("teacher", "store"),
+            "the most used options of TrainingArguments": tuple(TRAINING),
+            "the loss": (
+                "objective", "alpha", "beta", "beta_until", "attention_share", "share_steps", "normalise",
+                "causal_words", "map_steps", "teacher_temperature", "control", "beta_mmi", "beta_logits", "temperature",
+            ),  # fmt: skip
+            "key words and steps": _TEXTS,
+            "which layers teach which": _MIXTURE,
+            "the texts": (*_LENGTHS, "predict_template", "cot_template"),
+            "evaluation during the training": ("eval_file", "eval_accuracy", "eval_accuracy_mode"),
+            "which parameters are trained": (
+                "freeze", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "router_learning_rate",
+            ),  # fmt: skip
+            "speed and memory": (
+                "student_dtype", "teacher_dtype", "packing", "share_question", "fused_cross_entropy", "streaming",
+            ),  # fmt: skip
+            "the run": ("resume", "logging_steps", "report_to"),
+            "the data": ("data_format", "limit"),
+            "options that rarely change": (
+                "remove_unused_columns", "ddp_find_unused_parameters", "gradient_checkpointing_kwargs",
+            ),  # fmt: skip
+        },
+        [
+            ("From stored maps", "molsaki distill --student HuggingFaceTB/SmolLM2-135M --store maps --train_file "
+             "train.jsonl --output_dir run"),
+            ("With the teacher beside it; first see how long that takes", "molsaki distill --student student --teacher "
+             "Qwen/Qwen3-4B --train_file train.jsonl --output_dir run --bf16 --dry_run"),
+            ("Continue an interrupted run", "molsaki distill --config distill.yaml --output_dir run --resume"),
+            ("Two processes", "torchrun --nproc_per_node 2 -m molsaki.cli distill --config distill.yaml"),
+        ],
+        dry_run=True,
+    ),
+    "evaluate": Help(
+        "--model MODEL --data_file FILE --output_dir FOLDER [options]",
+        "Ask a model every question, decode greedily, compare the answers exactly, and write every prediction.",
+        {
+            "required, unless --predictions is given": ("model", "data_file", "output_dir"),
+            "what is asked": ("mode", "predict_template", "template", "thinking", "max_new_tokens"),
+            "comparison": ("compare", "predictions"),
+            "speed and memory": ("batch_size", "dtype", "device"),
+            "the data": ("data_format", "limit"),
+        },
+        [
+            ("Rationales that end in the answer", "molsaki evaluate --model run --mode rationale --data_file "
+             "test.jsonl --output_dir results/run"),
+            ("Compared with another model on the same questions", "molsaki evaluate --model run --data_file "
+             "test.jsonl --output_dir results/run --compare results/before"),
+            ("Two methods with three seeds each, from what evaluate wrote", "molsaki evaluate --predictions "
+             "results/a1 results/a2 results/a3 --compare results/b1 results/b2 results/b3 --output_dir results/a-b"),
+        ],
+        dry_run=True,
+    ),
+    "plot": Help(
+        "[--run FOLDER] [--data_file FILE] [--teacher MODEL | --store FOLDER] [options]",
+        "Draw the losses and layer weights of a run, and the maps of texts.",
+        {
+            "what is drawn (a run, maps, or both)": ("run", "data_file", "teacher", "store", "student"),
+            "which texts": ("examples", "ids"),
+            "the pictures": ("output_dir", "format"),
+            "key words and steps (of the run, if one is given)": _TEXTS,
+            "which layers teach which (of the run, if one is given)": _MIXTURE,
+            "the texts": (*_LENGTHS, "data_format"),
+        },
+        [
+            ("Curves and layer weights of a run", "molsaki plot --run run"),
+            ("Maps of teacher and student side by side", "molsaki plot --run run --teacher Qwen/Qwen3-4B --student run "
+             "--data_file test.jsonl --examples 5 --output_dir pictures"),
+            ("Stored maps, as SVG", "molsaki plot --store maps --data_file train.jsonl --ids p3 p7 --format svg "
+             "--output_dir pictures"),
+        ],
+    ),
+    "report": Help(
+        "RUN [options]",
+        "Write one HTML file about a run of molsaki distill: curves, layer weights, maps of teacher and student, "
+        "predictions, configuration. It needs no network.",
+        {
+            "the run": ("run", "output_file"),
+            "maps of teacher and student": ("teacher", "store", "student", "data_file", "examples", "ids"),
+            "predictions": ("predictions",),
+            "the texts": ("data_format",),
+        },
+        [
+            ("Everything that the run recorded", "molsaki report run"),
+            ("With the predictions of molsaki evaluate, beside those before training",
+             "molsaki report run --predictions after before --teacher Qwen/Qwen3-4B --data_file test.jsonl"),
+        ],
+    ),
+    "study": Help(
+        "FILE [options]",
+        "Train and evaluate a grid of methods, seeds and data sets as a YAML file describes it, and compare them: see "
+        "docs/study.md. The same command continues; finished runs are never repeated.",
+        {},
+        [
+            ("See the runs and what is left", "molsaki study study.yaml --dry_run"),
+            ("All runs, in four processes", "molsaki study study.yaml --processes 4"),
+            ("The tables and pictures of what is finished", "molsaki study study.yaml --report"),
+        ],
+        dry_run=True,
+    ),
+    "store": Help(
+        "{verify,info,head} FOLDER [options]",
+        "Look at a store of maps that `molsaki extract` wrote.",
+        {},
+        [
+            ("Check every file; exit code 1 if one is damaged", "molsaki store verify maps"),
+            ("How it was made, and how large it is", "molsaki store info maps"),
+            ("Its first ten examples", "molsaki store head maps -n 10"),
+        ],
+    ),
+    "doctor": Help(
+        "[options]",
+        "Say what this machine can run, what is missing and what to do about it; run every ready engine once and "
+        "compare it with eager attention. Exit code 1 if something required is broken.",
+        {},
+        [("A report to read", "molsaki doctor"), ("A report to attach to an issue", "molsaki doctor --json")],
+    ),
+    "completion": Help(
+        "{bash,zsh,fish}",
+        "Print a script that completes commands, flags, choices and files in a shell. Needs the package shtab "
+        '(pip install "molsaki-kernels[completion]").',
+        {},
+        [
+            ("Bash, for this user", "molsaki completion bash > ~/.local/share/bash-completion/completions/molsaki"),
+            ("Zsh, in a folder of $fpath", "molsaki completion zsh > ~/.zfunc/_molsaki"),
+            ("Fish", "molsaki completion fish > ~/.config/fish/completions/molsaki.fish"),
+        ],
+    ),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors, and whose help has colours on a terminal only."""
+
+    color: bool
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        file = sys.stdout if file is None else file
+        file.write(styled_help(self.format_help(), file))
+
+
+class _Formatter(argparse.HelpFormatter):
+    """As wide as the terminal, 40 to 120 columns; keeps the lines of the examples."""
+
+    def __init__(self, prog: str, **options: Any):
+        width = text_width()
+        super().__init__(prog, max_help_position=min(27, width // 3), width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n")
+        return "\n".join(
+            one if one.startswith("  ") or not one else super(_Formatter, self)._fill_text(one, width, indent)
+            for one in paragraphs
+        )
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "+":  # argparse writes FILE [FILE ...]
+            return f"{action.metavar}..."
+        return super()._format_args(action, default_metavar)
+
+
+def text_width() -> int:
+    """Columns for text: of the terminal, also where standard output is a pipe to a pager; at most 120."""
+    columns = 0
+    for stream in (sys.__stdout__, sys.__stderr__, sys.__stdin__):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            columns = columns or os.get_terminal_size(stream.fileno()).columns  # type: ignore[union-attr]
+    size = shutil.get_terminal_size((columns or 80, 24))  # $COLUMNS, else standard output, else that
+    return min(max(size.columns, 40), 120) - 1
+
+
+def examples_of(examples: Iterable[tuple[str, str]], width: int) -> str:
+    """The examples as a shell takes them: long commands are broken with backslashes, and never inside a word."""
+    lines = ["examples:"]
+    for what, command in examples:
+        lines += _wrapped("  # ", what.split(), "  # ", width, "")
+        words = re.sub(r" (?=[->])|(?<=\.) (?=\w)", "\n", command).split("\n")  # a flag and its values stay together
+        lines += _wrapped("  ", words, "      ", width, " \\")
+    return "\n".join(lines)
+
+
+def _usage(program: str, usage: str) -> str:
+    """The usage, wrapped between arguments."""
+    words = re.findall(r"\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^]]*\]|--\w+ [A-Z.]+|\S+", usage)
+    lines = _wrapped(f"{program} ", words, " " * len(f"usage: {program} "), text_width() - len("usage: "), "")
+    return "\n".join(lines)
+
+
+def _wrapped(first: str, words: Sequence[str], next_line: str, width: int, end: str) -> list[str]:
+    lines, line = [], first
+    for number, word in enumerate(words):
+        if number and len(line) + len(word) + len(end) > width:
+            lines.append(line.rstrip() + end)
+            line = next_line
+        line += word + " "
+    return [*lines, line.rstrip()]
+
+
+def parser_of(
+    command: str,
+    summary: str = "",
+    config: type[Any] | None = None,
+    inherited: bool = False,
+    fill: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> Parser:
+    """The parser of a command, whose help has its groups and examples.
+
+    Args:
+        command: its name.
+        summary: its line in ``molsaki --help``, for a command without an entry in `HELP`.
+        config: its dataclass, if it has one.
+        inherited: whether the options that `config` inherits from TrainingArguments are shown.
+        fill: adds the arguments of a command without a dataclass.
+    """
+    about = HELP.get(command, Help("[options]", summary, {}, []))
+    parser = Parser(
+        prog=f"molsaki {command}",
+        usage=_usage(f"molsaki {command}", about.usage),
+        description=about.about,
+        epilog=examples_of(about.examples, text_width()) if about.examples else None,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.color = False  # of Python 3.14, which would colour by rules of its own
+    general = None
+    if config is not None:
+        _add_fields(parser, config, about, inherited)
+    if fill is not None:
+        group = parser.add_argument_group("arguments")
+        fill(group)  # type: ignore[arg-type]
+        general = group
+    group = general or parser.add_argument_group("general")
+    if config is not None:
+        group.add_argument("--config", metavar="FILE", help=CONFIG)
+        if any(field.name == "tau_t" for field in dataclasses.fields(config)):
+            from molsaki.presets import PRESETS
+
+            group.add_argument("--preset", choices=list(PRESETS), metavar="NAME", help=PRESET)
+    if about.dry_run:
+        group.add_argument("--dry_run", action="store_true", help=DRY_RUN)
+    group.add_argument("--log_format", choices=["text", "json"], help=LOG_FORMAT + " [default: text]")
+    if command == "distill":
+        group.add_argument("--help_all", action="store_true", help=HELP_ALL)
+    group.add_argument("-h", "--help", action="help", help="Show this help.")
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: type[Any], about: Help, inherited: bool) -> None:
+    fields = {field.name: field for field in dataclasses.fields(config) if field.init}
+    hints = get_type_hints(config)
+    shown: set[str] = set()
+    for title, names in about.groups.items():
+        group = parser.add_argument_group(title)
+        is_required = title.startswith("required")
+        for name in names:
+            shown.add(name)
+            if name == "output_dir" and name not in fields:
+                group.add_argument("--output_dir", metavar="FOLDER", help="Folder for checkpoints and the student.")
+            elif name in TRAINING:
+                text, default = TRAINING[name]
+                _add_training(group, name, text, default)
+            else:
+                _add(group, fields[name], hints[name], is_required)
+    rest = [field for name, field in fields.items() if name not in shown]
+    if rest and not about.groups:
+        group = parser.add_argument_group("options")
+        for field in rest:
+            _add(group, field, hints[field.name], False)
+    elif rest and inherited:
+        from molsaki.training.config import REFUSED
+
+        group = parser.add_argument_group("the other options of TrainingArguments (docs/training-options.md)")
+        for field in rest:
+            if field.name not in REFUSED and not field.name.startswith("_"):
+                _add(group, field, hints[field.name], False)
+    elif rest:
+        group = parser.add_argument_group(OTHERS)
+        for field in rest:
+            _add(group, field, hints[field.name], False)
+
+
+def _add_training(group: Any, name: str, text: str, default: Any) -> None:
+    """An inherited option of distill, which is known here without transformers."""
+    if default is False:
+        group.add_argument(f"--{name}", nargs="?", metavar="true|false", help=f"{text} [default: false]")
+    else:
+        metavar = {float: "X", int: "N", str: "NAME", type(None): "N"}[type(default)]
+        group.add_argument(f"--{name}", metavar=metavar, help=text + _default_text(text, default))
+
+
+def _add(group: Any, field: dataclasses.Field[Any], hint: Any, is_required: bool) -> None:
+    """An argument for a field, with its default in the help text."""
+    text = str(field.metadata.get("help") or "")
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if default is dataclasses.MISSING:
+        default = None
+    options: dict[str, Any] = {"metavar": metavar_of(field.name, hint)}
+    choices = choices_of(hint) or [str(one) for one in field.metadata.get("choices", ())]
+    if choices:
+        options["choices"] = choices
+        listed = "{" + ",".join(choices) + "}"
+        options["metavar"] = listed if len(listed) < 40 else "NAME"
+    if _is_bool(hint):
+        options |= {"nargs": "?", "choices": ["true", "false"], "metavar": "true|false"}
+    elif _is_list(hint):
+        options["nargs"] = "+"
+    text = " ".join(text.split()) + ("" if is_required else _default_text(text, default))
+    group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **options)
+
+
+def _default_text(text: str, default: Any) -> str:
+    """The default in brackets, unless the text says it or there is none."""
+    if "Default:" in text or default is None or default == [] or "Must stay" in text:
+        return ""
+    if isinstance(default, bool):
+        return f" [default: {str(default).lower()}]"
+    if isinstance(default, list):
+        return f" [default: {' '.join(map(str, default))}]"
+    if hasattr(default, "value"):  # an Enum of transformers
+        default = default.value
+    shown = str(default).replace("\n", "\\n")
+    return f" [default: {shown}]" if shown.strip() == shown and shown else f" [default: {shown!r}]"
+
+
+def metavar_of(name: str, hint: Any) -> str:
+    """What stands for the value of an option."""
+    if name in ("teacher", "student", "model"):
+        return "MODEL"
+    if name.endswith(("_file", "_files")) or name in ("examples", "predictions", "compare") and hint is not int:
+        return "FILE"
+    if name.endswith("_dir") or name in ("store", "run"):
+        return "FOLDER"
+    kinds = {one for one in (hint, *get_args(hint)) if isinstance(one, type)}
+    if int in kinds:
+        return "N"
+    if float in kinds:
+        return "X"
+    if "template" in name or name in ("hint", "instruction"):
+        return "TEXT"
+    return "VALUE"
+
+
+def choices_of(hint: Any) -> list[str]:
+    """The values that a type allows, if it lists them."""
+    for one in (hint, *get_args(hint)):
+        if get_origin(one) is Literal:
+            return [str(value) for value in get_args(one)]
+        if isinstance(one, type) and hasattr(one, "__members__"):
+            return [str(member.value) for member in one]  # type: ignore[attr-defined]
+    return []
+
+
+def _is_bool(hint: Any) -> bool:
+    return hint is bool or (get_origin(hint) in (Union, types.UnionType) and bool in get_args(hint))
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is list
+
+
+def config_of(module: str, name: str) -> type[Any]:
+    found: type[Any] = getattr(importlib.import_module(module), name)
+    return found

@@ -1,0 +1,36 @@
+"""What a process measures of itself: memory, and the end of what a GPU was asked to do."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+
+def synchronize(device: Any) -> None:
+    import torch
+
+    if getattr(device, "type", device) == "cuda":
+        torch.cuda.synchronize()
+
+
+def bytes_of(model: Any) -> int:
+    found = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(found.values())
+
+
+def peak_of_process() -> int:
+    """The most memory that this process has had resident, in bytes."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as file:
+        return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def resident() -> int:
+    """The memory that this process has resident now, in bytes; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as file:
+        return 1024 * int(next(line for line in file if line.startswith("VmRSS")).split()[1])
+    return 0

@@ -1,0 +1,104 @@
+"""`StopOnSignal`: Ctrl-C, or SIGTERM from a scheduler, saves a checkpoint at the end of the current step and stops.
+
+With several processes all of them stop after the same step, also if the signal reached only one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from molsaki.training.trainer import DistillTrainer
+
+logger = logging.getLogger(__name__)
+
+# torchrun passes a signal on to its workers, which a terminal's Ctrl-C has reached already: for so many seconds the
+# second one is the same.
+SAME_SIGNAL = 2.0
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A signal stopped the training, after a checkpoint was saved.
+
+    Attributes:
+        signal: the number of the signal.
+        checkpoint: the folder of the checkpoint.
+        can_resume: False with ``save_only_model``, whose checkpoints hold no optimizer.
+    """
+
+    def __init__(self, number: int, checkpoint: str, can_resume: bool):
+        super().__init__(f"signal {number}: saved {checkpoint}")
+        self.signal, self.checkpoint, self.can_resume = number, checkpoint, can_resume
+
+
+class StopOnSignal(TrainerCallback):
+    """While it is entered as a context, SIGINT and SIGTERM stop a trainer at the end of its current step.
+
+    ``train()`` then raises `TrainingStopped`, straight after the checkpoint was saved. A second signal raises
+    ``KeyboardInterrupt`` at once. Handlers are installed in the main thread only, and not for a signal that the process
+    ignores, as those do that a shell script or nohup has put into the background.
+
+    Example:
+        >>> with StopOnSignal(trainer):
+        ...     trainer.train()
+    """
+
+    def __init__(self, trainer: DistillTrainer):
+        self._trainer = trainer
+        self._received, self._time = 0, 0.0
+        self._is_agreed = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        # First, so that what is done at a step that saves, such as logging, is done at this one too.
+        self._trainer.callback_handler.callbacks.insert(0, self)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        self._trainer.remove_callback(self)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._time = number, now
+            if os.environ.get("RANK", "0") == "0":
+                logger.warning("saving a checkpoint at the end of this step; Ctrl-C again stops at once")
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._time > SAME_SIGNAL:
+            error = KeyboardInterrupt()
+            error.signal = number  # type: ignore[attr-defined]
+            raise error
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return  # the training is complete
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes > 1:
+            numbers = accelerator.gather(torch.tensor([self._received], device=accelerator.device))
+            self._received = int(numbers.max())
+        if self._received:
+            self._is_agreed = control.should_save = True
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether all processes save a checkpoint now and stop."""
+        return self._is_agreed
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._is_agreed:
+            folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+            raise TrainingStopped(self._received, folder, not args.save_only_model)

@@ -1,0 +1,218 @@
+"""SIGINT and SIGTERM stop a training at the end of its step, and the resumed run is the same as one without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from molsaki.cli import main
+from molsaki.training import trainer as trainer_module
+from molsaki.training.checkpoints import checkpoints
+from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
+from molsaki.training.trainer import DistillTrainer
+from tests.helpers import tiny
+from tests.helpers.tiny import one_thread  # noqa: F401
+from tests.helpers.training import LOSSES, OTHER, TOKENIZER, config, examples, logged, trainer
+
+ROOT = Path(__file__).parents[2]
+
+# Sends a signal to one of several processes in the middle of a step.
+SIGNALLED = """
+import os, signal, sys, torch
+from transformers import TrainerCallback
+from molsaki import cli
+from molsaki.training import trainer
+
+class Send(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+class Trainer(trainer.DistillTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(Send())
+
+trainer.DistillTrainer = Trainer
+torch.set_num_threads(1)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+class Send(TrainerCallback):
+    """Sends signals to this process in the middle of a step, after the forward and before the optimizer's step."""
+
+    def __init__(self, step: int, *signals: int):
+        self.step, self.signals = step, signals
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signals")
+    tiny.save(folder / "student", 2)
+    tiny.write_jsonl(folder / "train.jsonl", tiny.problems(16))
+    (folder / "signalled.py").write_text(SIGNALLED)
+    return folder
+
+
+def argv_of(work: Path, output: Path, *more: str) -> list[str]:
+    options = {
+        "student": work / "student", "train_file": work / "train.jsonl", "output_dir": output, "max_steps": 4,
+        "per_device_train_batch_size": 4, "learning_rate": "3.0e-3", "logging_steps": 1, "use_cpu": "true",
+        "disable_tqdm": "true",
+    }  # fmt: skip
+    return ["distill", *(str(word) for name, value in options.items() for word in (f"--{name}", value)), *more]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process, which gets signals in a step: exit code, standard output and standard error."""
+
+    def run(argv: list[str], step: int = 0, *signals: int, ignored: bool = False) -> tuple[int, str, str]:
+        class Trainer(DistillTrainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.add_callback(Send(step, *signals))
+
+        monkeypatch.setattr(trainer_module, "DistillTrainer", Trainer)
+        # A shell without job control starts what it puts into the background with SIGINT ignored: pytest may have been.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+        capsys.readouterr()
+        try:
+            code = main(argv)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def history(folder: Path) -> list[list[float]]:
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [[e["step"], e["loss"], e["loss_exp"], e["grad_norm"]] for e in entries if "loss" in e]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_resumed_run_is_bitwise_the_same(work, run, number, code):
+    whole, folder = work / f"whole-{code}", work / f"stopped-{code}"
+    assert run(argv_of(work, whole))[0] == 0
+    found, out, err = run(argv_of(work, folder), 2, number)
+    assert found == code, err
+    assert out == ""  # no result
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    assert not (folder / "model.safetensors").exists()
+    last = err.strip().splitlines()[-1]
+    assert f"saved {folder}/checkpoint-2. To continue: molsaki distill --student" in last
+    again = shlex.split(last.partition("To continue: molsaki ")[2])
+    assert again == [*argv_of(work, folder), "--resume"]
+    assert run(again)[0] == 0
+    assert history(folder) == history(whole) and len(history(folder)) == 4
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_second_signal_stops_at_once(work, run):
+    found, out, err = run(argv_of(work, work / "twice"), 2, signal.SIGINT, signal.SIGINT)
+    assert (found, out) == (130, "")
+    assert checkpoints(work / "twice") == []
+    assert "To continue from the last checkpoint, if there is one: molsaki distill" in err
+
+
+def test_a_signal_in_the_last_step_changes_nothing(work, run):
+    assert run(argv_of(work, work / "last"), 4, signal.SIGINT)[0] == 0
+    assert (work / "last/model.safetensors").exists()
+
+
+def test_an_ignored_signal_stays_ignored(work, run):
+    """A process that a shell script has put into the background ignores SIGINT, and is meant to."""
+    assert run(argv_of(work, work / "ignored"), 2, signal.SIGINT, ignored=True)[0] == 0
+
+
+def test_a_checkpoint_without_optimizer_cannot_be_continued(work, run):
+    found, _, err = run(argv_of(work, work / "only", "--save_only_model"), 2, signal.SIGINT)
+    assert found == 130 and "checkpoint-2, which save_only_model keeps from being continued" in err
+
+
+@pytest.mark.slow
+def test_both_processes_stop_after_the_same_step(work):
+    """The signal reaches one of two processes under torchrun."""
+    folder = work / "two"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    words = argv_of(work, folder, "--per_device_train_batch_size", "2")
+    stopped = subprocess.run(
+        [*start, str(work / "signalled.py"), *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert stopped.returncode != 0
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"], stopped.stderr
+    assert "To continue: torchrun --nproc_per_node 2 -m molsaki.cli distill" in stopped.stderr
+    assert not (folder / "model.safetensors").exists()
+    resumed = subprocess.run(
+        [*start, "-m", "molsaki.cli", *words, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert [entry[0] for entry in history(folder)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on(work):
+    """SIGTERM to torchrun, and so to all of its processes: a checkpoint, and an end well before torchrun kills."""
+    folder = work / "passed-on"
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "molsaki.cli"]
+    more = ["--max_steps", "100000", "--save_strategy", "no"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    process = subprocess.Popen(
+        [*words, *argv_of(work, folder, *more)], cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3 of"):
+            break
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    process.wait()
+    assert len(checkpoints(folder)) == 1, rest
+    assert time.monotonic() - started < 25  # it kills after 30 seconds
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch", "best"])
+def test_every_save_strategy(straight, tmp_path, strategy):
+    """In Python, as a context: the checkpoint is saved whatever the strategy is, also at a step of an evaluation."""
+    options = {} if strategy != "best" else dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="loss",
+                                                 greater_is_better=True)  # fmt: skip
+    first = DistillTrainer(
+        args=config(tmp_path, save_strategy=strategy, max_steps=6, **options),
+        model=tiny.model(2),
+        processing_class=TOKENIZER,
+        teacher_model=tiny.model(3, len(OTHER), seed=1),
+        teacher_processing_class=OTHER,
+        train_dataset=examples(),
+        eval_dataset=examples(2) if options else None,
+    )
+    first.add_callback(Send(3, signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingStopped) as caught:
+        with StopOnSignal(first):
+            first.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not any(isinstance(one, StopOnSignal) for one in first.callback_handler.callbacks)
+    assert caught.value.checkpoint == str(tmp_path / "checkpoint-3") and caught.value.can_resume
+    assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / "checkpoint-2").is_dir()
+    resumed = trainer(tmp_path, resume=True, max_steps=6, save_strategy="no")
+    resumed.train()
+    assert logged(resumed, *LOSSES) == logged(straight, *LOSSES)
