@@ -41,7 +41,11 @@ def test_the_snippets(reader):  # noqa: F811
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     right = reference.stepwise_attention(*exact, reader.names["plan"])
     (right[0].square().sum() + right[1].square().sum()).backward()
-    for ours, expected in ((out, right[0]), (found, right[1]), *((x.grad, y.grad) for x, y in zip((q, k, v), exact))):
+    for ours, expected in (
+        (out, right[0]),
+        (found, right[1]),
+        *((x.grad, y.grad) for x, y in zip((q, k, v), exact, strict=True)),
+    ):
         assert torch.allclose(ours.double(), expected, rtol=1e-4, atol=1e-5)
 
     for name in ("teacher", "student"):
