@@ -7,10 +7,10 @@ shell that completes does not start Python.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Mapping
 
 from molsaki.command_help import Parser
+from molsaki.extras import require
 
 FILES, FOLDERS = ("FILE",), ("FOLDER", "MODEL")  # metavars whose values are files, or folders
 
@@ -25,10 +25,7 @@ def script(shell: str, parsers: Mapping[str, Parser], summaries: Mapping[str, st
     Raises:
         ImportError: shtab is not installed.
     """
-    if importlib.util.find_spec("shtab") is None:
-        raise ImportError(
-            'shtab: expected to be installed, to write the script; run pip install "molsaki-kernels[completion]"'
-        )
+    require("completion")
     import shtab
 
     return str(shtab.complete(_whole(parsers, summaries), shell=shell))

@@ -195,7 +195,9 @@ class DistillOptions(DataOptions, TextOptions, MixtureOptions):
     )
     alpha: float = option(0.5, "Weight of the answer's cross-entropy; the rationale's has 1 - alpha (Eq. 7).")
     beta: float = option(1.0, "Weight of the attention loss (Eq. 7).")
-    beta_until: float = option(1.0, "The part of the training after which the attention loss has weight 0.")
+    beta_until: float = option(
+        1.0, "The fraction of the training, 0 to 1, after which the attention loss has weight 0."
+    )
     attention_share: float | None = option(
         None,
         "Change beta during training so that the gradient of the attention loss has this share of the norm of the "

@@ -8,6 +8,7 @@ MODULES = {
     "train": ("transformers", "accelerate", "safetensors", "filelock", "yaml", "tqdm", "scipy", "regex"),
     "plot": ("matplotlib",),
     "math": ("math_verify",),
+    "completion": ("shtab",),
 }
 
 

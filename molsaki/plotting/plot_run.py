@@ -29,7 +29,20 @@ def plot(config: PlotConfig) -> list[Path]:
     if config.data_file is not None:
         drawn += _draw_examples(config, config.data_file, folder)
     if not drawn:
-        raise ValueError("nothing to draw: give --run, or --data_file with --teacher, --store or --student")
+        if config.run is None and config.data_file is None:
+            raise ValueError(
+                "--run, --data_file: expected at least one of them, got neither; --data_file also needs --teacher, "
+                "--store or --student"
+            )
+        if config.data_file is None:
+            raise ValueError(
+                f"--run: {config.run} holds nothing to draw: expected trainer_state.json, a checkpoint or "
+                f"{WEIGHTS_LOG}, which molsaki distill writes"
+            )
+        raise ValueError(
+            f"--data_file: {config.data_file} holds no example to draw: expected at least one with a rationale, and "
+            f"--examples of at least 1, got {config.examples}"
+        )
     return drawn
 
 

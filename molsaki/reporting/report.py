@@ -110,7 +110,7 @@ class _Gathered:
         except (ValueError, OSError, ImportError) as error:
             if self._is_given:
                 raise
-            logger.warning("report: no %s: %s", section, error)
+            logger.warning("report: %s are left out, as what the run's options name cannot be used: %s", section, error)
             self.notes[section].append(f"What the run's options name cannot be used: {error}")
             return None
 
@@ -163,10 +163,10 @@ class _Gathered:
                 refused.append(f"{example.id}: {note}")
         if refused:
             more = f" And {len(refused) - NAMED} more." if len(refused) > NAMED else ""
-            note = f"{len(views)} of {len(chosen)} examples have maps here. {' '.join(refused[:NAMED])}{more}"
             hint = " Choose fewer with --examples, or others with --ids." if any(map(_is_large, refused)) else ""
-            logger.warning("report: %s%s", note, hint)
-            self.notes["maps"].append(note + hint)
+            reasons = " ".join(refused[:NAMED]) + more + hint
+            logger.warning("report: %d of %d examples have maps here. %s", len(views), len(chosen), reasons)
+            self.notes["maps"].append(f"{len(views)} of {len(chosen)} examples have maps here. {reasons}")
         return {"maps": views}
 
     def _view(
@@ -248,7 +248,7 @@ class _Gathered:
                 try:
                     return {example.id: example for example in read()}
                 except (ValueError, OSError) as error:
-                    logger.warning("report: %s", error)
+                    logger.warning("report: without the key words and earlier turns of the evaluated data: %s", error)
                     self.notes["predictions"].append(f"Without the key words and earlier turns of the data: {error}")
         return {}
 

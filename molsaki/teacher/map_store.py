@@ -275,7 +275,10 @@ def compare(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> No
         stored = found.get(name, ABSENT.get(name))
         if stored != value:
             what = NAMES.get(name, name.replace("_", " "))
-            raise ValueError(f"{folder}: this store is of another {what}: it has {stored!r}, expected {value!r}")
+            raise ValueError(
+                f"{folder}: this store is of another {what}: it has {stored!r}, expected {value!r}; use the options, "
+                "models and data of the extraction, or extract into a new folder"
+            )
 
 
 def shard_name(shard: int) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from molsaki.text.answers import gold_choice, kind_of, same_answer
 from molsaki.text.conversations import Turn, checked_context, turns_of
-from molsaki.text.formats import AUTO, EARLIER, FORMATS, Fields, format_of, hint_of_case, to_fields
+from molsaki.text.formats import AUTO, EARLIER, FORMATS, Fields, check_case, format_of, to_fields
 from molsaki.text.spans import Span, checked_key_spans
 from molsaki.text.tables import as_json_lines
 from molsaki.text.thinking import with_opening
@@ -329,9 +329,10 @@ def _text(fields: Fields, name: str, default: str | None = None) -> str:
             ) from None
         return value
     if default is None:
-        hint = hint_of_case(fields, name)
-        missing = f"missing; {hint}" if hint else "missing"
-        raise ValueError(f"{name}: " + (missing if value is None else "expected a text, got a blank one"))
+        if value is not None:
+            raise ValueError(f"{name}: expected a text, got a blank one")
+        check_case(name, fields, (name,))
+        raise ValueError(f"{name}: missing")
     return default
 
 

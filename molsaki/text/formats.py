@@ -50,8 +50,7 @@ def format_of(record: Fields) -> str:
             return name
     if "question" in record:
         return OWN  # the reader says what is missing
-    if hint := hint_of_case(record, "id", "question", "rationale", "answer", "gold"):
-        raise ValueError(f"question: missing; {hint}")
+    check_case("question", record, ("id", "question", "rationale", "answer", "gold"))
     read = "; ".join(f"{name} ({', '.join(one.keys)})" for name, one in FORMATS.items() if name != OWN)
     raise ValueError(
         f"question: missing; the fields are {', '.join(map(str, record)) or 'none'}. Expected question, rationale and "
@@ -59,12 +58,14 @@ def format_of(record: Fields) -> str:
     )
 
 
-def hint_of_case(record: Fields, *names: str) -> str:
-    """What to rename, if a record has fields that differ from these names only in case or in white space."""
+def check_case(missing: str, record: Fields, names: Sequence[str]) -> None:
+    """Raise a ValueError for a missing field if the record has fields that differ from ``names`` only in case or in
+    white space."""
     there = {str(field).strip().lower(): field for field in record}
     wrong = {there[name]: name for name in names if name in there and name not in record}
     listed = ", ".join(f"{field!r} to {name!r}" for field, name in wrong.items())
-    return f"rename {listed}: names of fields are lower case" if wrong else ""
+    if wrong:
+        raise ValueError(f"{missing}: missing; rename {listed}: names of fields are lower case")
 
 
 def to_fields(record: Fields, name: str = AUTO, with_reply: bool = True) -> Fields:

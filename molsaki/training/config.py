@@ -117,7 +117,7 @@ class DistillConfig(DistillOptions, TrainingArguments):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if not 0 <= self.beta_until <= 1:
-            raise ValueError(f"beta_until: expected a part of the training, 0 to 1, got {self.beta_until}")
+            raise ValueError(f"beta_until: expected a fraction of the training, from 0 to 1, got {self.beta_until}")
         if "{rationale}" not in self.cot_template.partition("{answer}")[0] or "{answer}" not in self.cot_template:
             raise ValueError(
                 f"cot_template: expected a text with {{rationale}} and then {{answer}}, got {self.cot_template!r}"

@@ -66,7 +66,7 @@ def attention(
         raise ValueError(f"teacher_temperature: expected a positive number, got {teacher_temperature}")
     if normalise not in ("softmax", "sum"):
         raise ValueError(f'normalise: expected "softmax" or "sum", got {normalise!r}')
-    words = _counted_words(student, teacher, plan, causal_words, entries)
+    words = counted_words(student, teacher, plan, causal_words, entries)
     teacher = teacher.detach().to(student.dtype)
     if normalise == "softmax":
         divergence = _softmax_divergence(student, teacher / teacher_temperature, words)
@@ -86,7 +86,7 @@ def overlap(
     the total variation distance. The mean over pairs K and the steps for which the teacher's sum is not 0; NaN for an
     example without any. Arguments as in `attention`.
     """
-    words = _counted_words(student, teacher, plan, causal_words, entries)
+    words = counted_words(student, teacher, plan, causal_words, entries)
     shares = []
     for maps in (student, teacher.to(student.dtype)):
         mass = torch.where(words, maps, 0)
@@ -97,7 +97,7 @@ def overlap(
     return common.sum((1, 2)) / counts.sum((1, 2))
 
 
-def _counted_words(
+def counted_words(
     student: Tensor, teacher: Tensor, plan: StepPlan, causal_words: bool, entries: Tensor | None
 ) -> Tensor:
     """``(N, 1, S, W)``: the entries of both maps that count, after a check of their shapes."""

@@ -586,7 +586,10 @@ class DistillTrainer(Trainer):
         lacking = sorted(name for name in missing if name not in named or id(named[name]) not in loaded)
         extra = sorted(load_result.unexpected_keys)
         if lacking or extra:
-            raise ValueError(f"the checkpoint is of another student: it lacks {lacking[:3]} and also has {extra[:3]}")
+            raise ValueError(
+                f"resume_from_checkpoint: the checkpoint is of another student: it lacks {lacking[:3]} and also has "
+                f"{extra[:3]}; use the student and the LoRA options of that run, or another output_dir"
+            )
 
 
 def _model_or_name(value: Any, argument: str, config: DistillConfig, field: str) -> PreTrainedModel | None:

@@ -42,7 +42,8 @@ class IdleLoss:
         self.learns_router, self.unit = learns_router, unit
         self._warned: set[str] = set()
         self._flat: dict[str, list[Tensor]] | None = {"softmax": [], "sum": []}
-        self._words, self._faded = 0, FADED
+        self._compares: list[Tensor] = []  # per example with key words: whether a step has two of them to compare
+        self._words, self._normalise, self._faded = 0, "softmax", FADED
 
     def add_maps(self, batch: Batch, options: DistillConfig) -> None:
         """Measure, up to the first logging step, how far the teacher's maps are from flat ones, in nats.
@@ -51,25 +52,29 @@ class IdleLoss:
         loss of a step with W words is at most ``m (e^m - 1) / (e^m + W - 1)``, which is reached if all of the teacher's
         mass is on one word and all of the student's on another. For a sentence m is about 2, so that 1,000 words leave
         at most 0.013 nats, and a map that is spread over its words much less: the softmax is flat whatever the map is.
-        ``normalise="sum"`` divides by the mass, so W does not matter.
+        ``normalise="sum"`` divides by the mass, so W does not matter. A step with one word has loss 0 under both, since
+        its distribution is always 1.
 
         What is measured is the loss of a map that is the same for every word, the median over examples, times beta if
         that is above 1. A student with such maps can lower its loss by no more than that. The warning comes below
         `FADED`, 0.001 nats: a hundredth of 0.1 nats, a small cross-entropy of a trained student, as `SMALL_SHARE` is of
-        the gradient. With ``attention_share``, which makes up for a small loss, it comes where float32 does not resolve
-        the loss.
+        the gradient. It gives the cause: single key words, a teacher whose maps are nearly flat, or the softmax. With
+        ``attention_share``, which makes up for a small loss, it comes where float32 does not resolve the loss.
         """
         if self._flat is None or batch.teacher_map is None:
             return
-        if options.normalise != "softmax" or options.objective != "molsaki":
+        if options.objective != "molsaki":
             return
+        self._normalise = options.normalise
         self._faded = FADED if options.attention_share is None else UNRESOLVED
         has_words = batch.plan.word_mask.any(1)
         self._words = max(self._words, batch.plan.num_words)
         how = (options.causal_words, options.teacher_temperature, counted_entries(batch, options))
         with torch.no_grad():
+            flat = torch.ones_like(batch.teacher_map)
+            counted = losses.counted_words(flat, flat, batch.plan, how[0], how[2])[:, 0]
+            self._compares.append((counted.sum(-1) > 1).any(-1)[has_words])
             for normalise, found in self._flat.items():
-                flat = torch.ones_like(batch.teacher_map)
                 found.append(losses.attention(flat, batch.teacher_map, batch.plan, normalise, *how)[has_words])
 
     def look(self, step: int, logs: Mapping[str, Any], student_weights: list[float] | None, beta: float = 1.0) -> None:
@@ -96,15 +101,34 @@ class IdleLoss:
     def _look_at_maps(self, beta: float) -> None:
         measured, self._flat = self._flat, None
         values = {name: torch.cat(found) for name, found in (measured or {}).items() if found}
-        if not values or not len(values["softmax"]):
+        if not values or not (examples := len(values["softmax"])):
             return
-        softmax, shares = (values[name].median().item() for name in ("softmax", "sum"))
-        if beta > 0 and max(beta, 1) * softmax < self._faded:  # a beta that is too small has a warning of its own
+        medians = {name: found.median().item() for name, found in values.items()}
+        if beta <= 0 or max(beta, 1) * medians[self._normalise] >= self._faded:
+            return  # a beta that is too small has a warning of its own
+        softmax, shares = medians["softmax"], medians["sum"]
+        single = examples - int(torch.cat(self._compares).sum())
+        if 2 * single >= examples:
+            self._warn(
+                "faded",
+                f"key: in {single} of the first {examples} examples no step has two key words to compare, so their "
+                "attention loss is 0 whatever the maps are, with either --normalise; use another --key, or give the "
+                "examples more keywords",
+            )
+        elif max(beta, 1) * shares < self._faded:
+            self._warn(
+                "faded",
+                f"teacher: its maps hardly distinguish the key words: a map that is the same for every word has a loss "
+                f"of {softmax:.2g} nats with --normalise softmax and of {shares:.2g} nats with sum, the median of the "
+                f"first {examples} examples (beta is {beta:g}). Look at them with molsaki plot; expected a trained "
+                "teacher, and key words (--key) that its attention tells apart",
+            )
+        else:
             self._warn(
                 "faded",
                 "normalise: with softmax the attention loss hardly distinguishes maps of texts with this many key "
-                f"words (up to {self._words}): a map that is the same for every word has a loss of {softmax:.2g} nats, "
-                f"the median of the first {len(values['softmax'])} examples (beta is {beta:g}); with --normalise sum "
+                f"words (up to {self._words}): a map that is the same for every word has a loss of {softmax:.2g} "
+                f"nats, the median of the first {examples} examples (beta is {beta:g}); with --normalise sum "
                 f"{shares:.2g} nats",
             )
 

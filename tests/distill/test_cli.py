@@ -119,7 +119,7 @@ def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
         (["keys", "--data_file", "none.jsonl"], "top, top_share: expected one of them, got None and None"),
         (["keys", "--top", "3", "--data_file", "none.jsonl", "--output_file", "k.jsonl"], "none.jsonl: no such file"),
         (["evaluate", "--mode", "guess"], "invalid choice: 'guess'"),
-        (["plot"], "nothing to draw: give --run, or --data_file with"),
+        (["plot"], "--run, --data_file: expected at least one of them, got neither"),
         (["store", "info", "/no/store"], "/no/store: no store there"),
         (["distill", "--config", "none.yaml"], "--config: none.yaml: no such file"),
         (["distill", "--config", "."], "--config: .: expected a YAML file"),

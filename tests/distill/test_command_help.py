@@ -13,7 +13,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from molsaki import cli, completion
+from molsaki import cli, completion, extras
 from molsaki.cli import COMMANDS, CONFIGURED, main
 from molsaki.command_help import HELP, TRAINING
 from molsaki.config import DistillOptions
@@ -146,7 +146,7 @@ def test_colours(monkeypatch, capsys, variables, terminal, expected):
 
 
 def test_completion_without_shtab(monkeypatch, capsys):
-    monkeypatch.setattr(completion.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     assert main(["completion", "bash"]) == 2
     assert 'run pip install "molsaki-kernels[completion]"' in capsys.readouterr().err
 

@@ -18,8 +18,10 @@ def test_run_draws_what_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="--run: no such folder"):
         plot(PlotConfig(run=str(run)))
     run.mkdir()
-    with pytest.raises(ValueError, match="nothing to draw: give --run, or --data_file"):
+    with pytest.raises(ValueError, match="^--run: .*run holds nothing to draw: expected trainer_state.json"):
         plot(PlotConfig(run=str(run)))
+    with pytest.raises(ValueError, match="^--run, --data_file: expected at least one of them, got neither"):
+        plot(PlotConfig())
     history = [{"step": s, "loss": 3 / s, "loss_pre": 1 / s, "loss_exp": 2 / s, "loss_att": 0.1 / s} for s in (2, 4)]
     (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert plot(PlotConfig(run=str(run))) == [out / "losses.png", out / "losses.svg"]

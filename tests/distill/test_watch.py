@@ -149,7 +149,7 @@ def test_accuracy_of_what_cannot_be_asked(tmp_path, caplog):
     t = trainer(tmp_path / "a", **options)
     assert 0 <= t.evaluate(data)["eval_accuracy"] <= 1
     assert "eval_accuracy: of 3 of 4 examples; the others could not be asked" in caplog.text
-    assert "eval_accuracy: there is no evaluation data" in caplog.text
+    assert "eval_accuracy: not computed, since there is no evaluation data" in caplog.text
     short = trainer(tmp_path / "b", student=tiny.model(2, max_position_embeddings=250), **options,
                     eval_accuracy_mode="rationale")  # fmt: skip
     with pytest.raises(ValueError, match="eval_accuracy: none of 3 examples could be asked"):
@@ -225,6 +225,43 @@ def test_a_softmax_over_many_words(tmp_path, caplog, words, mass, options, warns
     if warns:
         assert found[0].startswith("normalise: with softmax the attention loss hardly distinguishes maps")
         assert f"(up to {words})" in found[0] and "the first 2 examples" in found[0]
+
+
+def flat_batch(words: int) -> Batch:
+    """Two examples whose maps give every word the same mass."""
+    batch = batch_of(20, words, 2.0)
+    return dataclasses.replace(batch, teacher_map=torch.full_like(batch.teacher_map, 2 / words))
+
+
+@pytest.mark.parametrize("normalise", ["softmax", "sum"])
+@pytest.mark.parametrize(
+    ("batch", "beginning"),
+    [
+        (batch_of(20, 1, 2.0), "key: in 2 of the first 2 examples no step has two key words to compare"),
+        (flat_batch(5), "teacher: its maps hardly distinguish the key words"),
+        (flat_batch(3000), "teacher: its maps hardly distinguish the key words"),
+    ],
+)
+def test_where_the_other_normalisation_does_not_help(tmp_path, caplog, batch, beginning, normalise):
+    """The attention loss is 0 because of the words or the teacher, so the warning does not advise --normalise sum."""
+    options = config(tmp_path, objective="molsaki", normalise=normalise)
+    idle = watch.IdleLoss(learns_router=False)
+    idle.add_maps(batch, options)
+    idle.look(1, {}, None, options.beta)
+    (message,) = messages(caplog)
+    assert message.startswith(beginning) and "with --normalise sum" not in message
+
+
+def test_steps_that_compare_no_two_words(tmp_path, caplog):
+    """Two words, of which only one counts in every step."""
+    batch = batch_of(20, 2, 2.0)
+    batch = dataclasses.replace(batch, teacher_entries=torch.eye(2, dtype=torch.bool).repeat(2, 10, 1))
+    options = config(tmp_path, objective="molsaki")
+    idle = watch.IdleLoss(learns_router=False)
+    idle.add_maps(batch, options)
+    idle.look(1, {}, None, options.beta)
+    (message,) = messages(caplog)
+    assert message.startswith("key: in 2 of the first 2 examples")
 
 
 def test_the_warning_states_the_losses_of_a_flat_map(tmp_path, caplog):
