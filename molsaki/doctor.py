@@ -48,7 +48,10 @@ ENGINE_ADVICE = (
 # Those that help on a machine with a GPU only.
 GPU_ADVICE = (
     (r"triton is not installed", "pip install triton"),
-    (r"flash-attn.*not installed|No module named", 'optional: pip install "molsaki-kernels[flash]"'),
+    (
+        r"flash-attn.*not installed|No module named",
+        'optional: pip install flash-attn-4 (Hopper and later), or "molsaki-kernels[flash]" for flash-attn 2',
+    ),
 )
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of the largest value; eager's own rounding in bfloat16 is about 1e-2
 NOT_READY, OK, FAILED = "not ready", "ok", "FAILED"

@@ -81,6 +81,7 @@ class DistillConfig(DistillOptions, TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_options(self, beta=0, beta_mmi=0, beta_logits=0, share_steps=0, eval_accuracy=0)
         self._check_inherited()
+        self._check_trackers()
         self._check_attention()
         if self.teacher is not None or self.store is not None:
             self.choose_objective(has_teacher=True)
@@ -88,6 +89,16 @@ class DistillConfig(DistillOptions, TrainingArguments):
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+
+    def _check_trackers(self) -> None:
+        """Refuse a tracker that is not installed, which the Trainer would find after the models are loaded."""
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        try:
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"report_to: {error}") from error
 
     def choose_objective(self, has_teacher: bool) -> str:
         """The objective; one that is not given is set: molsaki if there is a teacher or its maps, else dss.

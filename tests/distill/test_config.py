@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import pytest
 
@@ -136,3 +137,12 @@ def test_presets(tmp_path):
         parse(DistillConfig, ["--preset", "best"])
     with pytest.raises(ValueError, match="preset: expected one of paper"):
         presets.options("best", DistillConfig)
+
+
+def test_a_tracker_that_is_not_installed_or_unknown(tmp_path):
+    assert importlib.util.find_spec("wandb") is None
+    with pytest.raises(ValueError, match=r"^report_to: .*wandb.* install"):
+        DistillConfig(output_dir=str(tmp_path), report_to="wandb")
+    with pytest.raises(ValueError, match="^report_to: .*nonesuch"):
+        DistillConfig(output_dir=str(tmp_path), report_to="nonesuch")
+    assert DistillConfig(output_dir=str(tmp_path), report_to="tensorboard").report_to == ["tensorboard"]
