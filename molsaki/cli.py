@@ -177,7 +177,7 @@ def _open_streams() -> None:
     """Let output that the program was started without, as by ``>&-``, go nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _discard_output() -> None:
@@ -378,7 +378,7 @@ def _take_log_format(argv: list[str]) -> list[str]:
 
 
 def _underscores(argv: Iterable[str]) -> list[str]:
-    """The words with underscores for the dashes within the names of flags; a text that begins with -- stays as it is."""
+    """The words with underscores for the dashes within the names of flags; other texts that begin with -- stay."""
     return [FLAG.sub(lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv]
 
 
