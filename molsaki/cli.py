@@ -17,6 +17,7 @@ import json
 import linecache
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from molsaki.command_help import Parser
 
 NEGATIVE, USER_ERROR, CRASH, INTERRUPTED = 1, 2, 70, 128  # the last one plus the number of the signal
+
+FLAG = re.compile(r"--[A-Za-z][\w-]*(?=\Z|=)")
 
 logger = logging.getLogger("molsaki.cli")
 
@@ -53,22 +56,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = given = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else ""
     before = {name: os.environ.get(name) for name in logs.VARIABLES}
+    _open_streams()
     try:
         argv = _take_log_format(argv)
         command = argv[0] if argv else ""
         logs.show()
         if command in ("", "-h", "--help", "--version"):
-            return _about(command)
-        if command not in COMMANDS:
+            code = _about(command)
+        elif command not in COMMANDS:
             close = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else "`molsaki --help` lists them"
             return _refuse("", f"{command}: no such command; {hint}")
-        with _sigterm():
-            return _run(command, argv[1:])
+        else:
+            with _sigterm():
+                code = _run(command, argv[1:])
+        sys.stdout.flush()  # so that what cannot be written is an error of this command, not of Python's end
+        return code
     except KeyboardInterrupt as error:
         return _interrupted(command, given, error)
     except BrokenPipeError:  # the reader, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return INTERRUPTED + 13  # SIGPIPE
     except SystemExit as end:  # argparse has shown a help
         return end.code if isinstance(end.code, int) else 0
@@ -76,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_user_error(error):
             if os.environ.get("MOLSAKI_TRACEBACK"):
                 raise
+            if isinstance(error, OSError) and error.filename is None:
+                _discard_output()  # if it is standard output that cannot be written, Python's end would fail again
             return _refuse(command, " ".join(str(error).split()))
         return _crashed(command, error)
     finally:  # --log_format is of this call
@@ -162,6 +171,21 @@ def parser_of_command(command: str, inherited: bool = False) -> Parser:
     if command == "distill" and not inherited:  # TrainingArguments take seconds to import
         module, name = "molsaki.config", "DistillOptions"
     return parser_of(command, COMMANDS[command], config_of(module, name), inherited)
+
+
+def _open_streams() -> None:
+    """Let output that the program was started without, as by ``>&-``, go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _discard_output() -> None:
+    """Let what standard output still holds, and all that follows, go nowhere, if it cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _about(word: str) -> int:
@@ -354,14 +378,8 @@ def _take_log_format(argv: list[str]) -> list[str]:
 
 
 def _underscores(argv: Iterable[str]) -> list[str]:
-    """The words with underscores for the dashes within the names of flags."""
-    words = []
-    for word in argv:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            word = f"--{name.replace('-', '_')}{equals}{value}"
-        words.append(word)
-    return words
+    """The words with underscores for the dashes within the names of flags; other texts that begin with -- stay."""
+    return [FLAG.sub(lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv]
 
 
 @contextlib.contextmanager

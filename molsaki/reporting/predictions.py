@@ -127,11 +127,14 @@ def read_all(paths: Sequence[str]) -> list[Predictions]:
         if beside.is_file():
             try:
                 summary = json.loads(beside.read_text(encoding="utf-8"))
+                if not isinstance(summary, dict):
+                    raise ValueError(f"expected an object, got {type(summary).__name__}")
             except ValueError as error:
                 logger.warning("%s: cannot be read: %s", beside, error)
+                summary = {}
         name = file.resolve().parent.name
         same = sum(one.name.partition(" (")[0] == name for one in found)
-        found.append(Predictions(path, f"{name} ({same + 1})" if same else name, records, dict(summary)))
+        found.append(Predictions(path, f"{name} ({same + 1})" if same else name, records, summary))
     if len(found) > 1:
         questions = {record["id"]: record["question"] for record in found[0].records}
         for other in found[1:]:

@@ -254,10 +254,9 @@ class _Gathered:
 
     def _with_map(self, shown: list[dict[str, Any]]) -> set[str]:
         """The ids whose map is shown: those that were asked for, or the first right and the first wrong ones."""
-        asked_for = {record["id"] for record in shown} & set(self.config.ids)
-        if asked_for:
-            return asked_for
-        answered = [record for record in shown if record.get("reply")]
+        answered = [record for record in shown if record.get("reply")]  # a question that was left out has no reply
+        if {record["id"] for record in shown} & set(self.config.ids):
+            return {record["id"] for record in answered} & set(self.config.ids)
         groups = [[record["id"] for record in answered if record["right"] is right] for right in (True, False)]
         return {id for group in groups for id in group[: self.config.examples]}
 

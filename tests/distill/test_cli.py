@@ -328,3 +328,28 @@ def test_what_is_raised_by_a_raise_statement(tmp_path, statement, expected):
     with pytest.raises((ValueError, TypeError)) as caught:
         exec(compile(path.read_text(), str(path), "exec"), {})
     assert cli._is_deliberate(caught.value) is expected
+
+
+@pytest.mark.parametrize("text", ["--- well-known step-by-step", "--think-step-by-step, please"])
+def test_a_text_that_begins_with_dashes_is_not_changed(text):
+    words = ["--out-put", text, "--in-put=a-b", "my-run_1"]
+    assert cli._underscores(words) == ["--out_put", text, "--in_put=a-b", "my-run_1"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "redirection, code, message",
+    [
+        (">/dev/full", 2, "molsaki --help: error: [Errno 28] No space left on device\n"),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("| (exec <&-; sleep 0.5)", 141, ""),
+    ],
+)
+def test_output_that_cannot_be_written(redirection, code, message, unbuffered):
+    """The exit code says so, in the command's own words, also if Python would write only at its end."""
+    command = f'set -o pipefail; "{sys.executable}" -m molsaki.cli --help {redirection}'
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "NO_COLOR": "1"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, message)

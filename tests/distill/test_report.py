@@ -437,3 +437,15 @@ def test_the_record_of_a_run_and_of_its_continuation(tmp_path):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_question_that_was_left_out_is_shown_without_a_map(work, tmp_path):
+    """Also if its id is asked for; the summary beside the predictions may be of another program."""
+    rows = [json.loads(line) for line in (work / "after" / "predictions.jsonl").read_text().splitlines()]
+    rows[1] |= {"reply": None, "prediction": None, "right": False, "left_out": "too long"}
+    tiny.write_jsonl(tmp_path / "predictions.jsonl", rows)
+    (tmp_path / "summary.json").write_text("[1]")
+    page = write(work / "run", tmp_path, predictions=[str(tmp_path)], ids=["t/p1", "t/p2"])
+    replies = {entry["id"]: entry for entry in data_in(page)["replies"]}
+    assert replies["t/p1"]["left_out"] == "too long" and "view" not in replies["t/p1"]
+    assert replies["t/p2"]["view"]["sides"][0]["name"] == "student"
