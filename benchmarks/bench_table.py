@@ -11,7 +11,12 @@ WIDTH = 100
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of a table. ``ratio``, ``low`` and ``high``: median and quartiles of the ratio to what the table names."""
+    """A line of a table.
+
+    Attributes:
+        ratio, low, high: median and quartiles of the ratio to what the table names.
+        over_sdpa: the ratio to PyTorch's fastest SDPA, where the table has that column.
+    """
 
     name: str
     ms: float | None
@@ -20,20 +25,28 @@ class Row:
     high: float | None = None
     peak_mib: float | None = None
     note: str = ""
+    over_sdpa: float | None = None
 
 
 def table(title: str, over: str, rows: Sequence[Row], missing: Iterable[tuple[str, str]] = ()) -> list[str]:
     """Return the lines of one table; ``over`` heads the column of ratios, ``missing`` has names and reasons."""
     width = max([len(row.name) for row in rows] + [len("contender")])
-    lines = [title, f"  {'contender':{width}}  {'ms':>9}  {over:>7}  {'quartiles':>14}  {'peak MiB':>9}  note"]
+    with_sdpa = any(row.over_sdpa is not None for row in rows)
+    head = f"  {'x sdpa':>7}" if with_sdpa else ""
+    lines = [title, f"  {'contender':{width}}  {'ms':>9}{head}  {over:>7}  {'quartiles':>14}  {'peak MiB':>9}  note"]
     for row in rows:
         spread = _spread(row.low, row.high)
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}" if row.ratio < 1000 else f"{row.ratio:,.0f}"
+        ratio = _ratio(row.ratio)
+        sdpa = f"  {_ratio(row.over_sdpa):>7}" if with_sdpa else ""
         peak = "" if row.peak_mib is None else f"{row.peak_mib:,.1f}"
-        line = f"  {row.name:{width}}  {milliseconds(row.ms):>9}  {ratio:>7}  {spread:>14}  {peak:>9}  {row.note}"
+        line = f"  {row.name:{width}}  {milliseconds(row.ms):>9}{sdpa}  {ratio:>7}  {spread:>14}  {peak:>9}  {row.note}"
         lines.append(line.rstrip())
     lines += [wrapped for name, reason in missing for wrapped in _wrapped(f"{name}: {reason}")]
     return lines
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _spread(low: float | None, high: float | None) -> str:
@@ -74,7 +87,7 @@ def layer_rows(records: Sequence[dict], auto: str | None) -> list[Row]:
         rows.append(
             Row(
                 r["contender"], r["median_ms"], r["over_plain"], r.get("over_plain_q1"), r.get("over_plain_q3"),
-                r["peak_mib"], ", ".join(notes),
+                r["peak_mib"], ", ".join(notes), r.get("over_sdpa"),
             )
         )  # fmt: skip
     return rows

@@ -239,7 +239,9 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no store there (no {DESCRIPTION})")
+        raise FileNotFoundError(
+            f"{folder}: no store there (no {DESCRIPTION}); molsaki extract --store {folder} writes one"
+        )
     try:
         description: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError:

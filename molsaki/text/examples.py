@@ -260,7 +260,7 @@ def _parse(data: bytes) -> Fields:
     try:
         fields = json.loads(data)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start + 1}") from None
     if not isinstance(fields, dict):

@@ -676,6 +676,11 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         ``not_read``. Streamed data are not counted.
     """
     require(config, "train_file")
+    for name in [*config.train_file, *config.eval_file]:  # before a model is loaded
+        if not os.path.exists(name):
+            raise FileNotFoundError(f"{name}: no such file")
+    if config.store is not None and config.objective != "dss":
+        Store(config.store)
     trainer = DistillTrainer(args=config)
     data = cast("DistillDataset | StreamedDataset", trainer.train_dataset)
     if trainer.is_world_process_zero() and isinstance(data, DistillDataset):
