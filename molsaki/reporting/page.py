@@ -147,6 +147,7 @@ def summary(logs: RunLogs, predictions: Sequence[Predictions]) -> str:
         right, total = predictions[0].counts
         low, high = predictions[0].interval
         where = f"{right} of {total} right, 95 % interval {percent(low)} to {percent(high)}"
+        where += f", model {predictions[0].model}"
         tiles.append(("accuracy", percent(right / total), where))
         for other in predictions[1:]:
             if other.interval is not None:
