@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _interrupted(command, given, error)
     except BrokenPipeError:  # the reader, such as head, has enough
-        _discard_output()
+        _close_output()
         return INTERRUPTED + 13  # SIGPIPE
     except SystemExit as end:  # argparse has shown a help
         return end.code if isinstance(end.code, int) else 0
@@ -185,7 +185,12 @@ def _discard_output() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
+
+
+def _close_output() -> None:
+    """Let what standard output still holds, and all that follows, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _about(word: str) -> int:
@@ -219,6 +224,13 @@ def _run(command: str, argv: Sequence[str]) -> int:
     return {"study": _study, "store": _store, "doctor": _doctor, "completion": _completion}[command](args)
 
 
+def run_by_position(command: str, argv: Sequence[str]) -> list[str]:
+    """The words after a command, with the flag before the run in ``molsaki report RUN``."""
+    if command == "report" and argv and not argv[0].startswith("-"):
+        return [f"--run={argv[0]}", *argv[1:]]
+    return list(argv)
+
+
 def _run_configured(command: str, argv: Sequence[str]) -> int:
     from molsaki.command_help import HELP
     from molsaki.extras import require
@@ -227,8 +239,7 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
     config_module, config_name, module = CONFIGURED[command]
     require("train")
     config_class = getattr(importlib.import_module(config_module), config_name)
-    if command == "report" and argv and not argv[0].startswith("-"):  # molsaki report RUN
-        argv = [f"--run={argv[0]}", *argv[1:]]
+    argv = run_by_position(command, argv)
     has_dry_run = command in HELP and HELP[command].dry_run
     try:
         options, dry_run = parse_command(config_class, _underscores(argv), f"molsaki {command}", has_dry_run)

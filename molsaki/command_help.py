@@ -231,9 +231,10 @@ HELP = {
         "Write one HTML file about a run of molsaki distill: curves, layer weights, maps of teacher and student, "
         "predictions, configuration. It needs no network.",
         {
-            "the run": ("run", "output_file"),
+            "required": ("run",),
             "maps of teacher and student": ("teacher", "store", "student", "data_file", "examples", "ids"),
             "predictions": ("predictions",),
+            "the page": ("output_file",),
             "the texts": ("data_format",),
         },
         [

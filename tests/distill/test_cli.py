@@ -114,7 +114,8 @@ def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
     [
         (["distill", "--lerning_rate", "1"], "--lerning_rate: no such flag; did you mean --learning_rate?"),
         (["distill", "--use_cpu"], "--train_file: required"),
-        (["distill", "--use_cpu", "--train_file", "none.jsonl", "--student", "/no/model"], "--student: no such folder"),
+        (["distill", "--use_cpu", "--train_file", "none.jsonl", "--student", "/no/model"], "none.jsonl: no such file"),
+        (["distill", "--use_cpu", "--train_file", __file__, "--student", "/no/model"], "--student: no such folder"),
         (["extract", "--data_files", "none.jsonl", "--store", "s"], "none.jsonl: no such file"),
         (["keys", "--data_file", "none.jsonl"], "top, top_share: expected one of them, got None and None"),
         (["keys", "--top", "3", "--data_file", "none.jsonl", "--output_file", "k.jsonl"], "none.jsonl: no such file"),

@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainingArguments
 
 from molsaki import cli, completion, extras
-from molsaki.cli import COMMANDS, CONFIGURED, main
+from molsaki.cli import COMMANDS, CONFIGURED, main, run_by_position
 from molsaki.command_help import HELP, TRAINING
 from molsaki.config import DistillOptions
 from molsaki.flags import MEANT, nearest, parse_command
@@ -94,7 +94,7 @@ def test_ours_come_before_the_inherited_ones(capsys):
 def test_the_examples_are_taken(command, line, tmp_path, monkeypatch):
     """Every flag and value of every example."""
     words = shlex.split(line)
-    words = words[words.index(command) + 1 :]
+    words = run_by_position(command, words[words.index(command) + 1 :])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump({"student": "s", "train_file": ["t.jsonl"]}))
     words = [word for word in words if word != "--bf16"]  # refused on some processors
