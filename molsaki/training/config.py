@@ -92,10 +92,10 @@ class DistillConfig(DistillOptions, TrainingArguments):
 
     def _check_trackers(self) -> None:
         """Refuse a tracker that is not installed, which the Trainer would find after the models are loaded."""
-        from transformers.integrations import get_reporting_integration_callbacks
+        from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
         try:
-            for callback in get_reporting_integration_callbacks(self.report_to):
+            for callback in get_reporting_integration_callbacks(self.report_to):  # type: ignore[no-untyped-call]
                 callback()
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"report_to: {error}") from error
