@@ -92,12 +92,14 @@ def test_every_line_is_json(tmp_path):
     """In a fresh process: each line of standard error is JSON, and standard output is one object, the result."""
     tiny.save(tmp_path / "student", 2)
     tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(8))
-    code = "import sys, torch; torch.set_num_threads(1)\nfrom molsaki.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import sys; from molsaki.cli import main; sys.exit(main(sys.argv[1:]))"  # as the program, without torch before
+    )
     words = [
         "distill", "--student", "student", "--train_file", "train.jsonl", "--output_dir", "run", "--max_steps", "2",
         "--logging_steps", "1", "--use_cpu", "--save_strategy", "no",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MOLSAKI_LOG": "json"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MOLSAKI_LOG": "json", "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-c", code, *words]
     done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
