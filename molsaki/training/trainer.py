@@ -147,6 +147,10 @@ class DistillTrainer(Trainer):
                 "share_question: expected packing and an objective of both tasks, got "
                 f"packing={config.packing} and objective={name}"
             )
+        if not objective.has_teacher:
+            teacher = None
+        elif store is None and config.store is not None:
+            store = Store(config.store)  # before a model is loaded
         student, tokenizer = load_both(student, tokenizer, config.student, "--student", config.student_dtype)
         check_adapters(student)
         if config.lora_rank or peft_config is not None:
@@ -155,10 +159,6 @@ class DistillTrainer(Trainer):
         end_with(student, tokenizer)
         limit = config.max_length or context_length(student.config)
         student_spec, teacher_spec = TokenizerSpec(tokenizer, config.student_template, limit), None
-        if not objective.has_teacher:
-            teacher = None
-        elif store is None and config.store is not None:
-            store = Store(config.store)
         if objective.has_teacher and (store is None or teacher is not None or config.teacher is not None):
             teacher, teacher_tokenizer = load_both(
                 teacher, teacher_tokenizer, config.teacher, "--teacher", config.teacher_dtype
@@ -679,8 +679,6 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     for name in [*config.train_file, *config.eval_file]:  # before a model is loaded
         if not os.path.exists(name):
             raise FileNotFoundError(f"{name}: no such file")
-    if config.store is not None and config.objective != "dss":
-        Store(config.store)
     trainer = DistillTrainer(args=config)
     data = cast("DistillDataset | StreamedDataset", trainer.train_dataset)
     if trainer.is_world_process_zero() and isinstance(data, DistillDataset):
