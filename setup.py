@@ -1,6 +1,6 @@
 """Build the C engine into the wheel, and the long description from README.md. All else is in pyproject.toml.
 
-The wheel has one library for AVX2 and one for AVX-512. Where they cannot be built (another platform, no C compiler), or
+The wheel has one library for AVX2, one for AVX-512, and one for AVX-512 BF16 and AMX. Where they cannot be built (another platform, no C compiler), or
 with MOLSAKI_PURE_WHEEL=1, the wheel is a pure one and says so; a machine that installs it compiles the engine on first
 use. An editable install and an sdist contain the sources only.
 """
@@ -78,8 +78,8 @@ def build_engine(folder: Path) -> str | None:
         return "no C compiler (cc, gcc, clang or $CC)"
     built = [folder / f"molsaki-{name}.so" for name in compilation["VARIANTS"]]
     try:
-        for name, path in zip(compilation["VARIANTS"], built, strict=True):
-            compilation["compile_library"](command, name, path.resolve())
+        for variant, path in zip(compilation["VARIANTS"].values(), built, strict=True):
+            compilation["compile_library"](command, variant.flags, path.resolve())
     except subprocess.CalledProcessError as error:
         for path in built:
             path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from molsaki_kernels import widened_values
 from molsaki_kernels._compile import constant_when_compiled
-from molsaki_kernels._native.build import has_amx
+from molsaki_kernels._native.build import pytorch_is_faster_in_bfloat16
 from molsaki_kernels.attention import ENGINES, flash_attn
 from molsaki_kernels.attention.protocol import Engine, as_served
 from molsaki_kernels.attention_map import MAP_ENGINES
@@ -189,8 +189,9 @@ def _cannot_serve(engine: str, names: tuple[str, ...], reasons: dict[str, str | 
 def order(request: AttentionRequest) -> tuple[str, ...]:
     """Return the engines in the order to try: the measured ones, then the rest of the default order."""
     default = DEFAULT_ORDER.get(_kind(request.device), ("eager",))
-    if default[0] == "native" and request.dtype == torch.bfloat16 and not request.backward and has_amx():
-        default = ("sdpa", "native", "eager")  # PyTorch uses AMX and is twice as fast (docs/performance.md)
+    if default[0] == "native" and request.dtype == torch.bfloat16 and not request.backward:
+        if pytorch_is_faster_in_bfloat16():
+            default = ("sdpa", "native", "eager")  # twice as fast (docs/performance.md)
     if not MEASURED or request.value_dim is not None:
         return default
     key = (arch_of(request.device), request.backward, padded_head_dim(request.head_dim), features(request))

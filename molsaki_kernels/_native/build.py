@@ -1,6 +1,7 @@
 """Find, load and check the C library: the one that the wheel contains, else one compiled on first use.
 
-A wheel for Linux on x86-64 contains a library for AVX2 and one for AVX-512. Everywhere else the sources are compiled
+A wheel for Linux on x86-64 contains a library for AVX2, one for AVX-512, and one for AVX-512 BF16 that also uses AMX
+where the machine has it. Everywhere else the sources are compiled
 once per machine and processor, and the result is kept in ``$MOLSAKI_CACHE``, else ``$XDG_CACHE_HOME/molsaki_kernels``
 (``~/.cache``), else a temporary folder. Without both, or with ``MOLSAKI_NATIVE=0``, attention on a CPU and its map are
 computed by PyTorch.
@@ -24,7 +25,16 @@ import torch
 from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native import compile as compilation
 from molsaki_kernels._native.compile import compiler as compiler
-from molsaki_kernels._native.structs import MAX_HEAD_DIM, AttentionCall, LseGradientCall, MapCall, mismatch
+from molsaki_kernels._native.structs import (
+    FLOAT32,
+    MAX_HEAD_DIM,
+    TILES_BF16,
+    VECTORS_BF16,
+    AttentionCall,
+    LseGradientCall,
+    MapCall,
+    mismatch,
+)
 
 NEEDED = {"avx2", "fma"}
 
@@ -55,9 +65,30 @@ def library() -> ctypes.CDLL:
 
 
 @constant_when_compiled
-def has_amx() -> bool:
-    """Whether PyTorch computes bfloat16 products with AMX on this machine. The native library does not use AMX."""
-    return platform.system() == "Linux" and "amx_bf16" in _processor().split()
+@functools.cache
+def bf16_unit() -> int:
+    """What the library computes the products of bfloat16 inputs with: FLOAT32, VECTORS_BF16 or TILES_BF16.
+
+    TILES_BF16 is AMX, where the processor has it, the operating system permits it and the compiler knew it. AVX-512 BF16
+    is not taken on Intel's processors: on one of them it was half as fast as float32 (docs/performance.md).
+    """
+    units = bf16_units()
+    if units[-1] == VECTORS_BF16 and "GenuineIntel" in _processor().split():
+        return FLOAT32
+    return units[-1]
+
+
+def bf16_units() -> list[int]:
+    """What the library can compute the products of bfloat16 inputs with on this machine, the best last."""
+    found: int = library().molsaki_units()
+    return [unit for unit in (FLOAT32, VECTORS_BF16, TILES_BF16) if found >> unit & 1]
+
+
+@constant_when_compiled
+def pytorch_is_faster_in_bfloat16() -> bool:
+    """Whether PyTorch computes bfloat16 products with AMX on this machine, and the library does not."""
+    has_amx = platform.system() == "Linux" and "amx_bf16" in _processor().split()
+    return has_amx and (why_not() is not None or bf16_unit() != TILES_BF16)
 
 
 @functools.cache
@@ -91,7 +122,11 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _FUNCTIONS = {
-    "molsaki_attention_work": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+    "molsaki_units": (ctypes.c_int64,),
+    "molsaki_attention_work": (ctypes.c_int64, ctypes.POINTER(AttentionCall)),
+    "molsaki_attention_packed": (ctypes.c_int64, ctypes.POINTER(AttentionCall), ctypes.c_int64),
+    "molsaki_attention_key_sums": (ctypes.c_int64, ctypes.POINTER(AttentionCall)),
+    "molsaki_attention_parts": (ctypes.c_int64, ctypes.POINTER(AttentionCall)),
     "molsaki_attention_forward": (None, ctypes.POINTER(AttentionCall)),
     "molsaki_attention_backward": (None, ctypes.POINTER(AttentionCall)),
     "molsaki_map_forward": (None, ctypes.POINTER(MapCall)),
@@ -101,18 +136,21 @@ _FUNCTIONS = {
 }
 
 
+_FACTS = ("vendor_id", "model name", "flags")
+
+
 @functools.cache
 def _processor() -> str:
-    """Model and features from /proc/cpuinfo, which determine the meaning of ``-march=native``."""
+    """Vendor, model and features from /proc/cpuinfo, which determine the meaning of ``-march=native``."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return " ".join(next((x for x in lines if x.startswith(name)), "") for name in ("model name", "flags"))
+    return " ".join(next((x for x in lines if x.startswith(name)), "") for name in _FACTS)
 
 
 def _shipped(processor: str) -> ctypes.CDLL | None:
     """The best library of the wheel for this processor. None where the wheel has none, or it cannot be loaded here."""
-    for name, needed in compilation.VARIANTS.items():
+    for name, variant in compilation.VARIANTS.items():
         path = Path(__file__).parent / f"molsaki-{name}.so"
-        if needed <= set(processor.split()) and path.exists():
+        if variant.needs <= set(processor.split()) and path.exists():
             with contextlib.suppress(OSError):  # for example a C library older than the one it was linked with
                 return ctypes.CDLL(str(path))
     return None
@@ -134,7 +172,7 @@ def _compiled(command: str, processor: str) -> ctypes.CDLL:
             if path.exists():
                 with contextlib.suppress(OSError):  # damaged
                     return ctypes.CDLL(str(path))
-            compilation.compile_library(command, "native", path)
+            compilation.compile_library(command, ("-march=native",), path)
             return ctypes.CDLL(str(path))
         except OSError as error:
             reason = error

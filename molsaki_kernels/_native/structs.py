@@ -8,6 +8,9 @@ from collections.abc import Iterator
 TASK_ROWS = 192  # rows per task of a plan
 MAX_HEAD_DIM = 256
 
+# ``Unit`` of csrc/attention.h: what computes the products of an attention call.
+FLOAT32, VECTORS_BF16, TILES_BF16 = range(3)
+
 Strides = ctypes.c_int64 * 3  # batch, head and row strides of a tensor (B, H, M, D), in elements
 
 
@@ -26,19 +29,19 @@ class Plan(ctypes.Structure):
 
 
 class AttentionCall(ctypes.Structure):
-    """``AttentionCall`` of csrc/attention.c, which describes the fields."""
+    """``AttentionCall`` of csrc/attention.h, which describes the fields."""
 
     _fields_ = [
         ("plan", Plan),
         *_fields(ctypes.c_int64, "rows q_heads kv_heads head_dim value_dim steps words"),
-        *_fields(ctypes.c_int64, "causal window is_bf16 per_head threads"),
+        *_fields(ctypes.c_int64, "causal window is_bf16 per_head threads unit"),
         *_fields(Strides, "q_strides k_strides v_strides out_strides dout_strides"),
         *_fields(Strides, "dq_strides dk_strides dv_strides"),
         *_fields(ctypes.c_double, "scale softcap word_weight"),
-        *_fields(ctypes.c_void_p, "q k v sinks out lse work"),
+        *_fields(ctypes.c_void_p, "q k v sinks out lse work packed"),
         ("groups", ctypes.c_int64),
         *_fields(ctypes.c_void_p, "sums maps"),
-        *_fields(ctypes.c_void_p, "dout dlse dmaps delta dq dk dv parts part_of"),
+        *_fields(ctypes.c_void_p, "dout dlse dmaps delta dq dk dv key_sums parts part_of"),
     ]
 
 

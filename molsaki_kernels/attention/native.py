@@ -10,10 +10,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from molsaki_kernels._native.build import library, why_not_for
+from molsaki_kernels._native.build import bf16_unit, library, why_not_for
 from molsaki_kernels._native.build import why_not as available
 from molsaki_kernels._native.plan_arrays import plan_arrays
-from molsaki_kernels._native.structs import AttentionCall, Plan
+from molsaki_kernels._native.structs import FLOAT32, AttentionCall, Plan
 from molsaki_kernels._workspace import workspace
 from molsaki_kernels.attention.sinks import sinks_gradient
 from molsaki_kernels.spec import (
@@ -36,6 +36,7 @@ NAME = "native"
 COMPUTES_MAP = True
 DIFFERENTIABLE = False
 HEAD_DIM_MULTIPLE = 16
+SMALLEST_SCALE = 1e-20  # for products in bfloat16, whose scores are scaled after the softmax's maximum is known
 TASKS_PER_THREAD = 16  # in the forward pass, so that threads finish at about the same time
 _CPU = torch.device("cpu")  # also where another default device is set
 
@@ -66,12 +67,13 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
     out = _result(q, inputs.v.shape[3], covered, q.dtype)
     outputs = AttentionOutputs(out, lse, maps)
     call, memory = _call(struct, inputs, outputs, options, plan)
+    packed = _packed(call, backward=False)
     call.maps = maps.data_ptr()
     groups = Hq if options.per_head else min(Hq, -(-TASKS_PER_THREAD * call.threads // max(struct.tasks, 1)))
     sums = workspace("map sums", (groups * arrays.task_steps * arrays.columns,), torch.float64, _CPU)
     call.groups, call.sums = groups, sums.data_ptr()
     library().molsaki_attention_forward(ctypes.byref(call))
-    del memory  # the call used it until here
+    del memory, packed  # the call used them until here
     return outputs
 
 
@@ -91,8 +93,12 @@ def backward(
     arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]
     call, memory = _call(struct, inputs, outputs, options, plan)
-    columns = q.shape[3] + inputs.v.shape[3]
-    parts = workspace("attention parts", (call.threads * arrays.longest * columns,), torch.float32, _CPU)
+    packed = _packed(call, backward=True)
+    size = library().molsaki_attention_parts(ctypes.byref(call))
+    parts = workspace("attention parts", (call.threads * size,), torch.float32, _CPU)
+    size = library().molsaki_attention_key_sums(ctypes.byref(call))
+    key_sums = workspace("attention key sums", (size,), torch.float32, _CPU)
+    call.key_sums = key_sums.data_ptr()
     part_of = torch.empty(call.threads, dtype=torch.int64, device=_CPU)
     call.parts, call.part_of = parts.data_ptr(), part_of.data_ptr()
     dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
@@ -108,17 +114,15 @@ def backward(
     if sinks is not None:
         delta = torch.zeros(lse.shape, dtype=torch.float64, device=_CPU)
         call.delta = delta.data_ptr()
-    results = []
+    results, dtype = [], torch.float32 if call.unit == FLOAT32 else torch.bfloat16
     for name, x in tensors.items():
-        result = _result(x, x.shape[3], covered, torch.float32)
+        result = _result(x, x.shape[3], covered, dtype)
         setattr(call, name, result.data_ptr())
         getattr(call, f"{name}_strides")[:] = result.stride()[:3]
         results.append(result)
     library().molsaki_attention_backward(ctypes.byref(call))
-    del memory, parts  # the call used them until here
-    dq, dk, dv = results
-    if q.dtype != torch.float32:
-        dq, dk, dv = dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+    del memory, packed, parts, key_sums  # the call used them until here
+    dq, dk, dv = (x.to(q.dtype) for x in results)
     return InputGradients(dq, dk, dv, None if sinks is None else sinks_gradient(sinks, lse, delta))
 
 
@@ -134,14 +138,13 @@ def _call(
     lse = outputs.lse.contiguous()
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     threads = torch.get_num_threads()
-    C, D = struct.columns, q.shape[3]
-    work = workspace("attention work", (threads * library().molsaki_attention_work(C, D),), torch.uint8, _CPU)
+    exact = options.scale < SMALLEST_SCALE or q.dtype != torch.bfloat16
     call = AttentionCall(
         plan=struct,
         rows=q.shape[2],
         q_heads=q.shape[1],
         kv_heads=k.shape[1],
-        head_dim=D,
+        head_dim=q.shape[3],
         value_dim=inputs.v.shape[3],
         steps=plan.steps.shape[1],
         words=plan.num_words,
@@ -150,13 +153,16 @@ def _call(
         is_bf16=q.dtype == torch.bfloat16,
         per_head=options.per_head,
         threads=threads,
+        unit=FLOAT32 if exact else bf16_unit(),
         scale=options.scale,
         softcap=options.softcap or 0,
         word_weight=1 if options.per_head else 1 / q.shape[1],
         lse=lse.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),
-        work=work.data_ptr(),
     )
+    size = library().molsaki_attention_work(ctypes.byref(call))
+    work = workspace("attention work", (threads * size,), torch.uint8, _CPU)
+    call.work = work.data_ptr()
     kept = [lse, sinks, work]
     for name, x in (("q", q), ("k", k), ("v", inputs.v), ("out", outputs.out)):
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -164,6 +170,14 @@ def _call(
         getattr(call, f"{name}_strides")[:] = x.stride()[:3]
         kept.append(x)
     return call, kept
+
+
+def _packed(call: AttentionCall, backward: bool) -> Tensor:
+    """Point the call to memory for packed keys and values; it has to be kept while it is used."""
+    size = library().molsaki_attention_packed(ctypes.byref(call), backward)
+    memory = workspace("attention packed", (size,), torch.uint8, _CPU)
+    call.packed = memory.data_ptr()
+    return memory
 
 
 def _result(x: Tensor, width: int, covered: bool, dtype: torch.dtype) -> Tensor:

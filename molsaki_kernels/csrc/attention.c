@@ -13,50 +13,18 @@
  * Deterministic: the work of each thread and the order of its sums depend only on the shapes, the plan and the
  * number of threads.
  */
+#include "attention.h"
 #include "layout.h"
-#include "plan.h"
-#include "simd.h"
 
-#include <float.h>
-#include <math.h>
 #include <omp.h>
 
 enum {
-    ROWS = TASK_ROWS,
     PANEL = 2 * LANES, /* rows whose scores with STRIP keys are in registers together */
     PANELS = ROWS / PANEL,
     VECTORS = ROWS / LANES,
     KEYS = 96, /* a multiple of STRIP and GROUP */
     WIDEST = MAX_D + 16 /* of the copied rows; an odd number of cache lines */
 };
-
-#define HIDDEN -INFINITY /* the score of a key that the row cannot see */
-#define FIRST_MAX -FLT_MAX /* the initial maximum */
-
-typedef struct {
-    Plan plan;
-    int64_t rows, q_heads, kv_heads, head_dim, value_dim, steps, words; /* value_dim: of v, out and dout */
-    int64_t causal, window, is_bf16, per_head, threads;
-    int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], dout_strides[3];
-    int64_t dq_strides[3], dk_strides[3], dv_strides[3];
-    double scale, softcap, word_weight; /* softcap 0: no softcap */
-    const void *q, *k, *v;
-    const float *sinks; /* (q_heads), or NULL */
-    void *out;
-    float *lse;  /* (B, q_heads, rows) */
-    void *work;  /* per thread: molsaki_attention_work(columns, head_dim) bytes */
-    /* Forward. */
-    int64_t groups; /* groups of query heads, each one a unit of work; with per_head, one head per group */
-    double *sums; /* per task, from task_slot * groups * columns on: (groups, count, columns) */
-    float *maps;
-    /* Backward. */
-    const void *dout; /* NULL: only the map has a gradient */
-    const float *dlse, *dmaps; /* each may be NULL */
-    double *delta;    /* (B, q_heads, rows): rowsum(dO * O) - dlse, for the gradient of sinks; NULL without sinks */
-    float *dq, *dk, *dv;
-    float *parts;     /* per thread: dk (longest, head_dim) and dv (longest, value_dim) of one key head */
-    int64_t *part_of; /* per thread: the sequence and key head of its part, n * kv_heads + g, or -1 */
-} AttentionCall;
 
 #define F(field) FIELD(Plan, field)
 const Layout molsaki_layout_Plan[] = {
@@ -71,10 +39,10 @@ const Layout molsaki_layout_Plan[] = {
 const Layout molsaki_layout_AttentionCall[] = {
     WHOLE(AttentionCall),
     F(plan), F(rows), F(q_heads), F(kv_heads), F(head_dim), F(value_dim), F(steps), F(words), F(causal), F(window),
-    F(is_bf16), F(per_head), F(threads), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides),
+    F(is_bf16), F(per_head), F(threads), F(unit), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides),
     F(dq_strides), F(dk_strides), F(dv_strides), F(scale), F(softcap), F(word_weight), F(q), F(k), F(v), F(sinks),
-    F(out), F(lse), F(work), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk), F(dv),
-    F(parts), F(part_of),
+    F(out), F(lse), F(work), F(packed), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk),
+    F(dv), F(key_sums), F(parts), F(part_of),
     END,
 };
 #undef F
@@ -94,22 +62,37 @@ typedef struct {
 /* The stride of the copied rows: one of three constants, so that the address of a key's element is one load. */
 static int64_t width_of(int64_t D) { return D <= 64 ? 80 : D <= 128 ? 144 : WIDEST; }
 
-int64_t molsaki_attention_work(int64_t columns, int64_t D) {
-    return sizeof(Work) + (columns + STRIP) * (ROWS + width_of(D)) * sizeof(float);
+/* Which units this machine has: bit u for unit u. */
+int64_t molsaki_units(void) {
+#ifdef __AVX512BF16__
+    return 1 << FLOAT32 | 1 << VECTORS_BF16 | (bf16_has_tiles() ? 1 << TILES_BF16 : 0);
+#else
+    return 1 << FLOAT32;
+#endif
 }
 
-static Work *own_work(const AttentionCall *c) {
-    return (Work *)((char *)c->work + omp_get_thread_num() * molsaki_attention_work(c->plan.columns, c->head_dim));
+/* The sizes of what a call needs, from all its fields but the pointers. */
+int64_t molsaki_attention_work(const AttentionCall *c) { /* bytes per thread */
+    if (TAKES_BF16(c)) return bf16_work(c);
+    return sizeof(Work) + (c->plan.columns + STRIP) * (ROWS + width_of(c->head_dim)) * sizeof(float);
 }
 
-/* Up to TASK_ROWS rows of one head of one sequence. */
-typedef struct {
-    int64_t n, h, g, task, first, count, length;
-    int64_t low, high;               /* the keys that at least one row sees */
-    int64_t first_column, columns;   /* the key tokens among them */
-    int32_t step[ROWS];              /* -1: in no step */
-    float lse[ROWS], delta[ROWS];    /* backward; delta = rowsum(dO * O) - dlse, including the dlse of the map */
-} Block;
+int64_t molsaki_attention_packed(const AttentionCall *c, int64_t backward) { /* bytes */
+    return TAKES_BF16(c) ? bf16_packed(c, backward) : 0;
+}
+
+int64_t molsaki_attention_key_sums(const AttentionCall *c) { /* float32 numbers */
+    return TAKES_BF16(c) ? bf16_key_sums(c, c->kv_heads * c->plan.tasks) : 0;
+}
+
+int64_t molsaki_attention_parts(const AttentionCall *c) { /* float32 numbers per thread */
+    if (TAKES_BF16(c)) return bf16_key_sums(c, (c->plan.longest + ROWS - 1) / ROWS);
+    return c->plan.longest * (c->head_dim + c->value_dim);
+}
+
+static void *own_work(const AttentionCall *c) {
+    return (char *)c->work + omp_get_thread_num() * molsaki_attention_work(c);
+}
 
 /* exp(x), or 0 where it is below 1e-34. Keeps NaN. */
 INLINE vf weight(vf x) {
@@ -152,10 +135,6 @@ INLINE void read_rows(
 ) {
     for (int64_t r = 0; r < count; r++) read_row(x, offset + r * stride, is_bf16, D, rows + r * width);
     for (int64_t r = count; r < padded; r++) memset(rows + r * width, 0, D * sizeof(float));
-}
-
-INLINE int64_t at(const int64_t *strides, int64_t b, int64_t h, int64_t row) {
-    return b * strides[0] + h * strides[1] + row * strides[2];
 }
 
 /* The unmasked scores of STRIP keys and the rows of a panel, into PANEL columns of a tile. */
@@ -244,26 +223,6 @@ INLINE void clear_dead(float (*tile)[ROWS], int64_t panel, Range live, int64_t s
             UNROLL for (int v = 0; v < 2; v++) store(&tile[j][panel * PANEL + v * LANES], (vf){0});
 }
 
-/* The fields of a block that depend only on the sequence, the head and the task. */
-INLINE void find_block(const AttentionCall *c, int64_t h, int64_t task, Block *b) {
-    const Plan *p = &c->plan;
-    b->n = p->task_sequence[task];
-    b->h = h;
-    b->g = h / (c->q_heads / c->kv_heads);
-    b->task = task;
-    b->first = p->task_row[task];
-    b->length = p->length[b->n];
-    b->count = int_min(ROWS, b->length - b->first);
-    b->low = c->window > 0 ? int_max(b->first - c->window + 1, 0) : 0;
-    b->high = c->causal ? b->first + b->count : b->length;
-    const int32_t *steps = p->step_of_row + b->n * p->longest + b->first;
-    for (int r = 0; r < ROWS; r++) b->step[r] = r < b->count ? steps[r] : -1;
-    const int32_t *tokens = p->tokens + b->n * p->columns;
-    const int64_t used = p->task_count[task] ? p->tokens_used[b->n] : 0; /* without a step the map needs no key token */
-    b->first_column = below(tokens, used, b->low);
-    b->columns = below(tokens, used, b->high) - b->first_column;
-}
-
 /* A block's scaled queries, as rows and as panels. */
 static void read_queries(const AttentionCall *c, const Block *b, float *q, float *panel) {
     const int64_t D = c->head_dim, width = width_of(D), panels = (b->count + PANEL - 1) / PANEL;
@@ -336,7 +295,8 @@ INLINE int differs_from_one(vf x) {
     return any;
 }
 
-static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work *work, double *sums) {
+static void forward_block(const AttentionCall *c, int64_t h, int64_t task, void *memory, double *sums) {
+    Work *work = memory;
     const int64_t D = c->head_dim, width = width_of(D), Dv = c->value_dim, v_width = width_of(Dv);
     const Plan *plan = &c->plan;
     Block b;
@@ -413,15 +373,6 @@ static void forward_block(const AttentionCall *c, int64_t h, int64_t task, Work 
     add_map(c, &b, aside, max, sum, sums);
 }
 
-static int64_t first_task(const Plan *p, int64_t n) {
-    int64_t low = 0, high = p->tasks;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (p->task_sequence[middle] < n) low = middle + 1; else high = middle;
-    }
-    return low;
-}
-
 /* The map of one step of a sequence: the sum over tasks and groups of heads, then over the tokens of each word. */
 static void reduce_map(const AttentionCall *c, int64_t n, int64_t s) {
     const Plan *p = &c->plan;
@@ -454,13 +405,32 @@ static void forward_task(const AttentionCall *c, int64_t task, int64_t group) {
     double *sums = c->sums + (p->task_slot[task] * c->groups + group * count) * p->columns;
     if (count * p->columns > 0) memset(sums, 0, count * p->columns * sizeof(double));
     for (int64_t h = group * heads; h < int_min((group + 1) * heads, c->q_heads); h++)
-        forward_block(c, h, task, own_work(c), sums);
+        (TAKES_BF16(c) ? bf16_forward_block : forward_block)(c, h, task, own_work(c), sums);
+}
+
+/* Before and after a thread's share of a call. */
+static void begin(const AttentionCall *c, int64_t backward) {
+    if (!TAKES_BF16(c)) return;
+    const Plan *p = &c->plan;
+    bf16_begin(c);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t g = 0; g < c->kv_heads; g++)
+        for (int64_t t = 0; t < p->tasks; t++) bf16_pack(c, g, t, backward);
+    if (!c->dmaps) return;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t g = 0; g < c->kv_heads; g++)
+        for (int64_t n = 0; n < p->sequences; n++) bf16_pack_key_tokens(c, g, n);
+}
+
+static void end(const AttentionCall *c) {
+    if (TAKES_BF16(c)) bf16_end(c);
 }
 
 void molsaki_attention_forward(const AttentionCall *c) {
     const Plan *p = &c->plan;
 #pragma omp parallel num_threads((int)c->threads)
     {
+        begin(c, 0);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = p->tasks - 1; t >= 0; t--) /* with a causal mask, the longest task first */
             for (int64_t group = 0; group < c->groups; group++) forward_task(c, t, group);
@@ -468,6 +438,7 @@ void molsaki_attention_forward(const AttentionCall *c) {
         for (int64_t n = 0; n < p->sequences; n++)
             for (int64_t s = 0; s < c->steps; s++)
                 if (c->words > 0) reduce_map(c, n, s);
+        end(c);
     }
 }
 
@@ -544,16 +515,26 @@ typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } KeyGradients;
 static KeyGradients key_gradients(const AttentionCall *c, int64_t n, int64_t g, int in_place, int64_t thread) {
     const Plan *p = &c->plan;
     const int64_t D = c->head_dim, Dv = c->value_dim, b = p->batch[n], row = p->begin[n];
-    float *part = c->parts + thread * p->longest * (D + Dv);
+    float *part = c->parts + thread * molsaki_attention_parts(c);
     KeyGradients to = {part, part + p->longest * D, D, Dv};
     if (in_place)
-        to = (KeyGradients){c->dk + at(c->dk_strides, b, g, row), c->dv + at(c->dv_strides, b, g, row),
+        to = (KeyGradients){(float *)c->dk + at(c->dk_strides, b, g, row), (float *)c->dv + at(c->dv_strides, b, g, row),
                             c->dk_strides[2], c->dv_strides[2]};
     else
         c->part_of[thread] = n * c->kv_heads + g;
     zero_rows(to.dk, to.dk_row, p->length[n], D);
     zero_rows(to.dv, to.dv_row, p->length[n], Dv);
     return to;
+}
+
+/* The same for a unit that takes bfloat16. */
+INLINE float *key_sums(const AttentionCall *c, int64_t n, int64_t g, int in_place, int64_t thread) {
+    const Plan *p = &c->plan;
+    float *sums = c->parts + thread * molsaki_attention_parts(c);
+    if (in_place) sums = c->key_sums + bf16_key_sums(c, g * p->tasks + first_task(p, n));
+    else c->part_of[thread] = n * c->kv_heads + g;
+    memset(sums, 0, bf16_key_sums(c, (p->length[n] + ROWS - 1) / ROWS) * sizeof(float));
+    return sums;
 }
 
 /* Copy the keys of a head's key tokens, one per row, followed by zeros. */
@@ -659,7 +640,7 @@ static void backward_block(
         }
     }
     for (int64_t r = 0; r < b.count; r++) {
-        float *target = c->dq + at(c->dq_strides, batch, h, row + r);
+        float *target = (float *)c->dq + at(c->dq_strides, batch, h, row + r);
         for (int64_t d = 0; d < D; d++) target[d] = dq[r * width + d] * (float)c->scale;
     }
 }
@@ -681,7 +662,7 @@ static void backward_share(const AttentionCall *c, int64_t thread, int64_t threa
     for (int64_t t = 0; t < p->tasks; t++) total += H * cost(c, t);
     const int64_t begin = total / threads * thread, end = thread + 1 < threads ? total / threads * (thread + 1) : total;
     Work *work = own_work(c);
-    float *key_tokens = work->aside[p->columns + STRIP];
+    float *key_tokens = TAKES_BF16(c) ? 0 : work->aside[p->columns + STRIP], *sums = 0;
     KeyGradients to = {0};
     c->part_of[thread] = -1;
     for (int64_t first = 0; first < p->tasks; first += tasks) {
@@ -696,35 +677,63 @@ static void backward_share(const AttentionCall *c, int64_t thread, int64_t threa
             }
             for (int64_t t = first; t < first + tasks; done += cost(c, t), t++) {
                 if (done < begin || done >= end) continue;
-                if (n * c->kv_heads + h / group != current) {
-                    current = n * c->kv_heads + h / group;
-                    to = key_gradients(c, n, h / group, h % group == 0 && t == first, thread);
-                    if (c->dmaps) read_key_tokens(c, n, h / group, key_tokens);
+                const int64_t g = h / group;
+                const int another = n * c->kv_heads + g != current, in_place = h % group == 0 && t == first;
+                current = n * c->kv_heads + g;
+                if (TAKES_BF16(c)) {
+                    if (another) sums = key_sums(c, n, g, in_place, thread);
+                    bf16_backward_block(c, h, t, sums, work);
+                    continue;
                 }
+                if (another) to = key_gradients(c, n, g, in_place, thread);
+                if (another && c->dmaps) read_key_tokens(c, n, g, key_tokens);
                 backward_block(c, h, t, &to, key_tokens, work);
             }
         }
     }
 }
 
-void molsaki_attention_backward(const AttentionCall *c) {
+/* Add the threads' parts of the gradients of a row of all sequences. */
+static void add_parts(const AttentionCall *c, int64_t row, int64_t threads) {
     const Plan *p = &c->plan;
     const int64_t D = c->head_dim, Dv = c->value_dim;
+    for (int64_t t = 0; t < threads; t++) {
+        const int64_t n = c->part_of[t] / c->kv_heads, g = c->part_of[t] % c->kv_heads;
+        if (c->part_of[t] < 0 || row >= p->length[n]) continue;
+        const float *part = c->parts + t * molsaki_attention_parts(c);
+        float *dk = (float *)c->dk + at(c->dk_strides, p->batch[n], g, p->begin[n] + row);
+        float *dv = (float *)c->dv + at(c->dv_strides, p->batch[n], g, p->begin[n] + row);
+        for (int64_t d = 0; d < D; d++) dk[d] += part[row * D + d];
+        for (int64_t d = 0; d < Dv; d++) dv[d] += part[p->longest * D + row * Dv + d];
+    }
+}
+
+/* The gradients of the keys of a task, from their sums and the threads' parts. */
+INLINE void write_key_gradients(const AttentionCall *c, int64_t g, int64_t task, int64_t threads) {
+    const float *parts[threads];
+    int64_t count = 0;
+    for (int64_t t = 0; t < threads; t++)
+        if (c->part_of[t] == c->plan.task_sequence[task] * c->kv_heads + g)
+            parts[count++] = c->parts + t * molsaki_attention_parts(c);
+    bf16_write_key_gradients(c, g, task, parts, count);
+}
+
+void molsaki_attention_backward(const AttentionCall *c) {
+    const Plan *p = &c->plan;
 #pragma omp parallel num_threads((int)c->threads)
     {
         const int64_t threads = omp_get_num_threads();
+        begin(c, 1);
         backward_share(c, omp_get_thread_num(), threads);
 #pragma omp barrier
+        if (TAKES_BF16(c)) {
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t g = 0; g < c->kv_heads; g++)
+                for (int64_t t = 0; t < p->tasks; t++) write_key_gradients(c, g, t, threads);
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < p->longest; row++)
-            for (int64_t t = 0; t < threads; t++) {
-                const int64_t n = c->part_of[t] / c->kv_heads, g = c->part_of[t] % c->kv_heads;
-                if (c->part_of[t] < 0 || row >= p->length[n]) continue;
-                const float *part = c->parts + t * p->longest * (D + Dv);
-                float *dk = c->dk + at(c->dk_strides, p->batch[n], g, p->begin[n] + row);
-                float *dv = c->dv + at(c->dv_strides, p->batch[n], g, p->begin[n] + row);
-                for (int64_t d = 0; d < D; d++) dk[d] += part[row * D + d];
-                for (int64_t d = 0; d < Dv; d++) dv[d] += part[p->longest * D + row * Dv + d];
-            }
+            for (int64_t row = 0; row < p->longest; row++) add_parts(c, row, threads);
+        }
+        end(c);
     }
 }

@@ -507,7 +507,7 @@ def test_negative_scale():
         compare(engine, "ragged", dict(scale=-0.3) | options, torch.float32)
 
 
-def test_auto_selects_sdpa_for_the_bfloat16_forward_with_amx(monkeypatch):
+def test_auto_selects_sdpa_for_the_bfloat16_forward_if_only_pytorch_has_amx(monkeypatch):
     if build.why_not():
         pytest.skip(build.why_not())
     chosen = []
@@ -517,8 +517,8 @@ def test_auto_selects_sdpa_for_the_bfloat16_forward_with_amx(monkeypatch):
         lambda *call: chosen.append(call[-2]) or AttentionOutputs(call[0].q, call[0].q, call[0].q),
     )
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
-    for amx in (True, False):
-        monkeypatch.setattr(mk.api.engine_selection, "has_amx", lambda amx=amx: amx)
+    for faster in (True, False):
+        monkeypatch.setattr(mk.api.engine_selection, "pytorch_is_faster_in_bfloat16", lambda faster=faster: faster)
         for dtype in (torch.bfloat16, torch.float32):
             for grad in (False, True):
                 mk.stepwise_attention(q.to(dtype, copy=True).requires_grad_(grad), k.to(dtype), v.to(dtype), plan)

@@ -11,7 +11,9 @@ import torch
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
 from molsaki_kernels._native import build
+from molsaki_kernels._native.structs import FLOAT32, TILES_BF16, VECTORS_BF16
 from molsaki_kernels._native.lse_gradient import fold_in_one_pass
+from molsaki_kernels.attention import native as attention_native
 from molsaki_kernels.attention.lse_gradient import VANISHED, fold_dlse_into_out
 from molsaki_kernels.attention_map import native
 from molsaki_kernels.spec import AttentionOptions
@@ -312,11 +314,34 @@ def attention_results(function, name, dtype, upstream=("out", "maps"), **extra):
     return {key: value.detach() for key, value in found.items()}
 
 
+UNITS = {
+    "float32": (torch.float32, FLOAT32),
+    "bfloat16 by float32": (torch.bfloat16, FLOAT32),
+    "bfloat16 by AVX-512 BF16": (torch.bfloat16, VECTORS_BF16),
+    "bfloat16 by AMX": (torch.bfloat16, TILES_BF16),
+}
+
+
+@pytest.fixture
+def use_unit(monkeypatch):
+    """A function that has calls use a unit of :data:`UNITS`, or skips the test, and returns the dtype of inputs."""
+
+    def use(name):
+        dtype, unit = UNITS[name]
+        if unit not in build.bf16_units():
+            pytest.skip(f"this processor, compiler or operating system has no {name.partition(' by ')[2]}")
+        monkeypatch.setattr(attention_native, "bf16_unit", lambda: unit)
+        return dtype
+
+    return use
+
+
 @needs_library
 @pytest.mark.parametrize("upstream", [("out", "maps"), ("out",), ("maps",)], ids="+".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention(name, dtype, upstream):
+def test_attention(use_unit, name, unit, upstream):
+    dtype = use_unit(unit)
     oracle = attention_results(reference.stepwise_attention, name, torch.float64, upstream, given=dtype)
     eager = attention_results(reference.stepwise_attention, name, dtype, upstream)
     got = attention_results(mk.stepwise_attention, name, dtype, upstream, engine="native")
@@ -326,14 +351,16 @@ def test_attention(name, dtype, upstream):
 
 
 @needs_library
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", ["more rows than a block, more keys than a tile", "packed, window, sinks", "window"])
-def test_attention_with_any_number_of_threads(name):
+def test_attention_with_any_number_of_threads(use_unit, name, unit):
     """Bitwise reproducible; with more threads than heads, a head's rows are split and their dk and dv are added."""
+    dtype = use_unit(unit)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 7, 7, 16):
             torch.set_num_threads(count)
-            found.append(attention_results(mk.stepwise_attention, name, torch.float32, engine="native"))
+            found.append(attention_results(mk.stepwise_attention, name, dtype, engine="native"))
     finally:
         torch.set_num_threads(threads)
     for key, first in found[0].items():
@@ -407,21 +434,24 @@ def test_rows_in_no_sequence_are_zero():
 
 
 @needs_library
-def test_attention_far_from_zero():
+@pytest.mark.parametrize("unit", UNITS)
+def test_attention_far_from_zero(use_unit, unit):
     """Scores in the hundreds, sinks with all or none of the weight, and scores of -1e30."""
+    dtype = use_unit(unit)
     q, k, v = torch.full((1, 5, 100, 16), 10.0), torch.randn(1, 5, 100, 16) * 10, torch.randn(1, 5, 100, 16)
     q[:, 4], k[:, 4] = 1e15, -1e15
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     plan = StepPlan.from_spans([[(0, 100)]], [[[3], [99]]])
     sinks = torch.tensor([1e4, float("inf"), -1e4, float("-inf"), float("-inf")])
     out, maps = mk.stepwise_attention(q, k, v, plan, sinks=sinks, head_reduction="none", engine="native")
     oracle, eager = (
         reference.stepwise_attention(q.to(t), k.to(t), v.to(t), plan, sinks=sinks.to(t), head_reduction="none")
-        for t in (torch.float64, torch.float32)
+        for t in (torch.float64, dtype)
     )
     for name, got, exact, eager_value in zip(("out", "maps"), (out, maps), oracle, eager, strict=True):
         assert_within_budget(name, got[:, :4], exact[:, :4], eager_value[:, :4])
     count = torch.arange(1, 101)[:, None]  # equal scores, so large that lse equals them even in float64
-    torch.testing.assert_close(out[0, 4], v[0, 4].cumsum(0) / count)
+    torch.testing.assert_close(out[0, 4], (v[0, 4].float().cumsum(0) / count).to(dtype))
     torch.testing.assert_close(maps[0, 4, 0], torch.stack([(1 / count[3:]).sum(), 1 / count[99, 0]]))
     assert not out[:, :2].any() and not maps[0, :2].any()
 
@@ -455,9 +485,11 @@ def test_no_sequences():
 
 
 @needs_library
-def test_a_word_that_a_step_cannot_see_has_no_weight():
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_word_that_a_step_cannot_see_has_no_weight(use_unit, unit):
     """Its entry is exactly 0, also within a block that computes it. A NaN key affects only the rows that see it."""
-    q, k, v = (torch.randn(1, 1, 200, 16) for _ in range(3))
+    dtype = use_unit(unit)
+    q, k, v = (torch.randn(1, 1, 200, 16).to(dtype) for _ in range(3))
     plan = StepPlan.from_spans([[(0, 50), (50, 200)]], [[[60], [120]]])
     _, maps = mk.stepwise_attention(q, k, v, plan, engine="native")
     assert maps[0, 0].tolist() == [0, 0] and (maps[0, 1] > 0).all()

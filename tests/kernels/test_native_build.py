@@ -128,18 +128,21 @@ def test_no_wider_than_avx2(tmp_path):
 def test_the_libraries_of_a_wheel(monkeypatch, tmp_path, quick):
     """The best library that the processor can run is loaded. The sources are compiled only if there is none."""
     (tmp_path / "_native").mkdir()
-    for name in compile.VARIANTS:
-        compile.compile_library(compile.compiler(), name, tmp_path / "_native" / f"molsaki-{name}.so")
+    for name, variant in compile.VARIANTS.items():
+        compile.compile_library(compile.compiler(), variant.flags, tmp_path / "_native" / f"molsaki-{name}.so")
     monkeypatch.setattr(build, "__file__", str(tmp_path / "_native" / "build.py"))
     opened = []
     real = ctypes.CDLL
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: opened.append(Path(path).name) or real(path))
     library, reason = loaded_with(monkeypatch, PATH="/nowhere", CC="", MOLSAKI_CACHE=tmp_path / "cache")
-    best = next(name for name, needed in compile.VARIANTS.items() if needed <= set(build._processor().split()))
+    has = set(build._processor().split())
+    best = next(name for name, variant in compile.VARIANTS.items() if variant.needs <= has)
     assert reason is None and opened == [f"molsaki-{best}.so"] and not (tmp_path / "cache").exists()
-    assert library.molsaki_attention_work(16, 64) == build.library().molsaki_attention_work(16, 64)
-    wide, narrow = (tmp_path / "_native" / f"molsaki-{name}.so" for name in compile.VARIANTS)
+    call = ctypes.byref(structs.AttentionCall(head_dim=64, value_dim=64))
+    assert library.molsaki_attention_work(call) == build.library().molsaki_attention_work(call)
+    bf16, wide, narrow = (tmp_path / "_native" / f"molsaki-{name}.so" for name in compile.VARIANTS)
     assert "zmm" in disassembled(wide, "zmm") and "zmm" not in disassembled(narrow, "")
+    assert "tmm" in disassembled(bf16, "tmm") and "tmm" not in disassembled(wide, "")
 
     damaged = tmp_path / "damaged" / narrow.name
     damaged.parent.mkdir()
@@ -149,11 +152,43 @@ def test_the_libraries_of_a_wheel(monkeypatch, tmp_path, quick):
 
 
 def disassembled(path: Path, default: str) -> str:
-    """The kinds of vector registers in a library's code; ``default`` where objdump is not installed."""
+    """The kinds of vector and tile registers in a library's code; ``default`` where objdump is not installed."""
     if shutil.which("objdump", path=os.defpath) is None:
         return default
     command = [shutil.which("objdump", path=os.defpath), "-d", path]
-    return " ".join(set(re.findall("[yz]mm", subprocess.run(command, capture_output=True, text=True).stdout)))
+    return " ".join(set(re.findall("[tyz]mm", subprocess.run(command, capture_output=True, text=True).stdout)))
+
+
+@needs_library
+def test_the_unit_for_bfloat16(monkeypatch):
+    """AMX where there is one; AVX-512 BF16 without it, but not on Intel's processors, where float32 is faster."""
+    f32, vectors, tiles = structs.FLOAT32, structs.VECTORS_BF16, structs.TILES_BF16
+    expected = {
+        ((f32,), "GenuineIntel"): f32,
+        ((f32, vectors), "GenuineIntel"): f32,
+        ((f32, vectors), "AuthenticAMD"): vectors,
+        ((f32, vectors, tiles), "GenuineIntel"): tiles,
+    }
+    for (units, vendor), unit in expected.items():
+        monkeypatch.setattr(build, "bf16_units", lambda units=units: list(units))
+        monkeypatch.setattr(build, "_processor", lambda vendor=vendor: f"vendor_id : {vendor} flags : amx_bf16")
+        assert build.bf16_unit.__wrapped__() == unit
+        monkeypatch.setattr(build, "bf16_unit", build.bf16_unit.__wrapped__)
+        assert build.pytorch_is_faster_in_bfloat16() == (unit != tiles)
+        monkeypatch.undo()
+
+
+@needs_library
+def test_the_units_of_this_machine():
+    """A compiler that knows AVX-512 BF16 and AMX builds them in, and the processor's flags say what it runs."""
+    flags, units = set(build._processor().split()), build.bf16_units()
+    if (structs.VECTORS_BF16 in units) != ("avx512_bf16" in flags) or (structs.TILES_BF16 in units) != (
+        {"amx_tile", "amx_bf16", "avx512_bf16"} <= flags
+    ):
+        defined = subprocess.run(
+            [compile.compiler(), "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True
+        ).stdout
+        assert "__AMX_BF16__" not in defined or "__AVX512BF16__" not in defined, (units, defined)
 
 
 @needs_library
@@ -175,7 +210,7 @@ BROKEN_LAYOUTS = {
     ),
     "a field that C does not have": (
         "AttentionCall", lambda fields: [*fields, ("more", ctypes.c_int64)],
-        "AttentionCall.more: expected (offset, size) (592, 8) as in Python, got None in C",
+        "AttentionCall.more: expected (offset, size) (616, 8) as in Python, got None in C",
     ),
     "a field that only C has": (
         "Plan", lambda fields: fields[:-1],

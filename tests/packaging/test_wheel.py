@@ -212,22 +212,26 @@ import torch
 import molsaki_kernels as mk
 from molsaki_kernels._native import build, compile
 
-build._processor = lambda: " ".join(compile.VARIANTS[sys.argv[1]])
+build._processor = lambda: " ".join(compile.VARIANTS[sys.argv[1]].needs)
 
 plan = mk.StepPlan.from_spans([[(0, 20), (20, 48)]], [[[3], [7, 30]]])
 found = {}
-for name, attention, extra in (
-    ("native", mk.stepwise_attention, {"engine": "native"}), ("oracle", mk.reference.stepwise_attention, {})
+for name, attention, dtype, extra in (
+    ("native", mk.stepwise_attention, torch.float32, {"engine": "native"}),
+    ("oracle", mk.reference.stepwise_attention, torch.float32, {}),
+    ("bfloat16", mk.stepwise_attention, torch.bfloat16, {"engine": "native"}),
 ):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 48, 32).requires_grad_() for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, 48, 32).bfloat16().to(dtype).requires_grad_() for heads in (4, 2, 2))
     out, maps = attention(q, k, v, plan, **extra)
     found[name] = [out, maps, *torch.autograd.grad(out.square().sum() + maps.square().sum(), (q, k, v))]
+rounded = found.pop("bfloat16")
 loaded = {Path(line.split()[-1]).name for line in open("/proc/self/maps") if ".so" in line}
 print(json.dumps({
     "file": mk.__file__,
     "version": getattr(mk, "__version__", None),
     "difference": max((a - b).abs().max().item() for a, b in zip(*found.values())),
+    "difference in bfloat16": max((a - b).abs().max().item() for a, b in zip(rounded, found["oracle"])),
     "ready": str(mk.engines()["native"]),
     "libraries": sorted(name for name in loaded if "molsaki" in name),
     "openmp": sorted(name for name in loaded if name.startswith(("libgomp", "libomp", "libiomp"))),
@@ -260,13 +264,14 @@ def environment(tmp_path) -> dict[str, str]:
 @pytest.mark.parametrize("variant", compile.VARIANTS)
 def test_one_layer_in_a_clean_environment_without_a_compiler(clean, environment, tmp_path, variant):
     """With each library that this processor can run."""
-    missing = compile.VARIANTS[variant] - set(build._processor().split())
+    missing = compile.VARIANTS[variant].needs - set(build._processor().split())
     if missing:
         pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
     output = run(clean, "-c", ONE_LAYER, variant, cwd=tmp_path / "empty", env=environment)
     found = json.loads(output.splitlines()[-1])
     assert Path(found["file"]).is_relative_to(clean.parents[1])
     assert found["ready"] == "ready" and found["difference"] < 1e-5
+    assert found["difference in bfloat16"] < 0.05
     assert found["libraries"] == [f"molsaki-{variant}.so"] and not (tmp_path / "cache").exists()
     assert len(found["openmp"]) == 1 and found["others"] == []
 
