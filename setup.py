@@ -1,8 +1,8 @@
 """Build the C engine into the wheel, and the long description from README.md. All else is in pyproject.toml.
 
-The wheel has one library for AVX2, one for AVX-512, and one for AVX-512 BF16 and AMX. Where they cannot be built (another platform, no C compiler), or
-with MOLSAKI_PURE_WHEEL=1, the wheel is a pure one and says so; a machine that installs it compiles the engine on first
-use. An editable install and an sdist contain the sources only.
+The wheel has one library for AVX2, one for AVX-512, and one for AVX-512 BF16 and AMX. Where they cannot be built
+(another platform, no C compiler), or with MOLSAKI_PURE_WHEEL=1, the wheel is a pure one and says so; a machine that
+installs it compiles the engine on first use. An editable install and an sdist contain the sources only.
 """
 
 from __future__ import annotations

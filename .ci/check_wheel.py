@@ -25,7 +25,8 @@ def main(kind: str) -> None:
     if (Path(__file__).parents[1] / "molsaki_kernels").resolve() == package.resolve():
         sys.exit(f"{package} is the checkout, not an installed wheel")
     libraries = sorted(path.name for path in package.glob("_native/*.so"))
-    if libraries != (["molsaki-x86-64-v3.so", "molsaki-x86-64-v4-bf16.so", "molsaki-x86-64-v4.so"] if kind == "native" else []):
+    expected = [f"molsaki-x86-64-{name}.so" for name in ("v3", "v4-bf16", "v4")] if kind == "native" else []
+    if libraries != expected:
         sys.exit(f"a {kind} wheel, but its libraries are {libraries}")
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 48, 32, requires_grad=True) for heads in (4, 2, 2)]

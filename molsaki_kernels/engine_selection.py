@@ -189,9 +189,9 @@ def _cannot_serve(engine: str, names: tuple[str, ...], reasons: dict[str, str | 
 def order(request: AttentionRequest) -> tuple[str, ...]:
     """Return the engines in the order to try: the measured ones, then the rest of the default order."""
     default = DEFAULT_ORDER.get(_kind(request.device), ("eager",))
-    if default[0] == "native" and request.dtype == torch.bfloat16 and not request.backward:
-        if pytorch_is_faster_in_bfloat16():
-            default = ("sdpa", "native", "eager")  # twice as fast (docs/performance.md)
+    forward_in_bfloat16 = request.dtype == torch.bfloat16 and not request.backward
+    if default[0] == "native" and forward_in_bfloat16 and pytorch_is_faster_in_bfloat16():
+        default = ("sdpa", "native", "eager")  # twice as fast (docs/performance.md)
     if not MEASURED or request.value_dim is not None:
         return default
     key = (arch_of(request.device), request.backward, padded_head_dim(request.head_dim), features(request))

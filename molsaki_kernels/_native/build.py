@@ -31,6 +31,7 @@ from molsaki_kernels._native.structs import (
     TILES_BF16,
     VECTORS_BF16,
     AttentionCall,
+    Bytes,
     LseGradientCall,
     MapCall,
     mismatch,
@@ -69,8 +70,8 @@ def library() -> ctypes.CDLL:
 def bf16_unit() -> int:
     """What the library computes the products of bfloat16 inputs with: FLOAT32, VECTORS_BF16 or TILES_BF16.
 
-    TILES_BF16 is AMX, where the processor has it, the operating system permits it and the compiler knew it. AVX-512 BF16
-    is not taken on Intel's processors: on one of them it was half as fast as float32 (docs/performance.md).
+    TILES_BF16 is AMX, where the processor has it, the operating system permits it and the compiler knew it. AVX-512
+    BF16 is not taken on Intel's processors: on one of them float32 was faster (docs/performance.md).
     """
     units = bf16_units()
     if units[-1] == VECTORS_BF16 and "GenuineIntel" in _processor().split():
@@ -123,10 +124,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 _FUNCTIONS = {
     "molsaki_units": (ctypes.c_int64,),
-    "molsaki_attention_work": (ctypes.c_int64, ctypes.POINTER(AttentionCall)),
-    "molsaki_attention_packed": (ctypes.c_int64, ctypes.POINTER(AttentionCall), ctypes.c_int64),
-    "molsaki_attention_key_sums": (ctypes.c_int64, ctypes.POINTER(AttentionCall)),
-    "molsaki_attention_parts": (ctypes.c_int64, ctypes.POINTER(AttentionCall)),
+    "molsaki_attention_memory": (None, ctypes.POINTER(AttentionCall), ctypes.c_int64, ctypes.POINTER(Bytes)),
     "molsaki_attention_forward": (None, ctypes.POINTER(AttentionCall)),
     "molsaki_attention_backward": (None, ctypes.POINTER(AttentionCall)),
     "molsaki_map_forward": (None, ctypes.POINTER(MapCall)),

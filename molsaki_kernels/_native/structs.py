@@ -13,6 +13,9 @@ FLOAT32, VECTORS_BF16, TILES_BF16 = range(3)
 
 Strides = ctypes.c_int64 * 3  # batch, head and row strides of a tensor (B, H, M, D), in elements
 
+MEMORY = ("work", "packed", "key_sums", "parts")  # fields of AttentionCall, in the order of molsaki_attention_memory
+Bytes = ctypes.c_int64 * len(MEMORY)
+
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]

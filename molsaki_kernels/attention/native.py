@@ -13,7 +13,7 @@ from torch import Tensor
 from molsaki_kernels._native.build import bf16_unit, library, why_not_for
 from molsaki_kernels._native.build import why_not as available
 from molsaki_kernels._native.plan_arrays import plan_arrays
-from molsaki_kernels._native.structs import FLOAT32, AttentionCall, Plan
+from molsaki_kernels._native.structs import FLOAT32, MEMORY, AttentionCall, Bytes, Plan
 from molsaki_kernels._workspace import workspace
 from molsaki_kernels.attention.sinks import sinks_gradient
 from molsaki_kernels.spec import (
@@ -66,14 +66,13 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
     lse = (torch.empty if covered else torch.zeros)((B, Hq, M), dtype=torch.float32, device=_CPU)
     out = _result(q, inputs.v.shape[3], covered, q.dtype)
     outputs = AttentionOutputs(out, lse, maps)
-    call, memory = _call(struct, inputs, outputs, options, plan)
-    packed = _packed(call, backward=False)
+    call, memory = _call(struct, inputs, outputs, options, plan, backward=False)
     call.maps = maps.data_ptr()
     groups = Hq if options.per_head else min(Hq, -(-TASKS_PER_THREAD * call.threads // max(struct.tasks, 1)))
     sums = workspace("map sums", (groups * arrays.task_steps * arrays.columns,), torch.float64, _CPU)
     call.groups, call.sums = groups, sums.data_ptr()
     library().molsaki_attention_forward(ctypes.byref(call))
-    del memory, packed  # the call used them until here
+    del memory  # the call used it until here
     return outputs
 
 
@@ -92,15 +91,9 @@ def backward(
         return InputGradients(dq, dk, dv, None if sinks is None else torch.zeros_like(sinks))
     arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]
-    call, memory = _call(struct, inputs, outputs, options, plan)
-    packed = _packed(call, backward=True)
-    size = library().molsaki_attention_parts(ctypes.byref(call))
-    parts = workspace("attention parts", (call.threads * size,), torch.float32, _CPU)
-    size = library().molsaki_attention_key_sums(ctypes.byref(call))
-    key_sums = workspace("attention key sums", (size,), torch.float32, _CPU)
-    call.key_sums = key_sums.data_ptr()
+    call, memory = _call(struct, inputs, outputs, options, plan, backward=True)
     part_of = torch.empty(call.threads, dtype=torch.int64, device=_CPU)
-    call.parts, call.part_of = parts.data_ptr(), part_of.data_ptr()
+    call.part_of = part_of.data_ptr()
     dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
     if dout is not None:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -121,8 +114,10 @@ def backward(
         getattr(call, f"{name}_strides")[:] = result.stride()[:3]
         results.append(result)
     library().molsaki_attention_backward(ctypes.byref(call))
-    del memory, packed, parts, key_sums  # the call used them until here
-    dq, dk, dv = (x.to(q.dtype) for x in results)
+    del memory  # the call used it until here
+    dq, dk, dv = results
+    if q.dtype != dtype:
+        dq, dk, dv = dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     return InputGradients(dq, dk, dv, None if sinks is None else sinks_gradient(sinks, lse, delta))
 
 
@@ -132,12 +127,12 @@ def _call(
     outputs: AttentionOutputs,
     options: AttentionOptions,
     plan: PlanTensors,
+    backward: bool,
 ) -> tuple[AttentionCall, object]:
     """Return the struct of a call and the tensors it points to that have to be kept while it is used."""
     q, k, sinks = inputs.q, inputs.k, inputs.sinks
     lse = outputs.lse.contiguous()
     sinks = None if sinks is None else sinks.detach().float().contiguous()
-    threads = torch.get_num_threads()
     exact = options.scale < SMALLEST_SCALE or q.dtype != torch.bfloat16
     call = AttentionCall(
         plan=struct,
@@ -152,7 +147,7 @@ def _call(
         window=min(options.window or 0, q.shape[2]),
         is_bf16=q.dtype == torch.bfloat16,
         per_head=options.per_head,
-        threads=threads,
+        threads=torch.get_num_threads(),
         unit=FLOAT32 if exact else bf16_unit(),
         scale=options.scale,
         softcap=options.softcap or 0,
@@ -160,24 +155,20 @@ def _call(
         lse=lse.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),
     )
-    size = library().molsaki_attention_work(ctypes.byref(call))
-    work = workspace("attention work", (threads * size,), torch.uint8, _CPU)
-    call.work = work.data_ptr()
-    kept = [lse, sinks, work]
+    kept = [lse, sinks]
+    sizes = Bytes()
+    library().molsaki_attention_memory(ctypes.byref(call), backward, sizes)
+    for name, size in zip(MEMORY, sizes, strict=True):
+        if size:
+            memory = workspace(f"attention {name}", (size,), torch.uint8, _CPU)
+            setattr(call, name, memory.data_ptr())
+            kept.append(memory)
     for name, x in (("q", q), ("k", k), ("v", inputs.v), ("out", outputs.out)):
         x = x if x.stride(-1) == 1 else x.contiguous()
         setattr(call, name, x.data_ptr())
         getattr(call, f"{name}_strides")[:] = x.stride()[:3]
         kept.append(x)
     return call, kept
-
-
-def _packed(call: AttentionCall, backward: bool) -> Tensor:
-    """Point the call to memory for packed keys and values; it has to be kept while it is used."""
-    size = library().molsaki_attention_packed(ctypes.byref(call), backward)
-    memory = workspace("attention packed", (size,), torch.uint8, _CPU)
-    call.packed = memory.data_ptr()
-    return memory
 
 
 def _result(x: Tensor, width: int, covered: bool, dtype: torch.dtype) -> Tensor:

@@ -71,27 +71,27 @@ int64_t molsaki_units(void) {
 #endif
 }
 
-/* The sizes of what a call needs, from all its fields but the pointers. */
-int64_t molsaki_attention_work(const AttentionCall *c) { /* bytes per thread */
+/* The memory of one thread. */
+static int64_t work_size(const AttentionCall *c) { /* in bytes */
     if (TAKES_BF16(c)) return bf16_work(c);
     return sizeof(Work) + (c->plan.columns + STRIP) * (ROWS + width_of(c->head_dim)) * sizeof(float);
 }
 
-int64_t molsaki_attention_packed(const AttentionCall *c, int64_t backward) { /* bytes */
-    return TAKES_BF16(c) ? bf16_packed(c, backward) : 0;
-}
-
-int64_t molsaki_attention_key_sums(const AttentionCall *c) { /* float32 numbers */
-    return TAKES_BF16(c) ? bf16_key_sums(c, c->kv_heads * c->plan.tasks) : 0;
-}
-
-int64_t molsaki_attention_parts(const AttentionCall *c) { /* float32 numbers per thread */
+static int64_t part_size(const AttentionCall *c) { /* in numbers */
     if (TAKES_BF16(c)) return bf16_key_sums(c, (c->plan.longest + ROWS - 1) / ROWS);
     return c->plan.longest * (c->head_dim + c->value_dim);
 }
 
+/* Write the bytes that a call needs for `work`, `packed`, `key_sums` and `parts`. It reads no pointer of the call. */
+void molsaki_attention_memory(const AttentionCall *c, int64_t backward, int64_t bytes[4]) {
+    bytes[0] = c->threads * work_size(c);
+    bytes[1] = TAKES_BF16(c) ? bf16_packed(c, backward) : 0;
+    bytes[2] = TAKES_BF16(c) && backward ? bf16_key_sums(c, c->kv_heads * c->plan.tasks) * sizeof(float) : 0;
+    bytes[3] = backward ? c->threads * part_size(c) * sizeof(float) : 0;
+}
+
 static void *own_work(const AttentionCall *c) {
-    return (char *)c->work + omp_get_thread_num() * molsaki_attention_work(c);
+    return (char *)c->work + omp_get_thread_num() * work_size(c);
 }
 
 /* exp(x), or 0 where it is below 1e-34. Keeps NaN. */
@@ -515,7 +515,7 @@ typedef struct { float *dk, *dv; int64_t dk_row, dv_row; } KeyGradients;
 static KeyGradients key_gradients(const AttentionCall *c, int64_t n, int64_t g, int in_place, int64_t thread) {
     const Plan *p = &c->plan;
     const int64_t D = c->head_dim, Dv = c->value_dim, b = p->batch[n], row = p->begin[n];
-    float *part = c->parts + thread * molsaki_attention_parts(c);
+    float *part = c->parts + thread * part_size(c);
     KeyGradients to = {part, part + p->longest * D, D, Dv};
     if (in_place)
         to = (KeyGradients){(float *)c->dk + at(c->dk_strides, b, g, row), (float *)c->dv + at(c->dv_strides, b, g, row),
@@ -530,7 +530,7 @@ static KeyGradients key_gradients(const AttentionCall *c, int64_t n, int64_t g, 
 /* The same for a unit that takes bfloat16. */
 INLINE float *key_sums(const AttentionCall *c, int64_t n, int64_t g, int in_place, int64_t thread) {
     const Plan *p = &c->plan;
-    float *sums = c->parts + thread * molsaki_attention_parts(c);
+    float *sums = c->parts + thread * part_size(c);
     if (in_place) sums = c->key_sums + bf16_key_sums(c, g * p->tasks + first_task(p, n));
     else c->part_of[thread] = n * c->kv_heads + g;
     memset(sums, 0, bf16_key_sums(c, (p->length[n] + ROWS - 1) / ROWS) * sizeof(float));
@@ -700,7 +700,7 @@ static void add_parts(const AttentionCall *c, int64_t row, int64_t threads) {
     for (int64_t t = 0; t < threads; t++) {
         const int64_t n = c->part_of[t] / c->kv_heads, g = c->part_of[t] % c->kv_heads;
         if (c->part_of[t] < 0 || row >= p->length[n]) continue;
-        const float *part = c->parts + t * molsaki_attention_parts(c);
+        const float *part = c->parts + t * part_size(c);
         float *dk = (float *)c->dk + at(c->dk_strides, p->batch[n], g, p->begin[n] + row);
         float *dv = (float *)c->dv + at(c->dv_strides, p->batch[n], g, p->begin[n] + row);
         for (int64_t d = 0; d < D; d++) dk[d] += part[row * D + d];
@@ -714,7 +714,7 @@ INLINE void write_key_gradients(const AttentionCall *c, int64_t g, int64_t task,
     int64_t count = 0;
     for (int64_t t = 0; t < threads; t++)
         if (c->part_of[t] == c->plan.task_sequence[task] * c->kv_heads + g)
-            parts[count++] = c->parts + t * molsaki_attention_parts(c);
+            parts[count++] = c->parts + t * part_size(c);
     bf16_write_key_gradients(c, g, task, parts, count);
 }
 

@@ -30,8 +30,7 @@ typedef struct {
     const float *sinks; /* (q_heads), or NULL */
     void *out;
     float *lse;  /* (B, q_heads, rows) */
-    void *work;  /* per thread: molsaki_attention_work bytes */
-    void *packed; /* molsaki_attention_packed bytes */
+    void *work, *packed; /* memory for each thread; for packed keys and values. Sizes: molsaki_attention_memory */
     /* Forward. */
     int64_t groups; /* groups of query heads, each one a unit of work; with per_head, one head per group */
     double *sums; /* per task, from task_slot * groups * columns on: (groups, count, columns) */
@@ -41,8 +40,8 @@ typedef struct {
     const float *dlse, *dmaps; /* each may be NULL */
     double *delta;    /* (B, q_heads, rows): rowsum(dO * O) - dlse, for the gradient of sinks; NULL without sinks */
     void *dq, *dk, *dv; /* float32; bfloat16 with a unit for it */
-    float *key_sums;  /* molsaki_attention_key_sums numbers: dk and dv before they are rounded; only with such a unit */
-    float *parts;     /* per thread: molsaki_attention_parts numbers, for dk and dv of one key head */
+    float *key_sums;  /* dk and dv before they are rounded; only with such a unit */
+    float *parts;     /* dk and dv of one key head for each thread */
     int64_t *part_of; /* per thread: the sequence and key head of its part, n * kv_heads + g, or -1 */
 } AttentionCall;
 

@@ -11,8 +11,8 @@ import torch
 import molsaki_kernels as mk
 from molsaki_kernels import StepPlan, reference
 from molsaki_kernels._native import build
-from molsaki_kernels._native.structs import FLOAT32, TILES_BF16, VECTORS_BF16
 from molsaki_kernels._native.lse_gradient import fold_in_one_pass
+from molsaki_kernels._native.structs import FLOAT32, TILES_BF16, VECTORS_BF16
 from molsaki_kernels.attention import native as attention_native
 from molsaki_kernels.attention.lse_gradient import VANISHED, fold_dlse_into_out
 from molsaki_kernels.attention_map import native

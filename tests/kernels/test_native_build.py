@@ -138,8 +138,10 @@ def test_the_libraries_of_a_wheel(monkeypatch, tmp_path, quick):
     has = set(build._processor().split())
     best = next(name for name, variant in compile.VARIANTS.items() if variant.needs <= has)
     assert reason is None and opened == [f"molsaki-{best}.so"] and not (tmp_path / "cache").exists()
-    call = ctypes.byref(structs.AttentionCall(head_dim=64, value_dim=64))
-    assert library.molsaki_attention_work(call) == build.library().molsaki_attention_work(call)
+    call, sizes = structs.AttentionCall(head_dim=64, value_dim=64, threads=2), (structs.Bytes(), structs.Bytes())
+    for one, bytes_ in zip((library, build.library()), sizes, strict=True):
+        one.molsaki_attention_memory(ctypes.byref(call), True, bytes_)
+    assert list(sizes[0]) == list(sizes[1]) and sizes[0][0] > 0
     bf16, wide, narrow = (tmp_path / "_native" / f"molsaki-{name}.so" for name in compile.VARIANTS)
     assert "zmm" in disassembled(wide, "zmm") and "zmm" not in disassembled(narrow, "")
     assert "tmm" in disassembled(bf16, "tmm") and "tmm" not in disassembled(wide, "")
