@@ -21,12 +21,13 @@ from .shapes import Inputs, Shape
 MAP_ALONE = "the map alone"
 CPU_FLASH = "sdpa, CPU flash"
 NATIVE_ALONE = "molsaki's native attention"  # without a map, to measure the cost of the map itself
+PRODUCT, PRODUCT_SIZE = "matrix product of 2,048", 2048  # not attention: what the machine does at that moment
 SLOW_TO_BUILD = ("Flex", "flex")  # compiles for every shape, half a minute for both passes
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """``run(inputs)`` returns out, ``(out, map)`` or the map; ``kind`` is "plain", "map", "map alone" or "eager".
+    """``run(inputs)`` returns out, ``(out, map)`` or the map; ``kind`` is "plain", "map", "map alone", "eager" or "product".
 
     ``setting`` is a context in which both passes run.
     """
@@ -46,6 +47,12 @@ def contenders(device: torch.device, shape: Shape) -> list[Contender]:
     if device.type == "cuda" and not shape.slow_to_build:
         found = [c for c in found if not any(word in c.name for word in SLOW_TO_BUILD)]
     return found
+
+
+def matrix_product(shape: Shape) -> Contender:
+    """Return a product of two square matrices in the shape's dtype, forward only: the rate to compare attention with."""
+    a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=getattr(torch, shape.dtype)) for _ in range(2))
+    return Contender(PRODUCT, "product", lambda x: a @ b)
 
 
 def fits_eager(shape: Shape, device: torch.device) -> bool:
@@ -90,7 +97,7 @@ def own_preprocess() -> Iterator[None]:
 
 
 def _step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, tuple[Tensor, ...] | None]:
-    if not backward:
+    if not backward or contender.kind == "product":
         with torch.no_grad():
             return contender.run(inputs), None
     result = contender.run(inputs)

@@ -6,7 +6,8 @@
     python -m benchmarks.layer --only TEXT --profile DIR  traces and tables of torch.profiler (see profile.sh for ncu)
     python -m benchmarks.layer --only TEXT --kernels FILE the time of every kernel beside its prediction, as a CSV
 
-A plain attention is one without a map. The program prints a table and writes one record per shape, pass, mode and
+A plain attention is one without a map. On a CPU a matrix product takes turns with the attentions: processors change their
+clock, and ``attention_tflops`` of both tells which share of the machine's rate attention reaches. The program prints a table and writes one record per shape, pass, mode and
 contender, after each pass of a shape. It skips a shape and pass that the CSV already holds from the same device and
 commit. ``over_plain`` is the median ratio of neighbouring calls to the fastest plain attention of the same mode;
 ``predicted_*`` is the expectation of ``predict.py``. Mode "eager" calls as a user does, "graph" replays a CUDA graph,
@@ -36,7 +37,7 @@ import torch
 
 from molsaki_kernels.engine_selection import arch_of
 
-from .contenders import SLOW_TO_BUILD, Contender, contenders, fits_eager, step, with_lse
+from .contenders import PRODUCT_SIZE, SLOW_TO_BUILD, Contender, contenders, fits_eager, matrix_product, step, with_lse
 from .measure import captured, cuda_peak, interleaved, launches, peak_memory, profiled, ratio
 from .shapes import CPU, CPU_MORE, Inputs, Shape, cuda_grid
 
@@ -94,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--only: expected a part of a shape's name, got {text!r}")
 
     def select(shape: Shape) -> list[Contender]:
-        found = [c for c in contenders(device, shape) if any(text in c.name for text in arguments.contenders)]
+        every = contenders(device, shape) + ([matrix_product(shape)] if device.type == "cpu" else [])
+        found = [c for c in every if any(text in c.name for text in arguments.contenders)]
         return [c for c in found if not (arguments.no_flex and any(word in c.name for word in SLOW_TO_BUILD))]
 
     if arguments.expected:
@@ -230,6 +232,8 @@ def timing(
     """Return the part of a record that follows from the times; ``plain``: the fastest plain attention and its times."""
     median, kind = statistics.median(times), contender.kind
     expected = prediction(shape, device, contender.name, kind, backward)
+    flops = 2 * PRODUCT_SIZE**3 if kind == "product" else shape.flops(backward)
+    no_attention = kind in ("map alone", "product")
     return {
         "shape": shape.name,
         **{f: getattr(shape, f) for f in ("batch", "tokens", "q_heads", "kv_heads", "head_dim", "words", "steps")},
@@ -241,8 +245,8 @@ def timing(
         "median_ms": round(median * 1e3, 5),
         "fastest_ms": round(min(times) * 1e3, 5),
         "calls": len(times),
-        "attention_tflops": round(shape.flops(backward) / median / 1e12, 4) if kind != "map alone" else None,
-        "gb_per_s": round(shape.traffic(backward) / median / 1e9, 2) if kind != "map alone" else None,
+        "attention_tflops": round(flops / median / 1e12, 4) if kind != "map alone" else None,
+        "gb_per_s": round(shape.traffic(backward) / median / 1e9, 2) if not no_attention else None,
         "fastest_plain": plain[0] if plain else None,
         "over_plain": round(ratio(times, plain[1]), 4) if plain else None,
         "target": (shape.target if backward else 1.05 if shape.target else None) if kind == "map" else None,

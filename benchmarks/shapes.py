@@ -108,7 +108,9 @@ CPU = [
 CPU_MORE = [
     Shape(8, 256, 20, 5, kv_heads=3),
     Shape(1, 2048, 100, 15, kv_heads=3),
+    Shape(8, 256, 20, 5, dtype="bfloat16"),
     Shape(1, 2048, 100, 15, dtype="bfloat16"),
+    Shape(1, 4096, 200, 30, dtype="bfloat16"),
     Shape(1, 1024, 50, 10),
     Shape(1, 8192, 200, 60),
 ]
