@@ -27,8 +27,9 @@ SLOW_TO_BUILD = ("Flex", "flex")  # compiles for every shape, half a minute for 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """``run(inputs)`` returns out, ``(out, map)`` or the map; ``kind`` is "plain", "map", "map alone", "eager" or "product".
+    """``run(inputs)`` returns out, ``(out, map)`` or the map, as ``kind`` says.
 
+    ``kind`` is "plain", "map", "map alone" or "eager", or "product", which is no attention and returns anything.
     ``setting`` is a context in which both passes run.
     """
 
@@ -50,7 +51,7 @@ def contenders(device: torch.device, shape: Shape) -> list[Contender]:
 
 
 def matrix_product(shape: Shape) -> Contender:
-    """Return a product of two square matrices in the shape's dtype, forward only: the rate to compare attention with."""
+    """Return a product of two square matrices in the shape's dtype, forward only: the rate to compare with."""
     a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=getattr(torch, shape.dtype)) for _ in range(2))
     return Contender(PRODUCT, "product", lambda x: a @ b)
 

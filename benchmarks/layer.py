@@ -6,10 +6,11 @@
     python -m benchmarks.layer --only TEXT --profile DIR  traces and tables of torch.profiler (see profile.sh for ncu)
     python -m benchmarks.layer --only TEXT --kernels FILE the time of every kernel beside its prediction, as a CSV
 
-A plain attention is one without a map. On a CPU a matrix product takes turns with the attentions: processors change their
-clock, and ``attention_tflops`` of both tells which share of the machine's rate attention reaches. The program prints a table and writes one record per shape, pass, mode and
-contender, after each pass of a shape. It skips a shape and pass that the CSV already holds from the same device and
-commit. ``over_plain`` is the median ratio of neighbouring calls to the fastest plain attention of the same mode;
+A plain attention is one without a map. On a CPU a matrix product takes turns with the attentions: processors change
+their clock, and ``attention_tflops`` of both tells which share of the machine's rate attention reaches. The program
+prints a table and writes one record per shape, pass, mode and contender, after each pass of a shape. It skips a shape
+and pass that the CSV already holds from the same device and commit. ``over_plain`` is the median ratio of neighbouring
+calls to the fastest plain attention of the same mode;
 ``predicted_*`` is the expectation of ``predict.py``. Mode "eager" calls as a user does, "graph" replays a CUDA graph,
 which removes the host's share, "compile" uses ``torch.compile``; the last two are measured for short shapes only.
 """
