@@ -13,6 +13,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 Record = dict[str, str]
 BOTH, FORWARD = "forward+backward", "forward"
 PLAIN, NATIVE, SDPA, EAGER = "sdpa, CPU flash", "molsaki, native", "molsaki, sdpa", "eager with weights"
+NATIVE_ALONE, PRODUCT = "molsaki's native attention", "matrix product of 2,048"
 SHORT = {"sdpa, cuDNN": "cuDNN", "sdpa, aten flash": "aten flash", "flash-attn 4": "flash-attn 4"}
 # Columns of the table of the H200: the contender of each, and the engine that it stands for.
 H200 = {
@@ -64,6 +65,11 @@ def ratio(records: dict[str, Record], contender: str, over: str = PLAIN) -> floa
     return float(records[contender]["median_ms"]) / float(records[over]["median_ms"])
 
 
+def paired(records: dict[str, Record], contender: str, over: str) -> float:
+    """The ratio of two contenders by the median ratios of neighbouring calls, which other work disturbs less."""
+    return float(records[contender]["over_plain"]) / float(records[over]["over_plain"])
+
+
 def rounded(one: float | None, digits: int) -> str:
     """A number, or an empty cell."""
     return "" if one is None else f"{one:,.{digits}f}"
@@ -89,6 +95,28 @@ def cpu_layer() -> str:
         ])  # fmt: skip
     head = ["batch x tokens", "key words, steps", "both passes over plain SDPA", "forward"]
     head += ["eager with weights, both passes", "engine `sdpa`, both passes", "peak MiB, plain SDPA / ours"]
+    return table(head, rows)
+
+
+def cpu_bf16() -> str:
+    """One layer in bfloat16 on a CPU with AMX."""
+    file, rows = "layer-xeon-2core-amx-bf16.csv", []
+    for shape in {one["shape"]: one for one in read(file)}:
+        row = []
+        for records in (layer(file, shape, of) for of in (BOTH, FORWARD)):
+            tflops = [float(records[name]["attention_tflops"]) for name in (NATIVE, PRODUCT)]
+            row.append([
+                rounded(paired(records, NATIVE, PLAIN), 2), rounded(paired(records, NATIVE, NATIVE_ALONE), 2),
+                rounded(paired(records, EAGER, PLAIN), 1), f"{tflops[0] / tflops[1]:.2f} of {1e3 * tflops[1]:,.0f}",
+            ])  # fmt: skip
+        both, forward = row
+        one = records[NATIVE]
+        rows.append([
+            tokens(one), f"{one['words']}, {one['steps']}", both[0], forward[0], both[1], forward[1], both[2], both[3],
+        ])  # fmt: skip
+    head = ["batch x tokens", "key words, steps", "both passes over plain SDPA", "forward"]
+    head += ["map over no map, both passes", "forward"]
+    head += ["eager with weights over plain SDPA, both passes", "share of the rate of products, GFLOP/s, both passes"]
     return table(head, rows)
 
 
@@ -265,6 +293,7 @@ def summary() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "speed in one sentence": summary,
     "a layer on a CPU": cpu_layer,
+    "a layer in bfloat16 with AMX": cpu_bf16,
     "a step on a CPU": cpu_step,
     "a layer on an H200, short": h200_short,
     "a layer on an H200": h200_layer,
