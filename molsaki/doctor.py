@@ -54,6 +54,11 @@ GPU_ADVICE = (
     ),
 )
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of the largest value; eager's own rounding in bfloat16 is about 1e-2
+PRODUCTS = (
+    "native, products in float32",
+    "native, products by AVX-512 BF16",
+    "native, products by AMX",
+)  # by unit of the C library
 NOT_READY, OK, FAILED = "not ready", "ok", "FAILED"
 
 Section = dict[str, str | int]
@@ -83,7 +88,7 @@ def report() -> dict[str, Section]:
         return found | {"summary": {"broken": 1, "result": "nothing can run: torch cannot be imported"}}
 
     import molsaki_kernels
-    from molsaki_kernels._native.build import compiler
+    from molsaki_kernels._native.build import bf16_unit, compiler
     from molsaki_kernels.attention import flash_attn
     from molsaki_kernels.engine_selection import DEFAULT_ORDER
 
@@ -111,6 +116,7 @@ def report() -> dict[str, Section]:
             "torch_threads": torch.get_num_threads(),
             "c_compiler": compiler() or "none found (cc, gcc, clang or $CC)",
             "map_on_cpu": "native (C)" if native == "ready" else f"PyTorch: {native}",
+            "bfloat16_on_cpu": PRODUCTS[bf16_unit()] if native == "ready" else "PyTorch",
         },
         "packages": packages,
         "devices": _devices(),
@@ -172,6 +178,17 @@ def _test_engine(engine: str, device: str) -> str | None:
     import torch
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    found = _compare(engine, device, dtype)
+    if found is None or not found.startswith(OK) or (engine, device) != ("native", "cpu"):
+        return found
+    rounded = _compare(engine, device, torch.bfloat16) or ""  # other products than in float32, by AMX for example
+    return f"{found}; in bfloat16,{rounded.rpartition(',')[2]}" if rounded.startswith(OK) else rounded
+
+
+def _compare(engine: str, device: str, dtype: Any) -> str | None:
+    """The result of one engine in one dtype; None if it does not serve the device."""
+    import torch
+
     try:
         expected = _attention("eager", device, dtype, torch.float64)
     except Exception as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import re
 
 import pytest
+import torch
 
 import molsaki_kernels
 from molsaki import doctor
@@ -23,6 +25,9 @@ def test_doctor(capsys):
     assert found["optional"]["deepspeed"][0].isdigit() or "; pip install deepspeed" in found["optional"]["deepspeed"]
     assert found["selftest"]["sdpa on cpu"].startswith("ok: output, map and gradients in float32")
     assert found["selftest"].keys() >= {"eager on cpu"} and found["summary"]["broken"] == 0
+    if found["engines"]["native"] == "ready":
+        assert re.search(r"in float32 .*, to \de-0\d; in bfloat16, to \de-0\d$", found["selftest"]["native on cpu"])
+        assert found["machine"]["bfloat16_on_cpu"].startswith("native, products ")
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "engines" in lines and "passed the self-test; " in lines[-1]
@@ -48,6 +53,22 @@ def test_an_engine_that_is_broken(monkeypatch, capsys, fault):
     assert f"FAILED: {expected}" in text
     assert "report it with `molsaki doctor --json`; until then choose another engine" in text
     assert text.splitlines()[-1].startswith("1 broken: sdpa on cpu; ")
+
+
+def test_bfloat16_products_that_are_wrong(monkeypatch):
+    """Engine native is tested in both dtypes: other instructions compute bfloat16."""
+    if not molsaki_kernels.engines()["native"].ready:
+        pytest.skip(str(molsaki_kernels.engines()["native"]))
+    forward = ENGINES["native"].forward
+
+    def wrong(inputs, *rest):
+        result = forward(inputs, *rest)
+        if inputs.q.dtype == torch.bfloat16:
+            result.out.mul_(1.1)
+        return result
+
+    monkeypatch.setattr(ENGINES["native"], "forward", wrong)
+    assert doctor.self_test(["native"])["native on cpu"].startswith("FAILED: in bfloat16 differs from eager attention")
 
 
 @pytest.mark.parametrize(("engines", "has_gpu", "expected"), [
