@@ -38,7 +38,17 @@ import torch
 
 from molsaki_kernels.engine_selection import arch_of
 
-from .contenders import PRODUCT_SIZE, SLOW_TO_BUILD, Contender, contenders, fits_eager, matrix_product, step, with_lse
+from .contenders import (
+    PRODUCT,
+    PRODUCT_SIZE,
+    SLOW_TO_BUILD,
+    Contender,
+    contenders,
+    fits_eager,
+    matrix_product,
+    step,
+    with_lse,
+)
 from .measure import captured, cuda_peak, interleaved, launches, peak_memory, profiled, ratio
 from .shapes import CPU, CPU_MORE, Inputs, Shape, cuda_grid
 
@@ -263,7 +273,7 @@ def resources(
     peak = None
     if device.type == "cuda" and mode == "eager":
         peak = round(cuda_peak(call, device), 1)
-    elif device.type == "cpu" and memory:
+    elif device.type == "cpu" and memory and name != PRODUCT:
         peak = round(peak_memory(shape, name, backward), 1)
     return {"launches": launches(call, device) if mode != "graph" else None, "peak_mib": peak}
 

@@ -13,7 +13,7 @@ FLOAT32, VECTORS_BF16, TILES_BF16 = range(3)
 
 Strides = ctypes.c_int64 * 3  # batch, head and row strides of a tensor (B, H, M, D), in elements
 
-MEMORY = ("work", "packed", "key_sums", "parts")  # fields of AttentionCall, in the order of molsaki_attention_memory
+MEMORY = ("work", "packed", "parts")  # fields of AttentionCall, in the order of molsaki_attention_memory
 Bytes = ctypes.c_int64 * len(MEMORY)
 
 
@@ -44,7 +44,7 @@ class AttentionCall(ctypes.Structure):
         *_fields(ctypes.c_void_p, "q k v sinks out lse work packed"),
         ("groups", ctypes.c_int64),
         *_fields(ctypes.c_void_p, "sums maps"),
-        *_fields(ctypes.c_void_p, "dout dlse dmaps delta dq dk dv key_sums parts part_of"),
+        *_fields(ctypes.c_void_p, "dout dlse dmaps delta dq dk dv parts part_of"),
     ]
 
 

@@ -36,7 +36,7 @@ NAME = "native"
 COMPUTES_MAP = True
 DIFFERENTIABLE = False
 HEAD_DIM_MULTIPLE = 16
-SMALLEST_SCALE = 1e-20  # for products in bfloat16, whose scores are scaled after the softmax's maximum is known
+SMALLEST_SCALE = 1e-6  # for products in bfloat16, whose scores are scaled later: the maximum is in units of the scale
 TASKS_PER_THREAD = 16  # in the forward pass, so that threads finish at about the same time
 _CPU = torch.device("cpu")  # also where another default device is set
 
@@ -92,7 +92,7 @@ def backward(
     arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]
     call, memory = _call(struct, inputs, outputs, options, plan, backward=True)
-    part_of = torch.empty(call.threads, dtype=torch.int64, device=_CPU)
+    part_of = torch.empty(2 * call.threads, dtype=torch.int64, device=_CPU)
     call.part_of = part_of.data_ptr()
     dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
     if dout is not None:

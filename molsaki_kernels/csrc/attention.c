@@ -42,7 +42,7 @@ const Layout molsaki_layout_AttentionCall[] = {
     F(is_bf16), F(per_head), F(threads), F(unit), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides),
     F(dq_strides), F(dk_strides), F(dv_strides), F(scale), F(softcap), F(word_weight), F(q), F(k), F(v), F(sinks),
     F(out), F(lse), F(work), F(packed), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk),
-    F(dv), F(key_sums), F(parts), F(part_of),
+    F(dv), F(parts), F(part_of),
     END,
 };
 #undef F
@@ -82,12 +82,11 @@ static int64_t part_size(const AttentionCall *c) { /* in numbers */
     return c->plan.longest * (c->head_dim + c->value_dim);
 }
 
-/* Write the bytes that a call needs for `work`, `packed`, `key_sums` and `parts`. It reads no pointer of the call. */
-void molsaki_attention_memory(const AttentionCall *c, int64_t backward, int64_t bytes[4]) {
+/* Write the bytes that a call needs for `work`, `packed` and `parts`. It reads no pointer of the call. */
+void molsaki_attention_memory(const AttentionCall *c, int64_t backward, int64_t bytes[3]) {
     bytes[0] = c->threads * work_size(c);
     bytes[1] = TAKES_BF16(c) ? bf16_packed(c, backward) : 0;
-    bytes[2] = TAKES_BF16(c) && backward ? bf16_key_sums(c, c->kv_heads * c->plan.tasks) * sizeof(float) : 0;
-    bytes[3] = backward ? c->threads * part_size(c) * sizeof(float) : 0;
+    bytes[2] = backward ? (TAKES_BF16(c) ? 2 : 1) * c->threads * part_size(c) * sizeof(float) : 0;
 }
 
 static void *own_work(const AttentionCall *c) {
@@ -408,29 +407,16 @@ static void forward_task(const AttentionCall *c, int64_t task, int64_t group) {
         (TAKES_BF16(c) ? bf16_forward_block : forward_block)(c, h, task, own_work(c), sums);
 }
 
-/* Before and after a thread's share of a call. */
-static void begin(const AttentionCall *c, int64_t backward) {
-    if (!TAKES_BF16(c)) return;
-    const Plan *p = &c->plan;
-    bf16_begin(c);
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t g = 0; g < c->kv_heads; g++)
-        for (int64_t t = 0; t < p->tasks; t++) bf16_pack(c, g, t, backward);
-    if (!c->dmaps) return;
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t g = 0; g < c->kv_heads; g++)
-        for (int64_t n = 0; n < p->sequences; n++) bf16_pack_key_tokens(c, g, n);
-}
-
-static void end(const AttentionCall *c) {
-    if (TAKES_BF16(c)) bf16_end(c);
-}
-
 void molsaki_attention_forward(const AttentionCall *c) {
     const Plan *p = &c->plan;
 #pragma omp parallel num_threads((int)c->threads)
     {
-        begin(c, 0);
+        if (TAKES_BF16(c)) {
+            bf16_begin(c);
+#pragma omp for collapse(2) schedule(static)
+            for (int64_t g = 0; g < c->kv_heads; g++)
+                for (int64_t t = 0; t < p->tasks; t++) bf16_pack(c, g, t);
+        }
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = p->tasks - 1; t >= 0; t--) /* with a causal mask, the longest task first */
             for (int64_t group = 0; group < c->groups; group++) forward_task(c, t, group);
@@ -438,7 +424,7 @@ void molsaki_attention_forward(const AttentionCall *c) {
         for (int64_t n = 0; n < p->sequences; n++)
             for (int64_t s = 0; s < c->steps; s++)
                 if (c->words > 0) reduce_map(c, n, s);
-        end(c);
+        if (TAKES_BF16(c)) bf16_end(c);
     }
 }
 
@@ -525,16 +511,6 @@ static KeyGradients key_gradients(const AttentionCall *c, int64_t n, int64_t g, 
     zero_rows(to.dk, to.dk_row, p->length[n], D);
     zero_rows(to.dv, to.dv_row, p->length[n], Dv);
     return to;
-}
-
-/* The same for a unit that takes bfloat16. */
-INLINE float *key_sums(const AttentionCall *c, int64_t n, int64_t g, int in_place, int64_t thread) {
-    const Plan *p = &c->plan;
-    float *sums = c->parts + thread * part_size(c);
-    if (in_place) sums = c->key_sums + bf16_key_sums(c, g * p->tasks + first_task(p, n));
-    else c->part_of[thread] = n * c->kv_heads + g;
-    memset(sums, 0, bf16_key_sums(c, (p->length[n] + ROWS - 1) / ROWS) * sizeof(float));
-    return sums;
 }
 
 /* Copy the keys of a head's key tokens, one per row, followed by zeros. */
@@ -652,9 +628,32 @@ INLINE int64_t cost(const AttentionCall *c, int64_t task) {
     return (stop - first) * ((c->causal ? stop : length) - low + 64);
 }
 
+/* A key head in a thread's share, for a unit that takes bfloat16. */
+typedef struct { int64_t n, g, first_task; int began; const uint16_t *packed; float *sums; } KeyHead;
+
+/* The memory of a thread for dk and dv of the key head that it began last, or of one that another thread began. */
+INLINE float *sums_of(const AttentionCall *c, int64_t thread, int began) {
+    return c->parts + (2 * thread + began) * part_size(c);
+}
+
+/* The thread goes on to the next key head: all blocks of one that it began are done. */
+INLINE void write_head(const AttentionCall *c, const KeyHead *head) {
+    if (!head->packed || !head->began) return;
+    for (int64_t row = 0; row < c->plan.length[head->n]; row += ROWS)
+        bf16_write_key_gradients(c, head->g, head->first_task + row / ROWS, head->sums, 0, 0);
+}
+
+INLINE KeyHead start_head(const AttentionCall *c, int64_t n, int64_t g, int64_t first_task, int began, int64_t thread) {
+    const KeyHead head = {n, g, first_task, began, bf16_pack_head(c, n, g, first_task, thread), sums_of(c, thread, began)};
+    c->part_of[began ? c->threads + thread : thread] = n * c->kv_heads + g;
+    memset(head.sums, 0, bf16_key_sums(c, (c->plan.length[n] + ROWS - 1) / ROWS) * sizeof(float));
+    return head;
+}
+
 /* The share of one thread: consecutive blocks in the order of sequences, heads, rows. The thread that has the first
- * block of a key head sums the head's gradients in the result. A later thread uses its own part. It needs only one,
- * because its share starts within at most one key head. */
+ * block of a key head sums the head's gradients in the result (for a unit that takes bfloat16, in memory of its own, from
+ * which they are written when the head is done). A later thread uses its own part. It needs only one, because its share
+ * starts within at most one key head. */
 static void backward_share(const AttentionCall *c, int64_t thread, int64_t threads) {
     const Plan *p = &c->plan;
     const int64_t H = c->q_heads, group = H / c->kv_heads;
@@ -662,9 +661,11 @@ static void backward_share(const AttentionCall *c, int64_t thread, int64_t threa
     for (int64_t t = 0; t < p->tasks; t++) total += H * cost(c, t);
     const int64_t begin = total / threads * thread, end = thread + 1 < threads ? total / threads * (thread + 1) : total;
     Work *work = own_work(c);
-    float *key_tokens = TAKES_BF16(c) ? 0 : work->aside[p->columns + STRIP], *sums = 0;
+    float *key_tokens = TAKES_BF16(c) ? 0 : work->aside[p->columns + STRIP];
     KeyGradients to = {0};
+    KeyHead head = {0};
     c->part_of[thread] = -1;
+    if (TAKES_BF16(c)) c->part_of[c->threads + thread] = -1;
     for (int64_t first = 0; first < p->tasks; first += tasks) {
         const int64_t n = p->task_sequence[first];
         int64_t of_head = 0;
@@ -678,14 +679,17 @@ static void backward_share(const AttentionCall *c, int64_t thread, int64_t threa
             for (int64_t t = first; t < first + tasks; done += cost(c, t), t++) {
                 if (done < begin || done >= end) continue;
                 const int64_t g = h / group;
-                const int another = n * c->kv_heads + g != current, in_place = h % group == 0 && t == first;
+                const int another = n * c->kv_heads + g != current, began = h % group == 0 && t == first;
                 current = n * c->kv_heads + g;
                 if (TAKES_BF16(c)) {
-                    if (another) sums = key_sums(c, n, g, in_place, thread);
-                    bf16_backward_block(c, h, t, sums, work);
+                    if (another) {
+                        write_head(c, &head);
+                        head = start_head(c, n, g, first, began, thread);
+                    }
+                    bf16_backward_block(c, h, t, head.packed, head.sums, work);
                     continue;
                 }
-                if (another) to = key_gradients(c, n, g, in_place, thread);
+                if (another) to = key_gradients(c, n, g, began, thread);
                 if (another && c->dmaps) read_key_tokens(c, n, g, key_tokens);
                 backward_block(c, h, t, &to, key_tokens, work);
             }
@@ -708,14 +712,19 @@ static void add_parts(const AttentionCall *c, int64_t row, int64_t threads) {
     }
 }
 
-/* The gradients of the keys of a task, from their sums and the threads' parts. */
-INLINE void write_key_gradients(const AttentionCall *c, int64_t g, int64_t task, int64_t threads) {
+/* The gradients of the key head that a thread began last, of which later threads may have parts. */
+INLINE void write_last_head(const AttentionCall *c, int64_t thread, int64_t threads) {
+    const Plan *p = &c->plan;
+    const int64_t head = c->part_of[c->threads + thread];
+    if (head < 0) return;
+    const int64_t n = head / c->kv_heads, first = first_task(p, n);
     const float *parts[threads];
     int64_t count = 0;
     for (int64_t t = 0; t < threads; t++)
-        if (c->part_of[t] == c->plan.task_sequence[task] * c->kv_heads + g)
-            parts[count++] = c->parts + t * part_size(c);
-    bf16_write_key_gradients(c, g, task, parts, count);
+        if (c->part_of[t] == head) parts[count++] = sums_of(c, t, 0);
+#pragma omp for schedule(static)
+    for (int64_t t = first; t < first + (p->length[n] + ROWS - 1) / ROWS; t++)
+        bf16_write_key_gradients(c, head % c->kv_heads, t, sums_of(c, thread, 1), parts, count);
 }
 
 void molsaki_attention_backward(const AttentionCall *c) {
@@ -723,17 +732,15 @@ void molsaki_attention_backward(const AttentionCall *c) {
 #pragma omp parallel num_threads((int)c->threads)
     {
         const int64_t threads = omp_get_num_threads();
-        begin(c, 1);
+        if (TAKES_BF16(c)) bf16_begin(c);
         backward_share(c, omp_get_thread_num(), threads);
 #pragma omp barrier
         if (TAKES_BF16(c)) {
-#pragma omp for collapse(2) schedule(static)
-            for (int64_t g = 0; g < c->kv_heads; g++)
-                for (int64_t t = 0; t < p->tasks; t++) write_key_gradients(c, g, t, threads);
+            for (int64_t t = 0; t < threads; t++) write_last_head(c, t, threads);
+            bf16_end(c);
         } else {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < p->longest; row++) add_parts(c, row, threads);
         }
-        end(c);
     }
 }

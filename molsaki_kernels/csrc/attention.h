@@ -40,9 +40,9 @@ typedef struct {
     const float *dlse, *dmaps; /* each may be NULL */
     double *delta;    /* (B, q_heads, rows): rowsum(dO * O) - dlse, for the gradient of sinks; NULL without sinks */
     void *dq, *dk, *dv; /* float32; bfloat16 with a unit for it */
-    float *key_sums;  /* dk and dv before they are rounded; only with such a unit */
-    float *parts;     /* dk and dv of one key head for each thread */
-    int64_t *part_of; /* per thread: the sequence and key head of its part, n * kv_heads + g, or -1 */
+    float *parts;     /* per thread: dk and dv of one key head; with such a unit, of two */
+    int64_t *part_of; /* per thread: the sequence and key head of its part, n * kv_heads + g, or -1; then, with such a
+                         unit, also of the key head that it began last */
 } AttentionCall;
 
 INLINE int64_t at(const int64_t *strides, int64_t b, int64_t h, int64_t row) {
@@ -98,14 +98,18 @@ INLINE int64_t first_task(const Plan *p, int64_t n) {
 int bf16_has_tiles(void); /* and the operating system lets this process use them */
 int64_t bf16_work(const AttentionCall *c);
 int64_t bf16_packed(const AttentionCall *c, int64_t backward);
-int64_t bf16_key_sums(const AttentionCall *c, int64_t tasks); /* numbers for so many tasks of a key head */
+int64_t bf16_key_sums(const AttentionCall *c, int64_t tasks); /* numbers for dk and dv of so many tasks of a key head */
 void bf16_begin(const AttentionCall *c); /* before and after a thread's work */
 void bf16_end(const AttentionCall *c);
-void bf16_pack(const AttentionCall *c, int64_t g, int64_t task, int64_t backward);
-void bf16_pack_key_tokens(const AttentionCall *c, int64_t g, int64_t n);
+void bf16_pack(const AttentionCall *c, int64_t g, int64_t task); /* keys and values for the forward */
 void bf16_forward_block(const AttentionCall *c, int64_t h, int64_t task, void *work, double *sums);
-void bf16_backward_block(const AttentionCall *c, int64_t h, int64_t task, float *key_sums, void *work);
+/* Pack the keys, values and key tokens of a sequence and key head for the backward, into the thread's memory. */
+const uint16_t *bf16_pack_head(const AttentionCall *c, int64_t n, int64_t g, int64_t first_task, int64_t thread);
+void bf16_backward_block(
+    const AttentionCall *c, int64_t h, int64_t task, const uint16_t *packed, float *key_sums, void *work
+);
+/* Write dk and dv of a task's keys from the sums of its key head and `count` parts of other threads. */
 void bf16_write_key_gradients(
-    const AttentionCall *c, int64_t g, int64_t task, const float *const *parts, int64_t count
+    const AttentionCall *c, int64_t g, int64_t task, const float *key_sums, const float *const *parts, int64_t count
 );
 #pragma GCC visibility pop

@@ -7,8 +7,9 @@
  * Scores, softmax, the weights of key tokens and their sums per step are float32. P and dS are rounded to bfloat16 for
  * the products only, as in flash attention. Queries are not scaled, because that would round them: scores are.
  *
- * Everything is divided into squares of 32 keys x 32 rows (a panel). K and V of all sequences are packed once per call;
- * the queries and dO of a block, which are needed for one block only, by the thread that computes it.
+ * Everything is divided into squares of 32 keys x 32 rows (a panel). K and V are packed once per call: forward all of
+ * them, because threads share them; backward those of a key head by the thread that computes it. Its queries and dO are
+ * packed for each block.
  *
  * Forward: a panel's maximum is raised only when a score exceeds it by a factor of 2^8, since raising it scales all
  * earlier results. Weights of key tokens relative to that maximum are kept, and scaled in the same way.
@@ -68,21 +69,18 @@ INLINE int64_t square_size(const AttentionCall *c, int64_t backward) {
 
 INLINE int64_t token_squares(const AttentionCall *c) { return (c->plan.columns + SIDE - 1) / SIDE; }
 
+/* Tasks of the longest sequence. */
+INLINE int64_t longest_tasks(const AttentionCall *c) { return (c->plan.longest + ROWS - 1) / ROWS; }
+
+/* The packed keys and values of a key head: in the backward of one sequence, followed by its key tokens. */
+INLINE int64_t packed_head(const AttentionCall *c, int64_t backward) {
+    if (!backward) return c->plan.tasks * PANELS * square_size(c, 0);
+    return longest_tasks(c) * PANELS * square_size(c, 1) + token_squares(c) * 2 * width_of(c->head_dim) * TILE;
+}
+
+/* Forward: of all key heads. Backward: of a key head for each thread. */
 int64_t bf16_packed(const AttentionCall *c, int64_t backward) {
-    const int64_t squares = c->plan.tasks * PANELS * square_size(c, backward);
-    const int64_t tokens = backward ? c->plan.sequences * token_squares(c) * 2 * width_of(c->head_dim) * TILE : 0;
-    return c->kv_heads * (squares + tokens) * sizeof(uint16_t);
-}
-
-/* The packed squares of a key head, from a task's first key on. */
-INLINE uint16_t *packed_keys(const AttentionCall *c, int64_t g, int64_t task, int64_t backward) {
-    return (uint16_t *)c->packed + (g * c->plan.tasks + task) * PANELS * square_size(c, backward);
-}
-
-/* The packed key tokens of a sequence and key head: left tiles of each square. They follow the packed keys. */
-INLINE uint16_t *packed_tokens(const AttentionCall *c, int64_t g, int64_t n) {
-    return packed_keys(c, c->kv_heads, 0, 1) +
-        (g * c->plan.sequences + n) * token_squares(c) * 2 * width_of(c->head_dim) * TILE;
+    return (backward ? c->threads : c->kv_heads) * packed_head(c, backward) * sizeof(uint16_t);
 }
 
 /* A square of sums of dV and dK: dV (width of v), then dK. */
@@ -114,32 +112,47 @@ INLINE Rows rows_of(
     return (Rows){(const uint16_t *)x + offset, strides[2], rows, columns};
 }
 
-void bf16_pack(const AttentionCall *c, int64_t g, int64_t task, int64_t backward) {
-    const int64_t n = c->plan.task_sequence[task], size = square_size(c, backward);
-    const int64_t k_width = width_of(c->head_dim), v_width = width_of(c->value_dim);
+/* Pack the keys and values of a task. */
+INLINE void pack_task(const AttentionCall *c, int64_t g, int64_t task, int64_t backward, uint16_t *to) {
+    const int64_t n = c->plan.task_sequence[task], k_width = width_of(c->head_dim), v_width = width_of(c->value_dim);
     for (int64_t s = 0; s < PANELS; s++) {
         const int64_t key = c->plan.task_row[task] + s * SIDE;
         const Rows k = rows_of(c, c->k, c->k_strides, n, g, key, c->head_dim);
         const Rows v = rows_of(c, c->v, c->v_strides, n, g, key, c->value_dim);
-        uint16_t *to = packed_keys(c, g, task, backward) + s * size;
         if (k.rows == 0) break;
         pack_left(k, k_width, to);
         to += 2 * k_width * TILE;
-        if (!backward) {
+        if (backward) {
+            pack_left(v, v_width, to);
+            pack_left_by_row(k, k_width, to + 2 * v_width * TILE);
+            to += 2 * k_width * TILE;
+        } else {
             pack_left_by_row(v, v_width, to);
-            continue;
         }
-        pack_left(v, v_width, to);
-        pack_left_by_row(k, k_width, to + 2 * v_width * TILE);
+        to += 2 * v_width * TILE;
     }
 }
 
-void bf16_pack_key_tokens(const AttentionCall *c, int64_t g, int64_t n) {
+/* The packed keys and values of a task in the forward. */
+INLINE uint16_t *packed_keys(const AttentionCall *c, int64_t g, int64_t task) {
+    return (uint16_t *)c->packed + g * packed_head(c, 0) + task * PANELS * square_size(c, 0);
+}
+
+void bf16_pack(const AttentionCall *c, int64_t g, int64_t task) { pack_task(c, g, task, 0, packed_keys(c, g, task)); }
+
+/* The packed key tokens of a head in the backward: left tiles of each square. */
+INLINE uint16_t *packed_tokens(const AttentionCall *c, const uint16_t *packed) {
+    return (uint16_t *)packed + longest_tasks(c) * PANELS * square_size(c, 1);
+}
+
+const uint16_t *bf16_pack_head(const AttentionCall *c, int64_t n, int64_t g, int64_t first_task, int64_t thread) {
     const Plan *p = &c->plan;
     const int64_t width = width_of(c->head_dim), used = p->tokens_used[n];
     const int32_t *tokens = p->tokens + n * p->columns;
-    uint16_t *to = packed_tokens(c, g, n);
-    for (int64_t j = 0; j < used; j += SIDE, to += 2 * width * TILE) {
+    uint16_t *packed = (uint16_t *)c->packed + thread * packed_head(c, 1), *to = packed_tokens(c, packed);
+    for (int64_t row = 0; row < p->length[n]; row += ROWS)
+        pack_task(c, g, first_task + row / ROWS, 1, packed + row / SIDE * square_size(c, 1));
+    for (int64_t j = 0; j < used && c->dmaps; j += SIDE, to += 2 * width * TILE) {
         uint16_t rows[SIDE * MAX_D];
         const int64_t count = int_min(SIDE, used - j);
         for (int64_t i = 0; i < count; i++)
@@ -147,6 +160,7 @@ void bf16_pack_key_tokens(const AttentionCall *c, int64_t g, int64_t n) {
                    c->head_dim * sizeof(uint16_t));
         pack_left((Rows){rows, MAX_D, count, c->head_dim}, width, to);
     }
+    return packed;
 }
 
 /* 2^(x * factor), or 0 where that is below 2^-115. Keeps NaN. The polynomial is 2^f for f in [-0.5, 0.5] (relative
@@ -166,13 +180,20 @@ INLINE __m512 power_of_two(__m512 x, __m512 factor) {
     return (__m512)_mm512_maskz_add_epi32(lives, (__m512i)y, power);
 }
 
-#define LOG2_E 1.44269504088896341f
+/* The weight of a score, from lse. The product is rounded before lse is subtracted, as it was before lse was computed:
+ * one rounding of large numbers and none of the other would leave half a unit in the last place of lse between them. No
+ * weight is above 1. Keeps NaN. */
+INLINE __m512 weight(__m512 score, __m512 scale, __m512 lse) {
+    const __m512 scaled = _mm512_mul_round_ps(score, scale, _MM_FROUND_CUR_DIRECTION); /* never contracted */
+    const __m512 x = _mm512_sub_round_ps(scaled, lse, _MM_FROUND_CUR_DIRECTION);
+    return power_of_two(_mm512_min_ps(_mm512_setzero_ps(), x), splat(1.44269504088896341f));
+}
 
-/* The lanes, rows from `row` on, that see the key. */
+/* The lanes, rows from `row` on, that exist and see the key. */
 INLINE __mmask16 visible(const AttentionCall *c, int64_t row, int64_t key, int64_t length) {
     if (key >= length) return 0;
-    const int64_t from = c->causal ? int_max(key - row, 0) : 0;
-    const int64_t to = c->window > 0 ? int_min(key + c->window - row, HALF) : HALF;
+    const int64_t from = c->causal ? int_max(key - row, 0) : 0, rows = int_min(length - row, HALF);
+    const int64_t to = c->window > 0 ? int_min(key + c->window - row, rows) : rows;
     return from < to ? (__mmask16)((1u << to) - (1u << from)) : 0;
 }
 
@@ -184,10 +205,10 @@ INLINE Range squares_of(const AttentionCall *c, const Block *b, int64_t panel) {
     return (Range){low, (c->causal ? last : b->length - 1) / SIDE + 1};
 }
 
-/* Whether every row of a panel, from `row` on, sees every key of the square. */
+/* Whether all 32 rows of a panel, from `row` on, exist and see every key of the square. */
 INLINE int all_visible(const AttentionCall *c, int64_t row, int64_t square, int64_t length) {
     const int64_t key = square * SIDE, last = key + SIDE - 1;
-    return last < length && (!c->causal || last <= row) && (c->window <= 0 || key > row + SIDE - 1 - c->window);
+    return last < length && row + SIDE <= length && (!c->causal || last <= row) && (c->window <= 0 || key > row + SIDE - 1 - c->window);
 }
 
 /* Where a square has row i of its sums, columns 16 x to 16 x + 15: of scores, those of a key and 16 rows of q. */
@@ -292,10 +313,10 @@ INLINE void add_map(
 static void forward_panel(const AttentionCall *c, const Block *b, int64_t panel, Work *work, double *sums) {
     const int64_t width = width_of(c->head_dim), v_width = width_of(c->value_dim), size = square_size(c, 0);
     const int64_t row = b->first + panel * SIDE;
-    const uint16_t *keys = packed_keys(c, b->g, b->task - b->first / ROWS, 0), *values = keys + 2 * width * TILE;
+    const uint16_t *keys = packed_keys(c, b->g, b->task - b->first / ROWS), *values = keys + 2 * width * TILE;
     const Range range = squares_of(c, b, panel);
-    const __m512 factor = splat(c->softcap > 0 ? LOG2_E : (float)(c->scale * LOG2_E));
-    const double unit = c->softcap > 0 ? 1 : c->scale; /* of the scores that are in memory */
+    const double unit = c->softcap > 0 ? 1 : (float)c->scale; /* of the scores that are in memory */
+    const __m512 factor = splat((float)(unit * 1.4426950408889634));
     const Operand q = {work->q + panel * 2 * width * TILE, width * TILE, TILE}, weights = {work->weights, TILE, 2 * TILE};
     const int32_t *tokens = c->plan.tokens + b->n * c->plan.columns + b->first_column;
     const int64_t first_token = below(tokens, b->columns, range.from * SIDE);
@@ -378,7 +399,9 @@ INLINE const float *dmaps_of(const AttentionCall *c, const Block *b, int64_t col
 }
 
 /* Add the map's part of delta: each row's sum of weight * dA. */
-static void add_delta_of_map(const AttentionCall *c, Block *b, int64_t panel, const Steps *steps, Work *work) {
+static void add_delta_of_map(
+    const AttentionCall *c, Block *b, int64_t panel, const Steps *steps, const uint16_t *packed, Work *work
+) {
     const int64_t width = width_of(c->head_dim), row = b->first + panel * SIDE;
     const int32_t *tokens = c->plan.tokens + b->n * c->plan.columns;
     const Range range = squares_of(c, b, panel);
@@ -389,13 +412,13 @@ static void add_delta_of_map(const AttentionCall *c, Block *b, int64_t panel, co
     __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     const __m512 lse[2] = {load(b->lse + panel * SIDE), load(b->lse + panel * SIDE + 16)};
     for (int64_t s = from / SIDE; s * SIDE < to; s++) {
-        const uint16_t *keys = packed_tokens(c, b->g, b->n) + s * 2 * width * TILE;
+        const uint16_t *keys = packed_tokens(c, packed) + s * 2 * width * TILE;
         product(c, (Operand){keys, width * TILE, TILE}, q, width, work->scores, 0);
         if (c->softcap > 0) cap_scores(c, work->scores);
         for (int64_t j = int_max(from, s * SIDE); j < int_min(to, (s + 1) * SIDE); j++)
             UNROLL for (int x = 0; x < 2; x++) {
                 const __m512 score = _mm512_loadu_ps(work->scores + in_square(j - s * SIDE, x));
-                const __m512 w = power_of_two(_mm512_fmsub_ps(score, scale, lse[x]), splat(LOG2_E));
+                const __m512 w = weight(score, scale, lse[x]);
                 const __m512 da = upstream(c, dmaps_of(c, b, j), steps, x);
                 sums[x] = _mm512_mask3_fmadd_ps(w, da, sums[x], visible(c, row + 16 * x, tokens[j], b->length));
             }
@@ -442,7 +465,7 @@ typedef struct {
 
 /* P^T and dS^T of a square from its scores and dP^T, packed. */
 INLINE void dscores_square(const Backward *s, const float *scores, const float *dweights, int masked, int capped) {
-    const __m512 scale = splat(capped ? (float)s->c->softcap : (float)s->c->scale), log2_e = splat(LOG2_E);
+    const __m512 scale = splat(capped ? (float)s->c->softcap : (float)s->c->scale);
     const __m512 by = splat(capped ? (float)(s->c->scale / s->c->softcap) : 1.0f);
     for (int i = 0; i < SIDE; i += 2) {
         __m512 w[2][2], ds[2][2];
@@ -450,11 +473,14 @@ INLINE void dscores_square(const Backward *s, const float *scores, const float *
             const int64_t offset = in_square(i + odd, x);
             __m512 score = _mm512_loadu_ps(scores + offset);
             if (capped) score = hyperbolic_tangent(score * by);
-            __m512 p = power_of_two(_mm512_fmsub_ps(score, scale, s->lse[x]), log2_e);
-            if (masked) p = _mm512_maskz_mov_ps(visible(s->c, s->row + 16 * x, s->key + i + odd, s->length), p);
-            w[odd][x] = p;
-            ds[odd][x] = p * (_mm512_loadu_ps(dweights + offset) - s->delta[x]);
+            w[odd][x] = weight(score, scale, s->lse[x]);
+            ds[odd][x] = w[odd][x] * (_mm512_loadu_ps(dweights + offset) - s->delta[x]);
             if (capped) ds[odd][x] *= (1.0f - score) * (1.0f + score);
+            if (masked) { /* both: a product of 0 and NaN is NaN */
+                const __mmask16 rows = visible(s->c, s->row + 16 * x, s->key + i + odd, s->length);
+                w[odd][x] = _mm512_maskz_mov_ps(rows, w[odd][x]);
+                ds[odd][x] = _mm512_maskz_mov_ps(rows, ds[odd][x]);
+            }
         }
         UNROLL for (int odd = 0; odd < 2; odd++) {
             const int64_t to = i / 16 * TILE + (i % 16 + odd) * 32;
@@ -470,11 +496,13 @@ static void plain_square(const Backward *s, const float *scores, const float *dw
 static void masked_square(const Backward *s, const float *scores, const float *dweights) { dscores_square(s, scores, dweights, 1, 0); }
 static void capped_square(const Backward *s, const float *scores, const float *dweights) { dscores_square(s, scores, dweights, 1, 1); }
 
-void bf16_backward_block(const AttentionCall *c, int64_t h, int64_t task, float *key_sums, void *memory) {
+void bf16_backward_block(
+    const AttentionCall *c, int64_t h, int64_t task, const uint16_t *packed, float *key_sums, void *memory
+) {
     const int64_t width = width_of(c->head_dim), v_width = width_of(c->value_dim), size = square_size(c, 1);
     Work *work = memory;
     Block b;
-    double exact[ROWS];
+    double exact[ROWS] = {0};
     Steps steps[PANELS];
     Range live[PANELS];
     int started[PANELS] = {0};
@@ -492,12 +520,11 @@ void bf16_backward_block(const AttentionCall *c, int64_t h, int64_t task, float 
         find_steps(&b, p, &steps[p]);
         float before[SIDE];
         memcpy(before, b.delta + p * SIDE, sizeof(before));
-        if (steps[p].count) add_delta_of_map(c, &b, p, &steps[p], work);
+        if (steps[p].count) add_delta_of_map(c, &b, p, &steps[p], packed, work);
         for (int r = 0; r < SIDE; r++) exact[p * SIDE + r] += b.delta[p * SIDE + r] - before[r];
     }
     for (int64_t r = 0; c->delta && r < b.count; r++) c->delta[(batch * c->q_heads + h) * c->rows + row + r] = exact[r];
 
-    const uint16_t *packed = packed_keys(c, b.g, task - b.first / ROWS, 1);
     const int32_t *tokens = c->plan.tokens + b.n * c->plan.columns + b.first_column;
     int64_t token = 0, from = live[0].from, to = live[panels - 1].to;
     for (int64_t block = from; block < to; block += KEY_SQUARES) {
@@ -577,21 +604,23 @@ INLINE void write_rows(
         }
 }
 
-void bf16_write_key_gradients(const AttentionCall *c, int64_t g, int64_t task, const float *const *parts, int64_t count) {
+void bf16_write_key_gradients(
+    const AttentionCall *c, int64_t g, int64_t task, const float *key_sums, const float *const *parts, int64_t count
+) {
     const Plan *p = &c->plan;
     const int64_t n = p->task_sequence[task], size = sums_size(c), v_size = width_of(c->value_dim) * SQUARE;
-    const float *sums = c->key_sums + bf16_key_sums(c, g * p->tasks + task);
     for (int64_t s = 0; s < PANELS; s++) {
-        const int64_t key = p->task_row[task] + s * SIDE, rows = int_min(SIDE, p->length[n] - key), row = p->begin[n] + key;
+        const int64_t key = p->task_row[task] + s * SIDE, rows = int_min(SIDE, p->length[n] - key);
+        const int64_t row = p->begin[n] + key, offset = key / SIDE * size;
         if (rows <= 0) break;
         const float *dv[count + 1], *dk[count + 1];
         for (int64_t t = 0; t < count; t++) {
-            dv[t] = parts[t] + (key / SIDE) * size;
+            dv[t] = parts[t] + offset;
             dk[t] = dv[t] + v_size;
         }
-        write_rows(sums + s * size, dv, count, 1.0f, (uint16_t *)c->dv + at(c->dv_strides, p->batch[n], g, row),
+        write_rows(key_sums + offset, dv, count, 1.0f, (uint16_t *)c->dv + at(c->dv_strides, p->batch[n], g, row),
                    c->dv_strides[2], rows, c->value_dim);
-        write_rows(sums + s * size + v_size, dk, count, (float)c->scale,
+        write_rows(key_sums + offset + v_size, dk, count, (float)c->scale,
                    (uint16_t *)c->dk + at(c->dk_strides, p->batch[n], g, row), c->dk_strides[2], rows, c->head_dim);
     }
 }

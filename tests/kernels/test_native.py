@@ -457,6 +457,56 @@ def test_attention_far_from_zero(use_unit, unit):
 
 
 @needs_library
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("scale", [1e-3, 1e2, 1e6, 1e9])
+def test_gradients_of_large_scores(use_unit, unit, scale):
+    """lse is rounded by more than one there, in units of the softmax's exponent; weights are still at most 1."""
+    dtype = use_unit(unit)
+    t = torch.Generator().manual_seed(0)
+    x = [torch.randn(1, 2, 70, 64, generator=t).to(dtype) for _ in range(4)]
+    plan = StepPlan.from_spans([[(0, 30), (30, 70)]], [[[3], [40]]])
+
+    def run(function, kind, **engine):
+        leaves = [y.to(kind).requires_grad_() for y in x[:3]]
+        out, maps, lse = function(*leaves, plan, scale=scale, return_lse=True, **engine)
+        grads = torch.autograd.grad([out, maps], leaves, [x[3].to(kind), torch.ones_like(maps)])
+        return dict(zip(("out", "maps", "lse", "dq", "dk", "dv"), (out, maps, lse, *grads), strict=True))
+
+    oracle, eager = run(reference.stepwise_attention, torch.float64), run(reference.stepwise_attention, dtype)
+    for key, value in run(mk.stepwise_attention, dtype, engine="native").items():
+        if oracle[key].any():
+            assert_within_budget(key, value, oracle[key], eager[key])
+        else:  # dq and dk where each row's weight is on one key: the rounding of dP - delta, times scale
+            assert value.abs().max() <= 1e-3 * scale, key
+
+
+@needs_library
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", ["v, window", "q, softcap", "k of one row, softcap"])
+def test_a_number_that_is_not_finite_reaches_only_what_sees_it(use_unit, name, unit):
+    """Neither rows that do not see a key, nor the rows and keys that fill up a block, add a NaN to a gradient."""
+    dtype = use_unit(unit)
+    M = 1 if name.startswith("k") else 47
+    t = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 1, M, 16, generator=t).to(dtype) for _ in range(4))
+    options = dict(window=2) if name == "v, window" else dict(softcap=3.0)
+    if name == "v, window":
+        v[..., 20, 3] = float("nan")
+    else:
+        (q if name.startswith("q") else k)[..., M // 2, 3] = float("-inf")
+    plan = StepPlan.from_spans([[(0, M)]], [[[0]]])
+    found = []
+    for function, kind, extra in (
+        (reference.stepwise_attention, torch.float64, {}), (mk.stepwise_attention, dtype, {"engine": "native"})
+    ):  # fmt: skip
+        leaves = [x.to(kind).requires_grad_() for x in (q, k, v)]
+        out, maps = function(*leaves, plan, **options, **extra)
+        found.append([maps, *torch.autograd.grad([out, maps], leaves, [dout.to(kind), torch.ones_like(maps)])])
+    for key, oracle, value in zip(("maps", "dq", "dk", "dv"), *found, strict=True):
+        assert not (value.isnan() & ~oracle.isnan()).any(), key
+
+
+@needs_library
 def test_lse_of_any_layout():
     """The backward operator accepts an lse with any strides."""
     (q, k, _), _, _ = case([40, 40], 5, 2, 3, 3, 16)
