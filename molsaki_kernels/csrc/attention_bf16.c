@@ -415,13 +415,18 @@ static void add_delta_of_map(
         const uint16_t *keys = packed_tokens(c, packed) + s * 2 * width * TILE;
         product(c, (Operand){keys, width * TILE, TILE}, q, width, work->scores, 0);
         if (c->softcap > 0) cap_scores(c, work->scores);
-        for (int64_t j = int_max(from, s * SIDE); j < int_min(to, (s + 1) * SIDE); j++)
+        const int64_t first = int_max(from, s * SIDE), end = int_min(to, (s + 1) * SIDE);
+        const int all = row + SIDE <= b->length && (!c->causal || tokens[end - 1] <= row) &&
+            (c->window <= 0 || tokens[first] > row + SIDE - 1 - c->window);
+        for (int64_t j = first; j < end; j++) {
+            const float *dmaps = dmaps_of(c, b, j);
             UNROLL for (int x = 0; x < 2; x++) {
                 const __m512 score = _mm512_loadu_ps(work->scores + in_square(j - s * SIDE, x));
-                const __m512 w = weight(score, scale, lse[x]);
-                const __m512 da = upstream(c, dmaps_of(c, b, j), steps, x);
-                sums[x] = _mm512_mask3_fmadd_ps(w, da, sums[x], visible(c, row + 16 * x, tokens[j], b->length));
+                const __m512 w = weight(score, scale, lse[x]), da = upstream(c, dmaps, steps, x);
+                const __mmask16 rows = all ? 0xffff : visible(c, row + 16 * x, tokens[j], b->length);
+                sums[x] = _mm512_mask3_fmadd_ps(w, da, sums[x], rows);
             }
+        }
     }
     for (int x = 0; x < 2; x++) store(b->delta + panel * SIDE + 16 * x, load(b->delta + panel * SIDE + 16 * x) + sums[x]);
 }
