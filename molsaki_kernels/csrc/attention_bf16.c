@@ -544,13 +544,13 @@ void bf16_backward_block(
             while (token < b.columns && tokens[token] < (s + 1) * SIDE) token++;
             for (int64_t p = p0; p < p1; p++) {
                 const Operand q = {work->q + p * 2 * width * TILE, width * TILE, TILE};
-                product(c, (Operand){keys, width * TILE, TILE}, q, width, work->scores, 0);
-                if (c->dout) {
+                if (c->dout) { /* before the scores: dA is added to what the tile registers wrote last but one */
                     const Operand dout = {work->dout + p * 2 * v_width * TILE, v_width * TILE, TILE};
                     product(c, (Operand){values, v_width * TILE, TILE}, dout, v_width, work->dweights, 0);
                 } else {
                     memset(work->dweights, 0, sizeof(work->dweights));
                 }
+                product(c, (Operand){keys, width * TILE, TILE}, q, width, work->scores, 0);
                 for (int64_t j = first_token; c->dmaps && j < token; j++)
                     UNROLL for (int x = 0; x < 2; x++) {
                         float *dp = work->dweights + in_square(tokens[j] - s * SIDE, x);
