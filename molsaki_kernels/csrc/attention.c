@@ -39,7 +39,8 @@ const Layout molsaki_layout_Plan[] = {
 const Layout molsaki_layout_AttentionCall[] = {
     WHOLE(AttentionCall),
     F(plan), F(rows), F(q_heads), F(kv_heads), F(head_dim), F(value_dim), F(steps), F(words), F(causal), F(window),
-    F(is_bf16), F(per_head), F(threads), F(unit), F(q_strides), F(k_strides), F(v_strides), F(out_strides), F(dout_strides),
+    F(is_bf16), F(per_head), F(threads), F(unit), F(q_strides), F(k_strides), F(v_strides), F(out_strides),
+    F(dout_strides),
     F(dq_strides), F(dk_strides), F(dv_strides), F(scale), F(softcap), F(word_weight), F(q), F(k), F(v), F(sinks),
     F(out), F(lse), F(work), F(packed), F(groups), F(sums), F(maps), F(dout), F(dlse), F(dmaps), F(delta), F(dq), F(dk),
     F(dv), F(parts), F(part_of),
@@ -504,8 +505,10 @@ static KeyGradients key_gradients(const AttentionCall *c, int64_t n, int64_t g, 
     float *part = c->parts + thread * part_size(c);
     KeyGradients to = {part, part + p->longest * D, D, Dv};
     if (in_place)
-        to = (KeyGradients){(float *)c->dk + at(c->dk_strides, b, g, row), (float *)c->dv + at(c->dv_strides, b, g, row),
-                            c->dk_strides[2], c->dv_strides[2]};
+        to = (KeyGradients){
+            (float *)c->dk + at(c->dk_strides, b, g, row), (float *)c->dv + at(c->dv_strides, b, g, row),
+            c->dk_strides[2], c->dv_strides[2],
+        };
     else
         c->part_of[thread] = n * c->kv_heads + g;
     zero_rows(to.dk, to.dk_row, p->length[n], D);
@@ -644,16 +647,17 @@ INLINE void write_head(const AttentionCall *c, const KeyHead *head) {
 }
 
 INLINE KeyHead start_head(const AttentionCall *c, int64_t n, int64_t g, int64_t first_task, int began, int64_t thread) {
-    const KeyHead head = {n, g, first_task, began, bf16_pack_head(c, n, g, first_task, thread), sums_of(c, thread, began)};
+    const uint16_t *packed = bf16_pack_head(c, n, g, first_task, thread);
+    const KeyHead head = {n, g, first_task, began, packed, sums_of(c, thread, began)};
     c->part_of[began ? c->threads + thread : thread] = n * c->kv_heads + g;
     memset(head.sums, 0, bf16_key_sums(c, (c->plan.length[n] + ROWS - 1) / ROWS) * sizeof(float));
     return head;
 }
 
 /* The share of one thread: consecutive blocks in the order of sequences, heads, rows. The thread that has the first
- * block of a key head sums the head's gradients in the result (for a unit that takes bfloat16, in memory of its own, from
- * which they are written when the head is done). A later thread uses its own part. It needs only one, because its share
- * starts within at most one key head. */
+ * block of a key head sums the head's gradients in the result (for a unit that takes bfloat16, in memory of its own,
+ * from which they are written when the head is done). A later thread uses its own part. It needs only one, because its
+ * share starts within at most one key head. */
 static void backward_share(const AttentionCall *c, int64_t thread, int64_t threads) {
     const Plan *p = &c->plan;
     const int64_t H = c->q_heads, group = H / c->kv_heads;

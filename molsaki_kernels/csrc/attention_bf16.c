@@ -208,7 +208,8 @@ INLINE Range squares_of(const AttentionCall *c, const Block *b, int64_t panel) {
 /* Whether all 32 rows of a panel, from `row` on, exist and see every key of the square. */
 INLINE int all_visible(const AttentionCall *c, int64_t row, int64_t square, int64_t length) {
     const int64_t key = square * SIDE, last = key + SIDE - 1;
-    return last < length && row + SIDE <= length && (!c->causal || last <= row) && (c->window <= 0 || key > row + SIDE - 1 - c->window);
+    return last < length && row + SIDE <= length && (!c->causal || last <= row) &&
+        (c->window <= 0 || key > row + SIDE - 1 - c->window);
 }
 
 /* Where a square has row i of its sums, columns 16 x to 16 x + 15: of scores, those of a key and 16 rows of q. */
@@ -258,7 +259,9 @@ static int64_t pack_queries(const AttentionCall *c, const Block *b, Work *work, 
 /* Softmax of `count` squares of scores: replace them by weights relative to `max`, pack those as right tiles, and add
  * them to `sum`. `factor` scales scores to powers of two. Returns whether the maximum was raised; then `shrink` is the
  * factor for earlier results. */
-INLINE int softmax(float *scores, int64_t count, __m512 factor, uint16_t *weights, __m512 *max, __m512 *sum, __m512 *shrink) {
+INLINE int softmax(
+    float *scores, int64_t count, __m512 factor, uint16_t *weights, __m512 *max, __m512 *sum, __m512 *shrink
+) {
     __m512 highest[2] = {max[0], max[1]}, total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t s = 0; s < count; s++)
         for (int tile = 0; tile < 2; tile++) UNROLL for (int x = 0; x < 2; x++) {
@@ -304,7 +307,8 @@ INLINE void add_map(
         const __m512 w0 = _mm512_loadu_ps(aside[j]) * _mm512_loadu_ps(share);
         const __m512 w1 = _mm512_loadu_ps(aside[j] + 16) * _mm512_loadu_ps(share + 16);
         for (int64_t i = 0; i < steps->count; i++) {
-            const __m512 w = _mm512_maskz_mov_ps(steps->run[i].rows[0], w0) + _mm512_maskz_mov_ps(steps->run[i].rows[1], w1);
+            const __mmask16 *rows = steps->run[i].rows;
+            const __m512 w = _mm512_maskz_mov_ps(rows[0], w0) + _mm512_maskz_mov_ps(rows[1], w1);
             sums[(steps->run[i].step - first) * C + b->first_column + j] += _mm512_reduce_add_ps(w);
         }
     }
@@ -317,7 +321,8 @@ static void forward_panel(const AttentionCall *c, const Block *b, int64_t panel,
     const Range range = squares_of(c, b, panel);
     const double unit = c->softcap > 0 ? 1 : (float)c->scale; /* of the scores that are in memory */
     const __m512 factor = splat((float)(unit * 1.4426950408889634));
-    const Operand q = {work->q + panel * 2 * width * TILE, width * TILE, TILE}, weights = {work->weights, TILE, 2 * TILE};
+    const Operand q = {work->q + panel * 2 * width * TILE, width * TILE, TILE};
+    const Operand weights = {work->weights, TILE, 2 * TILE};
     const int32_t *tokens = c->plan.tokens + b->n * c->plan.columns + b->first_column;
     const int64_t first_token = below(tokens, b->columns, range.from * SIDE);
     int64_t token = first_token;
@@ -354,9 +359,10 @@ static void forward_panel(const AttentionCall *c, const Block *b, int64_t panel,
             UNROLL for (int x = 0; x < 2; x++)
                 store(work->aside[token] + 16 * x, load(work->scores + i / SIDE * SQUARE + in_square(i % SIDE, x)));
         }
-        for (int64_t d = 0; d < v_width; d++)
-            product(c, (Operand){values + s * size + 2 * d * TILE, TILE, size}, weights, count, work->result + d * SQUARE,
-                    s > range.from);
+        for (int64_t d = 0; d < v_width; d++) {
+            const Operand v = {values + s * size + 2 * d * TILE, TILE, size};
+            product(c, v, weights, count, work->result + d * SQUARE, s > range.from);
+        }
     }
     float share[SIDE], top[SIDE], total[SIDE];
     for (int x = 0; x < 2; x++) {
@@ -387,8 +393,10 @@ void bf16_forward_block(const AttentionCall *c, int64_t h, int64_t task, void *m
 /* dA of a key token for the 16 x-th rows of a panel. */
 INLINE __m512 upstream(const AttentionCall *c, const float *dmaps, const Steps *steps, int x) {
     __m512 da = _mm512_setzero_ps();
-    for (int64_t i = 0; i < steps->count; i++)
-        da = _mm512_mask_mov_ps(da, steps->run[i].rows[x], splat(dmaps[steps->run[i].step * c->words] * (float)c->word_weight));
+    for (int64_t i = 0; i < steps->count; i++) {
+        const float gradient = dmaps[steps->run[i].step * c->words] * (float)c->word_weight;
+        da = _mm512_mask_mov_ps(da, steps->run[i].rows[x], splat(gradient));
+    }
     return da;
 }
 
@@ -428,7 +436,8 @@ static void add_delta_of_map(
             }
         }
     }
-    for (int x = 0; x < 2; x++) store(b->delta + panel * SIDE + 16 * x, load(b->delta + panel * SIDE + 16 * x) + sums[x]);
+    float *delta = b->delta + panel * SIDE;
+    for (int x = 0; x < 2; x++) store(delta + 16 * x, load(delta + 16 * x) + sums[x]);
 }
 
 INLINE __m512 read16(const uint16_t *x) {
@@ -448,7 +457,8 @@ static void read_delta(const AttentionCall *c, Block *b, double exact[ROWS]) {
             const uint16_t *out = (const uint16_t *)c->out + at(c->out_strides, batch, b->h, row + r);
             const uint16_t *dout = (const uint16_t *)c->dout + at(c->dout_strides, batch, b->h, row + r);
             __m512 sum = _mm512_setzero_ps();
-            for (int64_t d = 0; d < c->value_dim; d += 16) sum = _mm512_fmadd_ps(read16(out + d), read16(dout + d), sum);
+            for (int64_t d = 0; d < c->value_dim; d += 16)
+                sum = _mm512_fmadd_ps(read16(out + d), read16(dout + d), sum);
             b->delta[r] = _mm512_reduce_add_ps(sum);
             if (c->delta)
                 for (int64_t d = 0; d < c->value_dim; d++) exact[r] += (double)from_bf16(out[d]) * from_bf16(dout[d]);
@@ -497,9 +507,15 @@ INLINE void dscores_square(const Backward *s, const float *scores, const float *
     }
 }
 
-static void plain_square(const Backward *s, const float *scores, const float *dweights) { dscores_square(s, scores, dweights, 0, 0); }
-static void masked_square(const Backward *s, const float *scores, const float *dweights) { dscores_square(s, scores, dweights, 1, 0); }
-static void capped_square(const Backward *s, const float *scores, const float *dweights) { dscores_square(s, scores, dweights, 1, 1); }
+static void plain_square(const Backward *s, const float *scores, const float *dweights) {
+    dscores_square(s, scores, dweights, 0, 0);
+}
+static void masked_square(const Backward *s, const float *scores, const float *dweights) {
+    dscores_square(s, scores, dweights, 1, 0);
+}
+static void capped_square(const Backward *s, const float *scores, const float *dweights) {
+    dscores_square(s, scores, dweights, 1, 1);
+}
 
 void bf16_backward_block(
     const AttentionCall *c, int64_t h, int64_t task, const uint16_t *packed, float *key_sums, void *memory
@@ -557,25 +573,29 @@ void bf16_backward_block(
                         store(dp, load(dp) + upstream(c, dmaps_of(c, &b, b.first_column + j), &steps[p], x));
                     }
                 const int64_t at_row = p * SIDE;
+                const float *lse = b.lse + at_row, *delta = b.delta + at_row;
                 const Backward square = {
                     c, b.first + at_row, s * SIDE, b.length,
-                    {load(b.lse + at_row), load(b.lse + at_row + 16)}, {load(b.delta + at_row), load(b.delta + at_row + 16)},
+                    {load(lse), load(lse + 16)}, {load(delta), load(delta + 16)},
                     work->weights_left + p * 2 * TILE, work->dscores_left + p * 2 * TILE,
                     work->dscores + (p * KEY_SQUARES + s - block) * 2 * TILE,
                 };
-                if (c->softcap > 0) capped_square(&square, work->scores, work->dweights);
-                else if (all_visible(c, b.first + at_row, s, b.length)) plain_square(&square, work->scores, work->dweights);
-                else masked_square(&square, work->scores, work->dweights);
+                const int all = all_visible(c, b.first + at_row, s, b.length);
+                (c->softcap > 0 ? capped_square : all ? plain_square : masked_square)(
+                    &square, work->scores, work->dweights
+                );
             }
             if (p0 == p1) continue;
             const Operand weights = {work->weights_left + p0 * 2 * TILE, TILE, 2 * TILE};
             const Operand dscores = {work->dscores_left + p0 * 2 * TILE, TILE, 2 * TILE};
-            for (int64_t d = 0; d < v_width && c->dout; d++)
-                product(c, weights, (Operand){work->dout_by_row + (p0 * v_width + d) * 2 * TILE, TILE, 2 * v_width * TILE},
-                        p1 - p0, dv + d * SQUARE, 1);
-            for (int64_t d = 0; d < width; d++)
-                product(c, dscores, (Operand){work->q_by_row + (p0 * width + d) * 2 * TILE, TILE, 2 * width * TILE}, p1 - p0,
-                        dk + d * SQUARE, 1);
+            for (int64_t d = 0; d < v_width && c->dout; d++) {
+                const Operand dout = {work->dout_by_row + (p0 * v_width + d) * 2 * TILE, TILE, 2 * v_width * TILE};
+                product(c, weights, dout, p1 - p0, dv + d * SQUARE, 1);
+            }
+            for (int64_t d = 0; d < width; d++) {
+                const Operand q = {work->q_by_row + (p0 * width + d) * 2 * TILE, TILE, 2 * width * TILE};
+                product(c, dscores, q, p1 - p0, dk + d * SQUARE, 1);
+            }
         }
         for (int64_t p = 0; p < panels; p++) {
             const int64_t s0 = int_max(live[p].from, block), s1 = int_min(live[p].to, block + squares);
@@ -598,7 +618,8 @@ void bf16_backward_block(
 
 /* Round the sums of a gradient of a square of keys and write their rows. Sums of other threads come in `parts`. */
 INLINE void write_rows(
-    const float *sums, const float *const *parts, int64_t count, float scale, uint16_t *to, int64_t stride, int64_t rows, int64_t columns
+    const float *sums, const float *const *parts, int64_t count, float scale, uint16_t *to, int64_t stride,
+    int64_t rows, int64_t columns
 ) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < columns; d += 16) {

@@ -11,7 +11,12 @@
 
 #ifdef __AVX512BF16__
 
-enum { SIDE = 32 /* of a square */, TILE = 512 /* bfloat16 numbers */, SUMS = 256 /* float32 numbers */, SQUARE = 4 * SUMS };
+enum {
+    SIDE = 32,  /* of a square */
+    TILE = 512, /* bfloat16 numbers of a left or right tile */
+    SUMS = 256, /* float32 numbers of a tile of sums */
+    SQUARE = 4 * SUMS
+};
 
 /* Where the tiles of one side of a product are. The square's two halves are `half` numbers apart, consecutive inner
  * tiles `inner`. */
@@ -105,8 +110,10 @@ typedef struct { const uint16_t *first; int64_t stride, rows, columns; } Rows;
 INLINE void read_square(Rows from, int64_t d, __m512i x[SIDE]) {
     const int64_t exist = from.columns - d;
     const __mmask32 columns = exist >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << exist) - 1;
-    for (int r = 0; r < SIDE; r++)
-        x[r] = r < from.rows ? _mm512_maskz_loadu_epi16(columns, from.first + r * from.stride + d) : _mm512_setzero_si512();
+    for (int r = 0; r < SIDE; r++) {
+        const uint16_t *row = from.first + r * from.stride + d;
+        x[r] = r < from.rows ? _mm512_maskz_loadu_epi16(columns, row) : _mm512_setzero_si512();
+    }
 }
 
 /* Transpose 16 x 16 numbers of 32 bits. */
@@ -135,7 +142,8 @@ INLINE void transpose16(__m512i x[16]) {
 /* The numbers of two rows side by side: columns 0 to 15 in `low`, 16 to 31 in `high`. */
 INLINE void side_by_side(__m512i a, __m512i b, __m512i *low, __m512i *high) {
     const __m512i from = _mm512_set_epi16(
-        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
+        32, 0
     );
     *low = _mm512_permutex2var_epi16(a, from, b);
     *high = _mm512_permutex2var_epi16(a, _mm512_or_si512(from, _mm512_set1_epi16(16)), b);
@@ -144,7 +152,8 @@ INLINE void side_by_side(__m512i a, __m512i b, __m512i *low, __m512i *high) {
 /* Two rows of float32 as one row of a right tile: the numbers of `even` and `odd` side by side. */
 INLINE __m512i right_row(__m512 even, __m512 odd) {
     const __m512i from = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+        16, 0
     );
     return _mm512_permutexvar_epi16(from, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
@@ -204,7 +213,9 @@ INLINE void pack_left_by_row(Rows from, int64_t width, uint16_t *to) {
 
 /* Write the transpose of `width` squares of sums, (32 columns of the result each) x (32 rows), as rows of bfloat16.
  * `from` has the sums of rows 32 t to 32 t + 31 in square t; column r is multiplied by `by[r]`. */
-INLINE void write_transposed(const float *from, int64_t width, const float by[SIDE], uint16_t *to, int64_t stride, int64_t rows, int64_t columns) {
+INLINE void write_transposed(
+    const float *from, int64_t width, const float by[SIDE], uint16_t *to, int64_t stride, int64_t rows, int64_t columns
+) {
     for (int64_t t = 0; t < width; t++) {
         const int64_t exist = columns - 32 * t;
         const __mmask32 mask = exist >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << exist) - 1;
