@@ -190,7 +190,7 @@ def test_a_failure_of_our_code_sets_the_exit_status(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(layer, "contenders", broken(RuntimeError("no kernel image")))
     assert run_layer(monkeypatch, tmp_path) == 1 and "no kernel image" in capsys.readouterr().err
-    assert {record["kind"] for record in layer.read_records(tmp_path / "layer.csv")} == {"plain"}
+    assert {record["kind"] for record in layer.read_records(tmp_path / "layer.csv")} == {"plain", "product"}
     (tmp_path / "layer.csv").unlink()
     monkeypatch.setattr(layer, "contenders", broken(ValueError('engine: "sdpa" cannot do it')))
     assert run_layer(monkeypatch, tmp_path) == 0
