@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def draw(records: list[dict], folder: Path, stem: str, suffix: str = "png") -> list[Path]:
     """Draw every picture that the records allow, as ``folder/stem-QUESTION.suffix``; return the files."""
+    records = [record for record in records if record.get("kind") != "product"]  # no attention
     if "contender" not in records[0]:
         raise ValueError(
             f"records: expected those of benchmarks.layer or benchmarks.step, got the columns {[*records[0]]}"

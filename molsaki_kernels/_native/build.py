@@ -87,9 +87,9 @@ def bf16_units() -> list[int]:
 
 @constant_when_compiled
 def pytorch_is_faster_in_bfloat16() -> bool:
-    """Whether PyTorch computes bfloat16 products with AMX on this machine, and the library does not."""
+    """Whether PyTorch computes bfloat16 products with AMX on this machine, and the library is there but does not."""
     has_amx = platform.system() == "Linux" and "amx_bf16" in _processor().split()
-    return has_amx and (why_not() is not None or bf16_unit() != TILES_BF16)
+    return has_amx and why_not() is None and bf16_unit() != TILES_BF16
 
 
 @functools.cache

@@ -133,7 +133,7 @@ def _call(
     q, k, sinks = inputs.q, inputs.k, inputs.sinks
     lse = outputs.lse.contiguous()
     sinks = None if sinks is None else sinks.detach().float().contiguous()
-    exact = options.scale < SMALLEST_SCALE or q.dtype != torch.bfloat16
+    in_bf16 = q.dtype == torch.bfloat16 and options.scale >= SMALLEST_SCALE
     call = AttentionCall(
         plan=struct,
         rows=q.shape[2],
@@ -148,7 +148,7 @@ def _call(
         is_bf16=q.dtype == torch.bfloat16,
         per_head=options.per_head,
         threads=torch.get_num_threads(),
-        unit=FLOAT32 if exact else bf16_unit(),
+        unit=bf16_unit() if in_bf16 else FLOAT32,
         scale=options.scale,
         softcap=options.softcap or 0,
         word_weight=1 if options.per_head else 1 / q.shape[1],

@@ -87,7 +87,6 @@ INLINE int64_t first_task(const Plan *p, int64_t n) {
     return low;
 }
 
-
 /* attention_bf16.c, for the units that take bfloat16. */
 #ifdef __AVX512BF16__
 #define TAKES_BF16(call) ((call)->unit != FLOAT32)

@@ -444,7 +444,8 @@ INLINE __m512 read16(const uint16_t *x) {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
 }
 
-/* lse and delta = rowsum(dO * O) - dlse of a block's rows. `exact` gets delta in float64 for the gradient of sinks. */
+/* lse and delta = rowsum(dO * O) - dlse of a block's rows. `exact`, which is 0 at first, gets
+ * delta in float64 for the gradient of sinks. */
 static void read_delta(const AttentionCall *c, Block *b, double exact[ROWS]) {
     const int64_t batch = c->plan.batch[b->n], row = c->plan.begin[b->n] + b->first;
     const int64_t at_row = (batch * c->q_heads + b->h) * c->rows + row;
@@ -452,7 +453,6 @@ static void read_delta(const AttentionCall *c, Block *b, double exact[ROWS]) {
     memset(b->delta, 0, sizeof(b->delta));
     for (int64_t r = 0; r < b->count; r++) {
         b->lse[r] = c->lse[at_row + r];
-        exact[r] = 0;
         if (c->dout) {
             const uint16_t *out = (const uint16_t *)c->out + at(c->out_strides, batch, b->h, row + r);
             const uint16_t *dout = (const uint16_t *)c->dout + at(c->dout_strides, batch, b->h, row + r);

@@ -563,6 +563,14 @@ def test_the_committed_pictures_can_be_drawn_again(tmp_path, capsys):
     assert "Intel(R) Xeon(R)" in plots.conditions(records)
 
 
+def test_a_matrix_product_is_not_drawn(tmp_path):
+    """A run on a CPU has records of one, beside those of attention."""
+    records = layer.read_records(plots.RESULTS / "layer-xeon-2core-amx-bf16.csv")
+    assert "product" in {record["kind"] for record in records}
+    drawn = plots.draw(records, tmp_path, "bf16", "svg")
+    assert drawn and not any("matrix product" in path.read_text(encoding="utf-8") for path in drawn)
+
+
 @pytest.mark.parametrize("path", sorted(plots.RESULTS.glob("*.csv")), ids=lambda path: path.stem)
 def test_committed_records_name_machine_versions_commit_and_date(path):
     records = layer.read_records(path)

@@ -227,6 +227,21 @@ def test_the_speed_table_of_the_readme():
     assert checked >= 8
 
 
+def test_the_sentence_about_bfloat16_in_the_readme():
+    file = "layer-xeon-2core-amx-bf16.csv"
+    ranges = []
+    for of in (performance.BOTH, performance.FORWARD):
+        found = [
+            performance.paired(performance.layer(file, shape, of), performance.NATIVE, performance.PLAIN)
+            for shape in {one["shape"] for one in performance.read(file)}
+        ]
+        ranges.append(f"{min(found):.2f} to {max(found):.2f}")
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"it takes {ranges[0]} of that attention's time, forward {ranges[1]}" in text
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    assert f"a layer with its map takes {ranges[0]} of the time of PyTorch's attention" in changes
+
+
 def test_records_of_two_runs_are_not_mixed():
     one = {"contender": "a", "commit": "c", "fastest_plain": "x", "shape": "s"}
     with pytest.raises(ValueError, match="records of several runs"):
