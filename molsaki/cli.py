@@ -113,7 +113,7 @@ CONFIGURED = {
     "annotate": ("molsaki.config", "AnnotateConfig", "molsaki.annotation.annotate"),
     "keys": ("molsaki.config", "KeysConfig", "molsaki.teacher.keys"),
     "extract": ("molsaki.config", "ExtractConfig", "molsaki.teacher.extract"),
-    "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.trainer"),
+    "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.distill"),
     "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
     "plot": ("molsaki.config", "PlotConfig", "molsaki.plotting.plot_run"),
     "report": ("molsaki.config", "ReportConfig", "molsaki.reporting.report"),

@@ -8,60 +8,46 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from molsaki.batches.batch import Batch
-from molsaki.batches.collator import Collator
-from molsaki.batches.dataset import DistillDataset, tokenization_of
+from molsaki.batches.dataset import DistillDataset
+from molsaki.batches.sampler import ByLengthSampler
 from molsaki.batches.streamed import StreamedDataset
-from molsaki.batches.tokenized import TokenizerSpec
-from molsaki.config import EvaluateConfig, require
-from molsaki.io import write_json
-from molsaki.modeling.attention_hook import NAME
+from molsaki.config import EvaluateConfig
 from molsaki.modeling.lm_head import label_logits
-from molsaki.modeling.loading import context_length, load_both
-from molsaki.modeling.packing_probe import can_pack, can_share_prefix, choose_packing
-from molsaki.teacher.fingerprints import describe
 from molsaki.teacher.map_store import Store
-from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student, teacher_maps
+from molsaki.teacher.teacher_maps import teacher_maps
 from molsaki.training import checkpoints
 from molsaki.training.accuracy import count_right
 from molsaki.training.attention_share import AttentionShare
+from molsaki.training.callbacks import LogBeforeSave, StartOfRun, StopIfBad
 from molsaki.training.config import DistillConfig
 from molsaki.training.data import TrainingData
 from molsaki.training.distiller import Distiller
-from molsaki.training.objectives import Objective, objective_of
-from molsaki.training.progress import log_in_place_of_printing
+from molsaki.training.example_means import ExampleMeans
+from molsaki.training.export import export, load_router
+from molsaki.training.objectives import Objective
 from molsaki.training.run_record import RunRecord
-from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
-from molsaki.training.trainable import add_adapters, check_adapters, end_with, freeze, is_peft
+from molsaki.training.setup import Given, model_or_name, prepare, store_or_folder
+from molsaki.training.stop_signal import StopOnSignal
 from molsaki.training.watch import IdleLoss, LayerWeightPictures
 
 logger = logging.getLogger(__name__)
-
-LEFT_OUT = "left_out.json"
-OVERLAP = "map_overlap"
 
 
 class DistillTrainer(Trainer):
@@ -115,16 +101,14 @@ class DistillTrainer(Trainer):
         if args is not None and not isinstance(args, DistillConfig):
             raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
         config = DistillConfig() if args is None else copy.copy(args)  # names and the objective are written into it
-        student = _model_or_name(model, "model", config, "student")
-        teacher = _model_or_name(teacher_model, "teacher_model", config, "teacher")
-        tokenizer, teacher_tokenizer = processing_class, teacher_processing_class
-        if isinstance(store, (str, os.PathLike)):
-            _name("store", os.fspath(store), config)
-            store = None
-        elif store is not None and not isinstance(store, Store):
-            raise TypeError(f"store: expected a Store, its folder or None, got {type(store).__name__}")
-        elif store is not None and config.store not in (None, str(store.folder)):
-            raise ValueError(f"store, args.store: expected the same, got {str(store.folder)!r} and {config.store!r}")
+        given = Given(
+            student=model_or_name(model, "model", config, "student"),
+            tokenizer=processing_class,
+            teacher=model_or_name(teacher_model, "teacher_model", config, "teacher"),
+            teacher_tokenizer=teacher_processing_class,
+            store=store_or_folder(store, config),
+            peft_config=peft_config,
+        )
         if config.n_gpu > 1:
             raise ValueError(
                 f"{config.n_gpu} GPUs are visible to this one process; start one process per GPU with "
@@ -134,98 +118,28 @@ class DistillTrainer(Trainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: expected None: only the objective's losses are computed and kept")
         set_seed(config.seed)
-        if config.deepspeed:  # models are loaded whole and probed before ZeRO-3 shards them
-            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-        sources = {"teacher": (teacher, config.teacher), "store": (store, config.store)}
-        given = [name for name, pair in sources.items() if any(one is not None for one in pair)]
-        name = config.choose_objective(has_teacher=bool(given))
-        objective = objective_of(name)
-        if given and not objective.has_teacher and config.process_index == 0:
-            logger.warning("objective: %s uses no teacher, so the %s is not used", name, " and the ".join(given))
-        if config.share_question and (config.packing is False or not objective.explain_texts):
-            raise ValueError(
-                "share_question: expected packing and an objective of both tasks, got "
-                f"packing={config.packing} and objective={name}"
-            )
-        if not objective.has_teacher:
-            teacher = None
-        elif store is None and config.store is not None:
-            store = Store(config.store)  # before a model is loaded
-        student, tokenizer = load_both(student, tokenizer, config.student, "--student", config.student_dtype)
-        check_adapters(student)
-        if config.lora_rank or peft_config is not None:
-            student = add_adapters(student, config, peft_config)
-        freeze(student, config.freeze)
-        end_with(student, tokenizer)
-        limit = config.max_length or context_length(student.config)
-        student_spec, teacher_spec = TokenizerSpec(tokenizer, config.student_template, limit), None
-        if objective.has_teacher and (store is None or teacher is not None or config.teacher is not None):
-            teacher, teacher_tokenizer = load_both(
-                teacher, teacher_tokenizer, config.teacher, "--teacher", config.teacher_dtype
-            )
-            limit = config.teacher_max_length or context_length(teacher.config)
-            teacher_spec = TokenizerSpec(teacher_tokenizer, config.teacher_template, limit)
-        if objective.teacher_logits:
-            _check_vocabulary(name, store, tokenizer, teacher_tokenizer)
-        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
+        parts = prepare(config, given)
 
-        packing = choose_packing(config.packing, student)
-        sharing = (
-            objective.explain_texts and packing and config.share_question is not False and can_share_prefix(student)
-        )
-        if config.share_question and not sharing:
-            raise ValueError(
-                f"--share_question: {type(student).__name__} gives other results if the shared prefix is not computed "
-                "again; use --share_question false"
-            )
-        mixture = None
-        if objective.maps or packing:
-            student.set_attn_implementation(NAME)
-        if objective.maps:
-            student_maps, value_layers, width = probe_student(student, config)
-            if store is not None:
-                store.check(describe(config, store.num_layers, store.all_layers, student_maps, teacher, teacher_spec))
-                teacher, maps = None, store.num_layers
-            else:
-                maps = probe(cast(PreTrainedModel, teacher), map_heads=config.map_heads)[0]
-            mixture = mixture_of(config, maps, student_maps, value_layers, width)
-        teacher_packing = packing and teacher is not None and can_pack(teacher)
-        if teacher is not None:
-            teacher.to(config.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-            if objective.maps or teacher_packing:
-                teacher.set_attn_implementation(NAME)
-        if config.deepspeed:
-            set_hf_deepspeed_config(config.hf_deepspeed_config)  # type: ignore[no-untyped-call]
-
-        cot_template = config.cot_template if objective.rationale_first else None
-        tokenization = tokenization_of(config, student_spec, teacher_spec, config.predict_template, cot_template)
-
-        self._data = TrainingData(config, objective, tokenization, store)
+        self._data = TrainingData(config, parts.objective, parts.tokenization, parts.store)
         train_dataset, eval_dataset = self._data.for_training(train_dataset), self._data.for_evaluation(eval_dataset)
-        self.objective, self.teacher = objective, teacher
-        self._sums: dict[str, Tensor] = {}
+        self.objective, self.teacher = parts.objective, parts.teacher
+        self._vocabulary = parts.vocabulary
+        self._means = ExampleMeans()
         self._share = AttentionShare(config)
         unit = "head" if config.map_heads == "each" else "layer"
-        self._idle = IdleLoss(learns_router=mixture is not None and mixture.router is not None, unit=unit)
-        self._bad_batch: str | None = None
+        learns_router = parts.mixture is not None and parts.mixture.router is not None
+        self._idle = IdleLoss(learns_router, unit)
         self._is_in_checkpoint = False
-        distiller: Any = Distiller(student, mixture, config)
+        distiller: Any = Distiller(parts.student, parts.mixture, config)
         if config.neftune_noise_alpha is not None:  # only then: accelerate's FSDP would shard the embedding apart
-            distiller.get_input_embeddings = student.get_input_embeddings
+            distiller.get_input_embeddings = parts.student.get_input_embeddings
         super().__init__(
             model=distiller,
             args=config,
-            data_collator=Collator(  # type: ignore[arg-type]
-                student_pad=tokenizer.pad_token_id,
-                teacher_pad=0 if teacher_spec is None else teacher_spec.tokenizer.pad_token_id,
-                packing=packing,
-                teacher_packing=teacher_packing,
-                explain=objective.explain_texts,
-                share_question=sharing,
-            ),
+            data_collator=parts.collator,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=parts.tokenizer,
             **kwargs,
         )
         asked_for_fsdp = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -240,11 +154,12 @@ class DistillTrainer(Trainer):
         self._complete_optimizer(*kwargs.get("optimizers", (None, None)))
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_apart
-        self.add_callback(_StartOfRun(self))
-        self.add_callback(_LogBeforeSave())
-        self.add_callback(_StopIfBad(self))
+        self._stop_if_bad = StopIfBad(self.accelerator)
+        self.add_callback(StartOfRun(self._folder, self._start))
+        self.add_callback(LogBeforeSave())
+        self.add_callback(self._stop_if_bad)
         self.add_callback(RunRecord(self._folder, self.train_dataset))
-        if mixture is not None:
+        if parts.mixture is not None:
             self.add_callback(
                 LayerWeightPictures(self._folder / checkpoints.WEIGHTS_LOG, self.callback_handler.callbacks)
             )
@@ -252,6 +167,11 @@ class DistillTrainer(Trainer):
     @property
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
+
+    def _start(self, state: TrainerState) -> None:
+        """Forget the sums of an attempt that auto_find_batch_size abandoned."""
+        self._means.clear()
+        self._share.start(state)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
@@ -275,10 +195,10 @@ class DistillTrainer(Trainer):
         out = self._forward(model, inputs)
         loss = out["loss"].sum() * self.accelerator.num_processes / num_items_in_batch
         if not torch.isfinite(loss):
-            self._bad_batch = self._save_bad(inputs, out)
+            self._stop_if_bad.message = self._save_bad(inputs, out)
             if self.accelerator.num_processes == 1:
-                raise FloatingPointError(self._bad_batch)
-        self._add(out)
+                raise FloatingPointError(self._stop_if_bad.message)
+        self._means.add(out)
         return (loss, out) if return_outputs else loss
 
     def prediction_step(  # type: ignore[override]
@@ -286,19 +206,19 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         with torch.no_grad():
             out = self._forward(model, self._prepare_inputs(inputs))
-        self._add({name: self.accelerator.gather_for_metrics(value.detach()) for name, value in out.items()})
+        self._means.add({name: self.accelerator.gather_for_metrics(value.detach()) for name, value in out.items()})
         return out["loss"].mean(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        training, self._sums = self._sums, {}
+        training, self._means = self._means, ExampleMeans()
         beta, self.model.beta = self.model.beta, self.args.beta  # a loss that can be compared over the training
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:
             self.model.beta = beta
         prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = {f"{prefix}_{name}": value for name, value in _means(self._sums)[0].items()}
-        self._sums = training
+        metrics = {f"{prefix}_{name}": value for name, value in self._means.take()[0].items()}
+        self._means = training
         if self.args.eval_accuracy:
             loader = cast("DataLoader[Any]", args[0] if args else kwargs["dataloader"])
             metrics[f"{prefix}_accuracy"] = self._accuracy(cast(DistillDataset, loader.dataset))
@@ -329,9 +249,8 @@ class DistillTrainer(Trainer):
         return float(right / asked)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._sums:
-            metrics, weights = _means(self.accelerator.reduce(self._sums, "sum"))
-            self._sums = {}
+        if "loss" in logs and self._means:
+            metrics, weights = self._means.take(lambda sums: self.accelerator.reduce(sums, "sum"))
             logs |= metrics | self._share.logs() | {"loss": logs["loss"]}
             if self.is_world_process_zero():
                 self._idle.look(self.state.global_step, logs, weights.get("student"), self.args.beta)
@@ -371,13 +290,6 @@ class DistillTrainer(Trainer):
         if self.args.control == "other_example" and batch.teacher_map is not None:
             batch = batch.with_other_maps()
         return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
-
-    def _add(self, out: dict[str, Tensor]) -> None:
-        out = out | {"count": torch.ones_like(out["loss"])}
-        if OVERLAP in out:  # NaN for examples without a step to compare
-            out |= {OVERLAP: out[OVERLAP].nan_to_num(), f"{OVERLAP}_count": 1 - out[OVERLAP].isnan().float()}
-        for name, value in out.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().double().sum(0)
 
     def _save_bad(self, batch: Batch, out: dict[str, Tensor]) -> str:
         """Save the batch whose loss is not finite; the error message."""
@@ -458,7 +370,7 @@ class DistillTrainer(Trainer):
         strategy = getattr(args, "train_sampling_strategy", None)  # transformers 4: group_by_length
         if strategy != "group_by_length" and not getattr(args, "group_by_length", False):
             return super()._get_train_sampler(dataset)
-        return _ByLength(
+        return ByLengthSampler(
             args.train_batch_size * args.gradient_accumulation_steps,
             lengths=dataset.lengths.tolist(),
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -527,35 +439,10 @@ class DistillTrainer(Trainer):
                     shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the student, its tokenizer and, into a checkpoint, the router; each file is complete or absent.
-
-        A student with adapters is exported whole, and its adapters in the folder ``adapter``. A checkpoint has these.
-        """
+        options = json.loads(self.args.to_json_string())  # type: ignore[no-untyped-call]
+        options["thinking"] = self._data.mostly_thinks
         folder = Path(output_dir or self._folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        student, mixture, weights = self.model.student, self.model.mixture, None
-        router: dict[str, Tensor] = {}
-        if state_dict is not None:  # gathered from shards, where tied weights appear twice
-            twice = {name for name, _ in student.named_parameters(remove_duplicate=False)}
-            twice -= {name for name, _ in student.named_parameters()}
-            weights = {name: w for name, w in _part(state_dict, "student.").items() if name not in twice}
-        if self._is_in_checkpoint and mixture is not None:
-            router = mixture.state_dict() if state_dict is None else _part(state_dict, "mixture.")
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
-            if not self._is_in_checkpoint and is_peft(student):
-                student.save_pretrained(Path(part, "adapter"), state_dict=weights)
-                student, weights = cast(Any, copy.deepcopy(student)).merge_and_unload(), None
-            student.save_pretrained(part, state_dict=weights)
-            self.processing_class.save_pretrained(part)
-            options = json.loads(self.args.to_json_string())  # type: ignore[no-untyped-call]
-            options["thinking"] = self._data.mostly_thinks
-            write_json(Path(part, checkpoints.CONFIG), options, indent=2)
-            if router:
-                save_file({name: value.contiguous() for name, value in router.items()}, Path(part, checkpoints.ROUTER))
-            for path in [path for path in Path(part).rglob("*") if path.is_file()]:
-                target = folder / path.relative_to(part)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(path, target)
+        export(folder, self.model, self.processing_class, options, self._is_in_checkpoint, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -564,14 +451,7 @@ class DistillTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.student)
         mixture = self.model.mixture
         if mixture is not None and mixture.state_dict():
-            saved = load_file(Path(resume_from_checkpoint, checkpoints.ROUTER))
-            layers = saved.get("_teacher_pairs")
-            if layers is not None and not torch.equal(layers.cpu(), mixture._teacher_pairs.cpu()):
-                raise ValueError(
-                    f"teacher_layers: expected those of {resume_from_checkpoint}, whose weights belong to its layers; "
-                    f"got {self.args.teacher_layers}"
-                )
-            mixture.load_state_dict(saved)
+            load_router(resume_from_checkpoint, mixture, self.args.teacher_layers)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -590,144 +470,3 @@ class DistillTrainer(Trainer):
                 f"resume_from_checkpoint: the checkpoint is of another student: it lacks {lacking[:3]} and also has "
                 f"{extra[:3]}; use the student and the LoRA options of that run, or another output_dir"
             )
-
-
-def _model_or_name(value: Any, argument: str, config: DistillConfig, field: str) -> PreTrainedModel | None:
-    """A model that was given; a name is written into the config's field, from which the model is loaded."""
-    if isinstance(value, (str, os.PathLike)):
-        _name(field, os.fspath(value), config, argument)
-        return None
-    if value is not None and not isinstance(value, nn.Module):
-        hint = "; give it as args" if isinstance(value, TrainingArguments) else ""
-        raise TypeError(f"{argument}: expected a model, its name or None, got {type(value).__name__}{hint}")
-    return cast("PreTrainedModel | None", value)
-
-
-def _name(field: str, name: str, config: DistillConfig, argument: str | None = None) -> None:
-    given = getattr(config, field)
-    if given not in (None, name):
-        raise ValueError(
-            f"{argument or field}, args.{field}: expected one of them or the same, got {name!r} and {given!r}"
-        )
-    setattr(config, field, name)
-
-
-class _ByLength(LengthGroupedSampler):
-    """Examples of similar length together, in an order that an epoch's number and the seed determine."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed))
-        self.seed = seed
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
-
-
-class _StartOfRun(TrainerCallback):
-    """Before the first step: clears the sums of an attempt that auto_find_batch_size abandoned, and finds the best
-    checkpoint of a run that has been moved."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._sums = {}
-        self.trainer._share.start(state)
-        best = self.trainer._folder / f"checkpoint-{state.best_global_step}"
-        if best.is_dir():
-            state.best_model_checkpoint = str(best)
-
-
-class _LogBeforeSave(TrainerCallback):
-    """Logs at every step that saves, so that a resumed run averages its metrics over the same steps."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log |= control.should_save
-
-    on_epoch_end = on_step_end
-
-
-class _StopIfBad(TrainerCallback):
-    """Before the weights change, stops all processes if the loss of one was not finite."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        message, accelerator = self.trainer._bad_batch, self.trainer.accelerator
-        bad = torch.tensor(float(message is not None), device=accelerator.device)
-        if accelerator.num_processes > 1 and accelerator.reduce(bad, "sum") > 0:
-            elsewhere = f"the loss of another process is not finite after step {state.global_step}"
-            raise FloatingPointError(message or elsewhere)
-
-
-def distill(config: DistillConfig) -> dict[str, Any]:
-    """Train as the config says, and export the student to ``config.output_dir``.
-
-    SIGINT and SIGTERM save a checkpoint at the end of the step; `TrainingStopped` is then raised.
-
-    Returns:
-        The trainer's metrics (``train_runtime``, ``train_loss``, ...); ``examples``, ``without_words`` (key words) and
-        ``left_out`` by reason, whose ids are in ``left_out.json``; the number of records
-        ``not_read``. Streamed data are not counted.
-    """
-    require(config, "train_file")
-    for name in [*config.train_file, *config.eval_file]:  # before a model is loaded
-        if not os.path.exists(name):
-            raise FileNotFoundError(f"{name}: no such file")
-    trainer = DistillTrainer(args=config)
-    data = cast("DistillDataset | StreamedDataset", trainer.train_dataset)
-    if trainer.is_world_process_zero() and isinstance(data, DistillDataset):
-        write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
-    log_in_place_of_printing(trainer)
-    try:
-        with StopOnSignal(trainer):
-            metrics = trainer.train().metrics
-    except TrainingStopped:
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bar and trackers
-        trainer.accelerator.end_training()
-        raise
-    trainer.save_model()
-    trainer.save_state()
-    trainer.accelerator.end_training()
-    counts: dict[str, Any] = {}
-    if isinstance(data, DistillDataset):
-        counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}
-        counts["not_read"] = len(getattr(data.examples, "left_out", ()))
-    elif trainer.is_world_process_zero() and not config.dataloader_num_workers:
-        logger.info("train_dataset, read in the last epoch: %s", data.summary())
-    return metrics | counts | {"student": config.output_dir}
-
-
-def _means(sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Metrics as means over examples (``without_words``: their number), and the layer weights of both sides."""
-    overlaps = sums.get(f"{OVERLAP}_count")
-    counts = ("count", f"{OVERLAP}_count")
-    means = {name: value / sums["count"] for name, value in sums.items() if name not in counts}
-    if overlaps is not None:
-        means.pop(OVERLAP)
-        if overlaps > 0:
-            means[OVERLAP] = sums[OVERLAP] / overlaps
-    weights = {name.removesuffix("_weights"): value.tolist() for name, value in means.items() if value.ndim == 1}
-    metrics = {name: value.item() for name, value in means.items() if value.ndim == 0}
-    return metrics | {"without_words": int(sums["without_words"])}, weights
-
-
-def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-
-
-def _check_vocabulary(
-    objective: str, store: Store | None, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
-) -> None:
-    if store is not None or teacher is None:
-        raise ValueError(f"objective: {objective} needs a live teacher; the store holds maps, not logits")
-    if student.get_vocab() != teacher.get_vocab():
-        raise ValueError(
-            f"objective: {objective} needs one vocabulary; the teacher's has {len(teacher)} tokens and the student's "
-            f"{len(student)}, and they differ"
-        )

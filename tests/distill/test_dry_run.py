@@ -15,8 +15,8 @@ from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig, KeysCo
 from molsaki.teacher.extract import extract
 from molsaki.teacher.map_store import Store
 from molsaki.training.config import DistillConfig
+from molsaki.training.distill import distill
 from molsaki.training.probe import Plan
-from molsaki.training.trainer import distill
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 

@@ -15,7 +15,7 @@ import pytest
 from transformers import TrainerCallback
 
 from molsaki.cli import main
-from molsaki.training import trainer as trainer_module
+from molsaki.training import distill as distill_module
 from molsaki.training.checkpoints import checkpoints
 from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
 from molsaki.training.trainer import DistillTrainer
@@ -30,7 +30,7 @@ SIGNALLED = """
 import os, signal, sys, torch
 from transformers import TrainerCallback
 from molsaki import cli
-from molsaki.training import trainer
+from molsaki.training import distill, trainer
 
 class Send(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -42,7 +42,7 @@ class Trainer(trainer.DistillTrainer):
         super().__init__(*args, **kwargs)
         self.add_callback(Send())
 
-trainer.DistillTrainer = Trainer
+distill.DistillTrainer = Trainer
 torch.set_num_threads(1)
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -88,7 +88,7 @@ def run(monkeypatch, capsys):
                 super().__init__(*args, **kwargs)
                 self.add_callback(Send(step, *signals))
 
-        monkeypatch.setattr(trainer_module, "DistillTrainer", Trainer)
+        monkeypatch.setattr(distill_module, "DistillTrainer", Trainer)
         # A shell without job control starts what it puts into the background with SIGINT ignored: pytest may have been.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
         capsys.readouterr()

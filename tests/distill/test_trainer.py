@@ -16,7 +16,8 @@ from molsaki.teacher.map_store import Store
 from molsaki.text.examples import Example
 from molsaki.training.checkpoints import CONFIG, ROUTER
 from molsaki.training.config import DistillConfig
-from molsaki.training.trainer import DistillTrainer, distill
+from molsaki.training.distill import distill
+from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 from tests.helpers.training import LOSSES, OTHER, TOKENIZER, StopAt, config, examples, gradients, logged, trainer
@@ -130,7 +131,7 @@ def test_packing_that_a_student_cannot_do(tmp_path, monkeypatch):
 def test_sharing_that_a_student_cannot_do(tmp_path, monkeypatch):
     assert trainer(tmp_path).data_collator.share_question
     assert not trainer(tmp_path, share_question=False).data_collator.share_question
-    monkeypatch.setattr("molsaki.training.trainer.can_share_prefix", lambda model: False)
+    monkeypatch.setattr("molsaki.training.setup.can_share_prefix", lambda model: False)
     collator = trainer(tmp_path).data_collator
     assert collator.packing and not collator.share_question
     with pytest.raises(ValueError, match="--share_question: LlamaForCausalLM gives other results if the shared prefix"):
