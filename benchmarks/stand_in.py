@@ -330,14 +330,15 @@ def _patch_project(stack: contextlib.ExitStack, fake: FakeTensorMode) -> None:
 
     ``python -m benchmarks`` has nothing to compare.
     """
-    from molsaki_kernels import ops
     from molsaki_kernels.attention import flash_attn
+    from molsaki_kernels.ops import attention, attention_map, split_widened, value_pooling
 
     from . import check
 
     stack.enter_context(mock.patch.object(check, "expected", _nothing))
     stack.enter_context(mock.patch.object(check, "largest_error", lambda *_: (0.0, None)))
-    stack.enter_context(mock.patch.object(ops, "runs_untraced", lambda *_: True))
+    for operation in (attention, attention_map, split_widened, value_pooling):
+        stack.enter_context(mock.patch.object(operation, "runs_untraced", lambda *_: True))
     interface = flash_attn._interface(4)
     if not isinstance(interface, str):
         for name in ("_flash_attn_fwd", "_flash_attn_bwd"):

@@ -1,6 +1,6 @@
 """The public functions: attention with its stepwise map, the map alone, value pooling, and the list of engines.
 
-Each validates its arguments, chooses an engine and runs it (``ops.py``).
+Each validates its arguments, chooses an engine and runs it (``ops/``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The values that a call passes down: its inputs, its options and the plan's tensors, and what engines return.
 
 From the public functions to every engine they are passed in one order: ``inputs, options, plan``, with an incoming
-gradient or a forward's outputs before them. Only ``ops.py`` flattens them, because a PyTorch operator takes tensors and
+gradient or a forward's outputs before them. Only ``ops/`` flattens them, because a PyTorch operator takes tensors and
 numbers.
 """
 

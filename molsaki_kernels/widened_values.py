@@ -12,7 +12,7 @@ and k (``takes_value_dim``) gets it so; for the others q and k are padded with z
 do not fit beside v go through further calls whose v is E alone.
 
 This module decides the widths (:class:`Widths`), builds the columns (:class:`Columns`, once per plan) and has both
-directions of the segmented sum. ``ops.py`` composes them with an engine.
+directions of the segmented sum. ``ops/attention.py`` composes them with an engine.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class AttentionMap:
             head: a query head, with ``heads="each"``.
             title: stands above the picture.
         """
-        from molsaki.plotting.plots import plot_map
+        from molsaki.plotting.map_pictures import plot_map
 
         values, name = self.values, "mean over layers and heads"
         if layer is not None:

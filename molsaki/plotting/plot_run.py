@@ -10,7 +10,8 @@ from pathlib import Path
 from molsaki.batches.tokenized import spans_of
 from molsaki.config import PlotConfig
 from molsaki.io import hash64, read_json_lines
-from molsaki.plotting import plots
+from molsaki.plotting.curves import CURVES, plot_layer_weights, plot_losses
+from molsaki.plotting.map_pictures import plot_attention_by_step, plot_map
 from molsaki.plotting.maps import Maps, MapSource, chosen_examples
 from molsaki.text.alignment import encode
 from molsaki.training.checkpoints import WEIGHTS_LOG, last_state
@@ -57,13 +58,13 @@ def draw_run(run: Path, folder: Path, formats: Sequence[str]) -> list[Path]:
         logged = dict.fromkeys(name for entry in history for name in entry)
         curves = {
             panel: [*names, *(x for x in logged if x.startswith("eval_") and x.endswith(tuple(f"_{n}" for n in names)))]
-            for panel, names in plots.CURVES.items()
+            for panel, names in CURVES.items()
         }
-        drawn.append(plots.plot_losses(history, curves, folder / f"losses.{formats[0]}", formats=formats))
+        drawn.append(plot_losses(history, curves, folder / f"losses.{formats[0]}", formats=formats))
     if (run / WEIGHTS_LOG).is_file():
         records = read_json_lines(run / WEIGHTS_LOG)
         if records:
-            drawn.append(plots.plot_layer_weights(records, folder / f"layer_weights.{formats[0]}", formats=formats))
+            drawn.append(plot_layer_weights(records, folder / f"layer_weights.{formats[0]}", formats=formats))
     return _written(drawn, formats)
 
 
@@ -89,11 +90,11 @@ def _draw_examples(config: PlotConfig, data_file: str, folder: Path) -> list[Pat
         }
         name, formats = _file_name(example.id), config.format
         path = folder / f"map_{name}.{formats[0]}"
-        drawn.append(plots.plot_map(values, steps, words, path, example.id, formats=formats))
+        drawn.append(plot_map(values, steps, words, path, example.id, formats=formats))
         if tokens:
             shown = {side: values[side] for side in tokens}
             path = folder / f"attention_{name}.{formats[0]}"
-            drawn.append(plots.plot_attention_by_step(shown, tokens, steps, path, example.id, formats=formats))
+            drawn.append(plot_attention_by_step(shown, tokens, steps, path, example.id, formats=formats))
     return _written(drawn, config.format)
 
 

@@ -231,7 +231,7 @@ def _draw(study: Study, compared: Sequence[dict[str, Any]], curves: Sequence[dic
         require("plot")
     except ImportError as error:
         return [], f"No pictures: {error}."
-    from molsaki.plotting.plots import plot_accuracy, plot_differences
+    from molsaki.plotting.study_pictures import plot_accuracy, plot_differences
 
     drawn = []
     for data in study.data:

@@ -172,7 +172,7 @@ class LayerWeightPictures(TrainerCallback):
         trackers = [callback for callback in self.callbacks if type(callback).__name__ in TRACKERS]
         if trackers and importlib.util.find_spec("matplotlib") is not None:
             from molsaki.io import read_json_lines
-            from molsaki.plotting.plots import plot_layer_weights
+            from molsaki.plotting.curves import plot_layer_weights
 
             picture = plot_layer_weights(read_json_lines(self.records), Path(str(args.output_dir), PICTURE))
             for tracker in trackers:

@@ -17,7 +17,7 @@ from molsaki.batches.dataset import prepare
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import ExtractConfig, TextOptions
 from molsaki.modeling.attention_map import AttentionMap
-from molsaki.plotting import plots
+from molsaki.plotting import map_pictures, style
 from molsaki.teacher import extract as extract_module
 from molsaki.teacher.map_store import Entry
 from molsaki.text.alignment import encode
@@ -214,12 +214,13 @@ def test_layer_scores_of_large_maps(monkeypatch):
 
 def test_a_picture_of_a_large_map(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(style, "save", lambda figure, *_: figures.append(figure))
     maps = {"teacher": np.zeros((2000, 3501)), "student": np.full((2000, 3501), 0.01)}
     maps["teacher"][1234, 2345] = 0.7
     steps, words = [f"Step {s}." for s in range(2000)], [str(w) for w in range(3501)]
-    plots.plot_map(maps, steps, words, tmp_path / "map.png")
-    plots.plot_attention_by_step(maps, {"teacher": [9] * 2000, "student": [100] * 2000}, steps, tmp_path / "by.png")
+    map_pictures.plot_map(maps, steps, words, tmp_path / "map.png")
+    tokens = {"teacher": [9] * 2000, "student": [100] * 2000}
+    map_pictures.plot_attention_by_step(maps, tokens, steps, tmp_path / "by.png")
     drawn, by_step = figures
     for figure in figures:
         assert all(side * 150 < 4_000 for side in figure.get_size_inches())  # pixels

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from molsaki.config import PlotConfig
-from molsaki.plotting import plots
+from molsaki.plotting import style
+from molsaki.plotting.curves import CURVES
 from molsaki.plotting.plot_run import _file_name, plot
-from molsaki.plotting.plots import CURVES
 
 
 def test_run_draws_what_is_there(tmp_path):
@@ -43,7 +43,7 @@ def test_every_logged_loss_has_a_panel(tmp_path, monkeypatch):
     history = [{"step": step} | dict.fromkeys(logged, 1.0 / step) for step in (1, 2)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     shown = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path, *_: shown.extend(figure.axes) or path)
+    monkeypatch.setattr(style, "save", lambda figure, path, *_: shown.extend(figure.axes) or path)
     plot(PlotConfig(run=str(tmp_path)))
     assert sorted(re.sub(r".*\((.*)\)", r"\1", line.get_label()) for ax in shown for line in ax.get_lines()) == sorted(
         logged

@@ -14,16 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from molsaki.plotting import plots
-from molsaki.plotting.plots import (
-    plot_accuracy,
-    plot_attention_by_step,
-    plot_differences,
-    plot_layer_weights,
-    plot_losses,
-    plot_map,
-    shorten,
-)
+from molsaki.plotting import style
+from molsaki.plotting.curves import plot_layer_weights, plot_losses
+from molsaki.plotting.labels import shorten
+from molsaki.plotting.map_pictures import _luminance, plot_attention_by_step, plot_map
+from molsaki.plotting.study_pictures import plot_accuracy, plot_differences
 
 STEPS = ["Each apple costs $5, a pear $7.", "How much do 3 apples and 2 pears cost together?", "It is $15 + $14."]
 WORDS = ["5", "7", "3", "2", "15", "14"]
@@ -51,7 +46,7 @@ def maps(S, W, names=("teacher", "student")):
 def figures(monkeypatch):
     """The figures that the test draws, in place of files."""
     found = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path, title, *_: found.append((figure, title)))
+    monkeypatch.setattr(style, "save", lambda figure, path, title, *_: found.append((figure, title)))
     return found
 
 
@@ -60,7 +55,7 @@ def shown_texts(figure, title=""):
     if title:
         figure.suptitle(title, parse_math=False)
     canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(plots.DPI)
+    figure.set_dpi(style.DPI)
     canvas.draw()
     renderer = canvas.get_renderer()
     outside = set()  # labels of ticks that are not drawn
@@ -81,7 +76,7 @@ def shown_texts(figure, title=""):
         if angle == 90:
             width, height = height, width
         elif angle == 45:  # the box around a turned one: both sides are (width + height) / sqrt 2
-            height = text.get_fontsize() * plots.DPI / 72 * 1.2
+            height = text.get_fontsize() * style.DPI / 72 * 1.2
             width = box.width * 2**0.5 - height
         found.append((text, ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), width, height, angle, box))
     return found
@@ -440,7 +435,7 @@ def test_differences_are_told_apart_without_colour(tmp_path, figures):
     plot_differences(differences, tmp_path / "differences.png", "title")
     figure, title = figures[0]
     faces = [line.get_markerfacecolor() for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
-    assert faces == [plots.STUDENT, "white"]  # filled where the interval excludes 0
+    assert faces == [style.STUDENT, "white"]  # filled where the interval excludes 0
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["interval contains 0", "interval excludes 0"]
     assert_readable(figure, title)
     many = {f"test {i}": {"x" * 100 + str(m): (0.0, -1.0, 1.0) for m in range(12)} for i in range(5)}
@@ -484,26 +479,26 @@ def lab(colours, blindness="none"):
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
 def test_curves_differ_in_colour_with_every_kind_of_colour_blindness(blindness):
-    seen = lab(plots.COLOURS, blindness)
+    seen = lab(style.COLOURS, blindness)
     distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
     assert min(distances) > 20  # 2.3 is just noticeable; the default colours of matplotlib come down to 5
 
 
 def test_curves_are_dark_enough_and_differ_without_colour(tmp_path, figures):
-    lightness = np.sort(lab(plots.COLOURS)[:, 0])
+    lightness = np.sort(lab(style.COLOURS)[:, 0])
     assert min(np.diff(lightness)) > 4 and lightness[-1] < 62  # 62: a contrast of 3 to white
     names = [f"loss_{i}" for i in range(12)]
     plot_losses([dict.fromkeys(names, 1.0) | {"step": s} for s in (1, 2)], {"many": names}, tmp_path / "losses.png")
     curves = figures[0][0].axes[0].get_lines()
     styles = {(str(line._unscaled_dash_pattern), line.get_marker()) for line in curves}
     assert len(styles) == len(curves) == 12
-    key, other = lab([plots.TEACHER, plots.OTHER])[:, 0]
+    key, other = lab([style.TEACHER, style.OTHER])[:, 0]
     assert other - key > 40
 
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
 def test_colours_of_maps_darken_steadily(blindness):
-    shades = plots._blues()(np.linspace(0, 1, 33))[:, :3]
+    shades = style.blues()(np.linspace(0, 1, 33))[:, :3]
     assert max(np.diff(lab(shades, blindness)[:, 0])) < 0
 
 
@@ -512,7 +507,5 @@ def test_values_contrast_with_their_cells(tmp_path, figures):
     ax = figures[0][0].axes[0]
     assert len(ax.texts) == 20
     for text, value in zip(ax.texts, np.linspace(0.1, 2, 20), strict=True):
-        cell, letter = (
-            plots._luminance(matplotlib.colors.to_rgba(c)) for c in (plots._blues()(value / 2), text.get_color())
-        )
+        cell, letter = (_luminance(matplotlib.colors.to_rgba(c)) for c in (style.blues()(value / 2), text.get_color()))
         assert (max(cell, letter) + 0.05) / (min(cell, letter) + 0.05) > 4.5

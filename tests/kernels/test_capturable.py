@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 triton = pytest.importorskip("triton")
 
 from benchmarks.null_driver import null_driver  # noqa: E402
-from molsaki_kernels import ops  # noqa: E402
+from molsaki_kernels.ops import attention as attention_ops  # noqa: E402
+from molsaki_kernels.ops import value_pooling as pooling_ops  # noqa: E402
 from molsaki_kernels.spec import (  # noqa: E402
     AttentionInputs,
     AttentionOptions,
@@ -77,14 +78,14 @@ def run_layer(engine: str, dtype: torch.dtype, packed: bool, sinks: bool, option
     inputs = AttentionInputs(q, k, v, empty(HQ, dtype=dtype) if sinks else None, cu_seqlens)
     indices = torch.int64
     plan = PlanTensors(empty(B, S, 2, dtype=indices), empty(B, C, dtype=indices), empty(B, C, dtype=indices), W)
-    outputs = ops._attention(inputs, options, plan, engine, "triton")
+    outputs = attention_ops._attention(inputs, options, plan, engine, "triton")
     assert outputs.maps is not None
     for gradients in (
         OutputGradients(dout, None, torch.empty_like(outputs.maps)),
         OutputGradients(None, None, torch.empty_like(outputs.maps)),
         OutputGradients(dout, torch.empty_like(outputs.lse), None),
     ):
-        found = ops._attention_gradients(gradients, inputs, outputs, options, plan, engine, "triton")
+        found = attention_ops._attention_gradients(gradients, inputs, outputs, options, plan, engine, "triton")
         assert found.dq.shape == q.shape and (found.dsinks is not None) == sinks
 
 
@@ -128,8 +129,8 @@ def test_pooling(packed):
         v = empty(1 if packed else B, HKV, B * M if packed else M, D, dtype=torch.bfloat16)
         cu_seqlens = empty(B + 1, dtype=torch.int32) if packed else None
         lengths = empty(B, dtype=torch.int64)
-        pooled = ops._pool(v, lengths, cu_seqlens, options, "triton")
-        dv = ops._pool_gradient(pooled, v, lengths, cu_seqlens, options, "triton")
+        pooled = pooling_ops._pool(v, lengths, cu_seqlens, options, "triton")
+        dv = pooling_ops._pool_gradient(pooled, v, lengths, cu_seqlens, options, "triton")
     assert dv.shape == v.shape and record.launches == 3
 
 

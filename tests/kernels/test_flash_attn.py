@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import molsaki_kernels as mk
-from molsaki_kernels import engine_selection, ops
+from molsaki_kernels import engine_selection
 from molsaki_kernels.attention import flash_attn, flex
+from molsaki_kernels.ops import attention as attention_ops
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 from tests.helpers import flash_attn_stand_ins as stand_ins
 from tests.helpers.tiny import one_thread  # noqa: F401
@@ -80,14 +81,14 @@ def test_head_dim_256_on_blackwell_folds_dlse(machine):
 def test_nothing_is_copied(machine, monkeypatch, name, packed, layout):
     """Inputs are passed without a copy, and results have the strides that the operators declare."""
     machine(*MACHINES[name])
-    match_strides = ops.match_strides
+    match_strides = attention_ops.match_strides
 
     def without_a_copy(x, strides):
         result = match_strides(x, strides)
         assert result.data_ptr() == x.data_ptr() and result.stride() == strides
         return result
 
-    monkeypatch.setattr(ops, "match_strides", without_a_copy)
+    monkeypatch.setattr(attention_ops, "match_strides", without_a_copy)
     tensors, plan, cu = inputs("ragged", torch.bfloat16, packed=packed, layout=layout)
     run(mk.stepwise_attention, tensors, plan, cu, {}, torch.bfloat16, engine="flash_attn")
     (_, forward), (_, backward) = stand_ins.CALLS

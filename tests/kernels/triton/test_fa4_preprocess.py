@@ -11,9 +11,9 @@ import math
 import pytest
 import torch
 
-from molsaki_kernels import ops
 from molsaki_kernels._triton import fa4_preprocess as fa4
 from molsaki_kernels.attention import flash_attn
+from molsaki_kernels.ops import attention as attention_ops
 from molsaki_kernels.spec import AttentionOutputs, OutputGradients
 from tests.helpers.kernel_cases import Case, check, make, oracle
 
@@ -196,7 +196,7 @@ def test_through_the_operators(package, monkeypatch):
     served = []
     monkeypatch.setattr(flash_attn, "why_not_fused", lambda *arguments: served.append(1))
     for source, dout in (("both", x.dout), ("map", None)):
-        grads = ops._attention_gradients(OutputGradients(dout, None, x.dmaps), *call)
+        grads = attention_ops._attention_gradients(OutputGradients(dout, None, x.dmaps), *call)
         found = {name: getattr(grads, name) for name in ("dq", "dk", "dv")}
         exact, eager = (oracle(case, x, dtype, source) for dtype in (torch.float64, BF16))
         check(f"fa4 {source}", found, *({name: e[name] for name in found} for e in (exact, eager)))
