@@ -38,7 +38,7 @@ from molsaki_kernels._triton import configs
 
 from .contenders import SLOW_TO_BUILD, contenders, step, with_lse
 from .layer import describe, read_records, write_csv
-from .measure import _cuda_clock
+from .measure import cuda_clock
 from .shapes import Shape
 
 LONG = Shape(1, 4096, 256, 32, 32, 32, 128, "bfloat16")
@@ -202,7 +202,7 @@ def median(call: Callable[[], object], calls: int = 30) -> float:
     """Return the median seconds of a call on the GPU, after three warm-up calls."""
     for _ in range(3):
         call()
-    return statistics.median(_cuda_clock(call) for _ in range(calls))
+    return statistics.median(cuda_clock(call) for _ in range(calls))
 
 
 def submitted(call: Callable[[], object], calls: int = 20, rounds: int = 7) -> float:

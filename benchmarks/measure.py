@@ -33,7 +33,7 @@ def interleaved(
         seconds: approximate total; from MIN_ROUNDS to MAX_ROUNDS rounds.
         calls: number of calls that one function makes, one per set of inputs; each time is divided by it.
     """
-    clock = _cuda_clock if device.type == "cuda" else _clock
+    clock = cuda_clock if device.type == "cuda" else _clock
     for function in functions.values():
         if clock(function) < seconds / 4:  # a longer call needs no second warm-up
             function()
@@ -70,7 +70,7 @@ def paired(
     Args:
         calls: number of calls that one function makes, one per set of inputs; each time is divided by it.
     """
-    clock = _cuda_clock if device.type == "cuda" else _clock
+    clock = cuda_clock if device.type == "cuda" else _clock
     for function in functions.values():
         if clock(function) < seconds / 8:  # a longer call needs no second warm-up
             function()
@@ -180,7 +180,7 @@ def _clock(function: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_clock(function: Callable[[], None]) -> float:
+def cuda_clock(function: Callable[[], None]) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()

@@ -247,9 +247,9 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
         raise _of_the_user(error) from error
     logs.take_over_libraries()
     if dry_run:
-        from molsaki.dry_run import DRY_RUNS, render
+        from molsaki.dry_run.text import render
 
-        found = DRY_RUNS[command](options)
+        found = getattr(importlib.import_module(f"molsaki.dry_run.{command}"), f"dry_run_{command}")(options)
         if os.environ.get("RANK", "0") == "0":
             print(logs.as_json(found) if logs.is_json() else render(found))
         return 0
@@ -276,9 +276,10 @@ def _study(args: argparse.Namespace) -> int:
     require("train")
     os.environ.setdefault("TQDM_DISABLE", "1")  # a line per run in place of bars; tqdm reads it when it is imported
     if args.dry_run:
-        from molsaki.dry_run import render, study_runs
+        from molsaki.dry_run.study import dry_run_study
+        from molsaki.dry_run.text import render
 
-        found = study_runs(args.config, args.arms, args.seeds)
+        found = dry_run_study(args.config, args.arms, args.seeds)
         print(logs.as_json(found) if logs.is_json() else render(found))
         return 0
     from molsaki.study.report import write_report

@@ -19,12 +19,14 @@ def bytes_of(model: Any) -> int:
     return sum(found.values())
 
 
-def peak_of_process() -> int:
-    """The most memory that this process has had resident, in bytes."""
+def peak_of_process() -> int | None:
+    """The most memory that this process has had resident, in bytes; None where the system does not tell."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as file:
         return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -76,7 +76,7 @@ def annotate(
     examples = read_examples(data_file, rationale=keep, data_format=config.data_format)[: config.limit]
     form = PromptFormat.of(config.template)
     shown = demonstrations_by_task(config, examples, form)
-    asked = _teacher(config, form, teacher, tokenizer)
+    asked = teacher_of(config, form, teacher, tokenizer)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     run = _Run(config, form, shown, asked, ReplyJournal(work_file, describe(config, examples, shown, asked)))
@@ -94,7 +94,7 @@ def annotate(
     return summary
 
 
-def _teacher(
+def teacher_of(
     config: AnnotateConfig, form: PromptFormat, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Teacher:
     if config.endpoint is None:

@@ -267,7 +267,7 @@ def entries_of(
         found = {number: entry for number, entry, _ in pending}
         if texts is not None:
             run = [number for number, _, text in pending if text is not None]
-            for number, maps, weights in zip(run, *_run(teacher, mixture, texts, config.map_heads), strict=True):
+            for number, maps, weights in zip(run, *mixed_maps(teacher, mixture, texts, config.map_heads), strict=True):
                 found[number] = found[number]._replace(maps=maps, weights=weights)
         yield found, sum(item.tokens for item in pending)
 
@@ -330,7 +330,7 @@ def _grouped(texts: Iterable[_Pending], batch_tokens: int, packing: bool) -> Ite
         yield batch
 
 
-def _run(
+def mixed_maps(
     teacher: PreTrainedModel, mixture: MixtureOfLayers | None, texts: TextBatch, map_heads: str
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each text's maps, ``(K, S, W)`` or ``(Lt, S, W)`` without a mixture, and weights ``(K, Lt)`` or None."""

@@ -171,7 +171,7 @@ def key_words_of(
             results.append({"words": len(spans.words), "tokens": len(text.tokens.input_ids)})
         except LeftOut as reason:
             results.append({"left_out": str(reason), "words": 0, "tokens": 0})
-    for batch in _batches(texts, config.batch_tokens):
+    for batch in batches_of(texts, config.batch_tokens):
         scored = WORD_SCORES[config.by](teacher, [text for *_, text in batch], _pad_id(tokenizer), config.layers)
         for (number, spans, _), scores in zip(batch, scored, strict=True):
             try:
@@ -274,7 +274,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def _batches(
+def batches_of(
     texts: Sequence[tuple[int, Spans, ScoredText]], batch_tokens: int
 ) -> Iterator[list[tuple[int, Spans, ScoredText]]]:
     """The texts, the longest first, in batches of at most ``batch_tokens`` with padding, or of one longer text."""

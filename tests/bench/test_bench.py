@@ -329,7 +329,7 @@ def test_measured_on_a_gpu_that_computes_on_the_cpu(here, monkeypatch):
     """The path of a CUDA device, with PyTorch's CUDA functions replaced: warm-up, memory, launches, clocks."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(measure, "_cuda_clock", measure._clock)
+    monkeypatch.setattr(measure, "cuda_clock", measure._clock)
     monkeypatch.setattr(check, "cuda_peak", lambda call, device: [call(), 7.25][1])
     monkeypatch.setattr(bench, "make_sets", lambda shape, device: layer.make_sets(shape, DEVICE) * 2)
     monkeypatch.setattr(bench, "launches", lambda call, device: [call(), 5][1])

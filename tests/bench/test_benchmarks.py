@@ -627,7 +627,7 @@ def test_calls_on_cuda_follow_each_other(monkeypatch):
         function()
         return sum(made[before:])
 
-    monkeypatch.setattr(measure, "_cuda_clock", clock)
+    monkeypatch.setattr(measure, "cuda_clock", clock)
     functions = {"short": lambda: made.append(1e-3), "long": lambda: made.append(0.1)}
     times = measure.interleaved(functions, torch.device("cuda"), 0.5)
     assert all(t == pytest.approx(1e-3) for t in times["short"]) and all(t == pytest.approx(0.1) for t in times["long"])

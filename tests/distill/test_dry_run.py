@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from molsaki import dry_run
 from molsaki.annotation.endpoint import Endpoint
 from molsaki.cli import main
 from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig, KeysConfig
+from molsaki.dry_run.annotate import dry_run_annotate
+from molsaki.dry_run.distill import dry_run_distill
+from molsaki.dry_run.evaluate import dry_run_evaluate
+from molsaki.dry_run.extract import dry_run_extract
+from molsaki.dry_run.keys import dry_run_keys
+from molsaki.dry_run.text import render
 from molsaki.teacher.extract import extract
 from molsaki.teacher.map_store import Store
 from molsaki.training.config import DistillConfig
@@ -41,7 +46,7 @@ def files(folder: Path) -> set[Path]:
 def test_extract(work, tmp_path):
     config = ExtractConfig(teacher=str(work / "teacher"), data_files=[str(work / "train.jsonl")], shard_size=8,
                            store=str(tmp_path / "store"), batch_tokens=200)  # fmt: skip
-    found = dry_run.extract(config)
+    found = dry_run_extract(config)
     assert files(tmp_path) == set()
     done = extract(config)
     assert found["examples"]["used"] == 20 and found["examples"]["left_out"] == done["left_out"]
@@ -52,11 +57,11 @@ def test_extract(work, tmp_path):
     assert found["store"]["bytes_per_example"] == pytest.approx(done["bytes_per_example"], rel=0.15)
     assert found["memory"]["peak"] > found["memory"]["teacher"] > 100_000
     assert 0 < found["time"]["of_which_loading"] < found["time"]["seconds"] < 60
-    again = dry_run.extract(config)
+    again = dry_run_extract(config)
     assert again["work"]["shards_finished"] == 3 and again["work"]["tokens"] == 0
     config.splitter = "periods"
     with pytest.raises(ValueError, match="splitter"):
-        dry_run.extract(config)
+        dry_run_extract(config)
 
 
 @pytest.mark.parametrize("options", [
@@ -70,7 +75,7 @@ def test_distill(work, tmp_path, options):
         train_file=[str(work / "train.jsonl")], per_device_train_batch_size=3, disable_tqdm=True, save_strategy="no",
         eval_file=[str(work / "test.jsonl")] if "eval_strategy" in options else [], **options,
     )  # fmt: skip
-    found = dry_run.distill(config)
+    found = dry_run_distill(config)
     assert files(tmp_path) == set()
     done = distill(config)
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
@@ -92,8 +97,8 @@ def test_distill_counts_what_is_left_and_refuses_what_the_command_refuses(work, 
     distill(DistillConfig(**options))
     before = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
     with pytest.raises(ValueError, match="holds the checkpoints of another run"):
-        dry_run.distill(DistillConfig(**options))
-    found = dry_run.distill(DistillConfig(**options | {"resume": True, "max_steps": 5}))
+        dry_run_distill(DistillConfig(**options))
+    found = dry_run_distill(DistillConfig(**options | {"resume": True, "max_steps": 5}))
     assert found["work"]["optimizer_steps"] == 5 and found["work"]["steps_done"] == 3
     assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == before
 
@@ -101,7 +106,7 @@ def test_distill_counts_what_is_left_and_refuses_what_the_command_refuses(work, 
 def test_distill_of_a_stream(work, tmp_path):
     config = DistillConfig(output_dir=str(tmp_path / "run"), student=str(work / "student"), max_steps=7, use_cpu=True,
                            train_file=[str(work / "train.jsonl")], streaming=True, disable_tqdm=True)  # fmt: skip
-    found = dry_run.distill(config)
+    found = dry_run_distill(config)
     assert found["work"]["optimizer_steps"] == 7 and "of the first 20 of a stream" in found["examples"]["note"]
     assert files(tmp_path) == set()
 
@@ -119,27 +124,27 @@ def test_the_number_of_steps(tmp_path, examples, options, steps):
 
 
 def test_keys_and_evaluate(work, tmp_path):
-    found = dry_run.keys(KeysConfig(teacher=str(work / "teacher"), data_file=str(work / "train.jsonl"), top=3,
+    found = dry_run_keys(KeysConfig(teacher=str(work / "teacher"), data_file=str(work / "train.jsonl"), top=3,
                                     output_file=str(tmp_path / "k.jsonl")))  # fmt: skip
     assert found["examples"]["used"] == 20 and sum(found["examples"]["left_out"].values()) == 2
     assert found["per_example"]["candidates"]["max"] > 20 and found["work"]["tokens"] > 500
-    found = dry_run.evaluate(EvaluateConfig(model=str(work / "student"), data_file=str(work / "test.jsonl"),
+    found = dry_run_evaluate(EvaluateConfig(model=str(work / "student"), data_file=str(work / "test.jsonl"),
                                             output_dir=str(tmp_path / "e"), batch_size=4, mode="rationale",
                                             max_new_tokens=5))  # fmt: skip
     assert found["work"] == {"questions": 6, "batches": 2, "longest_reply": 5}
     with pytest.raises(ValueError, match="dry_run: expected no --predictions"):
-        dry_run.evaluate(EvaluateConfig(predictions=["a"]))
+        dry_run_evaluate(EvaluateConfig(predictions=["a"]))
     assert files(tmp_path) == set()
 
 
 def test_annotate(work, tmp_path, monkeypatch):
     options = dict(data_file=str(work / "test.jsonl"), output_file=str(tmp_path / "a.jsonl"), shots=1,
                    max_new_tokens=8, keywords="teacher")  # fmt: skip
-    found = dry_run.annotate(AnnotateConfig(teacher=str(work / "teacher"), **options))
+    found = dry_run_annotate(AnnotateConfig(teacher=str(work / "teacher"), **options))
     assert found["work"]["replies"] == {"phase_1": 6, "phase_2_at_most": 6, "key_words_at_most": 6, "at_most": 18}
     assert found["per_example"]["tokens"]["longest"] > 100 and found["time"]["seconds_at_most"] > 0
     monkeypatch.setattr(Endpoint, "ask", lambda *args: pytest.fail("asked"))
-    found = dry_run.annotate(AnnotateConfig(teacher="gpt", endpoint="http://localhost:1/v1", price_in=1.0,
+    found = dry_run_annotate(AnnotateConfig(teacher="gpt", endpoint="http://localhost:1/v1", price_in=1.0,
                                             price_out=2.0, samples=2, temperature=0.5, **options))  # fmt: skip
     assert found["work"]["requests"]["phase_1"] == 12
     first, both = (found["cost"][f"{name}_at_most"] for name in ("phase_1", "both_phases"))
@@ -177,6 +182,6 @@ def test_units():
         "memory": {"a": 1023, "b": 3 * 2**30, "c": 150 * 2**20},
         "time": {"x": 61.0, "y": 700.0, "z": 7200.0, "u": None},
     }
-    text = dry_run.render(found)
+    text = render(found)
     for part in ("a  1023 bytes", "b  3 GiB", "c  150 MiB", "x  61 s", "y  12 min", "z  2.0 h", "u  unknown"):
         assert part in text

@@ -15,7 +15,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from molsaki_kernels import stepwise_attention
-from molsaki_kernels.attention import ENGINES, sdpa
+from molsaki_kernels.attention import ENGINES as TABLE
+from molsaki_kernels.attention import sdpa
 from molsaki_kernels.spec import AttentionRequest
 from tests.helpers.hardware_cases import FEATURES, long_inputs, walk
 from tests.helpers.kernel_cases import Case, Inputs, check, make, oracle
@@ -53,7 +54,7 @@ def need(engine: str, case: Case, x: Inputs, backward: bool = True) -> None:
         x.q.device, x.q.dtype, x.q.shape[0], x.q.shape[1], x.k.shape[1], x.q.shape[2], x.q.shape[3], case.options(),
         x.sinks is not None, x.cu_seqlens is not None, backward, x.v.shape[3] if case.value_dim else None,
     )  # fmt: skip
-    reason = ENGINES[engine].available() or ENGINES[engine].why_not(call)
+    reason = TABLE[engine].available() or TABLE[engine].why_not(call)
     if reason is not None:
         pytest.skip(f"{engine}: {reason}")
 

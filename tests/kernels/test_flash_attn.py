@@ -236,7 +236,7 @@ def test_auto_takes_flash_attn_4_first_on_hopper(machine, monkeypatch, capabilit
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert engine_selection.order(CALL) == expected
     assert engine_selection.order(dataclasses.replace(CALL, device=torch.device("cpu")))[0] == "native"
-    reasons = [ops.ENGINES[name].why_not(dataclasses.replace(CALL, dtype=torch.float32)) for name in expected]
+    reasons = [attention_ops.ENGINES[name].why_not(dataclasses.replace(CALL, dtype=torch.float32)) for name in expected]
     assert "not torch.float32" in reasons[0] and reasons[-1] is None  # another engine serves such a call
 
 
