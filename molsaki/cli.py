@@ -8,41 +8,35 @@ standard output, everything else to standard error. A user's mistake is one line
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import importlib.util
 import itertools
 import json
-import linecache
-import logging
 import os
 import re
-import shlex
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from molsaki import logs
-from molsaki.terminal import styled, styled_help
+from molsaki.exits import (
+    INTERRUPTED,
+    NEGATIVE,
+    USER_ERROR,
+    crashed,
+    interrupted,
+    is_user_error,
+    of_the_user,
+    refuse,
+    sigterm_raises,
+)
+from molsaki.terminal import styled_help
 
 if TYPE_CHECKING:
     from molsaki.command_help import Parser
 
-NEGATIVE, USER_ERROR, CRASH, INTERRUPTED = 1, 2, 70, 128  # the last one plus the number of the signal
-
 FLAG = re.compile(r"--[A-Za-z][\w-]*(?=\Z|=)")
-
-logger = logging.getLogger("molsaki.cli")
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
-
-    signal = signal.SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,27 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif command not in COMMANDS:
             close = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else "`molsaki --help` lists them"
-            return _refuse("", f"{command}: no such command; {hint}")
+            return refuse("", f"{command}: no such command; {hint}")
         else:
-            with _sigterm():
+            with sigterm_raises():
                 code = _run(command, argv[1:])
         sys.stdout.flush()  # so that what cannot be written is an error of this command, not of Python's end
         return code
     except KeyboardInterrupt as error:
-        return _interrupted(command, given, error)
+        return interrupted(command, given, error)
     except BrokenPipeError:  # the reader, such as head, has enough
         _close_output()
         return INTERRUPTED + 13  # SIGPIPE
     except SystemExit as end:  # argparse has shown a help
         return end.code if isinstance(end.code, int) else 0
     except Exception as error:
-        if _is_user_error(error):
+        if is_user_error(error):
             if os.environ.get("MOLSAKI_TRACEBACK"):
                 raise
             if isinstance(error, OSError) and error.filename is None:
                 _discard_output()  # if it is standard output that cannot be written, Python's end would fail again
-            return _refuse(command, " ".join(str(error).split()))
-        return _crashed(command, error)
+            return refuse(command, " ".join(str(error).split()))
+        return crashed(command, error)
     finally:  # --log_format is of this call
         for name, value in before.items():
             if value is None:
@@ -117,12 +111,6 @@ CONFIGURED = {
     "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
     "plot": ("molsaki.config", "PlotConfig", "molsaki.plotting.plot_run"),
     "report": ("molsaki.config", "ReportConfig", "molsaki.reporting.report"),
-}
-CONTINUE = {
-    "annotate": "All replies so far are kept",
-    "keys": "All results so far are kept",
-    "extract": "All finished shards are kept",
-    "study": "All finished runs are kept",
 }
 OVERVIEW = """\
 usage: molsaki COMMAND [options]
@@ -244,7 +232,7 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
     try:
         options, dry_run = parse_command(config_class, _underscores(argv), f"molsaki {command}", has_dry_run)
     except (ValueError, TypeError) as error:
-        raise _of_the_user(error) from error
+        raise of_the_user(error) from error
     logs.take_over_libraries()
     if dry_run:
         from molsaki.dry_run.text import render
@@ -392,124 +380,6 @@ def _take_log_format(argv: list[str]) -> list[str]:
 def _underscores(argv: Iterable[str]) -> list[str]:
     """The words with underscores for the dashes within the names of flags; other texts that begin with -- stay."""
     return [FLAG.sub(lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv]
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, so that it ends a command as Ctrl-C does."""
-
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
-
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class _OfTheUser(ValueError):
-    """A mistake in the options, which a library may have found."""
-
-
-def _of_the_user(error: Exception) -> Exception:
-    return _OfTheUser(str(error)) if _is_deliberate(error) else error
-
-
-def _is_user_error(error: Exception) -> bool:
-    """Whether an exception is the answer to what the user asked for, and not a fault of the program.
-
-    Files and packages that are missing are; so is a value that a ``raise`` statement of ours or of a library refused.
-    An error that Python itself raised in the middle of an expression is not.
-    """
-    if isinstance(error, (_OfTheUser, OSError, ImportError, MemoryError)) or _is_out_of_memory(error):
-        return True
-    return isinstance(error, (ValueError, TypeError, ArithmeticError)) and _is_deliberate(error)
-
-
-def _is_deliberate(error: BaseException) -> bool:
-    """Whether the statement that raised an exception is a ``raise``; also if its source is not there to look."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return True
-    line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
-    return line.startswith("raise") or not line
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if not isinstance(error, RuntimeError):
-        return False
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def _refuse(command: str, message: str) -> int:
-    """One line about a user's mistake."""
-    if _out_of_memory_in(message):
-        message = f"out of memory: {message[:200]}"
-    if logs.is_json():
-        logger.error("%s", message, extra={"values": {"command": command, "exit_code": USER_ERROR}})
-    else:
-        where = f"molsaki {command}".strip()
-        print(f"{where}: {styled('error:', 'red', sys.stderr)} {message}", file=sys.stderr)
-    return USER_ERROR
-
-
-def _out_of_memory_in(message: str) -> bool:
-    return "CUDA out of memory" in message or "can't allocate memory" in message
-
-
-def _crashed(command: str, error: Exception) -> int:
-    """The traceback of a fault of the program, and how to report it."""
-    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    report = (
-        "This is a fault of molsaki or of a library that it uses. Please report it with the lines above, the command, "
-        "and the output of `molsaki doctor --json`."
-    )
-    if logs.is_json():
-        logger.error("%s. %s", what, report, exc_info=error,
-                     extra={"values": {"command": command, "exit_code": CRASH}})  # fmt: skip
-        return CRASH
-    print("".join(traceback.format_exception(error)), end="", file=sys.stderr)
-    print(f"\nmolsaki {command}: {styled('internal error:', 'red', sys.stderr)} {what}\n{report}", file=sys.stderr)
-    return CRASH
-
-
-def _interrupted(command: str, argv: Sequence[str], error: KeyboardInterrupt) -> int:
-    """Say what was kept and how to continue."""
-    number = int(getattr(error, "signal", signal.SIGINT))
-    saved = getattr(error, "checkpoint", None)
-    again = _again(argv, resume=command == "distill")
-    if saved is not None and not getattr(error, "can_resume", True):
-        message = f"saved {saved}, which save_only_model keeps from being continued."
-    elif saved is not None:
-        message = f"saved {saved}. To continue: {again}"
-    elif command == "distill":
-        message = f"To continue from the last checkpoint, if there is one: {again}"
-    else:
-        message = f"{CONTINUE[command]}. To continue: {again}" if command in CONTINUE else "Run it again."
-    what = "interrupted" if number == signal.SIGINT else "terminated"
-    if os.environ.get("RANK", "0") != "0":
-        return INTERRUPTED + number
-    if logs.is_json():
-        values = {"command": command, "exit_code": INTERRUPTED + number, "continue": again}
-        logger.warning("%s. %s", what, message, extra={"values": values})
-    else:
-        print(f"\nmolsaki {command}: {what}. {message}", file=sys.stderr)
-    return INTERRUPTED + number
-
-
-def _again(argv: Sequence[str], resume: bool) -> str:
-    """The command line once more, with --resume if it needs that."""
-    words = list(argv)
-    if resume and not any(word.partition("=")[0] == "--resume" for word in words):
-        words.append("--resume")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    start = ["molsaki"] if processes == 1 else f"torchrun --nproc_per_node {processes} -m molsaki.cli".split()
-    return shlex.join([*start, *map(str, words)])
 
 
 def _print(result: Mapping[str, Any] | Iterable[Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import molsaki
-from molsaki import cli
+from molsaki import cli, exits
 from molsaki.annotation import annotate as annotate_module
 from molsaki.cli import main
 from molsaki.evaluation import evaluate as evaluate_module
@@ -328,7 +328,7 @@ def test_what_is_raised_by_a_raise_statement(tmp_path, statement, expected):
     path.write_text(statement + "\n")
     with pytest.raises((ValueError, TypeError)) as caught:
         exec(compile(path.read_text(), str(path), "exec"), {})
-    assert cli._is_deliberate(caught.value) is expected
+    assert exits._is_deliberate(caught.value) is expected
 
 
 @pytest.mark.parametrize("text", ["--- well-known step-by-step", "--think-step-by-step, please"])
