@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,25 @@ def test_positional_parameters():
             ):
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
                 assert len(names) <= MAX_POSITIONAL, f"{name}.{node.name}: {len(names)} positional parameters"
+
+
+@pytest.mark.parametrize("package", ["molsaki_kernels", "molsaki"])
+def test_the_design_page_names_every_file_once(package):
+    """A folder's ``__init__.py`` may be left out."""
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## `{package}`\n")[1].split("\n### Files\n")[1].split("\n### ")[0]
+    named, folder = [], Path()
+    for row in section.splitlines():
+        first = row.split("|")[1] if row.startswith("|") else ""
+        for name in re.findall(r"`([\w./]+\.(?:py|c|h|html|css|js))`", first):
+            folder = Path(name).parent if "/" in name or name == first.split("`")[1] else folder
+            path = folder / Path(name).name
+            named.append(path.as_posix())
+    files = {
+        path.relative_to(ROOT / package).as_posix()
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".c", ".h", ".html", ".css", ".js")
+    }
+    assert sorted(named) == sorted(set(named))
+    assert set(named) <= files
+    assert {name for name in files - set(named) if not name.endswith("/__init__.py")} == set()
