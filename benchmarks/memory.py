@@ -20,9 +20,9 @@ import dataclasses
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from molsaki.method.mixture import SCORED_AT_ONCE
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.lm_head import LOGITS_AT_ONCE
-from molsaki.training.mixture import SCORED_AT_ONCE
 
 GB = 1e9
 ROWS = 64  # queries of a tile of the map's kernels

@@ -46,16 +46,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from molsaki.batches.batch import IGNORE, TextBatch
+from molsaki.batches.batch import TextBatch
 from molsaki.batches.collator import Collator
 from molsaki.batches.tokenized import TokenizedExample, TokenizedText
+from molsaki.method import losses
+from molsaki.method.losses import IGNORE
+from molsaki.method.objectives import objective_of
 from molsaki.modeling.attention_hook import NAME
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.spans import Spans
-from molsaki.training import losses
 from molsaki.training.config import DistillConfig
 from molsaki.training.distiller import Distiller
-from molsaki.training.objectives import objective_of
 from molsaki_kernels import pool_values
 
 from .check import indicators

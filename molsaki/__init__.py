@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from molsaki.modeling.registration import register_on_import
 
 if TYPE_CHECKING:
+    from molsaki.method import losses as losses
+    from molsaki.method.mixture import MixtureOfLayers as MixtureOfLayers
     from molsaki.modeling.attention_map import AttentionMap as AttentionMap
     from molsaki.modeling.attention_map import attention_map as attention_map
     from molsaki.modeling.attention_map import attention_while_generating as attention_while_generating
     from molsaki.modeling.capture import capture as capture
-    from molsaki.teacher.map_store import Store as Store
-    from molsaki.teacher.map_store_writer import StoreWriter as StoreWriter
+    from molsaki.store.map_store import Store as Store
+    from molsaki.store.map_store_writer import StoreWriter as StoreWriter
     from molsaki.text.alignment import encode as encode
     from molsaki.text.alignment import plan as plan
     from molsaki.text.examples import Example as Example
@@ -27,10 +29,8 @@ if TYPE_CHECKING:
     from molsaki.text.spans import Spans as Spans
     from molsaki.text.token_ids import plan_from_ids as plan_from_ids
     from molsaki.text.token_ids import right_padded as right_padded
-    from molsaki.training import losses as losses
     from molsaki.training.attention_loss import StepwiseAttentionLoss as StepwiseAttentionLoss
     from molsaki.training.config import DistillConfig as DistillConfig
-    from molsaki.training.mixture import MixtureOfLayers as MixtureOfLayers
     from molsaki.training.trainer import DistillTrainer as DistillTrainer
 
     __version__: str
@@ -40,17 +40,17 @@ _MODULES = {
     "DistillConfig": "molsaki.training.config",
     "DistillTrainer": "molsaki.training.trainer",
     "Example": "molsaki.text.examples",
-    "MixtureOfLayers": "molsaki.training.mixture",
+    "MixtureOfLayers": "molsaki.method.mixture",
     "Spans": "molsaki.text.spans",
     "StepwiseAttentionLoss": "molsaki.training.attention_loss",
-    "Store": "molsaki.teacher.map_store",
-    "StoreWriter": "molsaki.teacher.map_store_writer",
+    "Store": "molsaki.store.map_store",
+    "StoreWriter": "molsaki.store.map_store_writer",
     "attention_map": "molsaki.modeling.attention_map",
     "attention_while_generating": "molsaki.modeling.attention_map",
     "capture": "molsaki.modeling.capture",
     "encode": "molsaki.text.alignment",
     "fit": "molsaki.text.fitting",
-    "losses": "molsaki.training.losses",
+    "losses": "molsaki.method.losses",
     "plan": "molsaki.text.alignment",
     "plan_from_ids": "molsaki.text.token_ids",
     "right_padded": "molsaki.text.token_ids",

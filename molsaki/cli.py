@@ -109,7 +109,7 @@ CONFIGURED = {
     "extract": ("molsaki.config", "ExtractConfig", "molsaki.teacher.extract"),
     "distill": ("molsaki.training.config", "DistillConfig", "molsaki.training.distill"),
     "evaluate": ("molsaki.config", "EvaluateConfig", "molsaki.evaluation.evaluate"),
-    "plot": ("molsaki.config", "PlotConfig", "molsaki.plotting.plot_run"),
+    "plot": ("molsaki.config", "PlotConfig", "molsaki.reporting.plot_run"),
     "report": ("molsaki.config", "ReportConfig", "molsaki.reporting.report"),
 }
 OVERVIEW = """\
@@ -296,7 +296,7 @@ def _store(args: argparse.Namespace) -> int:
     from molsaki.extras import require
 
     require("train")
-    from molsaki.teacher.map_store import Store, verify
+    from molsaki.store.map_store import Store, verify
 
     if args.action == "verify":
         faults = verify(args.folder)

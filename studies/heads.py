@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki import capture, plan, segment
+from molsaki.method.losses import NO_MASS
+from molsaki.method.mixture import layer_scores
 from molsaki.text.spans import Spans
-from molsaki.training.losses import NO_MASS
-from molsaki.training.mixture import layer_scores
 from molsaki_kernels import StepPlan
 from studies.world import Problem
 

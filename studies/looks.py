@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from molsaki.io import read_json_lines
+from molsaki.method import losses
 from molsaki.study.results import write_csv
-from molsaki.training import losses
 from studies.heads import maps_of, shares_of_operands
 from studies.mistakes import first_mistake
 from studies.world import Problem, problems

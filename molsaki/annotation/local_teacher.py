@@ -17,7 +17,7 @@ from molsaki.config import AnnotateConfig
 from molsaki.evaluation.generate import Reply, batches, decode
 from molsaki.io import digest
 from molsaki.modeling.loading import context_length, load_for_command
-from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
+from molsaki.store.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.frames import TextChanged
 
 

@@ -12,8 +12,6 @@ from molsaki.batches.movable import Movable
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki_kernels import StepPlan
 
-IGNORE = -100  # the label of a position without a label
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextBatch(Movable):

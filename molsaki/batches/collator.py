@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from molsaki.batches.batch import IGNORE, Batch, TextBatch
+from molsaki.batches.batch import Batch, TextBatch
 from molsaki.batches.dataset import Item
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.batches.tokenized import TokenizedExample, TokenizedText
-from molsaki.teacher.map_store import pad_maps
+from molsaki.method.losses import IGNORE
+from molsaki.store.map_store import pad_maps
 from molsaki_kernels import StepPlan
 
 Array: TypeAlias = "np.ndarray[Any, Any]"

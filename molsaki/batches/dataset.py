@@ -23,7 +23,7 @@ from molsaki.batches.tokenized import (
     list_left_out,
 )
 from molsaki.config import PREDICT_TEMPLATE, TextOptions
-from molsaki.teacher.map_store import Entry, Store, check_text
+from molsaki.store.map_store import Entry, Store, check_text
 from molsaki.text.examples import Example, Examples, example_of
 from molsaki.text.formats import AUTO
 from molsaki.text.frames import check_template

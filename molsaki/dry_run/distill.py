@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+from molsaki import run_files
 from molsaki.batches.streamed import StreamedDataset
 from molsaki.config import require
 from molsaki.dry_run.counts import Counts, Found
@@ -25,7 +26,7 @@ def dry_run_distill(config: DistillConfig) -> Found:
     """What ``molsaki distill`` would do."""
     require(config, "train_file")
     folder = str(config.output_dir)
-    existing = checkpoints.checkpoints(Path(folder)) if Path(folder).is_dir() else []
+    existing = run_files.checkpoints(Path(folder)) if Path(folder).is_dir() else []
     last = checkpoints.last_checkpoint(folder) if config.resume and existing else None
     if existing and not (config.resume or config.resume_from_checkpoint):
         raise ValueError(
@@ -45,7 +46,7 @@ def dry_run_distill(config: DistillConfig) -> Found:
         trainer.train()
         evaluating, eval_examples = trainer.time_evaluation() if evaluations else (0.0, 0)
     rate = trainer.rate()
-    done = checkpoints.step_of(last) if last else 0
+    done = run_files.step_of(last) if last else 0
     left = max(plan.steps - done, 0)
     seconds = left * (plan.tokens_per_step / rate + trainer.optimizer_seconds) + evaluations * evaluating
     examples: Found = {"used": counts.used, "left_out": dict(counts.left_out)}

@@ -15,9 +15,9 @@ from molsaki.config import ExtractConfig
 from molsaki.dry_run.counts import Counts, Found, count_examples
 from molsaki.dry_run.timing import chosen_batches, memory_of, timed
 from molsaki.measuring import bytes_of
+from molsaki.store.map_store import DESCRIPTION, Store, compare, shard_name
+from molsaki.store.map_store_writer import StoreWriter
 from molsaki.teacher.extract import batches_of, entries_of, mixed_maps, prepare_extraction
-from molsaki.teacher.map_store import DESCRIPTION, Store, compare, shard_name
-from molsaki.teacher.map_store_writer import StoreWriter
 
 
 def dry_run_extract(config: ExtractConfig) -> Found:

@@ -27,10 +27,10 @@ from molsaki.evaluation.scoring import score
 from molsaki.evaluation.statistics import paired_test, wilson
 from molsaki.io import write_json, write_json_lines
 from molsaki.modeling.loading import context_length, load_for_command
+from molsaki.run_files import CONFIG
 from molsaki.text.alignment import prompt
 from molsaki.text.examples import Example, read_examples
 from molsaki.text.frames import frame_of
-from molsaki.training.checkpoints import CONFIG
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from molsaki.plotting.maps import Maps
+from molsaki.reporting.maps import Maps
 from molsaki.text.spans import Spans
 
 Array = np.ndarray[Any, Any]

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from molsaki.batches.tokenized import LeftOut, check_traces, left_out_if_refused, predict_task, spans_of
 from molsaki.config import PREDICT_TEMPLATE, PlotConfig, ReportConfig, require
 from molsaki.io import atomic_write
-from molsaki.plotting.maps import Maps, MapSource, chosen_examples
+from molsaki.reporting.maps import Maps, MapSource, chosen_examples
 from molsaki.reporting.packed import TOO_LARGE, Budget, fitting_view
 from molsaki.reporting.page import render
 from molsaki.reporting.predictions import Predictions, read_all
 from molsaki.reporting.run_logs import RunLogs
+from molsaki.run_files import checkpoints
 from molsaki.text.examples import Example, read_examples
-from molsaki.training.checkpoints import checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from molsaki.plotting.maps import saved_options
-from molsaki.training.checkpoints import WEIGHTS_LOG, last_state
+from molsaki.reporting.maps import saved_options
+from molsaki.run_files import WEIGHTS_LOG, last_state
 from molsaki.training.run_record import RECORD, read_attempts
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from molsaki.config import (
 from molsaki.flags import build, check_keys, read_yaml
 from molsaki.functions import is_named, look_in, named, source
 from molsaki.io import digest
-from molsaki.teacher.fingerprints import NOT_A_MODULE
+from molsaki.method.objectives import objective_of
+from molsaki.store.fingerprints import NOT_A_MODULE
 from molsaki.training.config import DistillConfig
-from molsaki.training.objectives import objective_of
 
 KEYS = (
     "output_dir", "student", "teacher", "live_teacher", "seeds", "data", "options", "evaluate", "extract", "arms",

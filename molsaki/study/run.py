@@ -35,15 +35,16 @@ from molsaki.doctor import processor
 from molsaki.evaluation.evaluate import evaluate
 from molsaki.io import digest, write_json
 from molsaki.locks import claim
+from molsaki.method.objectives import objective_of
 from molsaki.modeling.loading import context_length, load_both, load_tokenizer
+from molsaki.run_files import CONFIG, WEIGHTS_LOG, step_of
+from molsaki.store.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.study.config import Run, Study, extract_config, read_study
 from molsaki.teacher.extract import extract
-from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_tokenizer
 from molsaki.text.examples import read_examples
 from molsaki.training.accuracy import count_right
-from molsaki.training.checkpoints import CONFIG, WEIGHTS_LOG, last_checkpoint, step_of
+from molsaki.training.checkpoints import last_checkpoint
 from molsaki.training.config import DistillConfig
-from molsaki.training.objectives import objective_of
 from molsaki.training.trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)

@@ -38,17 +38,17 @@ from molsaki.batches.tokenized import (
     spans_of,
 )
 from molsaki.config import ExtractConfig, require
+from molsaki.method.mixture import MixtureOfLayers
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.loading import context_length, load_for_command, load_tokenizer
 from molsaki.modeling.packing_probe import choose_packing
 from molsaki.modeling.unwrap import input_device
-from molsaki.teacher.fingerprints import describe, fingerprint_examples, fingerprint_spans
-from molsaki.teacher.map_store import Entry, Store, read_description
-from molsaki.teacher.map_store_writer import StoreWriter
+from molsaki.store.fingerprints import describe, fingerprint_examples, fingerprint_spans
+from molsaki.store.map_store import Entry, Store, read_description
+from molsaki.store.map_store_writer import StoreWriter
 from molsaki.teacher.teacher_maps import mixture_of, probe, teacher_maps
 from molsaki.text.examples import Example, read_examples
 from molsaki.text.frames import check_template
-from molsaki.training.mixture import MixtureOfLayers
 
 logger = logging.getLogger(__name__)
 

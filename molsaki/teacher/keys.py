@@ -38,7 +38,7 @@ from molsaki.config import KeysConfig, TextOptions, require
 from molsaki.functions import is_named, source
 from molsaki.io import digest, write_json_lines
 from molsaki.modeling.loading import context_length, load_for_command
-from molsaki.teacher.fingerprints import NOT_A_MODULE, fingerprint_examples, fingerprint_model, fingerprint_tokenizer
+from molsaki.store.fingerprints import NOT_A_MODULE, fingerprint_examples, fingerprint_model, fingerprint_tokenizer
 from molsaki.teacher.teacher_maps import layers_with_maps
 from molsaki.teacher.word_scores import NO_SCORE, WORD_SCORES, Array, ScoredText
 from molsaki.text.alignment import encode

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from molsaki.config import MIXTURE_NAMES
 from molsaki.functions import is_named, named_function
+from molsaki.method.mixture import MixtureOfLayers, Pairing
 from molsaki.modeling.capture import Record, capture
 from molsaki.modeling.unwrap import evaluation_mode, input_device
-from molsaki.training.mixture import MixtureOfLayers, Pairing
 from molsaki_kernels import StepPlan
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from molsaki.config import MixtureOptions, check_options
+from molsaki.method import losses
+from molsaki.method.mixture import MixtureOfLayers
 from molsaki.modeling.capture import Record, capture
 from molsaki.modeling.unwrap import input_device
-from molsaki.teacher.fingerprints import describe_mixture
-from molsaki.teacher.map_store import Store
+from molsaki.store.fingerprints import describe_mixture
+from molsaki.store.map_store import Store
 from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student
-from molsaki.training import losses
-from molsaki.training.mixture import MixtureOfLayers
 from molsaki_kernels import StepPlan
 
 HEADS = ("mean", "each")

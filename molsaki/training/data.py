@@ -12,10 +12,10 @@ from torch.utils.data import IterableDataset
 from molsaki.batches.dataset import DistillDataset, as_examples
 from molsaki.batches.streamed import Peeked, StreamedDataset, StreamedFiles
 from molsaki.batches.tokenized import Tokenization
-from molsaki.teacher.map_store import Store
+from molsaki.method.objectives import Objective
+from molsaki.store.map_store import Store
 from molsaki.text.examples import read_examples
 from molsaki.training.config import DistillConfig
-from molsaki.training.objectives import Objective
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molsaki.io import write_json
-from molsaki.training.checkpoints import CONFIG, ROUTER
+from molsaki.method.mixture import MixtureOfLayers
+from molsaki.run_files import CONFIG, ROUTER
 from molsaki.training.distiller import Distiller
-from molsaki.training.mixture import MixtureOfLayers
 from molsaki.training.trainable import is_peft
 
 

@@ -14,15 +14,15 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from molsaki.batches.collator import Collator
 from molsaki.batches.dataset import tokenization_of
 from molsaki.batches.tokenized import Tokenization, TokenizerSpec
+from molsaki.method.mixture import MixtureOfLayers
+from molsaki.method.objectives import Objective, objective_of
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.loading import context_length, load_both
 from molsaki.modeling.packing_probe import can_pack, can_share_prefix, choose_packing
-from molsaki.teacher.fingerprints import describe
-from molsaki.teacher.map_store import Store
+from molsaki.store.fingerprints import describe
+from molsaki.store.map_store import Store
 from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student
 from molsaki.training.config import DistillConfig
-from molsaki.training.mixture import MixtureOfLayers
-from molsaki.training.objectives import Objective, objective_of
 from molsaki.training.trainable import add_adapters, check_adapters, end_with, freeze
 
 logger = logging.getLogger(__name__)

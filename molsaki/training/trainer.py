@@ -24,13 +24,15 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from molsaki import run_files
 from molsaki.batches.batch import Batch
 from molsaki.batches.dataset import DistillDataset
 from molsaki.batches.sampler import ByLengthSampler
 from molsaki.batches.streamed import StreamedDataset
 from molsaki.config import EvaluateConfig
+from molsaki.method.objectives import Objective
 from molsaki.modeling.lm_head import label_logits
-from molsaki.teacher.map_store import Store
+from molsaki.store.map_store import Store
 from molsaki.teacher.teacher_maps import teacher_maps
 from molsaki.training import checkpoints
 from molsaki.training.accuracy import count_right
@@ -41,7 +43,6 @@ from molsaki.training.data import TrainingData
 from molsaki.training.distiller import Distiller
 from molsaki.training.example_means import ExampleMeans
 from molsaki.training.export import export, load_router
-from molsaki.training.objectives import Objective
 from molsaki.training.run_record import RunRecord
 from molsaki.training.setup import Given, model_or_name, prepare, store_or_folder
 from molsaki.training.stop_signal import StopOnSignal
@@ -161,7 +162,7 @@ class DistillTrainer(Trainer):
         self.add_callback(RunRecord(self._folder, self.train_dataset))
         if parts.mixture is not None:
             self.add_callback(
-                LayerWeightPictures(self._folder / checkpoints.WEIGHTS_LOG, self.callback_handler.callbacks)
+                LayerWeightPictures(self._folder / run_files.WEIGHTS_LOG, self.callback_handler.callbacks)
             )
 
     @property
@@ -255,7 +256,7 @@ class DistillTrainer(Trainer):
             if self.is_world_process_zero():
                 self._idle.look(self.state.global_step, logs, weights.get("student"), self.args.beta)
             if weights and self.is_world_process_zero():
-                with open(self._folder / checkpoints.WEIGHTS_LOG, "a", encoding="utf-8") as file:
+                with open(self._folder / run_files.WEIGHTS_LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step} | weights) + "\n")
         super().log(logs, *args, **kwargs)
 
@@ -404,7 +405,7 @@ class DistillTrainer(Trainer):
             resume = self.args.resume_from_checkpoint or self.args.resume
         if resume is True:
             resume = checkpoints.last_checkpoint(self._folder)
-        elif not resume and checkpoints.checkpoints(self._folder):
+        elif not resume and run_files.checkpoints(self._folder):
             raise ValueError(
                 f"output_dir: {self._folder} holds the checkpoints of another run; continue it with --resume, or "
                 "choose another folder"
@@ -412,8 +413,8 @@ class DistillTrainer(Trainer):
         if resume and not any(Path(str(resume)).glob("rng_state*.pth")):
             raise ValueError(f"resume_from_checkpoint: {resume} was saved with save_only_model: it has no optimizer")
         if self.is_world_process_zero():
-            step = checkpoints.step_of(resume) if resume else 0
-            checkpoints.cut_weights_log(self._folder / checkpoints.WEIGHTS_LOG, step)
+            step = run_files.step_of(resume) if resume else 0
+            checkpoints.cut_weights_log(self._folder / run_files.WEIGHTS_LOG, step)
         return super().train(resume or None, **kwargs)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
@@ -434,7 +435,7 @@ class DistillTrainer(Trainer):
             folder = Path(self._get_output_dir(trial))
             checkpoints.seal(folder / f"checkpoint-{self.state.global_step}")
             best = self.state.best_model_checkpoint
-            for old in checkpoints.checkpoints(folder)[limit:] if limit else []:
+            for old in run_files.checkpoints(folder)[limit:] if limit else []:
                 if best is None or not os.path.samefile(old, best):
                     shutil.rmtree(old)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molsaki.training import losses
-from molsaki.training.objectives import counted_entries
+from molsaki.method import losses
+from molsaki.method.objectives import counted_entries
 
 if TYPE_CHECKING:
     from molsaki.batches.batch import Batch

@@ -14,8 +14,8 @@ import torch
 import molsaki
 from molsaki.batches.tokenized import spans_of
 from molsaki.config import ExtractConfig, TextOptions
+from molsaki.method.losses import overlap
 from molsaki.teacher.extract import extract
-from molsaki.training.losses import overlap
 from tests.helpers import processes, tiny
 from tests.helpers.tiny import one_thread, plan_of  # noqa: F401
 from tests.helpers.training import OTHER, TOKENIZER, examples, trainer

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from molsaki.training.checkpoints import ROUTER, checkpoints, last_checkpoint, seal
+from molsaki.run_files import ROUTER, checkpoints
+from molsaki.training.checkpoints import last_checkpoint, seal
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401

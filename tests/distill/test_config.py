@@ -8,8 +8,8 @@ import pytest
 from molsaki import presets
 from molsaki.config import AnnotateConfig, EvaluateConfig, ExtractConfig, PlotConfig, require
 from molsaki.flags import parse
+from molsaki.method.objectives import OBJECTIVES
 from molsaki.training.config import DistillConfig
-from molsaki.training.objectives import OBJECTIVES
 
 CONFIGS = [AnnotateConfig, DistillConfig, EvaluateConfig, ExtractConfig, PlotConfig]
 

@@ -9,7 +9,7 @@ import pytest
 from molsaki.batches.tokenized import Tokenization, TokenizerSpec, predict_prompt, spans_of
 from molsaki.config import TextOptions
 from molsaki.modeling.attention_map import _read
-from molsaki.teacher.fingerprints import fingerprint_examples, fingerprint_spans
+from molsaki.store.fingerprints import fingerprint_examples, fingerprint_spans
 from molsaki.text.alignment import encode, prompt
 from molsaki.text.conversations import checked_context, split_turns, turns_of
 from molsaki.text.examples import Example, example_of, read_examples

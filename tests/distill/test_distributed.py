@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from molsaki.cli import main
-from molsaki.training.checkpoints import ROUTER, last_checkpoint
+from molsaki.run_files import ROUTER
+from molsaki.training.checkpoints import last_checkpoint
 from tests.helpers import processes, tiny
 
 FSDP = processes.ROOT / "examples/distributed/fsdp2.yaml"

@@ -17,8 +17,8 @@ from molsaki.dry_run.evaluate import dry_run_evaluate
 from molsaki.dry_run.extract import dry_run_extract
 from molsaki.dry_run.keys import dry_run_keys
 from molsaki.dry_run.text import render
+from molsaki.store.map_store import Store
 from molsaki.teacher.extract import extract
-from molsaki.teacher.map_store import Store
 from molsaki.training.config import DistillConfig
 from molsaki.training.distill import distill
 from molsaki.training.probe import Plan

@@ -24,11 +24,11 @@ from molsaki.batches.tokenized import TokenizerSpec, cut, spans_of
 from molsaki.cli import main
 from molsaki.config import ExtractConfig
 from molsaki.modeling.loading import load_model
+from molsaki.store.fingerprints import fingerprint_model
+from molsaki.store.map_store import Entry, Store, verify
+from molsaki.store.map_store_writer import StoreWriter
 from molsaki.teacher import extract as extract_module
 from molsaki.teacher.extract import extract
-from molsaki.teacher.fingerprints import fingerprint_model
-from molsaki.teacher.map_store import Entry, Store, verify
-from molsaki.teacher.map_store_writer import StoreWriter
 from molsaki.text.alignment import encode
 from molsaki.text.examples import read_examples
 from molsaki.training.config import DistillConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from molsaki.teacher.fingerprints import fingerprint_model, fingerprint_spans, fingerprint_tokenizer
+from molsaki.store.fingerprints import fingerprint_model, fingerprint_spans, fingerprint_tokenizer
 from molsaki.text.segment import segment
 from tests.helpers import tiny
 

@@ -16,10 +16,11 @@ from molsaki.batches import dataset as dataset_module
 from molsaki.batches.dataset import prepare
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import ExtractConfig, TextOptions
+from molsaki.method import mixture
 from molsaki.modeling.attention_map import AttentionMap
 from molsaki.plotting import map_pictures, style
+from molsaki.store.map_store import Entry
 from molsaki.teacher import extract as extract_module
-from molsaki.teacher.map_store import Entry
 from molsaki.text.alignment import encode
 from molsaki.text.answers import find_choice
 from molsaki.text.examples import Example
@@ -29,7 +30,6 @@ from molsaki.text.segment import segment
 from molsaki.text.sentences import SPLITTERS
 from molsaki.text.spans import Spans
 from molsaki.text.token_ids import steps_and_words
-from molsaki.training import mixture
 from molsaki_kernels import StepPlan
 from tests.helpers import tiny
 

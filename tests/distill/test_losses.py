@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from molsaki.training import losses
+from molsaki.method import losses
 from molsaki_kernels import StepPlan
 from tests.helpers.tiny import plan_of
 

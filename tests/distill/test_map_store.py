@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molsaki.teacher import map_store
-from molsaki.teacher.map_store import Entry, Store, verify
-from molsaki.teacher.map_store_writer import StoreWriter
+from molsaki.store import map_store
+from molsaki.store.map_store import Entry, Store, verify
+from molsaki.store.map_store_writer import StoreWriter
 
 DATA = Path(__file__).with_name("data")
 DESCRIPTION = {"num_layers": 6, "all_layers": False, "teacher": "aa", "options": {"tau_t": 0.1}}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from molsaki.training.mixture import MixtureOfLayers, layer_pairs, layer_scores
+from molsaki.method.mixture import MixtureOfLayers, layer_pairs, layer_scores
 from tests.helpers.tiny import plan_of
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from molsaki.config import ExtractConfig
+from molsaki.method.objectives import OBJECTIVES, Objective
 from molsaki.teacher.extract import extract
-from molsaki.training.objectives import OBJECTIVES, Objective
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
 from tests.helpers.budget import assert_within_budget
@@ -22,7 +22,7 @@ PLAIN = {"save_strategy": "no"}
 
 MINE = """
 import torch
-from molsaki.training.objectives import Objective, molsaki
+from molsaki.method.objectives import Objective, molsaki
 
 def loss(student, batch, options):
     return {"loss": student.explain.cross_entropy}

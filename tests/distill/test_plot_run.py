@@ -10,7 +10,7 @@ import pytest
 from molsaki.config import PlotConfig
 from molsaki.plotting import style
 from molsaki.plotting.curves import CURVES
-from molsaki.plotting.plot_run import _file_name, plot
+from molsaki.reporting.plot_run import _file_name, plot
 
 
 def test_run_draws_what_is_there(tmp_path):

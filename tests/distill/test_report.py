@@ -17,8 +17,8 @@ import torch
 
 from molsaki.cli import main
 from molsaki.config import PlotConfig, ReportConfig
-from molsaki.plotting.maps import Maps, MapSource
 from molsaki.reporting import report as report_module
+from molsaki.reporting.maps import Maps, MapSource
 from molsaki.reporting.packed import Budget, fitting_view, packed_map, packed_view
 from molsaki.reporting.page import as_script, duration, render, resource
 from molsaki.reporting.predictions import read_all

@@ -15,8 +15,8 @@ import pytest
 from transformers import TrainerCallback
 
 from molsaki.cli import main
+from molsaki.run_files import checkpoints
 from molsaki.training import distill as distill_module
-from molsaki.training.checkpoints import checkpoints
 from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from molsaki.batches.dataset import prepare
 from molsaki.batches.tokenized import TokenizerSpec
 from molsaki.config import ExtractConfig, TextOptions
+from molsaki.run_files import CONFIG, ROUTER
+from molsaki.store.map_store import Store
 from molsaki.teacher.extract import extract
-from molsaki.teacher.map_store import Store
 from molsaki.text.examples import Example
-from molsaki.training.checkpoints import CONFIG, ROUTER
 from molsaki.training.config import DistillConfig
 from molsaki.training.distill import distill
 from molsaki.training.trainer import DistillTrainer

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from molsaki.batches.batch import Batch
 from molsaki.config import EvaluateConfig
 from molsaki.evaluation.evaluate import evaluate
+from molsaki.method import losses
 from molsaki.text.examples import Example
-from molsaki.training import losses, watch
+from molsaki.training import watch
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import processes, tiny
 from tests.helpers.tiny import one_thread  # noqa: F401

@@ -13,8 +13,8 @@ import torch
 
 import molsaki
 from molsaki.config import ExtractConfig
+from molsaki.store.map_store import Store
 from molsaki.teacher.extract import extract
-from molsaki.teacher.map_store import Store
 from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molsaki.batches.batch import IGNORE
 from molsaki_kernels import StepPlan
+
+IGNORE = -100  # the label of a position without a label, as in `torch.nn.functional.cross_entropy`
 
 NO_MASS = 1e-8  # normalise="sum": smaller shares count as this
 

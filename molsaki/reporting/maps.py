@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molsaki.config import MixtureOptions, PlotConfig, TextOptions
 from molsaki.modeling.capture import capture
 from molsaki.modeling.loading import load_model, load_tokenizer
-from molsaki.teacher.map_store import Store, check_text
+from molsaki.run_files import CONFIG, ROUTER, checkpoints
+from molsaki.store.map_store import Store, check_text
 from molsaki.teacher.teacher_maps import mixture_of, probe, probe_student, teacher_record
 from molsaki.text.alignment import encode
 from molsaki.text.examples import Example, read_examples
 from molsaki.text.spans import Spans
-from molsaki.training.checkpoints import CONFIG, ROUTER, checkpoints
 from molsaki_kernels import StepPlan
 
 

@@ -5,7 +5,7 @@
       shard-00000.safetensors the maps of examples 0 to shard_size - 1, and so on
       index.safetensors       the shard and position of each example; written last, when all shards are there
 
-`molsaki.teacher.map_store_writer` writes it; `molsaki.teacher.checked_file` is the format of the .safetensors files.
+`molsaki.store.map_store_writer` writes it; `molsaki.store.checked_file` is the format of the .safetensors files.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from molsaki.io import digest, hash64
-from molsaki.teacher import checked_file
-from molsaki.teacher.fingerprints import fingerprint_spans
+from molsaki.store import checked_file
+from molsaki.store.fingerprints import fingerprint_spans
 from molsaki.text.spans import Spans
 
 VERSION = 2

@@ -17,8 +17,8 @@ import torch
 
 from molsaki.io import digest, hash64, write_json
 from molsaki.locks import claim, locked
-from molsaki.teacher import checked_file
-from molsaki.teacher.map_store import DESCRIPTION, INDEX, VERSION, Entry, compare, id_at, shard_name
+from molsaki.store import checked_file
+from molsaki.store.map_store import DESCRIPTION, INDEX, VERSION, Entry, compare, id_at, shard_name
 
 LOCKS = ".locks"  # folder of empty files, one per file that was locked
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from molsaki.batches.batch import Batch
 from molsaki.config import OBJECTIVE_NAMES
 from molsaki.functions import is_named, named
-from molsaki.training import losses
+from molsaki.method import losses
 
 if TYPE_CHECKING:
     from molsaki.training.config import DistillConfig

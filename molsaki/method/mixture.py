@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from molsaki.config import MIXTURE_NAMES
-from molsaki.training.losses import at_least_float32
+from molsaki.method.losses import at_least_float32
 from molsaki_kernels import StepPlan
 
 SCORED_AT_ONCE = 1 << 26  # entries of maps (256 MiB) whose differences are in memory at a time

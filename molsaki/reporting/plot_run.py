@@ -12,9 +12,9 @@ from molsaki.config import PlotConfig
 from molsaki.io import hash64, read_json_lines
 from molsaki.plotting.curves import CURVES, plot_layer_weights, plot_losses
 from molsaki.plotting.map_pictures import plot_attention_by_step, plot_map
-from molsaki.plotting.maps import Maps, MapSource, chosen_examples
+from molsaki.reporting.maps import Maps, MapSource, chosen_examples
+from molsaki.run_files import WEIGHTS_LOG, last_state
 from molsaki.text.alignment import encode
-from molsaki.training.checkpoints import WEIGHTS_LOG, last_state
 
 
 def plot(config: PlotConfig) -> list[Path]:
