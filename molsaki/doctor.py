@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from molsaki.machine import processor
 from molsaki.terminal import styled
 
 REQUIRED = ("torch", "numpy")
@@ -320,12 +321,3 @@ def _devices() -> Section:
         p = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{p.name}, sm{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
     return devices
-
-
-def processor() -> str:
-    """The name of the processor, or that of its architecture where the system does not tell."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

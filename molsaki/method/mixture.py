@@ -10,20 +10,17 @@ With ``map_heads="each"`` every head counts as a layer: the maps of the heads of
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from molsaki.config import MIXTURE_NAMES
+from molsaki.method.layer_pairs import MIXTURE_NAMES, Pairing, layer_at, layer_pairs
 from molsaki.method.losses import at_least_float32
 from molsaki_kernels import StepPlan
 
 SCORED_AT_ONCE = 1 << 26  # entries of maps (256 MiB) whose differences are in memory at a time
-
-Pairing: TypeAlias = "Callable[[int, int], Sequence[tuple[int, int]]]"
 
 
 class MixtureOfLayers(nn.Module):
@@ -115,7 +112,7 @@ class MixtureOfLayers(nn.Module):
                 self.router = _SharedRouter(num_student_layers, value_width)
             return
         if kind == "matched":
-            layers = [_layer("teacher_layers", layer, num_teacher_layers) for layer in teacher_layers]
+            layers = [layer_at("teacher_layers", layer, num_teacher_layers) for layer in teacher_layers]
             chosen = torch.tensor(layers or range(num_teacher_layers))
             teachers = nn.functional.one_hot(chosen, num_teacher_layers).float()
             self.register_buffer("_teacher_pairs", teachers)  # saved: the matching belongs to these layers
@@ -233,45 +230,6 @@ def layer_scores(maps: Tensor, plan: StepPlan) -> Tensor:
         [torch.where(counts[:, None], some.diff(dim=-1).abs(), 0).sum((2, 3)) for some in maps.split(layers, dim=1)], 1
     )
     return total / counts.sum((1, 2)).clamp_min(1)[:, None]
-
-
-def layer_pairs(
-    kind: str | Pairing, teacher: int, student: int, *, teacher_layer: int = -1, student_layer: int = -1, seed: int = 0
-) -> list[tuple[int, int]]:
-    """The pairs (teacher layer, student layer), counting from 0, of a kind other than ``mixture``."""
-    students = range(student)
-    if callable(kind):
-        found = kind(teacher, student)
-        try:
-            pairs = [(operator.index(t), operator.index(s)) for t, s in found]
-        except (TypeError, ValueError):
-            pairs = []
-        if not pairs:
-            name = getattr(kind, "__name__", repr(kind))
-            raise ValueError(f"mixture: expected pairs (teacher layer, student layer) from {name}, got {found!r}")
-        return [(_layer("mixture", t, teacher), _layer("mixture", s, student)) for t, s in pairs]
-    if kind == "single":
-        return [(_layer("teacher_layer", teacher_layer, teacher), _layer("student_layer", student_layer, student))]
-    if kind == "last":
-        return [(teacher - 1, student - 1)]
-    if kind == "one_to_one":
-        if teacher != student:
-            raise ValueError(
-                f"kind: one_to_one needs equal depths; the teacher has {teacher} layers, the student {student}"
-            )
-        return [(m, m) for m in students]
-    if kind == "random":
-        generator = torch.Generator().manual_seed(seed)
-        sampled = torch.randperm(max(teacher, student), generator=generator)[:student] % teacher
-        return list(zip(sampled.tolist(), students, strict=True))
-    spread = [max((2 * m * teacher + student) // (2 * student), 1) - 1 for m in range(1, student + 1)]
-    return list(zip(spread if kind == "uniform" else spread[::-1], students, strict=True))
-
-
-def _layer(name: str, index: int, layers: int) -> int:
-    if not -layers <= index < layers:
-        raise ValueError(f"{name}: expected one of {layers} layers ({-layers} to {layers - 1}), got {index}")
-    return index % layers
 
 
 def _mix(weights: Tensor, maps: Tensor) -> Tensor:

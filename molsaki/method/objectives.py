@@ -1,6 +1,7 @@
 """The training objectives as a table: what each one needs and its loss.
 
 An objective of your own is an `Objective` in a module of yours, named as ``--objective module:name``; no table changes.
+The command line reads the table too, so torch is imported by the losses only.
 """
 
 from __future__ import annotations
@@ -10,15 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
-
-from molsaki.batches.batch import Batch
-from molsaki.config import OBJECTIVE_NAMES
 from molsaki.functions import is_named, named
-from molsaki.method import losses
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from molsaki.batches.batch import Batch
     from molsaki.training.config import DistillConfig
 
 
@@ -75,6 +73,9 @@ class Objective:
         student_logits: the loss reads the student's logits, not only its cross-entropies.
         maps: the loss compares the maps of both sides; the teacher's are stored or come from a live teacher.
         teacher_logits: the loss compares the logits of both sides; needs a live teacher with the student's vocabulary.
+        attention_loss: ``student.beta`` is the weight of `molsaki.losses.attention` in the loss (Eq. 6 and 7): beta may
+            be held as a share of the gradient, and there is a warning where that loss hardly distinguishes maps.
+        help: what the loss is of, for the help text of ``--objective``.
     """
 
     loss: Loss
@@ -83,8 +84,12 @@ class Objective:
     student_logits: bool = False
     maps: bool = False
     teacher_logits: bool = False
+    attention_loss: bool = False
+    help: str = ""
 
     def __post_init__(self) -> None:
+        if self.attention_loss and not self.maps:
+            raise ValueError("maps: expected True with attention_loss, got False")
         if self.maps and not self.explain_texts:
             raise ValueError("explain_texts: expected True with maps, which are of the explain texts, got False")
 
@@ -108,6 +113,8 @@ def dss(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[st
 
 def mmi(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
     """DSS and the cross-entropy between the predictions of both texts (Chen et al. 2024, arXiv 2403.03348)."""
+    from molsaki.method import losses
+
     predict, explain = student.predict, student.explain
     assert explain is not None and predict.logits is not None and explain.logits is not None
     terms = dss(student, batch, options)
@@ -120,6 +127,8 @@ def logits(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict
 
     Both softmaxes are over the tokens of the tokenizer, without the rows that pad an embedding.
     """
+    from molsaki.method import losses
+
     explain = student.explain
     assert explain is not None and explain.logits is not None and batch.teacher_logits is not None
     terms = dss(student, batch, options)
@@ -131,6 +140,10 @@ def logits(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict
 
 def molsaki(student: StudentOutput, batch: Batch, options: DistillConfig) -> dict[str, Tensor]:
     """DSS and the divergence from the teacher's mixed map (MoLSAKI, arXiv 2604.15701, Eq. 6 and 7)."""
+    import torch
+
+    from molsaki.method import losses
+
     maps, teacher_map, teacher_weights = student.maps, batch.teacher_map, batch.teacher_weights
     assert maps is not None and teacher_map is not None and teacher_weights is not None
     terms = dss(student, batch, options)
@@ -159,14 +172,15 @@ def counted_entries(batch: Batch, options: DistillConfig) -> Tensor | None:
 
 
 OBJECTIVES = {
-    "vanilla": Objective(vanilla, explain_texts=False),
-    "cot": Objective(vanilla, explain_texts=False, rationale_first=True),
-    "dss": Objective(dss),
-    "mmi": Objective(mmi, student_logits=True),
-    "logits": Objective(logits, student_logits=True, teacher_logits=True),
-    "molsaki": Objective(molsaki, maps=True),
+    "vanilla": Objective(vanilla, explain_texts=False, help="answers only"),
+    "cot": Objective(
+        vanilla, explain_texts=False, rationale_first=True, help="one text with rationale and answer, Fine-tune-CoT"
+    ),
+    "dss": Objective(dss, help="answers and rationales as two texts"),
+    "mmi": Objective(mmi, student_logits=True, help="dss, and the mutual information of the two texts"),
+    "logits": Objective(logits, student_logits=True, teacher_logits=True, help="dss, and the teacher's logits"),
+    "molsaki": Objective(molsaki, maps=True, attention_loss=True, help="dss, and the teacher's attention"),
 }
-assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
 
 
 def objective_of(name: str, option: str = "objective", folder: Path | None = None) -> Objective:

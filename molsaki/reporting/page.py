@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from molsaki.config import DistillOptions
+from molsaki.method.objectives import OBJECTIVES
 from molsaki.reporting.predictions import Predictions
 from molsaki.reporting.run_logs import RunLogs, base_name, curves_of, meaning_of, weights_of
 
@@ -331,7 +332,8 @@ def _curve_notes(logs: RunLogs, has_curves: bool) -> list[str]:
     if not has_curves:
         return ["There are no curves: the folder has no trainer_state.json yet, or nothing was logged in it."]
     found, values = [], logs.values
-    has_attention = logs.options.get("objective") == "molsaki" or "loss_att" in values
+    objective = OBJECTIVES.get(str(logs.options.get("objective")))
+    has_attention = (objective is not None and objective.attention_loss) or "loss_att" in values
     if has_attention and "attention_share" not in values:
         found.append(
             "The attention loss's share of the gradient was not measured: molsaki distill --share_steps 20 does so "

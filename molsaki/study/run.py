@@ -31,10 +31,10 @@ import molsaki
 from molsaki import logs
 from molsaki.batches.dataset import DistillDataset
 from molsaki.config import TextOptions
-from molsaki.doctor import processor
 from molsaki.evaluation.evaluate import evaluate
 from molsaki.io import digest, write_json
 from molsaki.locks import claim
+from molsaki.machine import processor
 from molsaki.method.objectives import objective_of
 from molsaki.modeling.loading import context_length, load_both, load_tokenizer
 from molsaki.run_files import CONFIG, WEIGHTS_LOG, step_of

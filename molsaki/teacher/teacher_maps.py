@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from molsaki.config import MIXTURE_NAMES
 from molsaki.functions import is_named, named_function
-from molsaki.method.mixture import MixtureOfLayers, Pairing
+from molsaki.method.layer_pairs import MIXTURE_NAMES, Pairing
+from molsaki.method.mixture import MixtureOfLayers
 from molsaki.modeling.capture import Record, capture
 from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki_kernels import StepPlan

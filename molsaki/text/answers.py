@@ -9,7 +9,7 @@ from typing import Literal
 import regex
 
 from molsaki.text import expressions
-from molsaki.text.key_words import KEY_WORDS, WIDTHS, normalized
+from molsaki.text.key_words import WIDTHS, find_keywords, normalized
 from molsaki.text.numbers import find_numbers, parse_number
 from molsaki.text.spans import Span
 
@@ -91,7 +91,7 @@ def _named(text: str, choices: Sequence[str]) -> list[tuple[Span, str]]:
     found = [((a, b), by_value[v]) for a, b in numbers if (v := parse_number(text[a:b])) in by_value]
     inside = {i for a, b in numbers for i in range(a + 1, b)}  # no word begins or ends within a number
     words = [choice for choice in choices if choice not in by_value.values()]
-    for start, stop in KEY_WORDS["keywords"](words, False)(text):
+    for start, stop in find_keywords(text, words):
         if start not in inside and stop not in inside:
             found.append(((start, stop), next(c for c in words if same_text(c, text[start:stop]))))
     kept, taken = [], bytearray(len(text))

@@ -1,12 +1,13 @@
 """The key-word selectors: `KEY_WORDS` has one entry per way to choose the key words of a text.
 
 Besides these, the option ``key`` takes ``regex:PATTERN``, the matches of a regular expression (of its first group, if
-it has one), and ``module:function``, a function of your own from a text to the spans of its key words. To add an entry,
-write a function as `SelectKeyWords` describes; its docstring is its help text.
+it has one), and ``module:function``, a function of your own from a text to the spans of its key words. A new entry is a
+`Selector`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import random
@@ -24,26 +25,38 @@ from molsaki.text.spans import Span, check_str
 FindKeyWords = Callable[[str], list[Span]]
 """The key words of a question or a rationale: ascending, disjoint spans of its characters, none empty."""
 
-SelectKeyWords = Callable[[Iterable[str], bool], FindKeyWords]
-"""Takes the example's own key words and the option ``number_words``; refuses those that it cannot use."""
+
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """One way to choose the key words of a text.
+
+    Attributes:
+        help: what it chooses, for the help text of ``--key``.
+        select: from the example's own key words and the option ``number_words``, the function that finds the key words
+            of a question or a rationale; None where the example itself has the spans (``key_spans``).
+        number_words: whether it follows the option ``number_words``; if not, the option is refused.
+    """
+
+    help: str
+    select: Callable[[Iterable[str], bool], FindKeyWords] | None
+    number_words: bool = False
 
 
 def _numbers(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
-    """every number"""
     return lambda text: find_numbers(text, number_words)
 
 
 def _keywords(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
-    """each example's own keywords field"""
-    if number_words:
-        raise ValueError('number_words: needs key="numbers", got keywords')
     patterns = _keyword_patterns(keywords)
     return lambda text: _find_keywords(text, patterns)
 
 
-def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
-    """as many other words as there are numbers, chosen by a hash of the text (a control)"""
+def find_keywords(text: str, keywords: Iterable[str]) -> list[Span]:
+    """The spans of these words and phrases in a text, whatever their case and width; the longest where they overlap."""
+    return _find_keywords(text, _keyword_patterns(keywords))
 
+
+def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
     def find(text: str) -> list[Span]:
         numbers = find_numbers(text, number_words)
         words = [match.span() for match in regex.finditer(r"\w+", text)]
@@ -57,38 +70,40 @@ def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
 
 
 def _words(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
-    """every word"""
-    if number_words:
-        raise ValueError('number_words: needs key="numbers", got words')
     return lambda text: [match.span() for match in _WORD.finditer(text)]
 
 
-def _given(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
-    """the spans of each example's key_spans field"""
-    raise AssertionError("`segment` takes the spans themselves")
-
-
-KEY_WORDS: dict[str, SelectKeyWords] = {
-    "numbers": _numbers,
-    "keywords": _keywords,
-    "random": _random,
-    "words": _words,
-    "given": _given,
+KEY_WORDS = {
+    "numbers": Selector("every number", _numbers, number_words=True),
+    "keywords": Selector("each example's own keywords field", _keywords),
+    "random": Selector(
+        "as many other words as there are numbers, chosen by a hash of the text (a control)", _random, number_words=True
+    ),
+    "words": Selector("every word", _words),
+    "given": Selector("the spans of each example's key_spans field", None),
 }
 PATTERN = "regex:"
 
 
-def selector_of(key: str) -> SelectKeyWords:
+def selector_of(key: str, number_words: bool = False, option: str = "key") -> Selector:
     """The selector of a name of `KEY_WORDS`, ``regex:PATTERN`` or ``module:function``.
 
     Raises:
-        ValueError: there is no such selector, the pattern is none, or the function cannot be imported.
+        ValueError: there is no such selector, the pattern is none, the function cannot be imported, or
+            ``number_words`` is set for a selector that does not follow it. The message begins with ``option``.
     """
-    return KEY_WORDS[key] if key in KEY_WORDS else _own_selector(key)
+    try:
+        selector = KEY_WORDS[key] if key in KEY_WORDS else _own_selector(key)
+    except (ValueError, TypeError) as error:
+        raise type(error)(option + str(error).removeprefix("key")) from None
+    if number_words and not selector.number_words:
+        needed = " or ".join(f'{option}="{name}"' for name, one in KEY_WORDS.items() if one.number_words)
+        raise ValueError(f"number_words: needs {needed}, got {key}")
+    return selector
 
 
 @functools.lru_cache
-def _own_selector(key: str) -> SelectKeyWords:
+def _own_selector(key: str) -> Selector:
     if key.startswith(PATTERN):
         try:
             pattern = regex.compile(key.removeprefix(PATTERN))
@@ -100,7 +115,7 @@ def _own_selector(key: str) -> SelectKeyWords:
             found = (match.span(group) for match in pattern.finditer(text))
             return _checked_spans(key, [(start, stop) for start, stop in found if stop > start], text)
 
-        return _without_number_words(key, matches)
+        return Selector(f"the matches of {key}", lambda keywords, number_words: matches)
     if not is_named(key):
         raise ValueError(f"key: expected one of {', '.join(KEY_WORDS)}, {PATTERN}PATTERN or module:name, got {key!r}")
     function = named_function("key", key)
@@ -112,16 +127,7 @@ def _own_selector(key: str) -> SelectKeyWords:
             raise TypeError(f"key: expected pairs of ints (start, stop) from {key}: {error}") from error
         return _checked_spans(key, found, text)
 
-    return _without_number_words(key, find)
-
-
-def _without_number_words(key: str, find: FindKeyWords) -> SelectKeyWords:
-    def select(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
-        if number_words:
-            raise ValueError(f'number_words: needs key="numbers", got {key}')
-        return find
-
-    return select
+    return Selector(f"the spans of {key}", lambda keywords, number_words: find)
 
 
 def _checked_spans(key: str, found: list[Span], text: str) -> list[Span]:

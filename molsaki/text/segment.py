@@ -94,15 +94,14 @@ def segment(
         raise ValueError(f"key_occurrence: expected all, first or last, got {key_occurrence!r}")
     if type(max_key_words) is not int or max_key_words < 0:
         raise ValueError(f"max_key_words: expected an int of at least 0, got {max_key_words!r}")
+    select = selector_of(key, number_words).select
     given: list[list[Span]] = []
-    if key == "given":
-        if key_spans is None:
-            raise ValueError("key_spans: required by key='given': the spans of the question and of the rationale")
-        if number_words:
-            raise ValueError('number_words: needs key="numbers", got given')
-        given = checked_key_spans(key_spans, question, rationale)
+    if select is not None:
+        find_key_words = select(keywords, number_words)
+    elif key_spans is None:
+        raise ValueError(f"key_spans: required by key={key!r}: the spans of the question and of the rationale")
     else:
-        find_key_words = selector_of(key)(keywords, number_words)
+        given = checked_key_spans(key_spans, question, rationale)
     text = ""
     steps: list[Span] = []
     words: list[Span] = []
@@ -117,7 +116,7 @@ def segment(
         for end in step_ends(piece):
             steps.append((start, offset + end))
             start = offset + end
-        if key == "given":
+        if select is None:
             found = given[len(turns) - len(asked)] if len(turns) >= len(asked) else []
         else:
             found = find_key_words(piece)

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from molsaki.config import DistillOptions, MixtureOptions, check_options
+from molsaki.method.objectives import objective_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +140,12 @@ class DistillConfig(DistillOptions, TrainingArguments):
                 "control: other_example needs another example in the batch; expected per_device_train_batch_size and "
                 f"per_device_eval_batch_size of at least 2, and no auto_find_batch_size; got {sizes[0]} and {sizes[1]}"
             )
-        if self.objective == "cot" and self.too_long == "cut":
-            raise ValueError("too_long: expected skip with objective cot, got cut, which would cut off the answer")
         if self.attention_share is not None and self.share_steps == 0:
             self.share_steps = 20
-        if self.share_steps and self.objective not in (None, "molsaki"):
+        if self.share_steps and self.objective is not None and not objective_of(self.objective).attention_loss:
             raise ValueError(
-                f"share_steps, attention_share: expected objective molsaki, got {self.objective}, which has no "
-                "attention loss"
+                f"share_steps, attention_share: expected an objective with attention_loss, such as molsaki, got "
+                f"{self.objective}, which has none"
             )
         for name, why in (("deepspeed", "it shards"), ("fsdp", "it shards"), ("torch_compile", "it compiles"),
                           ("fp16", "it scales")):  # fmt: skip

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molsaki.doctor import processor
 from molsaki.io import write_json
+from molsaki.machine import processor
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from molsaki.method import losses
-from molsaki.method.objectives import counted_entries
+from molsaki.method.objectives import counted_entries, objective_of
 
 if TYPE_CHECKING:
     from molsaki.batches.batch import Batch
@@ -63,7 +63,7 @@ class IdleLoss:
         """
         if self._flat is None or batch.teacher_map is None:
             return
-        if options.objective != "molsaki":
+        if not objective_of(str(options.objective)).attention_loss:
             return
         self._normalise = options.normalise
         self._faded = FADED if options.attention_share is None else UNRESOLVED

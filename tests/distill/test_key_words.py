@@ -65,13 +65,12 @@ def test_keywords_by_name():
 
 
 def test_a_new_selector_is_one_entry(monkeypatch):
-    """An entry of the table is a value of ``key``, in Python and on the command line, with its docstring as help."""
+    """An entry of the table is a value of ``key``, in Python and on the command line."""
 
     def capitals(keywords, number_words):
-        """every capital letter"""
         return lambda text: [(i, i + 1) for i, c in enumerate(text) if c.isupper()]
 
-    monkeypatch.setitem(key_words.KEY_WORDS, "capitals", capitals)
+    monkeypatch.setitem(key_words.KEY_WORDS, "capitals", key_words.Selector("every capital letter", capitals))
     assert words(segment("Ann and Bob?", "Cid.", key="capitals")) == ["A", "B", "C"]
     known = "numbers, keywords, random, words, given, capitals, regex:PATTERN or module:name, got 'digits'"
     with pytest.raises(ValueError, match=f"key: expected one of {known}"):

@@ -367,7 +367,7 @@ def test_weights_without_a_gradient_are_refused():
         ({"top": 1, "among": "digits"}, "among: expected one of numbers, keywords, .* got 'digits'"),
         ({"top": 1, "of": "answer"}, "of: expected one of all, question, got 'answer'"),
         ({"top": 1, "splitter": "x"}, "splitter: expected "),
-        ({"top": 1, "number_words": True}, 'number_words: needs among="numbers", got words'),
+        ({"top": 1, "number_words": True}, 'number_words: needs among="numbers" or among="random", got words'),
         ({"top": 1, "by": "gradient", "layers": [1]}, r"layers: expected none with by=gradient, got \[1\]"),
         ({"top": 1, "labels": "reply"}, "labels: reply needs by=gradient, got by=attention"),
         ({"top": 1, "cot_template": "{answer} {rationale}"}, "cot_template: expected a text with {rationale} and then"),

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from molsaki.method.mixture import MixtureOfLayers, layer_pairs, layer_scores
+from molsaki.method.layer_pairs import layer_pairs
+from molsaki.method.mixture import MixtureOfLayers, layer_scores
 from tests.helpers.tiny import plan_of
 
 

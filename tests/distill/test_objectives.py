@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from molsaki.config import ExtractConfig
-from molsaki.method.objectives import OBJECTIVES, Objective
+from molsaki.method.objectives import OBJECTIVES, Objective, vanilla
 from molsaki.teacher.extract import extract
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tiny
@@ -17,6 +20,7 @@ from tests.helpers.budget import assert_within_budget
 from tests.helpers.tiny import one_thread  # noqa: F401
 from tests.helpers.training import OTHER, TOKENIZER, config, examples, logged, trainer
 
+ROOT = Path(__file__).parents[2]
 PLAIN = {"save_strategy": "no"}
 
 
@@ -34,6 +38,7 @@ def squares(student, batch, options):
     return molsaki(student, batch, options) | {"loss": student.explain.cross_entropy + term, "loss_squares": term}
 
 square = Objective(squares, maps=True)
+attended = Objective(molsaki, maps=True, attention_loss=True)
 
 def crossed(teacher, student):
     return [(teacher - 1 - layer, layer) for layer in range(student)]
@@ -100,7 +105,7 @@ def test_an_objective_of_ones_own(tmp_path, mine):
         (
             {"objective": "rationale"},
             ValueError,
-            "objective: expected one of vanilla, cot, dss, mmi, logits, molsaki, or",
+            f"objective: expected one of {', '.join(OBJECTIVES)}, or",
         ),
         (
             {"mixture": "my_methods:nothing"},
@@ -158,6 +163,53 @@ def test_a_pairing_of_ones_own_needs_a_store_of_every_layer(tmp_path, mine):
     assert logged(stored, "loss_att")[0] == pytest.approx(logged(live, "loss_att")[0], rel=2e-3)  # float16
 
 
+NEW_ENTRY = """
+import sys
+from molsaki.cli import main
+from molsaki.method import objectives
+
+def halved(student, batch, options):
+    return {"loss": student.predict.cross_entropy / 2}
+
+objectives.OBJECTIVES["half"] = objectives.Objective(halved, explain_texts=False, help="half of the answers")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_new_objective_is_one_entry(tmp_path):
+    """It is in the help text and a value of the option, and it trains."""
+    tiny.model(2).save_pretrained(tmp_path / "student")
+    TOKENIZER.save_pretrained(tmp_path / "student")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in examples()))
+    run = [sys.executable, "-c", NEW_ENTRY, "distill"]
+    shown = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "half = half of the answers" in " ".join(shown.split())
+    options = ["--objective", "half", "--max_steps", "1", "--use_cpu", "true", "--logging_steps", "1"]
+    paths = [
+        "--student",
+        tmp_path / "student",
+        "--train_file",
+        tmp_path / "train.jsonl",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    subprocess.run([*run, *options, *map(str, paths)], check=True, cwd=ROOT, capture_output=True)
+    history = json.loads((tmp_path / "o/trainer_state.json").read_text())["log_history"]
+    assert history[0]["loss"] > 0 and "loss_pre" not in history[0]
+
+
+def test_an_objective_of_ones_own_with_the_attention_loss(tmp_path, mine):
+    """Beta is held as a share of the gradient; without the mark that is refused."""
+    options = {"attention_share": 0.2, "share_steps": 1, "max_steps": 2, "mixture": "last", **PLAIN}
+    t = trainer(tmp_path / "run", objective="my_methods:attended", **options)
+    t.train()
+    assert logged(t, "attention_share")[0][0] > 0 and logged(t, "beta")[0] != (1.0,)
+    with pytest.raises(ValueError, match="share_steps, attention_share: expected an objective with attention_loss"):
+        trainer(tmp_path / "b", objective="my_methods:counted", **options)
+    with pytest.raises(ValueError, match="maps: expected True with attention_loss, got False"):
+        Objective(vanilla, attention_loss=True)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives_train(tmp_path, objective):
     t = DistillTrainer(
@@ -171,8 +223,8 @@ def test_objectives_train(tmp_path, objective):
     t.train()
     rows = logged(t, "loss", "loss_pre")
     assert rows[-1][1] < rows[0][1]
-    assert (t.model.mixture is None) == (objective != "molsaki")
-    assert (t.teacher is None) == (objective in ("vanilla", "cot", "dss", "mmi"))
+    assert (t.model.mixture is None) == (not OBJECTIVES[objective].maps)
+    assert (t.teacher is None) == (not OBJECTIVES[objective].has_teacher)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -201,7 +201,7 @@ def test_line_ends_of_every_kind(end):
 
 @pytest.mark.parametrize("key", ["words", "regex:x", "given", "my_selectors:names"])
 def test_number_words_are_for_numbers(mine, key):
-    with pytest.raises(ValueError, match='number_words: needs key="numbers", got'):
+    with pytest.raises(ValueError, match='number_words: needs key="numbers" or key="random", got'):
         segment(QUESTION, RATIONALE, key=key, number_words=True, key_spans=((), ()))
 
 

@@ -74,9 +74,8 @@ def test_the_page_is_well_formed():
 
 def test_the_flags_of_the_page_exist():
     """Without an import of the configs, which takes seconds: inherited options are those of training-options.md."""
-    sources = [
-        (ROOT / name).read_text(encoding="utf-8") for name in ("molsaki/config.py", "molsaki/training/config.py")
-    ]
+    files = [*(ROOT / "molsaki/config").glob("*.py"), ROOT / "molsaki/training/config.py"]
+    sources = [file.read_text(encoding="utf-8") for file in files]
     classes = [node for source in sources for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     known = {ast.unparse(field.target) for one in classes for field in one.body if isinstance(field, ast.AnnAssign)}
     known |= set(re.findall(r"`(\w+)`", (ROOT / "docs/training-options.md").read_text(encoding="utf-8")))

@@ -136,3 +136,27 @@ def test_the_design_page_names_every_file_once(package):
     assert sorted(named) == sorted(set(named))
     assert set(named) <= files
     assert {name for name in files - set(named) if not name.endswith("/__init__.py")} == set()
+
+
+def test_folders_of_the_training_layer_import_downwards():
+    """The drawing of the design page is compared with the imports, also those inside functions."""
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    drawing = page.split("\n### Allowed imports of folders\n")[1].split("```")[1]
+    lines = [re.findall(r"\w+", line) for line in drawing.strip().splitlines()]
+    assert lines[-1][0] == "tools"
+    height = {name: -number for number, names in enumerate(lines[:-1]) for name in names}
+    folders = {path.name for path in (ROOT / "molsaki").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(height) - set(lines[0]) - {"flags"}
+    known = {name for name in EVERYTHING if name.startswith("molsaki.")}
+    upwards = []
+    for name in known:
+        place = name.split(".")[1]
+        for other in imported(EVERYTHING[name], known):
+            target = other.split(".")[1]
+            if (
+                place != target
+                and place not in lines[0]
+                and height.get(target, -len(lines)) >= height.get(place, -len(lines))
+            ):
+                upwards += [(name, other)] if target in height else []
+    assert not upwards
