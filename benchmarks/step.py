@@ -13,7 +13,7 @@ trace almost alone, with as many sentences and numbers as GSM8K's rationales one
 - ``molsaki, live teacher``: with the teacher's forward in every step;
 - ``dss, packed`` and ``molsaki, packed``: one forward that encodes the question in both tasks;
 - ``dss, padded`` and ``molsaki, padded``: one padded forward per task;
-- ``dss, sdpa``: the same with transformers' "sdpa" in place of our attention;
+- ``dss, sdpa``: the same with transformers' "sdpa" instead of our attention;
 - ``eager``: the usual implementation: both models with ``attn_implementation="eager"`` and ``output_attentions=True``,
   all weights kept and reduced afterwards, logits of all tokens, one padded forward per task; the same losses.
 """

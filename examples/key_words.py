@@ -1,4 +1,4 @@
-"""Key words of your own in place of numbers: keywords, a regular expression, spans in the data, a function.
+"""Key words of your own instead of numbers: keywords, a regular expression, spans in the data, a function.
 
     python examples/key_words.py                                                 # tiny random models, offline
     python examples/key_words.py --student HuggingFaceTB/SmolLM2-135M-Instruct \

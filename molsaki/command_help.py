@@ -55,7 +55,7 @@ TRAINING = {
     "eval_steps": ("eval_strategy=steps: once per this number of steps. Default: logging_steps.", None),
     "save_steps": ("Save a checkpoint after this number of steps.", 500),
     "save_total_limit": ("Keep only this number of checkpoints, the last ones. Default: all.", None),
-    "load_best_model_at_end": ("Export the checkpoint with the best evaluation in place of the last one.", False),
+    "load_best_model_at_end": ("Export the checkpoint with the best evaluation instead of the last one.", False),
     "seed": ("Seed of everything that is random in the training.", 42),
 }
 

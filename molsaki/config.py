@@ -169,12 +169,12 @@ class DistillOptions(DataOptions, TextOptions, MixtureOptions):
 
     student: str | None = option(None, "Folder or hub name of the student.")
     teacher: str | None = option(None, "Folder or hub name of the white-box teacher, to run it live.")
-    store: str | None = option(None, "Folder of the teacher's stored maps, in place of a live teacher.")
+    store: str | None = option(None, "Folder of the teacher's stored maps, instead of a live teacher.")
     train_file: list[str] = option([], f"File with id, question, rationale and answer, or several: {DATA_FILES}.")
     eval_file: list[str] = option([], "File, or several, whose losses are computed with eval_strategy steps or epoch.")
     streaming: bool = option(
         False,
-        "Read the training data in their order, as they are needed, in place of once before the training. Needs "
+        "Read the training data in their order, as they are needed, instead of once before the training. Needs "
         "max_steps; examples are not shuffled.",
     )
     eval_accuracy: int = option(
@@ -320,7 +320,7 @@ class PlotConfig(DataOptions, TextOptions, MixtureOptions):
     store: str | None = option(None, "Folder of the teacher's stored maps.")
     student: str | None = option(None, "Folder or hub name of the student, or a checkpoint with its router.")
     examples: int = option(3, "Number of examples to draw, the first ones of the data.")
-    ids: list[str] = option([], "Ids of the examples to draw, in place of the first ones.")
+    ids: list[str] = option([], "Ids of the examples to draw, instead of the first ones.")
     output_dir: str | None = option(None, "Folder of the pictures. Default: plots in the run's folder.")
     format: list[str] = option(
         ["png", "svg"],
@@ -365,7 +365,7 @@ class ReportConfig(DataOptions):
         8,
         "Number of examples whose maps are shown, the first of the data; also of right and of wrong predictions.",
     )
-    ids: list[str] = option([], "Ids of the examples whose maps are shown, in place of the first ones.")
+    ids: list[str] = option([], "Ids of the examples whose maps are shown, instead of the first ones.")
 
     def __post_init__(self) -> None:
         check_options(self, examples=0)
@@ -430,7 +430,7 @@ class AnnotateConfig(DataOptions):
 
     endpoint: str | None = option(
         None,
-        "Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, which is asked in place of a local "
+        "Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, which is asked instead of a local "
         "model: for chat completions with template=chat, else for completions.",
     )
     api_key_env: str = option(

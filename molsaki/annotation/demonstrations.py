@@ -18,10 +18,10 @@ OWN = Path(__file__).with_name("demonstrations.jsonl")
 def demonstrations_by_task(
     config: AnnotateConfig, examples: Sequence[Example], form: PromptFormat
 ) -> dict[str, list[Example]]:
-    """The demonstrations shown before the examples of each task: those of the same task or of none."""
+    """The demonstrations shown before the examples of each task: those of the same task or without a task."""
     found = list(read_examples(config.examples or OWN))
     if config.examples is None:
-        found = [dataclasses.replace(one, id="") for one in found]  # as the journals of earlier runs describe them
+        found = [dataclasses.replace(one, id="") for one in found]  # so that they match the journals of earlier runs
     for one in found:
         reason = judge(one, Reply(form.reply(one), True), form, config.hint, FIRST).reason
         if reason:

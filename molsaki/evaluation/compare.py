@@ -132,7 +132,7 @@ def read_predictions(flag: str, path: str, examples: Sequence[Example]) -> list[
     found = {one["id"]: one for one in lines}
     missing = [e.id for e in examples if e.id not in found]
     if missing or len(lines) != len(examples):
-        detail = f"lacks {missing[0]!r}" if missing else f"holds {len(lines)} examples in place of {len(examples)}"
+        detail = f"lacks {missing[0]!r}" if missing else f"holds {len(lines)} examples instead of {len(examples)}"
         raise ValueError(f"{flag}: {path}: is of other data: it {detail}")
     for e in examples:
         question, gold = found[e.id]["question"], found[e.id]["gold"]

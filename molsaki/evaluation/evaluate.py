@@ -44,7 +44,7 @@ def evaluate(
 
     Args:
         config: the options of the command.
-        model, tokenizer: used in place of loading ``config.model``; both or neither.
+        model, tokenizer: used instead of loading ``config.model``; both or neither.
 
     Returns:
         The summary: ``accuracy`` with its 95% Wilson interval, counts, throughput and, with ``config.compare``, the

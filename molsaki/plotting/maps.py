@@ -125,7 +125,7 @@ class MapSource:
 
     @torch.no_grad()
     def of_student(self, spans: Spans, template: str | None = None) -> Maps:
-        """The student's maps; ``template`` in place of the run's."""
+        """The student's maps; ``template`` instead of the run's."""
         inputs, plan = self.student.tokens(spans, template)
         options = self.options
         how = {"value_heads": options.value_heads, "pooling": options.pooling, "map_heads": options.map_heads}

@@ -86,7 +86,7 @@ def as_script(value: object) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The value with None in place of numbers that JSON does not have."""
+    """The value with None instead of numbers that JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -226,7 +226,7 @@ def _others(study: Study) -> list[str]:
 
 
 def _draw(study: Study, compared: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> tuple[list[Path], str]:
-    """The pictures, and a line of the report in place of them if matplotlib is not installed."""
+    """The pictures, and a line of the report instead of them if matplotlib is not installed."""
     try:
         require("plot")
     except ImportError as error:

@@ -69,8 +69,8 @@ def extract(
 
     Args:
         config: the options of the command.
-        teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
-        data: used in place of reading ``config.data_files``: a sequence of examples or of dicts, such as a
+        teacher, tokenizer: used instead of loading ``config.teacher``; both or neither.
+        data: used instead of reading ``config.data_files``: a sequence of examples or of dicts, such as a
             ``datasets.Dataset``.
 
     Returns:

@@ -64,7 +64,7 @@ def keys(
 
     Args:
         config: the options of the command.
-        teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
+        teacher, tokenizer: used instead of loading ``config.teacher``; both or neither.
 
     Returns:
         A summary: ``examples``, ``left_out`` of them by reason, the number of records ``not_read``, ``words`` that were

@@ -187,7 +187,7 @@ def id_prefixes(paths: Sequence[Path]) -> list[str]:
 
 
 def stream_records(path: Path) -> Iterator[tuple[int, Fields | ValueError]]:
-    """The records of a file with the numbers of their lines, read as they are asked for; in place of a record that
+    """The records of a file with the numbers of their lines, read as they are asked for; instead of a record that
     is no JSON object an error, whose arguments are the reason and where it is.
 
     Raises:

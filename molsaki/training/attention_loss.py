@@ -78,7 +78,7 @@ class StepwiseAttentionLoss(nn.Module):
         """The loss for these two models, whose numbers of layers it finds in a forward of two tokens.
 
         Args:
-            student, teacher: Hugging Face models, or in place of the teacher the store of its maps.
+            student, teacher: Hugging Face models, or instead of the teacher the store of its maps.
             normalise: how a step's masses become a distribution: "softmax", the paper's, which is flat where masses
                 are small, or "sum", their shares.
             causal_words: leave out the words after a step's end.

@@ -83,7 +83,7 @@ def test_texts_with_characters_that_end_lines(runs):
 
 
 def test_one_method_alone(runs, capsys):
-    """On the command line, with files in place of folders."""
+    """On the command line, with files instead of folders."""
     folder, (right, _) = runs
     paths = [str(folder / f"a{i}" / "predictions.jsonl") for i in range(3)]
     assert main(["evaluate", "--predictions", *paths, "--output_dir", str(folder / "out")]) == 0

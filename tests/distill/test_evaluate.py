@@ -65,7 +65,7 @@ def test_files_and_paired_comparison(folder, tmp_path):
             evaluate(config)
     config.compare = [str(tmp_path / "a")]
     config.limit = 3
-    with pytest.raises(ValueError, match="is of other data: it holds 6 examples in place of 3"):
+    with pytest.raises(ValueError, match="is of other data: it holds 6 examples instead of 3"):
         evaluate(config)
 
 

@@ -38,7 +38,7 @@ def test_probe():
 
 
 def uneven() -> LlamaForCausalLM:
-    """A model whose second layer has two query heads and one KV head in place of four and two."""
+    """A model whose second layer has two query heads and one KV head instead of four and two."""
     model = tiny.model(2)
     config = copy.deepcopy(model.config)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 8
