@@ -48,8 +48,7 @@ TRAINING = {
     "gradient_accumulation_steps": ("Passes per optimizer step, for batches that do not fit in memory.", 1),
     "learning_rate": ("The largest learning rate.", 5e-5),
     "lr_scheduler_type": ("How the learning rate decreases: linear, cosine, constant, ...", "linear"),
-    "warmup_steps": ("Steps in which the learning rate rises to its largest value; below 1: as a fraction of all "
-    "steps.", 0),
+    "warmup_steps": ("Steps of learning-rate warmup; below 1, a fraction of all steps.", 0),
     "bf16": ("Mixed precision: bfloat16 in matrix products. Several times faster on hardware that supports it.", False),
     "gradient_checkpointing": ("Recompute activations in the backward pass: less memory, more time.", False),
     "eval_strategy": ("When the losses of eval_file are computed: no, steps or epoch.", "no"),
