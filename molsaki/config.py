@@ -53,7 +53,7 @@ class DataOptions:
     data_format: str = option(
         AUTO,
         "The format of the records: auto recognises it by their keys, for each record, and logs it; or one of "
-        f"{', '.join(FORMATS)}, of which molsaki is our own: question, rationale and answer.",
+        f"{', '.join(FORMATS)}; molsaki is our own format: question, rationale and answer.",
         choices=(AUTO, *FORMATS),
     )
 
@@ -65,20 +65,20 @@ class TextOptions:
     key: str = option(
         "numbers",
         f"The key words: {'; '.join(f'{name} = {select.__doc__}' for name, select in KEY_WORDS.items())}; "
-        "regex:PATTERN = the matches of a regular expression; module:function = a function of yours from a text to "
+        "regex:PATTERN = the matches of a regular expression; module:function = your own function from a text to "
         "spans.",
     )
     key_of: Literal["all", "question"] = option("all", "Key words of the whole text, or of the question only.")
     key_occurrence: Literal["all", "first", "last"] = option(
-        "all", "Of key words that are equal but for case: every one, or only the first or the last."
+        "all", "Of key words that differ only in case: all, or only the first or the last."
     )
     max_key_words: int = option(0, "The most key words of a text, the first ones; 0: no limit.")
     splitter: str = option(
         "rules",
         "How steps end: by rules for abbreviations and decimals (rules), at every period as in the paper (periods), by "
         "rules and before every number (numbers), at line ends (lines), at blank lines (paragraphs), after N words "
-        "(words:N), by the package sentencex (sentencex:LANGUAGE), or by a function of yours from a text to the ends "
-        "of its steps (module:function).",
+        "(words:N), by the package sentencex (sentencex:LANGUAGE), or by your own function from a text to the ends of "
+        "its steps (module:function).",
     )
     number_words: bool = option(False, "Numbers written out, such as twenty-five, are key words too.")
     teacher_template: str = option(
@@ -90,14 +90,15 @@ class TextOptions:
     teacher_max_length: int | None = option(None, "Longest teacher text in tokens; the teacher's context if unset.")
     max_length: int | None = option(None, "Longest student text in tokens; the student's context if unset.")
     too_long: Literal["skip", "cut"] = option(
-        "skip", "A text longer than that is counted and left out (skip), or cut alike for both models (cut)."
+        "skip",
+        "A text longer than that is left out and counted (skip), or cut at the same place for both models (cut).",
     )
-    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in another answer than the gold one.")
+    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in an answer other than the gold one.")
 
 
 @dataclasses.dataclass
 class MixtureOptions:
-    """Which layers of the teacher teach which layers of the student."""
+    """Which layers of the teacher are matched with which layers of the student."""
 
     mixture: str = option(
         "mixture",
@@ -151,8 +152,9 @@ class ExtractConfig(DataOptions, TextOptions, MixtureOptions):
     dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device_map: dict[str, Any] | str | None = option(
         None,
-        "How a teacher larger than one device is spread, as in from_pretrained: auto (all devices, then memory, then "
-        "disk), or JSON of modules and devices. Each process needs its own devices (CUDA_VISIBLE_DEVICES).",
+        "How to spread a teacher that is larger than one device, as in from_pretrained: auto (all devices, then "
+        "memory, then disk), or JSON of modules and devices. Each process needs its own devices "
+        "(CUDA_VISIBLE_DEVICES).",
     )
     quantize: Literal["none", "8bit", "4bit"] = option(
         "none", "Load the teacher's linear layers with 8 or 4 bits (needs bitsandbytes)."
@@ -174,38 +176,38 @@ class DistillOptions(DataOptions, TextOptions, MixtureOptions):
     eval_file: list[str] = option([], "File, or several, whose losses are computed with eval_strategy steps or epoch.")
     streaming: bool = option(
         False,
-        "Read the training data in their order, as they are needed, instead of once before the training. Needs "
-        "max_steps; examples are not shuffled.",
+        "Read the training data in order while training, instead of once before it. Needs max_steps; examples are not "
+        "shuffled.",
     )
     eval_accuracy: int = option(
         0,
-        "Also decode this many examples of the evaluation data, the first ones, and log the share of right replies as "
-        "eval_accuracy, by which --metric_for_best_model accuracy can choose the checkpoint. 0: none.",
+        "Also decode replies to the first N examples of the evaluation data and log the share of right ones as "
+        "eval_accuracy; --metric_for_best_model accuracy chooses the checkpoint by it. 0: none.",
     )
     eval_accuracy_mode: Literal["answer", "rationale"] = option(
-        "answer", "What is asked for eval_accuracy: the answer alone, or a rationale that ends in it."
+        "answer", "The reply requested for eval_accuracy: the answer alone, or a rationale that ends in it."
     )
     objective: str | None = option(
         None,
         "The loss: of answers only (vanilla); of one text with rationale and answer (cot, Fine-tune-CoT); of answers "
         "and rationales as two texts (dss); with the mutual information of the two (mmi), the teacher's logits "
         "(logits) or the teacher's attention (molsaki) added; or your own, module:name of an Objective. Default: "
-        "molsaki if there is a teacher or a store, else dss, than which the attention loss was not clearly better in "
+        "molsaki if there is a teacher or a store, else dss; the attention loss was not clearly better than dss in "
         "docs/evidence.md.",
     )
     alpha: float = option(0.5, "Weight of the answer's cross-entropy; the rationale's has 1 - alpha (Eq. 7).")
     beta: float = option(1.0, "Weight of the attention loss (Eq. 7).")
     beta_until: float = option(
-        1.0, "The fraction of the training, 0 to 1, after which the attention loss has weight 0."
+        1.0, "The fraction of the training, 0 to 1, after which the weight of the attention loss is 0."
     )
     attention_share: float | None = option(
         None,
-        "Change beta during training so that the gradient of the attention loss has this share of the norm of the "
-        "other losses' gradient, in the student's weights, such as 0.1. beta is then the weight before the first "
+        "Change beta during training so that the norm of the attention loss's gradient is this share of the norm of "
+        "the other losses' gradient (in the student's weights), such as 0.1. beta is then the weight before the first "
         "measurement, and the weight in eval_loss.",
     )
     share_steps: int = option(
-        0, "Measure and log that share once per this number of steps; 0: never, or every 20 steps with attention_share."
+        0, "Number of steps between measurements of that share, which is logged; 0: never, or 20 with attention_share."
     )
     beta_mmi: float = option(0.1, "objective=mmi: weight of the cross-entropy between the two tasks' predictions.")
     beta_logits: float = option(0.3, "objective=logits: weight of the divergence from the teacher's logits.")
@@ -218,14 +220,14 @@ class DistillOptions(DataOptions, TextOptions, MixtureOptions):
         "all", "The rows of a map in the attention loss: all steps, or those of the rationale only."
     )
     teacher_temperature: float = option(
-        1.0, "Temperature of each row of the teacher's map; below 1 its largest words get more."
+        1.0, "Temperature of each row of the teacher's map; below 1 it sharpens the row."
     )
     control: Literal["none", "other_example"] = option(
         "none", "A control: each example gets the teacher's map of another example of its batch (other_example)."
     )
     predict_template: str = option(PREDICT_TEMPLATE, PREDICT_HELP)
     cot_template: str = option(
-        COT_TEMPLATE, "objective=cot: what follows the question, with {rationale} and then {answer}."
+        COT_TEMPLATE, "objective=cot: the text after the question, with {rationale} and then {answer}."
     )
     packing: bool | None = option(
         None, "Pack all texts of a batch, of both tasks, without padding. Default: on if the student supports it."
@@ -253,7 +255,7 @@ class DistillOptions(DataOptions, TextOptions, MixtureOptions):
     resume: bool = option(False, "Continue from the last complete checkpoint in output_dir, if there is one.")
     limit: int | None = option(None, "Use only this many training examples, the first ones.")
 
-    logging_steps: float = option(10, "Log after this many steps, or, below 1, after this fraction of all steps.")
+    logging_steps: float = option(10, "Number of steps between log entries; below 1, a fraction of all steps.")
     report_to: None | str | list[str] = option("none", "Trackers to report to, such as tensorboard.")
     remove_unused_columns: bool = option(False, "Must stay False: the batches are nested.")
     ddp_find_unused_parameters: bool | None = option(False, "For models with parameters that some batches do not use.")
@@ -282,13 +284,13 @@ class EvaluateConfig(DataOptions):
     )
     thinking: bool | None = option(
         None,
-        "With mode rationale: whether the model thinks in <think> first, which some chat templates have to know. "
-        "Default: whether most rationales of the model's run do.",
+        "With mode rationale: whether the reply begins with a <think> trace, which some chat templates need to know. "
+        "Default: whether most rationales of the model's run have one.",
     )
     predictions: list[str] = option(
         [],
-        "Score what evaluate wrote before, and run no model: its folders or predictions.jsonl files, one per seed, all "
-        "of the same data.",
+        "Score earlier output of evaluate without running a model: its folders or predictions.jsonl files, one per "
+        "seed, all on the same data.",
     )
     compare: list[str] = option(
         [],
@@ -315,8 +317,8 @@ class PlotConfig(DataOptions, TextOptions, MixtureOptions):
     run: str | None = option(
         None, "Output folder of molsaki distill: draw its log, and use its options and router for the maps."
     )
-    data_file: str | None = option(None, "File whose examples' maps are drawn.")
-    teacher: str | None = option(None, "Folder or hub name of the teacher; run live for its maps if no store is given.")
+    data_file: str | None = option(None, "File with the examples whose maps are drawn.")
+    teacher: str | None = option(None, "Folder or hub name of the teacher, which runs live if no store is given.")
     store: str | None = option(None, "Folder of the teacher's stored maps.")
     student: str | None = option(None, "Folder or hub name of the student, or a checkpoint with its router.")
     examples: int = option(3, "Number of examples to draw, the first ones of the data.")
@@ -358,12 +360,13 @@ class ReportConfig(DataOptions):
     )
     predictions: list[str] = option(
         [],
-        "predictions.jsonl of molsaki evaluate, or its folder: first the student's, then those of other models to be "
-        "shown beside them, such as the student before training. Default: the one in the run's folder, if any.",
+        "predictions.jsonl of molsaki evaluate, or its folder: first the student's, then those of other models to "
+        "show next to them, such as the student before training. Default: the one in the run's folder, if any.",
     )
     examples: int = option(
         8,
-        "Number of examples whose maps are shown, the first of the data; also of right and of wrong predictions.",
+        "Number of examples whose maps are shown, the first of the data; also the number of right and of wrong "
+        "predictions.",
     )
     ids: list[str] = option([], "Ids of the examples whose maps are shown, instead of the first ones.")
 
@@ -393,8 +396,8 @@ class AnnotateConfig(DataOptions):
     template: str = option(
         "plain",
         "The form of the prompt: plain, chat (its chat template, demonstrations as earlier turns) or a format with "
-        "{question}, {rationale} and {answer}; plain is 'Question: {question}', 'Rationale: {rationale}' and "
-        "'Answer: {answer}' on lines of their own.",
+        "{question}, {rationale} and {answer}; plain is 'Question: {question}', 'Rationale: {rationale}' and 'Answer: "
+        "{answer}', each on a separate line.",
     )
     instruction: str = option(
         "Answer each question: first reason step by step in a few sentences, then give the answer on a line of its own "
@@ -406,22 +409,22 @@ class AnnotateConfig(DataOptions):
     )
     rationales: Literal["write", "keep"] = option(
         "write",
-        "keep: write none; ask for the key words of the rationales that data_file has, and write its records as they "
-        "are with the field keywords added. Records that have key words keep them.",
+        "keep: write no rationales; ask for the key words of the rationales in data_file, and write its records with "
+        "the field keywords added. Records that have key words keep them.",
     )
     keywords: Literal["none", "teacher"] = option(
-        "none", "teacher: ask the teacher for the key words of each kept text too, as key=keywords reads them."
+        "none", "teacher: also ask the teacher for the key words of each kept text, for key=keywords."
     )
     thinking: Literal["drop", "keep"] = option(
         "drop",
-        "A thinking trace before the rationale: not written, or kept in <think> tags at the rationale's beginning, so "
-        "that the student learns it too.",
+        "A thinking trace before the rationale: drop it, or keep it in <think> tags at the beginning of the "
+        "rationale, so that the student learns it too.",
     )
     keep_wrong: bool = option(False, "Write the refused replies, with their reasons, to the output's .wrong.jsonl.")
     max_new_tokens: int = option(256, "Longest reply in tokens.")
     batch_size: int = option(16, "Replies per batch.")
-    samples: int = option(1, "Replies per question and phase; every right one that is new is kept. Needs temperature.")
-    temperature: float = option(0.0, "0 decodes greedily; above, replies are sampled at this temperature.")
+    samples: int = option(1, "Replies per question and phase; every distinct right reply is kept. Needs temperature.")
+    temperature: float = option(0.0, "0 decodes greedily; above 0, replies are sampled at this temperature.")
     seed: int = option(0, "Seed of the sampling.")
     dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device: str | None = option(None, "The device. Default: the first CUDA device, else the CPU.")
@@ -430,29 +433,29 @@ class AnnotateConfig(DataOptions):
 
     endpoint: str | None = option(
         None,
-        "Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, which is asked instead of a local "
-        "model: for chat completions with template=chat, else for completions.",
+        "Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, to use instead of a local model: "
+        "its chat completions with template=chat, else its completions.",
     )
     api_key_env: str = option(
         "OPENAI_API_KEY", "The environment variable with the endpoint's API key; none is sent if it is not set."
     )
-    concurrency: int = option(8, "Requests at a time.")
+    concurrency: int = option(8, "Number of concurrent requests.")
     request: dict[str, Any] | str | None = option(
         None,
         "Further fields of each request, as JSON, such as '{\"top_p\": 0.9}'; null leaves a field out, as in "
         '\'{"max_tokens": null, "max_completion_tokens": 2048}\' for servers that want the other name.',
     )
-    timeout: float = option(600.0, "Seconds that a server may take for one reply.")
+    timeout: float = option(600.0, "Seconds after which a request without a reply fails.")
     retries: int = option(
         8,
         "How often a request is repeated after status 408, 409, 425, 429 or 5xx, a timeout or a lost connection, with "
-        "growing pauses, or those that the server asks for.",
+        "increasing pauses, or the pause that the server asks for.",
     )
-    price_in: float | None = option(None, "Price of a million prompt tokens; with price_out, the cost is summed up.")
+    price_in: float | None = option(None, "Price of a million prompt tokens; with price_out, the cost is computed.")
     price_out: float | None = option(None, "Price of a million completion tokens, reasoning included.")
     max_cost: float | None = option(
         None,
-        "Stop, keeping all replies, before a request could raise the cost above this, assuming the longest reply and a "
+        "Stop before a request could raise the cost above this, keeping all replies. Assumes the longest reply and a "
         "token per byte of the prompt. Needs both prices.",
     )
 
@@ -536,21 +539,21 @@ class KeysConfig(DataOptions):
         "arXiv 2506.07851).",
     )
     top: int | None = option(None, "The number of key words of a text, those with the largest scores.")
-    top_share: float | None = option(None, "In its place, the share of the text's words that are key words.")
+    top_share: float | None = option(None, "Alternatively, the share of the text's words that are key words.")
     among: str = option("words", "The words that are scored: any value of --key of molsaki extract, such as numbers.")
     of: Literal["all", "question"] = option("all", "Words of the whole text, or of the question only.")
     number_words: bool = option(False, "among=numbers: numbers written out, such as twenty-five, too.")
     splitter: str = option("rules", "by=attention: how steps end, as in molsaki extract.")
-    layers: list[int] = option([], "by=attention: the decoder layers that count, from 0. Default: all.")
+    layers: list[int] = option([], "by=attention: the decoder layers to use, from 0. Default: all.")
     labels: Literal["answer", "reply"] = option(
         "answer", "by=gradient: the cross-entropy of the answer, or of rationale and answer (reply)."
     )
     cot_template: str = option(
-        COT_TEMPLATE, "What follows the question, with {rationale} and then {answer}, once each."
+        COT_TEMPLATE, "The text after the question, with {rationale} and then {answer}, once each."
     )
     teacher_template: str = option("plain", "The template of the texts: plain, chat or a format, as in extract.")
     teacher_max_length: int | None = option(None, "Longest text in tokens; the teacher's context if unset.")
-    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in another answer than the gold one.")
+    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in an answer other than the gold one.")
     batch_tokens: int = option(2048, "Tokens per forward pass of the teacher, padding included.")
     dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device_map: dict[str, Any] | str | None = option(

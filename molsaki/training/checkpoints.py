@@ -31,7 +31,7 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def last_state(folder: str | Path) -> Path | None:
-    """The file of the trainer's state after the most steps, of the run's folder or of a checkpoint, if there is one."""
+    """The latest file of the trainer's state, in the run's folder or in a checkpoint, if there is one."""
     files = [path / STATE for path in (Path(folder), *checkpoints(folder))]
     steps = {
         file: json.loads(file.read_text(encoding="utf-8")).get("global_step", 0) for file in files if file.is_file()
@@ -40,7 +40,7 @@ def last_state(folder: str | Path) -> Path | None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last complete checkpoint of a run, or None; a warning names every later one and its fault."""
+    """The last complete checkpoint of a run, or None. A warning names every later checkpoint and its fault."""
     for path in checkpoints(folder):
         fault = _fault(path)
         if fault is None:
@@ -51,13 +51,13 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 def seal(folder: Path) -> None:
     """Write ``sealed.json``, which marks a checkpoint as complete."""
-    unsealed = (SEAL, f".{SEAL}.part")  # the second is left by a process that was killed here
+    unsealed = (SEAL, f".{SEAL}.part")  # a process that was killed here leaves the second
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unsealed)
     write_json(folder / SEAL, {path.relative_to(folder).as_posix(): _checksum(path) for path in files}, indent=1)
 
 
 def cut_weights_log(path: Path, step: int) -> None:
-    """Drop the lines after ``step``, which a resumed run writes again."""
+    """Drop the lines after ``step``; a resumed run writes them again."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         with atomic_write(path) as file:
