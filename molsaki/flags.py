@@ -165,7 +165,7 @@ def _check_repeated(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Non
         count = sum(flags[name] for name in action.option_strings)
         name = action.option_strings[0] if action.option_strings else ""
         if count > 1 and action.nargs == "+":
-            raise ValueError(f"{name}: given {count} times; give all its values once, after one {name}")
+            raise ValueError(f"{name}: given {count} times; give all values once, after one {name}")
         if count > 1 and name.endswith("_file"):
             raise ValueError(f"{name}: given {count} times; expected one file")
 

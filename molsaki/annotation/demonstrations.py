@@ -37,7 +37,7 @@ def demonstrations_by_task(
             wanted = "demonstration with keywords" if by_keywords else "demonstration"
             there = ", ".join(sorted({str(one.task) for one in found}))
             raise ValueError(
-                f"--examples: no {wanted} of task {task!r}, which example {example.id} is of; there are those of "
+                f"--examples: no {wanted} of task {task!r}, which example {example.id} belongs to; there are those of "
                 f"{there}; give a file that has some, or --shots 0"
             )
     return shown

@@ -107,7 +107,7 @@ class Endpoint:
                     tries = f"after {failures} tries" if failures > 1 else "at the only try"
                     raise EndpointError(f"--endpoint: {self.url}: {failure} ({tries})") from None
                 if failures == 3:  # tell the user why nothing happens
-                    logger.warning("%s: %s; asked again, up to %d times", self.url, failure, self._retries)
+                    logger.warning("%s: %s; retrying up to %d times", self.url, failure, self._retries)
                 if failure.wait is None:
                     delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1))
                     self._wait(delay * self._random.uniform(0.5, 1), stopped)
@@ -143,7 +143,7 @@ class Endpoint:
             if status in (400, 413, 422) and re.search(pattern, response.text, re.I):
                 if not self._has_warned:
                     self._has_warned = True
-                    logger.warning("a prompt is left out, the first of perhaps more: %s", said)
+                    logger.warning("a prompt was left out, possibly the first of several: %s", said)
                 raise Refused(reason)
         if status in (401, 403):
             is_set = "from" if self._key else "none is set in"

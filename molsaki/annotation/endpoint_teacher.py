@@ -187,8 +187,8 @@ class EndpointTeacher:
                     return  # requests in flight may cost less than reserved
                 if spent.unreported:
                     raise EndpointError(
-                        f"--max_cost: cannot be kept: the server reports no tokens of {spent.unreported} replies; "
-                        f"{_kept(journal)}, without max_cost, to continue"
+                        "--max_cost: cannot be enforced: the server reported no tokens for "
+                        f"{spent.unreported} replies; {_kept(journal)}, without max_cost, to continue"
                     )
                 if is_over:
                     raise EndpointError(

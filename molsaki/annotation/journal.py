@@ -57,7 +57,7 @@ class ReplyJournal:
         for number, line in enumerate(lines, 1):
             value = _checked(line)
             if value is None and line.endswith(b"\n"):
-                raise ValueError(f"{path}:{number}: damaged, or no journal of replies; delete it to start over")
+                raise ValueError(f"{path}:{number}: damaged, or not a journal of replies; delete it to start over")
             if value is None:
                 break
             complete += len(line)
@@ -81,9 +81,7 @@ class ReplyJournal:
         if found is None:
             return None
         if [tuple(name) for name, *_ in found] != list(asked):
-            raise ValueError(
-                f"{self.path}: batch {batch} of phase {phase} is of other examples: delete it to start over"
-            )
+            raise ValueError(f"{self.path}: batch {batch} of phase {phase} has other examples: delete it to start over")
         return [Reply(text, ended) for _, text, ended in found]
 
     def put(self, phase: int, batch: int, asked: Sequence[Asked], replies: Sequence[Reply]) -> None:

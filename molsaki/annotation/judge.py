@@ -84,7 +84,7 @@ def judge(
     elif sum(word not in filler for word in _words(rationale)) < 2:
         reason = "rationale only states the answer"
     elif phase == SECOND and "hint" in _words(rationale) and "hint" not in _words(example.question):
-        reason = "rationale speaks of the hint"
+        reason = "rationale mentions the hint"
     if keep_thinking and "</think>" in reply.text:
         trace = with_opening(reply.text.rpartition("</think>")[0] + "</think>")[0].strip()
         rationale = f"{trace}\n\n{rationale}"

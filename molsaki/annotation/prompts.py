@@ -41,7 +41,7 @@ class PromptFormat:
         if parts[1::2] != ["question", "rationale", "answer"] or not all(part.strip() for part in parts[:-1:2]):
             raise ValueError(
                 "template: expected plain, chat, or a format with {question}, {rationale} and {answer} in this order, "
-                f"once each and each after a text of its own, got {template!r}"
+                f"once each and each after some text, got {template!r}"
             )
         before, between, label, after = parts[::2]
         return cls(before, between, label, after)

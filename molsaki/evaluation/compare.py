@@ -43,7 +43,7 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
     for field, default in zip(dataclasses.fields(config), dataclasses.astuple(EvaluateConfig()), strict=True):
         if field.name not in used and getattr(config, field.name) != default:
             value = getattr(config, field.name)
-            raise ValueError(f"--{field.name}: has no use with --predictions, which runs no model; got {value!r}")
+            raise ValueError(f"--{field.name}: has no effect with --predictions, which runs no model; got {value!r}")
     if config.compare and len(config.compare) != len(config.predictions):
         raise ValueError(
             f"--compare: expected {len(config.predictions)} paths, one per path of --predictions and in the same "
@@ -55,7 +55,7 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
         )
     files = {predictions_file(path).resolve() for path in (*config.predictions, *config.compare)}
     if len(files) < len(config.predictions) + len(config.compare):
-        raise ValueError("--predictions, --compare: expected a file of its own per seed, got one twice")
+        raise ValueError("--predictions, --compare: expected a different file per seed, got one twice")
 
     first = read_lines("--predictions", config.predictions[0])
     examples = [Example(one["id"], one["question"], "", one["gold"]) for one in first]
@@ -133,12 +133,12 @@ def read_predictions(flag: str, path: str, examples: Sequence[Example]) -> list[
     missing = [e.id for e in examples if e.id not in found]
     if missing or len(lines) != len(examples):
         detail = f"lacks {missing[0]!r}" if missing else f"holds {len(lines)} examples instead of {len(examples)}"
-        raise ValueError(f"{flag}: {path}: is of other data: it {detail}")
+        raise ValueError(f"{flag}: {path}: has other questions: it {detail}")
     for e in examples:
         question, gold = found[e.id]["question"], found[e.id]["gold"]
         if (question, gold) != (e.question, e.answer):
             raise ValueError(
-                f"{flag}: {path}: is of other data: expected {e.id!r} to be {e.question!r} with the answer "
+                f"{flag}: {path}: has other questions: expected {e.id!r} to be {e.question!r} with the answer "
                 f"{e.answer!r}, got {question!r} with {gold!r}"
             )
     return [None if "left_out" in found[e.id] else found[e.id]["right"] for e in examples]

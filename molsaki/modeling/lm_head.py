@@ -141,7 +141,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         """``(softmax(x) - one_hot(labels)) upstream``"""
         if torch.is_grad_enabled():  # once_differentiable would allow it for an upstream without a gradient
-            raise RuntimeError("cross-entropy: create_graph=True is refused: it has no second derivative here")
+            raise RuntimeError("cross-entropy: create_graph=True is not supported: there is no second derivative")
         if ctx.spent:  # autograd does not detect it if hooks on saved tensors are set
             raise RuntimeError(
                 "cross-entropy: a second backward through the same graph; the first one has overwritten the logits "

@@ -110,8 +110,10 @@ class _Gathered:
         except (ValueError, OSError, ImportError) as error:
             if self._is_given:
                 raise
-            logger.warning("report: %s are left out, as what the run's options name cannot be used: %s", section, error)
-            self.notes[section].append(f"What the run's options name cannot be used: {error}")
+            logger.warning(
+                "report: %s are left out, since the run's options name something unusable: %s", section, error
+            )
+            self.notes[section].append(f"The run's options name something that cannot be used: {error}")
             return None
 
     def _named(self, option: str, given: str | None) -> str | None:

@@ -296,7 +296,7 @@ def _primary(value: Any, baselines: Mapping[str, str | None], data: Mapping[str,
     check_keys(section, ("test", "arms"), where)
     others = [arm for arm, baseline in baselines.items() if baseline is not None]
     if not others:
-        raise ValueError(f"{where}: expected a baseline beside it, got none")
+        raise ValueError(f"{where}: expected a baseline as well, got none")
     tests = [test for test in next(iter(data.values()))["tests"] if all(test in one["tests"] for one in data.values())]
     if section.get("test") not in tests:
         listed = ", ".join(tests)
@@ -348,7 +348,7 @@ def _check_names(names: Mapping[Any, Any], path: Path, key: str) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
             raise ValueError(f"{path}: {key}: expected names of letters, digits and . _ + -, got {name!r}")
         if key == "data" and name == "stores":
-            raise ValueError(f"{path}: data: expected another name than stores, which is the folder of the maps")
+            raise ValueError(f"{path}: data: expected a name other than stores, which is the folder of the maps")
 
 
 def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str, Any], path: Path) -> None:
@@ -382,7 +382,7 @@ def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str,
                 if name in OF_THE_STUDY:
                     raise ValueError(f"{where}: {name}: must not be set: {OF_THE_STUDY[name]}")
                 if name in OF_THE_PROCESS and key != "options":
-                    raise ValueError(f"{where}: {name}: must be in options, alike for all runs: it changes the process")
+                    raise ValueError(f"{where}: {name}: must be in options, for all runs: it changes the process")
                 if name in ("student", "teacher", "train_file") and not key.startswith("arms."):
                     raise ValueError(f"{where}: {name}: must be in an arm or outside of options")
         check_keys(section, sorted(names), where)

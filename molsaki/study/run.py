@@ -305,7 +305,9 @@ def _check_models(study: Study, models: dict[str, str]) -> None:
         found = {} if text is None else json.loads(text)["models"]
         for name in models.keys() & found.keys():
             if models[name] != found[name]:
-                raise ValueError(f"{name}: the model has changed since {run} was run; use another name, or delete that")
+                raise ValueError(
+                    f"{name}: the model has changed since {run} was run; use another name, or delete that run"
+                )
 
 
 class _Curve(TrainerCallback):

@@ -62,7 +62,7 @@ def fault(path: Path, store: str) -> str | None:
     if found.hexdigest() != sha256:
         return f"damaged: its checksum is {found.hexdigest()[:16]}, expected {sha256[:16]}"
     if of != store:
-        return f"of another store: it was written with a store.json of fingerprint {of}, expected {store}"
+        return f"belongs to another store: it was written with a store.json of fingerprint {of}, expected {store}"
     return None
 
 

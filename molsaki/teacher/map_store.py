@@ -145,7 +145,7 @@ class Store:
         """
         if len(ids) != len(spans) or not len(ids):
             raise ValueError(
-                f"ids, spans: expected equally many of both, at least one, got {len(ids)} and {len(spans)}"
+                f"ids, spans: expected the same number of both, at least one, got {len(ids)} and {len(spans)}"
             )
         for id in ids:
             if not isinstance(id, str):
@@ -262,7 +262,7 @@ def verify(folder: str | Path) -> list[str]:
     names = [shard_name(shard) for shard in range(-(-description["examples"] // description["shard_size"]))]
     found = {name: checked_file.fault(folder / name, digest(description)) for name in [*names, INDEX]}
     faults = [f"{name}: {fault}" for name, fault in found.items() if fault is not None]
-    if len(faults) == len(found) and all("of another store" in fault for fault in faults):
+    if len(faults) == len(found) and all("belongs to another store" in fault for fault in faults):
         return [f"{DESCRIPTION}: damaged: it is not the one that the other files were written with"]
     if not faults:
         store = Store(folder)
@@ -278,8 +278,8 @@ def compare(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> No
         if stored != value:
             what = NAMES.get(name, name.replace("_", " "))
             raise ValueError(
-                f"{folder}: this store is of another {what}: it has {stored!r}, expected {value!r}; use the options, "
-                "models and data of the extraction, or extract into a new folder"
+                f"{folder}: this store was written with another {what}: it has {stored!r}, expected {value!r}; use the "
+                "options, models and data of the extraction, or extract into a new folder"
             )
 
 

@@ -92,7 +92,7 @@ class StoreWriter:
         dtype = torch.float16 if self.description["all_layers"] else torch.float32
         for entry in entries:
             if entry.maps is None and not entry.reason:
-                raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
+                raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason for leaving it out")
             if entry.maps is not None and (entry.weights is None) != self.description["all_layers"]:
                 raise ValueError(f"entries: {entry.id!r}: expected weights unless all layers are stored")
             if entry.maps is not None and not entry.maps.to(dtype).isfinite().all():

@@ -81,7 +81,7 @@ def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
         if other in names[0] and other != delimiter:
             end = {"\t": "; name it .tsv", ",": "; name it .csv"}.get(other, "; save it with commas, as CSV")
             raise ValueError(
-                f"{path}: the header has one column, {names[0]!r}: its columns are divided by {called}, expected "
+                f"{path}: the header has one column, {names[0]!r}: its columns are separated by {called}, expected "
                 f"{delimiter!r}{end}"
             )
 

@@ -165,7 +165,7 @@ class StepwiseAttentionLoss(nn.Module):
                 mine, its = getattr(plan, name), getattr(teacher.plan, name).to(plan.device)
                 if mine.shape != its.shape or not torch.equal(mine, its):
                     raise ValueError(
-                        "teacher: expected a record of the student's texts in the same order, got other numbers of "
+                        "teacher: expected a record of the student's texts in the same order, got different numbers of "
                         f"{name.removesuffix('_mask')}s: {its.sum(-1).tolist()}, the student's {mine.sum(-1).tolist()}"
                     )
             weights, maps = self.mixture.teacher(teacher.maps.to(plan.device), teacher.plan.to(plan.device))

@@ -41,7 +41,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not found:
-            raise ValueError(f"--freeze: {pattern!r} is the name of no parameter of the student")
+            raise ValueError(f"--freeze: {pattern!r} matches no parameter of the student")
         for parameter in found:
             parameter.requires_grad_(False)
 

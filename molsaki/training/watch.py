@@ -88,7 +88,7 @@ class IdleLoss:
                     f"mixture: at step {step} the router gives {self.unit} {student_weights.index(most)} of the "
                     f"student {100 * most:.1f} % of the weight (entropy_student "
                     f"{logs.get('entropy_student', math.nan):.3g} nats), so the other {self.unit}s learn nothing from "
-                    "the attention loss. --pooling mean or a lower --router_learning_rate keeps it from that",
+                    "the attention loss. --pooling mean or a lower --router_learning_rate prevents this",
                 )
         self._look_at_maps(logs.get("beta", beta))
         share = logs.get("attention_share")
@@ -96,7 +96,7 @@ class IdleLoss:
             self._warn(
                 "share",
                 f"beta: at step {step} the attention loss has {100 * share:.2g} % of the other losses' gradient, so it "
-                "changes the student hardly at all. --attention_share 0.1 holds it at 10 %",
+                "hardly changes the student. --attention_share 0.1 holds it at 10 %",
             )
 
     def _look_at_maps(self, beta: float) -> None:

@@ -161,7 +161,7 @@ def _compiled(command: str, processor: str) -> ctypes.CDLL:
     sources = (file.read_text() for file in (*compilation.HEADERS, *compilation.SOURCES, Path(compilation.__file__)))
     identity = "\n".join([*sources, *compilation.FLAGS, command, compilation.version(command), processor])
     name = f"molsaki-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    reason = OSError("no folder to keep it in")
+    reason = OSError("no folder to store it in")
     for folder in _folders():
         try:
             _claim(folder)

@@ -229,13 +229,13 @@ def why_not_fused(inputs: AttentionInputs, options: AttentionOptions, plan: Plan
     if (installed := _installed()) != FUSED_VERSION:
         return f"it needs flash-attn-4 {FUSED_VERSION}, not {installed}"
     if inputs.sinks is not None or options.softcap is not None or plan.is_empty(q) or inputs.v.shape != inputs.k.shape:
-        return "it has no sinks, no softcap, no empty plan and no values of another width"
+        return "it supports no sinks, no softcap, no empty plan and no values of another width"
     if (reason := why_no_triton(q.device, q.dtype)) is not None:
         return reason
     from molsaki_kernels._triton.fa4_preprocess import accumulator
 
     if accumulator(q.shape[3], options.causal, options.window is not None) is None:
-        return f"the accumulator of head_dim {q.shape[3]} is of another kind"
+        return f"the accumulator of head_dim {q.shape[3]} has another layout"
     return None
 
 

@@ -74,11 +74,11 @@ def test_it_is_the_loss_of_the_trainer(tmp_path, options):
     with pytest.raises(ValueError, match="example 'p0' has another text"):
         store.batch(ids, spans[::-1])
     for wrong in ((ids, spans[:1]), ([], [])):
-        with pytest.raises(ValueError, match="ids, spans: expected equally many of both, at least one"):
+        with pytest.raises(ValueError, match="ids, spans: expected the same number of both, at least one"):
             store.batch(*wrong)
     with pytest.raises(TypeError, match="ids: expected names, got 3"):
         store.batch([3], spans[:1])
-    with pytest.raises(ValueError, match="this store is of another"):
+    with pytest.raises(ValueError, match="this store was written with another"):
         molsaki.StepwiseAttentionLoss.for_models(student, store, mixture="reverse")
 
 
@@ -115,7 +115,9 @@ def test_a_teacher_in_another_order_is_refused():
     attention_loss = molsaki.StepwiseAttentionLoss.for_models(student, teacher)
     spans = [molsaki.segment("Ann has 3. And 4.", "So 7."), molsaki.segment("Ann has 3.", "So 7.")]
     found = run(attention_loss, student, TOKENIZER, spans)
-    with pytest.raises(ValueError, match=r"same order, got other numbers of steps: \[2, 3\], the student's \[3, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"same order, got different numbers of steps: \[2, 3\], the student's \[3, 2\]"
+    ):
         attention_loss(found, run(attention_loss, teacher, OTHER, spans[::-1]))
 
 

@@ -265,7 +265,7 @@ def test_a_changed_data_file_or_model_is_refused(copy, capsys):
     failed = json.loads((folder_of(copy, "world/paper/1") / "failed.json").read_text())
     assert failed["error"] == (
         "ValueError: bases/1 in float32: the model has changed since world/dss/1 was run; use another name, or delete "
-        "that"
+        "that run"
     )
     with (copy / "test.jsonl").open("a") as file:
         file.write("\n")
