@@ -16,7 +16,7 @@ ROUTER = "attention_loss.pt"  # in every checkpoint
 
 
 class AttentionMixin:
-    """The first base class: ``class MyTrainer(AttentionMixin, SFTTrainer)``. Call `add_teacher` before anything else."""
+    """The first base: ``class MyTrainer(AttentionMixin, SFTTrainer)``. Call `add_teacher` before anything else."""
 
     def add_teacher(self, teacher, beta: float = 0.1, **options) -> None:
         """Use this teacher, with this weight of the loss and these options of `StepwiseAttentionLoss.for_models`."""

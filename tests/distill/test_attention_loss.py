@@ -1,4 +1,4 @@
-"""The attention loss for a loop of one's own, against that of `DistillTrainer` and in several processes."""
+"""The attention loss in a user's loop, against that of `DistillTrainer` and in several processes."""
 
 from __future__ import annotations
 

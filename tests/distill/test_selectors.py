@@ -1,4 +1,4 @@
-"""Key words and steps chosen in other ways: patterns, spans of the data, functions of one's own, and policies."""
+"""Other ways to choose key words and steps: patterns, spans of the data, user-defined functions, and policies."""
 
 from __future__ import annotations
 

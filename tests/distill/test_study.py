@@ -177,7 +177,7 @@ def test_a_report_of_replies_that_say_nothing(copy):
 
 
 def test_primary_comparisons(copy, monkeypatch):
-    """Corrected for them alone, those without a finished run among them."""
+    """The correction covers only them, including those without a finished run."""
     monkeypatch.setattr(report, "LEVEL", 0.5)  # two seeds are few
     for seed in (0, 1):
         for arm, right in (("dss", {seed}), ("paper", set(range(20)) - {seed + 2})):  # one right, one wrong

@@ -441,7 +441,7 @@ def test_the_export_stops_where_training_ended(tmp_path, own, expected):
 
 @pytest.mark.parametrize("rows", [(258, 270), (270, 258), (264, 270)])
 def test_logits_over_padded_embeddings(tmp_path, rows):
-    """The rows after the last token are no tokens, on either side; a head that is not the library's own, too."""
+    """The rows after the last token are not tokens, on either side; also with a custom head."""
     losses = []
     for number, (a, b) in enumerate([(258, 258), rows]):
         student, teacher = tiny.model(2, 258), tiny.model(3, 258, seed=1)

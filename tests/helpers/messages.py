@@ -1,6 +1,6 @@
 """Collects, from the source, the messages that a user can meet: errors, warnings, and the reasons for refusals.
 
-A message is a text with ``..`` instead of each value. An argument that is a local name, a module's constant or a call
+A message is a text with ``..`` for each value. An argument that is a local name, a module's constant or a call
 of a function of the package is followed to its texts; a message without a letter of its own (``f"{path}: {error}"``)
 only passes another one on and is not collected.
 """

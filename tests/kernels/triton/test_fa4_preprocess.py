@@ -1,4 +1,4 @@
-"""The kernel instead of flash-attn 4's preprocess, interpreted: the tile order, and a whole backward around it."""
+"""The replacement of flash-attn 4's preprocess, interpreted: the tile order, and a whole backward around it."""
 
 from __future__ import annotations
 
