@@ -102,7 +102,7 @@ def test_maps_of_every_layer_and_steps_that_count(tmp_path):
     assert (first * parts[0] + second * parts[1]) / (first + second) == pytest.approx(whole, rel=1e-5)
     record = run(attention_loss, teacher, OTHER, spans[:2])
     with pytest.raises(
-        ValueError, match="teacher: expected a record of the student's texts in the same order, got other"
+        ValueError, match="teacher: expected a record of the student's texts in the same order, got different"
     ):
         attention_loss(found, record)
     with pytest.raises(ValueError, match=r"steps: expected bool, \(N, S\) = \(3, 5\), got torch.int64, \(3, 5\)"):
