@@ -5,7 +5,7 @@
     python -m benchmarks --list                       the machine and what would be measured; nothing is
     python -m benchmarks compare BEFORE AFTER         two files of records
 
-Every contender is first compared with eager attention: one whose result is wrong gets no time. Then all of them take
+Every contender is first compared with eager attention: one whose result is wrong is not timed. Then all of them take
 turns in rounds of random order. The run prints a table per shape and pass, writes its records as CSV and JSON into
 ``benchmarks/runs/MACHINE/``, prints what changed since the last run there, and draws the plot. How to read it:
 docs/benchmarking.md.
@@ -327,8 +327,8 @@ def timed(
 ) -> dict[str, dict[int, float]]:
     """Return the seconds of a call by round, for each contender.
 
-    One that stores all weights and is slow has only the call that checked it. The others are compared with each other,
-    for which single calls, the first of their process, would not do.
+    A slow contender that stores all weights is timed only by the call that checked it. The others are compared with
+    each other, for which the first calls of a process would not suffice.
     """
     slow = {
         name
@@ -355,7 +355,7 @@ def make_records(
     no_memory: bool,
     device: torch.device,
 ) -> list[dict]:
-    """Return the records in the columns of ``benchmarks.layer``, and with quartiles, ratio to SDPA and error."""
+    """Return the records with the columns of ``benchmarks.layer``, and with quartiles, ratio to SDPA and error."""
     medians = {name: statistics.median(found.values()) for name, found in times.items()}
     plain = {name: medians[name] for name in times if running[name].kind == "plain"}
     fastest = min(plain, key=plain.__getitem__, default=None)
@@ -416,6 +416,6 @@ def auto_contender(shape: Shape, backward: bool, device: torch.device) -> str:
 
 
 def progress(text: str) -> None:
-    """Show what is being done on a terminal; the next text replaces it."""
+    """Show the current activity on a terminal; the next text replaces it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)

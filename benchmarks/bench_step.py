@@ -74,7 +74,7 @@ def measured(
         try:
             steps[name] = setup.step(name)
             losses[name] = steps[name]().item()
-        except torch.OutOfMemoryError as reason:  # the others are measured all the same
+        except torch.OutOfMemoryError as reason:  # the others are still measured
             missing.append((name, str(reason).splitlines()[0]))
             steps.pop(name, None)
     failures = []

@@ -1,4 +1,4 @@
-"""Lists every attention that one could compare on this machine, and why some of them cannot run here."""
+"""Lists all attentions to compare on this machine, with the reasons why some of them cannot run here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def candidates(device: torch.device, shape: Shape, slow_builds: bool = False) ->
     Args:
         slow_builds: include those that compile for half a minute per shape.
     """
-    # Contenders do not depend on the number of words, and only such a shape has FlexAttention among them.
+    # The contenders do not depend on the number of words, and only a shape like this includes FlexAttention.
     known = {c.name: c for c in contenders(device, dataclasses.replace(shape, tier=0, words=20))}
     plain = _plain(device, known)
     ours = [Candidate(c.name, c.kind, c) for c in known.values() if c.kind == "map"]
@@ -92,7 +92,7 @@ def _flash_attn(name: str, module: str, device: torch.device) -> Candidate:
         function = importlib.import_module(module).flash_attn_func
     except ModuleNotFoundError as reason:
         return Candidate(name, "plain", reason=f"the module {reason.name} is not installed")
-    except (ImportError, AttributeError) as reason:  # flash-attn 4 installs a namespace without a flash_attn 2 in it
+    except (ImportError, AttributeError) as reason:  # flash-attn 4 installs a namespace without flash_attn 2
         return Candidate(name, "plain", reason=f"{module} cannot be imported: {(str(reason).splitlines() or ['?'])[0]}")
     return Candidate(name, "plain", Contender(name, "plain", plain_flash_attn(function)))
 

@@ -1,7 +1,7 @@
 """Compares a contender's results and gradients with eager attention's before it is timed, and measures its memory.
 
-:func:`expected` is the oracle's computation on blocks of queries, so that it also fits in memory where the weights of
-all of them do not. It does not depend on any engine of the project.
+:func:`expected` is the oracle's computation on blocks of queries, so it fits in memory even if the weights of all
+queries do not. It does not depend on any engine of the project.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_OVER_RMS = 30.0
 
 
 class Expected(NamedTuple):
-    """Results and gradients in at least float32. The gradients of the output and those of the map are apart."""
+    """Results and gradients in at least float32. Gradients through the output and through the map are separate."""
 
     out: Tensor
     maps: Tensor
@@ -66,7 +66,7 @@ class Probe:
     seconds: float | None = None
     peak_mib: float | None = None
     reason: str | None = None
-    wrong: bool = False  # it ran, and its result is wrong
+    wrong: bool = False  # it ran, but its result is wrong
 
 
 def indicators(plan: StepPlan, length: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def largest_error(
 
 
 def probe(shape: Shape, name: str, backward: bool, device: torch.device, threads: int | None = None) -> Probe:
-    """Run one contender once and check it. On a CPU to be called in a process of its own, for the peak memory."""
+    """Run one contender once and check it. On a CPU call it in a separate process, for the peak memory."""
     if threads:
         torch.set_num_threads(threads)
     with warnings.catch_warnings(record=True) as said:
@@ -150,7 +150,7 @@ def probe(shape: Shape, name: str, backward: bool, device: torch.device, threads
             inputs, right = _case(shape, device)
             contender = _contender(shape, name, device)
             result, seconds, peak = _observed(contender, shape, inputs, backward, device)
-        except Exception as reason:  # the other contenders are measured all the same
+        except Exception as reason:  # the other contenders are still measured
             return Probe(reason=_why(reason, said))
     error, fault = largest_error(*result, contender.kind, right, shape.dtype)
     return Probe(error, seconds, peak, fault, wrong=fault is not None)
@@ -180,7 +180,7 @@ def _observed(
 def _peak_counted() -> Iterator[float | None]:
     """Reset the peak of this process's resident memory; yield the MiB in use, or None where that is unknown.
 
-    Inside, glibc returns what is freed to the system at once, so that the peak counts each allocation anew.
+    Inside, glibc returns freed memory to the system at once, so that the peak counts each allocation anew.
     """
     try:
         libc = ctypes.CDLL(None)

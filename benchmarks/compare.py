@@ -23,14 +23,14 @@ from .layer import read_records
 
 LEAST = 0.05  # as a share of the time
 UNKNOWN = 0.10  # half-width for records without quartiles
-DRIFT = 0.10  # change of the reference from which on the reader is told of it
+DRIFT = 0.10  # a larger change of the reference is reported
 SLOWER_STATUS = 3  # exit status for --fail_on_slower
 OURS = ("map", "map alone")
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """A median with the uncertainty of it, both of one unit."""
+    """A median with its uncertainty, both in the same unit."""
 
     median: float
     half_width: float  # as a share of the median; infinite for fewer than three calls

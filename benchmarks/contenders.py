@@ -21,7 +21,7 @@ from .shapes import Inputs, Shape
 MAP_ALONE = "the map alone"
 CPU_FLASH = "sdpa, CPU flash"
 NATIVE_ALONE = "molsaki's native attention"  # without a map, to measure the cost of the map itself
-PRODUCT, PRODUCT_SIZE = "matrix product of 2,048", 2048  # not attention: what the machine does at that moment
+PRODUCT, PRODUCT_SIZE = "matrix product of 2,048", 2048  # not attention: the machine's speed at that moment
 SLOW_TO_BUILD = ("Flex", "flex")  # compiles for every shape, half a minute for both passes
 
 
@@ -76,7 +76,7 @@ def step(contender: Contender, inputs: Inputs, backward: bool) -> tuple[object, 
 
 @contextlib.contextmanager
 def engine_sdpa_takes(cudnn: bool) -> Iterator[None]:
-    """Have engine sdpa call cuDNN, or aten's flash attention, whatever it has counted."""
+    """Have engine sdpa call cuDNN, or aten's flash attention, regardless of its counts."""
     before = sdpa.CUDNN_PAYS, torch.backends.cuda.cudnn_sdp_enabled()
     sdpa.CUDNN_PAYS = 0.0
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
@@ -140,7 +140,7 @@ def _plain(device: torch.device, shape: Shape) -> list[Contender]:
     for name, module in (("flash-attn 4", "flash_attn.cute"), ("flash-attn 2", "flash_attn")):
         try:
             function = importlib.import_module(module).flash_attn_func
-        except (ImportError, AttributeError):  # flash-attn 4 installs a namespace without a flash_attn 2 in it
+        except (ImportError, AttributeError):  # flash-attn 4 installs a namespace without flash_attn 2
             continue
         found.append(Contender(name, "plain", plain_flash_attn(function)))
     return found
@@ -175,7 +175,7 @@ def _with_map(device: torch.device) -> list[Contender]:
     found = []
     for name in names:  # each way of computing the map by its name, since "auto" chooses by the shape
         settings = {"": contextlib.nullcontext}
-        if name == "sdpa":  # left to itself, the engine takes cuDNN only after thousands of calls
+        if name == "sdpa":  # by default the engine takes cuDNN only after thousands of calls
             settings = {"": lambda: engine_sdpa_takes(False), " (cuDNN)": lambda: engine_sdpa_takes(True)}
             if torch.cuda.get_device_capability(device)[0] < 9:
                 del settings[" (cuDNN)"]

@@ -3,11 +3,11 @@
     python -m benchmarks.experiments flash4                compare engine flash_attn with sdpa on small cases
     python -m benchmarks.experiments all [--csv FILE]      the experiments below
 
-tables: the map and its gradient alone, with the plan's steps and key tokens as they come, with one step that holds
-    every row, and with the key tokens in runs of 32. What the last two save bounds what precomputed step ranges and a
-    faster gather can save.
-tiles: the map and its gradient alone, with twice or half as many warps in a kernel. More warps hide more latency and
-    execute more instructions; which of the two counts is predicted only.
+tables: the map and its gradient alone, with the plan's steps and key tokens unchanged, with one step that holds every
+    row, and with the key tokens in runs of 32. The savings of the last two are bounds on what precomputed step ranges
+    and a faster gather can save.
+tiles: the map and its gradient alone, with twice or half as many warps in a kernel. More warps hide more latency but
+    execute more instructions; which effect dominates is only predicted.
 plans: what cuDNN takes for the first call of a shape beyond that of the second, in which it builds its plan
     (``sdpa.CUDNN_PAYS``): forward, then forward and backward.
 host: the host's time to submit one forward and backward of the paper's regime, per contender. The GPU is faster than
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     for experiment in (tables, tiles, host, plans):
         try:
             found = experiment(device)
-        except RuntimeError as reason:  # the other experiments are made all the same
+        except RuntimeError as reason:  # the other experiments still run
             print(f"{experiment.__name__} failed: {reason}", flush=True)
             failed = 1
             continue
@@ -191,7 +191,7 @@ def host(device: torch.device) -> dict[str, float]:
             continue
         try:
             step(contender, inputs, True)
-        except Exception as reason:  # the others are measured all the same
+        except Exception as reason:  # the others are still measured
             print(f"host: {contender.name} cannot: {(str(reason).splitlines() or ['?'])[0]}")
             continue
         found[contender.name] = submitted(lambda c=contender: step(c, inputs, True))

@@ -1,13 +1,13 @@
-"""Prepares, without a GPU, what gpu_first.sh and gpu_second.sh would otherwise spend their minutes on, and unpacks it.
+"""Compiles the kernels of gpu_first.sh and gpu_second.sh beforehand, without a GPU, and unpacks them.
 
     python -m benchmarks.gpu_kit prepare                  with the GPU machine's Python, torch and triton (make gpu-kit)
     python -m benchmarks.gpu_kit unpack first|second      on the GPU machine; the scripts do that
     python -m benchmarks.gpu_kit slowest KERNELS.CSV      kernels that took longest against their prediction
 
 The kit has two halves, each small enough to be carried to a machine on its own: ``first`` has Triton's cache for sm_90
-and the first half of flash-attn 4, ``second`` the other half. The cache is filled by rehearsing both scripts on the
-stand-in (``stand_in.py``), so that it holds what they will launch. It works where Python, torch and triton have the
-same versions as here; elsewhere kernels are compiled as they are needed, which takes time and nothing else.
+and the first half of flash-attn 4, ``second`` the other half. The cache is filled by running both scripts on the
+stand-in (``stand_in.py``), so that it holds the kernels that they will launch. It works if Python, torch and triton
+have the same versions as here; otherwise kernels are compiled when they are needed, which only takes time.
 
 Triton's cache holds absolute paths, so it is filled and unpacked in the same folder, ``/tmp/molsaki-gpu-kit``.
 """
@@ -32,7 +32,7 @@ from collections import Counter
 from pathlib import Path
 
 HOME = Path("/tmp/molsaki-gpu-kit")
-# Of the machine that the kit is for. Another patch release of torch has other kernels of its own, but the same keys.
+# Versions of the target machine. Another patch release of torch has different kernels, but the same keys.
 VERSIONS = {"Python": "3.12", "torch": "2.11", "triton": "3.6"}
 # flash-attn 4 and what it imports, without torch. The compiled kernels are valid for these versions only.
 FLASH4 = (
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(kit: Path, home: Path, flash4: bool, scripts: list[str]) -> None:
-    """Fill the caches in ``home`` and pack them into ``kit``. What is in ``home`` already is used again.
+    """Fill the caches in ``home`` and pack them into ``kit``. Existing content of ``home`` is reused.
 
     Raises:
         ValueError: the versions are not those of the machine that the kit is for, or a half is too large.
@@ -149,7 +149,7 @@ def fits(found: str, wanted: str) -> bool:
 
 
 def install_flash4(site: Path) -> None:
-    """Install flash-attn 4 into a folder of its own, without torch, unless these versions are there."""
+    """Install flash-attn 4 into a separate folder, without torch, unless these versions are installed there."""
     stamp = site / "installed.txt"
     if stamp.exists() and stamp.read_text().split() == list(FLASH4):
         return

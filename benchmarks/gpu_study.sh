@@ -25,8 +25,8 @@ TOTAL_SECONDS=${TOTAL_SECONDS:-540}
 PREPARE_SECONDS=${PREPARE_SECONDS:-150}
 END_SECONDS=${END_SECONDS:-20} # for the report
 PROCESSES=${PROCESSES:-16}
-STEPS=${STEPS:-} # of every student, in place of the study's
-TEACHER_STEPS=${TEACHER_STEPS:-} # in place of those of studies/real.py
+STEPS=${STEPS:-} # of every student, instead of the study's
+TEACHER_STEPS=${TEACHER_STEPS:-} # instead of those of studies/real.py
 # shellcheck source=gpu_common.sh
 source benchmarks/gpu_common.sh
 FOLDER=${FOLDER:-$KIT_HOME/real-gpu}

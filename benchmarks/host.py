@@ -1,4 +1,4 @@
-"""Measures what a layer costs the host: everything but the work of the GPU, by the driver that launches nothing.
+"""Measures the host time of a layer, everything except the work of the GPU, with a driver that launches nothing.
 
     python -m benchmarks.host [--rounds N] [--calls N] [--profile]
 
@@ -11,9 +11,9 @@ arithmetic of PyTorch's own operators does not count:
     sdpa             engine "sdpa", whose attention costs nothing here, with the Triton kernels of the map
     ... launches     the launches of that layer alone, with the same arguments, and their number
 
-Each figure is the best of the rounds, in which all take turns. The driver's own work (reading pointers, putting the
-launch in the stream) is not in it, nor is the work of PyTorch's CUDA allocator. ``--profile`` lists the functions that
-take the most time.
+Each number is the best of the rounds, in which all take turns. It includes neither the driver's work (reading pointers,
+putting the launch in the stream) nor that of PyTorch's CUDA allocator. ``--profile`` lists the functions that take the
+most time.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def subjects() -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
-    """What is measured, by name, and the number of launches of those that are launches alone."""
+    """The measured functions by name, and the number of launches of those that consist of launches only."""
     q, k, v = (torch.randn(B, M, h, D, dtype=torch.bfloat16).transpose(1, 2) for h in (HQ, HKV, HKV))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     plan = StepPlan.from_spans([[(0, 8), (8, 16)]] * B, [[[1], [5]]] * B)

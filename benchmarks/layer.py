@@ -7,12 +7,12 @@
     python -m benchmarks.layer --only TEXT --kernels FILE the time of every kernel beside its prediction, as a CSV
 
 A plain attention is one without a map. On a CPU a matrix product takes turns with the attentions: processors change
-their clock, and ``attention_tflops`` of both tells which share of the machine's rate attention reaches. The program
-prints a table and writes one record per shape, pass, mode and contender, after each pass of a shape. It skips a shape
-and pass that the CSV already holds from the same device and commit. ``over_plain`` is the median ratio of neighbouring
-calls to the fastest plain attention of the same mode;
-``predicted_*`` is the expectation of ``predict.py``. Mode "eager" calls as a user does, "graph" replays a CUDA graph,
-which removes the host's share, "compile" uses ``torch.compile``; the last two are measured for short shapes only.
+their clock, and comparing ``attention_tflops`` of both shows which share of the machine's rate attention reaches. The
+program prints a table and writes one record per shape, pass, mode and contender, after each pass of a shape. It skips a
+shape and pass that the CSV already holds from the same device and commit. ``over_plain`` is the median ratio of
+neighbouring calls to the fastest plain attention of the same mode; ``predicted_*`` is the expectation of
+``predict.py``. Mode "eager" calls as a user does, "graph" replays a CUDA graph, which removes the host's share,
+"compile" uses ``torch.compile``; the last two are measured for short shapes only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from .shapes import CPU, CPU_MORE, Inputs, Shape, cuda_grid
 
 MODES = ("eager", "graph", "compile")
 PASSES = ("forward+backward", "forward")
-SHORT = 16 * 512  # up to so many tokens per batch launches decide; graphs and torch.compile are measured there too
+SHORT = 16 * 512  # up to this many tokens per batch launch time dominates; graphs and torch.compile are measured too
 # Seconds that a fresh machine needs to compile: guesses, used by --expected and --limit only.
 BUILD_KERNELS, BUILD_FLEX, BUILD_COMPILE, SETUP = 20.0, 20.0, 3.0, 0.8
 
@@ -179,7 +179,7 @@ def measured(
             try:
                 each[0]()
                 functions[name] = captured(each) if mode == "graph" else in_turn(each)
-            except Exception as reason:  # the other contenders are measured all the same
+            except Exception as reason:  # the other contenders are still measured
                 message = f"{shape.name}: {name} ({mode}) cannot: {(str(reason).splitlines() or ['?'])[0]}"
                 print(message)
                 if kind in ("map", "map alone") and not str(reason).startswith("engine:"):
@@ -306,7 +306,7 @@ def pass_name(backward: bool) -> str:
 
 
 def build_key(shape: Shape) -> tuple:
-    """Return the facts that decide which compiled kernels a shape needs."""
+    """Return the properties that determine which compiled kernels a shape needs."""
     return shape.head_dim, shape.q_heads // shape.kv_heads, shape.words > 64
 
 
@@ -392,7 +392,7 @@ def kernel_times(shape: Shape, device: torch.device, chosen: list[Contender], ca
             for _ in range(2):
                 call()
             launches = [kernels_of(profiled(call, device).events()) for _ in range(calls)]
-        except Exception as reason:  # the other contenders are measured all the same
+        except Exception as reason:  # the other contenders are still measured
             print(f"{shape.name}: {contender.name} cannot: {(str(reason).splitlines() or ['?'])[0]}")
             continue
         usual = statistics.mode(tuple(name for name, _ in each) for each in launches)
@@ -443,7 +443,7 @@ def predicted_kernels(shape: Shape, device: str, contender: str) -> dict[str, fl
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Return machine, versions, commit and date, which every record carries."""
+    """Return machine, versions, commit and date, which are part of every record."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         triton = __import__("triton").__version__

@@ -26,7 +26,7 @@ PACKAGES = ("triton", "flash-attn", "flash-attn-4", "flash-attn-3", "transformer
 
 
 def machine_of(device: torch.device) -> dict[str, str]:
-    """Return the columns that every record carries: those of ``benchmarks.layer``, and the instruction sets.
+    """Return the columns of every record: those of ``benchmarks.layer``, and the instruction sets.
 
     A commit with uncommitted changes ends in "-dirty".
     """

@@ -1,11 +1,11 @@
-"""Computes what fills the memory of one GPU when a long text is distilled. Nothing here is measured on a GPU.
+"""Computes what fills the memory of one GPU in distillation on a long text. Nothing here is measured on a GPU.
 
     python -m benchmarks.memory [--tokens 16384 32768 65536 131072] [--map sentences|words] [--markdown]
 
 The teacher is Llama-3.1-8B in bfloat16 without gradient, the student Llama-3.2-1B in float32 with bfloat16 autocast and
-AdamW, one text per step. Sizes of weights, maps, their scratch memory and the head's chunks follow from the shapes and
-the code that allocates them. Bytes that autograd saves per token are counted: one and two layers of the student's
-widths run on a CPU with few tokens, and every tensor that the forward saves is added up.
+AdamW, one text per step. Sizes of weights, maps, their workspace and the head's chunks follow from the shapes and the
+code that allocates them. Bytes that autograd saves per token are counted: one and two layers of the student's widths
+run on a CPU with few tokens, and every tensor that the forward saves is added up.
 
 ``--map sentences`` has a step per sentence and a word per number, as many as GSM8K's rationales one after another have
 (a sentence per 16 tokens, a number per 9). ``--map words`` has 256 steps and 3,000 words at every length, as with
@@ -90,7 +90,7 @@ class Text:
 
 
 def teacher(text: Text, model: Model = TEACHER) -> dict[str, float]:
-    """Bytes of extraction: what is there at once in the last layer and when the maps are mixed."""
+    """Bytes of extraction: what is allocated at the same time in the last layer and when the maps are mixed."""
     token = 2 * (2 * model.width + 3 * model.inner)  # two residuals, gate, up and their product
     maps = 2 * model.layers * text.map_bytes  # each layer's, and all stacked
     scored = 2 * min(4 * SCORED_AT_ONCE, model.layers * text.map_bytes)

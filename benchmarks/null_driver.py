@@ -69,7 +69,7 @@ class Compiled:
 
 @dataclasses.dataclass
 class Record:
-    """What happened inside a context.
+    """The record of a context.
 
     Attributes:
         launched: the names of the launched kernels, in order.
@@ -97,7 +97,7 @@ class Record:
 
 
 class NullDriver(DriverBase):  # type: ignore[misc]
-    """Answers every question of Triton's runtime as the CUDA driver would, except that launches are only counted."""
+    """Answers Triton's runtime like the CUDA driver, except that launches are only counted."""
 
     def __init__(self, chip: int, record: Record):
         self.chip = chip
@@ -147,7 +147,7 @@ class NullDriver(DriverBase):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def null_driver(chip: int = 90, *, compile_kernels: bool = True) -> Iterator[Record]:
-    """Have CPU tensors stand for CUDA tensors of compute capability ``chip`` (80, 86, 89, 90, 100 or 120).
+    """Treat CPU tensors as CUDA tensors of compute capability ``chip`` (80, 86, 89, 90, 100 or 120).
 
     Raises:
         RuntimeError: this process interprets Triton kernels.

@@ -29,7 +29,7 @@ from .layer import read_records
 RESULTS = Path(__file__).parent / "results"
 COMMITTED = tuple(RESULTS / f"{name}.csv" for name in ("layer-xeon-2core", "step-xeon-2core", "layer-h200"))
 PASSES = ("forward", "forward+backward")
-# Each contender has a marker (in bars, a hatch) of its own, since colours alone are not told apart by everybody.
+# Each contender has its own marker (in bars, a hatch), since not everybody can distinguish colours.
 OURS = ("#d1672c", "#8f55ea", "#1fa592", "#7d1a08", "#c2408f", "#7a7300", "#2a0a12", "#525252")  # engines with the map
 PLAIN = ("#1f5a99", "#5b8fc7", "#2b2b6b", "#7f7f7f", "#4f7f7f")
 MARKERS = "os^DvP*Xd<>p"
@@ -324,7 +324,7 @@ def save(figure: Figure, path: Path, title: str, records: list[dict]) -> Path:
     below = conditions(records)
     figure.suptitle(title, fontsize=11)
     lines = textwrap.wrap(below, int(14 * figure.get_figwidth()))
-    for legend in figure.legends:  # its title, above it, is the one place that the layout keeps free of both
+    for legend in figure.legends:  # the layout keeps only the legend's title, above it, free of both
         legend.set_title("\n".join([*lines, legend.get_title().get_text()]).strip(), {"size": 8})
         entries = -(-len(legend.get_texts()) // 3)
         figure.set_figheight(figure.get_figheight() + 0.16 * (entries + len(lines)))
@@ -336,7 +336,7 @@ def save(figure: Figure, path: Path, title: str, records: list[dict]) -> Path:
 
 
 def conditions(records: Iterable[dict]) -> str:
-    """Say what the records were measured on, each fact once."""
+    """Describe the machine and versions of the records, each fact once."""
     facts = []
     for key, text in (
         ("device", "{}"),

@@ -85,8 +85,8 @@ class Design:
         pipelined_dq: map_dq's gather of keys runs ahead of its use, and the map's gradient is spread over the rows by a
             product.
         full_waves: heads per program and splits of the rows fill whole waves.
-        preprocess: one kernel in place of flash-attn 4's preprocess computes dlse and writes the map's dq as the start
-            of its accumulator.
+        preprocess: a kernel replaces flash-attn 4's preprocess; it computes dlse and writes the map's dq as the start
+            of the accumulator.
     """
 
     tables: bool = False

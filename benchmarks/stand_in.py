@@ -1,17 +1,17 @@
-"""A CUDA device that computes nothing, for machines without one: it compiles kernels and checks the scripts for a GPU.
+"""A CUDA device that computes nothing, for machines without a GPU: it compiles kernels and checks the GPU scripts.
 
     python -m benchmarks.stand_in [--keys FILE] [--dry] PROGRAM ARGUMENTS...
 
 ``PROGRAM`` is a module, as for ``python -m``. With ``--dry`` no kernel is compiled, which takes seconds, not minutes.
 
 Tensors on device "cuda" are PyTorch's fake tensors: they have shapes, strides and dtypes, but no memory, and are on an
-H100. Triton's own CUDA driver runs over a libcuda that accepts every call. A launch therefore takes the whole path of a
-real one: the kernel is compiled for sm_90 into Triton's cache, its C launcher is built, and the launch itself does
-nothing. What a test or a benchmark would compile on an H100 is then in the cache, under the keys that it will look for.
+H100. Triton's own CUDA driver runs over a libcuda that accepts every call. So a launch takes the whole path of a real
+one: the kernel is compiled for sm_90 into Triton's cache, its C launcher is built, and the launch itself does nothing.
+The kernels that a test or a benchmark would compile on an H100 are then in the cache under the right keys.
 
 ``FILE`` gets a line of JSON for each kernel that the program asks for: its name and key, whether it was in the cache,
-CPU seconds. Comparisons with the oracle are skipped, and so is what a test does from where it needs a value on. No
-number that is printed under the stand-in means anything.
+CPU seconds. Comparisons with the oracle are skipped, and so is the rest of a test once it needs a value. Numbers that
+are printed under the stand-in are meaningless.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class _Nothing:
         return None
 
     def elapsed_time(self, _: Any) -> float:
-        return 1e4  # milliseconds: so that what is measured is called a few times only
+        return 1e4  # milliseconds: so that a measured function is called only a few times
 
     def events(self) -> list[Any]:
         return []
@@ -400,7 +400,7 @@ def _cpu_seconds() -> float:
 
 
 def skip_comparisons(arguments: Sequence[str]) -> None:
-    """Replace the oracle and the comparisons of the tests' helpers by nothing: there are no values to compare."""
+    """Disable the oracle and the comparisons of the tests' helpers: there are no values to compare."""
     from tests.helpers import budget, hardware_cases, kernel_cases
 
     def no_oracle(case: Any, x: Any, *_: Any) -> dict[str, Any]:

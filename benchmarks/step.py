@@ -5,15 +5,15 @@
                               [--dtype float32|bfloat16] [--long]
 
 ``--model`` is the teacher and, without ``--student``, also the student; ``tiny``, ``tiny-teacher``, ``long``,
-``smollm2-135m`` and ``1b`` are random Llamas. ``--long`` measures texts of 4,096 to 32,768 tokens that are a thinking
-trace almost alone, with as many sentences and numbers as GSM8K's rationales one after another have. Contenders:
+``smollm2-135m`` and ``1b`` are random Llamas. ``--long`` measures texts of 4,096 to 32,768 tokens that consist almost
+entirely of a thinking trace, with as many sentences and numbers as concatenated rationales of GSM8K have. Contenders:
 
 - ``dss``: the two tasks (Eq. 7 without L_att), packed into one forward that encodes the question once;
 - ``molsaki, stored maps``: the same with the maps of every layer, the router and L_att; "time over dss" is the cost;
 - ``molsaki, live teacher``: with the teacher's forward in every step;
 - ``dss, packed`` and ``molsaki, packed``: one forward that encodes the question in both tasks;
 - ``dss, padded`` and ``molsaki, padded``: one padded forward per task;
-- ``dss, sdpa``: the same with transformers' "sdpa" in place of our attention;
+- ``dss, sdpa``: the same with transformers' "sdpa" instead of our attention;
 - ``eager``: the usual implementation: both models with ``attn_implementation="eager"`` and ``output_attentions=True``,
   all weights kept and reduced afterwards, logits of all tokens, one padded forward per task; the same losses.
 """
@@ -217,7 +217,7 @@ def default_dtype(device: torch.device) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The facts that define a step; picklable for the processes that measure memory."""
+    """The properties that define a step; picklable for the processes that measure memory."""
 
     teacher: str
     student: str
@@ -376,13 +376,13 @@ def measured(measure: str, setup: Setup, names: list[str], seconds: float, machi
 
 
 def measure_time(setup: Setup, names: list[str], seconds: float) -> Iterator[tuple[str, str, float]]:
-    """Yield seconds per step and ratios, and the loss, by which one sees that the contenders compute the same."""
+    """Yield seconds per step, ratios, and the loss, which shows that the contenders compute the same."""
     steps, device = {}, torch.device(setup.device)
     for name in names:
         try:
             steps[name] = setup.step(name)
             yield name, "loss", steps[name]().item()
-        except torch.OutOfMemoryError as reason:  # the others are measured all the same
+        except torch.OutOfMemoryError as reason:  # the others are still measured
             print(f"{setup.batch.name}: {name} does not fit in memory: {str(reason).splitlines()[0]}")
             steps.pop(name, None)
             torch.cuda.empty_cache()

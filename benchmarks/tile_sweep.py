@@ -173,7 +173,7 @@ class Case:
             self.lse.copy_(found[1][..., : shape.tokens])
 
     def run(self, kernel: str) -> tuple[Tensor, ...]:
-        """Call the launcher of a kernel; return what the kernel decides."""
+        """Call the launcher of a kernel; return the results that depend on the kernel."""
         inputs = MapInputs(self.q, self.k, self.lse)
         if kernel == "map_partials":
             return (map_forward.map_forward(inputs, self.options, self.plan),)
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
             cases[shape.name] = Case(shape)
         try:
             rows = sweep(kernel, cases[shape.name], flush, late, machine, real, left)
-        except Exception as reason:  # the other kernels are measured all the same
+        except Exception as reason:  # the other kernels are still measured
             print(f"{kernel} {shape.name}: {_first_line(reason)}", flush=True)
             continue
         results[kernel, shape.name] = rows
@@ -404,7 +404,7 @@ def difference(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> flo
 
 
 def compile_key(kernel: str, shape: Shape, candidate: Candidate) -> tuple:
-    """Return the facts that decide what has to be compiled; a key may be finer than that."""
+    """Return the properties that determine what has to be compiled; a key may be finer than that."""
     tile = {n: x for n, x in describe(kernel, shape, candidate).items() if n not in ("resident", "heads", "splits")}
     alone = dict(candidate).get("splits") == 1 if kernel == "map_dk" else False
     fused = shape.words > 512 if kernel == "flash_forward" else False

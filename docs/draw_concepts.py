@@ -1,7 +1,7 @@
 """Draws docs/concepts.svg, the figure of the computation: python docs/draw_concepts.py.
 
 The weights are those of invented scores, and every number of the map is the sum of the weights that are drawn.
-The picture has a white ground of its own, for pages that are dark, and no letter smaller than 13 of its 720 units.
+The picture has its own white background, for dark pages, and no letter smaller than 13 of its 720 units.
 """
 
 from __future__ import annotations

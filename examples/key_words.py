@@ -1,10 +1,10 @@
-"""Key words of your own in place of numbers: keywords, a regular expression, spans in the data, a function.
+"""Other key words than numbers: keywords, a regular expression, spans in the data, a function.
 
     python examples/key_words.py                                                 # tiny random models, offline
     python examples/key_words.py --student HuggingFaceTB/SmolLM2-135M-Instruct \
         --teacher HuggingFaceTB/SmolLM2-360M-Instruct
 
-The same values are those of `--key` of `molsaki extract` and `molsaki distill`; docs/key-words.md has all of them.
+`--key` of `molsaki extract` and `molsaki distill` takes the same values; docs/key-words.md has all of them.
 Needs the extra `train`.
 """
 

@@ -1,4 +1,4 @@
-"""Distils into LoRA adapters: the student's own weights stay as they are.
+"""Distils into LoRA adapters: the student's own weights do not change.
 
     python examples/lora.py                                                      # tiny random models, offline
     python examples/lora.py --student HuggingFaceTB/SmolLM2-135M-Instruct \

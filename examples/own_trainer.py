@@ -1,4 +1,4 @@
-"""The attention loss in a trainer of your own: one method of transformers' `Trainer`.
+"""The attention loss in your own trainer: one method of transformers' `Trainer`.
 
     python examples/own_trainer.py                                               # tiny random models, offline
     python examples/own_trainer.py --student HuggingFaceTB/SmolLM2-135M-Instruct \

@@ -1,7 +1,7 @@
-"""Random models and word problems of the examples, for which nothing is downloaded.
+"""Random models and word problems for the examples, without downloads.
 
 The models are too small to reason: they show that an example runs and what it prints. Every example takes the names of
-real ones on its command line. To write the folder that the training loops of `examples/training_loops` read:
+    real models on its command line. To write the folder that the training loops of `examples/training_loops` read:
 
     python examples/tiny_models.py FOLDER       # FOLDER/student, FOLDER/teacher, FOLDER/train.jsonl and more
 """
@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def arguments(doc: str | None, *names: str) -> list[str]:
-    """The values of the options --NAME of an example, in this order; those that are not given are of tiny models.
+    """The values of the options --NAME of an example, in this order; missing ones default to tiny models.
 
-    Tiny models and data, and results for which no folder is given, lie in a new temporary folder.
+    Tiny models and data, and results without a given folder, are written to a new temporary folder.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names:

@@ -1,7 +1,7 @@
-"""Distils a teacher's attention to key words, step by step (MoLSAKI, arXiv 2604.15701).
+"""Distillation of a teacher's stepwise attention on key words (MoLSAKI, arXiv 2604.15701).
 
-The names below are imported on first use: ``import molsaki`` imports neither torch nor transformers. When transformers
-is imported, before or after, the attention implementation "molsaki" is registered with it.
+The names below are imported on first use: ``import molsaki`` imports neither torch nor transformers. The attention
+    implementation "molsaki" is registered with transformers when that is imported, before or after.
 """
 
 from __future__ import annotations

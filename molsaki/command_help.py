@@ -1,8 +1,8 @@
 """The help of the commands: options in groups, in the order in which a user needs them, and examples.
 
 `parser_of` builds an argparse parser of a command from its dataclass, without torch and, but for the inherited options
-of ``molsaki distill``, without transformers. It prints ``--help`` and is what shell completion is generated from; the
-options themselves are read by `molsaki.flags`.
+of ``molsaki distill``, without transformers. It prints ``--help``, and shell completion is generated from it.
+`molsaki.flags` reads the options themselves.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_orig
 
 from molsaki.terminal import styled_help
 
-DRY_RUN = "Load, count, and measure one or two batches; print what the command would do, and do not do it."
+DRY_RUN = "Load, count, and measure one or two batches; print what the command would do without doing it."
 LOG_FORMAT = (
     "Logs and results as text, or as JSON: one object per line on standard error, the result on standard output."
 )
 CONFIG = "YAML file that sets these options by name; options given as flags override it."
 PRESET = (
     "paper: every option of the method as in arXiv 2604.15701; recommended: objective dss, since no form of the "
-    "attention loss was clearly better in docs/evidence.md. Options that are given override it."
+    "attention loss was clearly better in docs/evidence.md. Explicit options override it."
 )
 HELP_ALL = "Show this help with the options of transformers' TrainingArguments too, all of which the command takes."
 OTHERS = "more options"
@@ -40,28 +40,28 @@ _MIXTURE = (
 )  # fmt: skip
 _LENGTHS = ("teacher_template", "student_template", "teacher_max_length", "max_length", "too_long", "drop_wrong")
 
-# The inherited options of distill that almost every run sets: name -> (help, default as TrainingArguments has it).
+# The inherited options of distill that almost every run sets: name -> (help, default of TrainingArguments).
 TRAINING = {
-    "num_train_epochs": ("How often the training data are seen.", 3.0),
-    "max_steps": ("In its place, the number of optimizer steps; -1: as many as the epochs have.", -1),
-    "per_device_train_batch_size": ("Examples per forward and backward pass, in each process.", 8),
-    "gradient_accumulation_steps": ("Passes per optimizer step, to train with larger batches than fit.", 1),
+    "num_train_epochs": ("Number of passes over the training data.", 3.0),
+    "max_steps": ("Number of optimizer steps; overrides num_train_epochs. -1: not set.", -1),
+    "per_device_train_batch_size": ("Examples per forward and backward pass in each process.", 8),
+    "gradient_accumulation_steps": ("Passes per optimizer step, for batches that do not fit in memory.", 1),
     "learning_rate": ("The largest learning rate.", 5e-5),
-    "lr_scheduler_type": ("How the learning rate falls: linear, cosine, constant, ...", "linear"),
-    "warmup_steps": ("Steps in which the learning rate rises to that, or, below 1, the fraction of all steps.", 0),
-    "bf16": ("Mixed precision: fewer bits in matrix products. Several times faster on hardware that has it.", False),
-    "gradient_checkpointing": ("Compute activations again in the backward: less memory, more time.", False),
+    "lr_scheduler_type": ("How the learning rate decreases: linear, cosine, constant, ...", "linear"),
+    "warmup_steps": ("Steps of learning-rate warmup; below 1, a fraction of all steps.", 0),
+    "bf16": ("Mixed precision: bfloat16 in matrix products. Several times faster on hardware that supports it.", False),
+    "gradient_checkpointing": ("Recompute activations in the backward pass: less memory, more time.", False),
     "eval_strategy": ("When the losses of eval_file are computed: no, steps or epoch.", "no"),
-    "eval_steps": ("eval_strategy=steps: once per this number of steps. Default: logging_steps.", None),
-    "save_steps": ("Save a checkpoint after this number of steps.", 500),
-    "save_total_limit": ("Keep only this number of checkpoints, the last ones. Default: all.", None),
-    "load_best_model_at_end": ("Export the checkpoint with the best evaluation in place of the last one.", False),
-    "seed": ("Seed of everything that is random in the training.", 42),
+    "eval_steps": ("eval_strategy=steps: number of steps between evaluations. Default: logging_steps.", None),
+    "save_steps": ("Number of steps between checkpoints.", 500),
+    "save_total_limit": ("Keep only this many of the latest checkpoints. Default: all.", None),
+    "load_best_model_at_end": ("Export the checkpoint with the best evaluation instead of the last one.", False),
+    "seed": ("Seed of all randomness in the training.", 42),
 }
 
 
 class Help(NamedTuple):
-    """What the help of a command shows besides the options' own texts.
+    """The parts of a command's help besides the texts of its options.
 
     Attributes:
         usage: after the name of the command.
@@ -82,7 +82,7 @@ HELP = {
     "annotate": Help(
         "--teacher MODEL --data_file FILE --output_file FILE [options]",
         "A teacher writes rationales, and those that end in the right answer are kept. If its answer is wrong, it is "
-        "asked again with the right answer as a hint. An interrupted run is continued by the same command.",
+        "asked again with the right answer as a hint. The same command continues an interrupted run.",
         {
             "required": ("teacher", "data_file", "output_file"),
             "the prompt": ("template", "examples", "shots", "instruction", "hint"),
@@ -98,7 +98,7 @@ HELP = {
         [
             ("A model on this machine", "molsaki annotate --teacher Qwen/Qwen3-4B --template chat --data_file "
              "questions.jsonl --output_file train.jsonl"),
-            ("A model behind an endpoint, with a limit on the cost; first see how many requests that takes",
+            ("A model behind an endpoint, with a limit on the cost; first see how many requests it needs",
              "molsaki annotate --teacher gpt-x --template chat --endpoint https://api.example.com/v1 --price_in 0.4 "
              "--price_out 1.6 --max_cost 20 --data_file questions.csv --output_file train.jsonl --dry_run"),
             ("Ask only for the key words of rationales that exist", "molsaki annotate --rationales keep --keywords "
@@ -109,7 +109,7 @@ HELP = {
     "keys": Help(
         "--teacher MODEL --data_file FILE --output_file FILE (--top N | --top_share X) [options]",
         "Choose the words of each text that matter most to a teacher, and write them into the records, where --key "
-        "given reads them. An interrupted run is continued by the same command.",
+        "given reads them. The same command continues an interrupted run.",
         {
             "required": ("teacher", "data_file", "output_file"),
             "how many (one of them is required)": ("top", "top_share"),
@@ -129,7 +129,7 @@ HELP = {
     "extract": Help(
         "--teacher MODEL --data_files FILE... --store FOLDER [options]",
         "Run the white-box teacher once over a data set and store its maps, steps x key words, from which `molsaki "
-        "distill --store` trains students without the teacher. An interrupted run is continued by the same command.",
+        "distill --store` trains students without the teacher. The same command continues an interrupted run.",
         {
             "required": ("teacher", "data_files", "store"),
             "key words and steps (the same as in distill)": _TEXTS,
@@ -180,7 +180,7 @@ HELP = {
         [
             ("From stored maps", "molsaki distill --student HuggingFaceTB/SmolLM2-135M --store maps --train_file "
              "train.jsonl --output_dir run"),
-            ("With the teacher beside it; first see how long that takes", "molsaki distill --student student --teacher "
+            ("With a live teacher; first see how long it takes", "molsaki distill --student student --teacher "
              "Qwen/Qwen3-4B --train_file train.jsonl --output_dir run --bf16 --dry_run"),
             ("Continue an interrupted run", "molsaki distill --config distill.yaml --output_dir run --resume"),
             ("Two processes", "torchrun --nproc_per_node 2 -m molsaki.cli distill --config distill.yaml"),
@@ -202,7 +202,7 @@ HELP = {
              "test.jsonl --output_dir results/run"),
             ("Compared with another model on the same questions", "molsaki evaluate --model run --data_file "
              "test.jsonl --output_dir results/run --compare results/before"),
-            ("Two methods with three seeds each, from what evaluate wrote", "molsaki evaluate --predictions "
+            ("Two methods with three seeds each, from the output of evaluate", "molsaki evaluate --predictions "
              "results/a1 results/a2 results/a3 --compare results/b1 results/b2 results/b3 --output_dir results/a-b"),
         ],
         dry_run=True,
@@ -239,19 +239,19 @@ HELP = {
         },
         [
             ("Everything that the run recorded", "molsaki report run"),
-            ("With the predictions of molsaki evaluate, beside those before training",
+            ("With the predictions of molsaki evaluate, next to those before training",
              "molsaki report run --predictions after before --teacher Qwen/Qwen3-4B --data_file test.jsonl"),
         ],
     ),
     "study": Help(
         "FILE [options]",
-        "Train and evaluate a grid of methods, seeds and data sets as a YAML file describes it, and compare them: see "
-        "docs/study.md. The same command continues; finished runs are never repeated.",
+        "Train and evaluate a grid of methods, seeds and data sets that a YAML file describes, and compare them: see "
+        "docs/study.md. The same command continues an interrupted study; finished runs are never repeated.",
         {},
         [
             ("See the runs and what is left", "molsaki study study.yaml --dry_run"),
             ("All runs, in four processes", "molsaki study study.yaml --processes 4"),
-            ("The tables and pictures of what is finished", "molsaki study study.yaml --report"),
+            ("The tables and pictures of the finished runs", "molsaki study study.yaml --report"),
         ],
         dry_run=True,
     ),
@@ -267,8 +267,8 @@ HELP = {
     ),
     "doctor": Help(
         "[options]",
-        "Say what this machine can run, what is missing and what to do about it; run every ready engine once and "
-        "compare it with eager attention. Exit code 1 if something required is broken.",
+        "Report what this machine can run, what is missing and how to fix it; run every ready engine once and compare "
+        "it with eager attention. Exit code 1 if something required is broken.",
         {},
         [("A report to read", "molsaki doctor"), ("A report to attach to an issue", "molsaki doctor --json")],
     ),

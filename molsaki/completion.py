@@ -1,7 +1,7 @@
 """The command ``molsaki completion``: a script that completes commands, flags, choices and files in a shell.
 
-The package shtab writes it from the parsers of all commands, inherited options of distill included. It is static: a
-shell that completes does not start Python.
+The package shtab writes it from the parsers of all commands, inherited options of distill included. It is static:
+completion does not start Python.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def script(shell: str, parsers: Mapping[str, Parser], summaries: Mapping[str, st
 
 
 def _whole(parsers: Mapping[str, Parser], summaries: Mapping[str, str]) -> argparse.ArgumentParser:
-    """One parser with all commands below it, whose actions say what completes their values."""
+    """One parser with a subparser per command, whose actions define how their values are completed."""
     import shtab
 
     whole = Parser(prog="molsaki", description="Distil a teacher's attention to key words, step by step.")

@@ -1,4 +1,4 @@
-"""The command ``molsaki doctor``: what this machine can run, what is missing, and what to do about it.
+"""The command ``molsaki doctor``: what this machine can run, what is missing, and how to fix it.
 
 Every engine that is ready runs a small attention with its map and gradient once and is compared with eager attention.
 """
@@ -34,7 +34,7 @@ INSTALL = {
     "matplotlib": 'pip install "molsaki-kernels[plot]"',
     "flash-attn": 'pip install "molsaki-kernels[flash]"',
 } | {name: 'pip install "molsaki-kernels[train]"' for name in (*TRAINING, "peft", "tensorboard")}
-# What to do about an engine that is not ready: a pattern of the reason and the advice. No advice where nothing helps.
+# What to do about an engine that is not ready: a pattern of the reason, and the advice. None if nothing helps.
 ENGINE_ADVICE = (
     (r"no C compiler", "install a C compiler: apt install gcc (or dnf, brew, conda; or set $CC)"),
     (r"switched off by MOLSAKI_NATIVE", "unset MOLSAKI_NATIVE"),
@@ -46,7 +46,7 @@ ENGINE_ADVICE = (
         "this GPU is too old for it: use engine eager, or a GPU of compute capability 8.0 or later",
     ),
 )
-# Those that help on a machine with a GPU only.
+# Advice that helps only on a machine with a GPU.
 GPU_ADVICE = (
     (r"triton is not installed", "pip install triton"),
     (
@@ -70,7 +70,7 @@ def report() -> dict[str, Section]:
     ``notes``, ``to_do`` and ``summary``.
 
     Values are versions, numbers or "ready"; where something is missing, the reason. ``selftest`` has a line per engine
-    and device, which begins with ok or FAILED. ``to_do`` has an action for each thing that can be helped.
+    and device, which begins with ok or FAILED. ``to_do`` has an action for each fault that can be fixed.
     """
     to_do: Section = {}
     packages: Section = {name: _version(name) or "not installed" for name in ("molsaki-kernels", *REQUIRED)}
@@ -81,7 +81,7 @@ def report() -> dict[str, Section]:
     to_do |= _too_old()
     try:
         import torch
-    except Exception as error:  # not only a missing package: a library that does not load, or another numpy
+    except Exception as error:  # also a library that does not load, or an incompatible numpy
         reason = " ".join(str(error).split())
         packages["torch"] = f"cannot be imported: {reason}"
         to_do["torch"] = "pip install torch (on a CPU: PyTorch's CPU build; see pytorch.org/get-started)"
@@ -135,7 +135,7 @@ def report() -> dict[str, Section]:
 
 
 def is_broken(found: dict[str, Section]) -> bool:
-    """Whether something required is missing or an engine computes other values than eager attention."""
+    """Whether a requirement is missing or the results of an engine differ from those of eager attention."""
     return found["summary"]["broken"] != 0
 
 
@@ -182,7 +182,7 @@ def _test_engine(engine: str, device: str) -> str | None:
     found = _compare(engine, device, dtype)
     if found is None or not found.startswith(OK) or (engine, device) != ("native", "cpu"):
         return found
-    rounded = _compare(engine, device, torch.bfloat16) or ""  # other products than in float32, by AMX for example
+    rounded = _compare(engine, device, torch.bfloat16) or ""  # its products differ from float32's, by AMX for example
     return f"{found}; in bfloat16,{rounded.rpartition(',')[2]}" if rounded.startswith(OK) else rounded
 
 
@@ -214,7 +214,7 @@ def _compare(engine: str, device: str, dtype: Any) -> str | None:
 
 
 def _attention(engine: str, device: str, dtype: Any, computed_in: Any = None) -> list[Any]:
-    """Output, map and the gradients of q, k and v of a small attention, the same numbers for every engine."""
+    """Output, map and gradients of q, k and v of a small attention, with the same inputs for every engine."""
     import torch
 
     from molsaki_kernels import StepPlan, stepwise_attention
@@ -282,7 +282,7 @@ def _machine() -> Section:
 
 
 def _notes(compiler: str | None) -> Section:
-    """What else installed packages need on a GPU."""
+    """Further requirements of installed packages on a GPU."""
     notes: Section = {}
     if _version("triton"):
         header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()

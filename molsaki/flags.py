@@ -1,4 +1,4 @@
-"""Reads a config from the command line, a YAML file or values: every field of the dataclass is a flag.
+"""Reads a config from the command line, a YAML file or a dict: every field of the dataclass is a flag.
 
 ``parse(ExtractConfig, argv)`` reads ``--config file.yaml`` first; the flags override it.
 """
@@ -39,7 +39,7 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, prog: s
 def parse_command(
     config_class: type[Config], argv: list[str], prog: str | None, has_dry_run: bool
 ) -> tuple[Config, bool]:
-    """As `parse`, with whether ``dry_run`` was asked for, by flag or in the YAML file, of a command that has it."""
+    """As `parse`, and whether ``dry_run`` was requested, by flag or in the YAML file, for a command that has it."""
     parser, names = _parser(config_class, prog, has_dry_run)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -144,7 +144,7 @@ def _as_flag(key: str, value: Any) -> list[str]:
 
 
 def _about_unknown(word: str, argv: Sequence[str], names: Sequence[str]) -> str:
-    """What is wrong with a word that no flag takes."""
+    """The error message for a word that belongs to no flag."""
     if word.startswith("-"):
         return f"{word.partition('=')[0]}: no such flag" + nearest(word, names, "--")
     at = argv.index(word)
@@ -159,18 +159,18 @@ def _about_unknown(word: str, argv: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _check_repeated(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Refuse a flag for files, or for a list, that is given twice: the last one alone would count."""
+    """Refuse a flag for files, or for a list, that is given twice: only the last one would count."""
     flags = collections.Counter(word.partition("=")[0] for word in argv if word.startswith("--"))
     for action in parser._actions:
         count = sum(flags[name] for name in action.option_strings)
         name = action.option_strings[0] if action.option_strings else ""
         if count > 1 and action.nargs == "+":
-            raise ValueError(f"{name}: given {count} times; give all its values once, after one {name}")
+            raise ValueError(f"{name}: given {count} times; give all values once, after one {name}")
         if count > 1 and name.endswith("_file"):
             raise ValueError(f"{name}: given {count} times; expected one file")
 
 
-# Names that other programs, or other commands of this one, use: what a user may have meant.
+# Names used by other programs or by other commands of this one: what a user may have meant.
 MEANT = {
     "limit": ("examples",),
     "lr": ("learning_rate",),
@@ -195,7 +195,7 @@ MEANT = {
 
 
 def nearest(flag: str, names: Sequence[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name: the one that was probably meant, if there is one."""
+    """The end of a message about an unknown name: the name that was probably meant, if there is one."""
     name = flag.lstrip("-").partition("=")[0].replace("-", "_")
     meant = [one for one in MEANT.get(name, ()) if one in names]
     parts = set(name.split("_"))

@@ -1,4 +1,4 @@
-"""Functions and objects of your own that an option names as ``module:name``, such as ``--objective mine:objective``."""
+"""Imports user-defined functions and objects that an option names as ``module:name``, such as ``mine:objective``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def named_function(option: str, value: str) -> Callable[..., Any]:
     """The function that ``module:name`` names, see `named`.
 
     Raises:
-        TypeError: it is no function.
+        TypeError: it is not a function.
     """
     found = named(option, value)
     if not callable(found):
@@ -42,14 +42,14 @@ def named_function(option: str, value: str) -> Callable[..., Any]:
 
 
 def look_in(folder: str | Path) -> None:
-    """Look for modules in this folder, too, and there first."""
+    """Search this folder for modules before all others."""
     place = str(Path(folder).resolve())
     if place not in sys.path:
         sys.path.insert(0, place)
 
 
 def source(option: str, value: str, folder: str | Path | None = None) -> str:
-    """The source of the module of ``module:name``, by which a changed one is recognised; empty if there is none."""
+    """The source of the module of ``module:name``, by which changes are detected; empty if there is none."""
     named(option, value, folder)
     try:
         return inspect.getsource(sys.modules[value.partition(":")[0]])

@@ -1,4 +1,4 @@
-"""Writes files that are either complete or absent, reads JSON lines, and computes digests of what they hold."""
+"""Writes files that are either complete or absent, reads JSON lines, and computes digests of values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def atomic_write(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
     """A file object whose content replaces ``path`` when the block ends without an error.
 
     Until then it is ``.NAME.part`` in the same folder. It is flushed to the disk before it is renamed. After an error
-    it is removed, and ``path`` is as it was. Two processes must not write the same path at the same time.
+    it is removed, and ``path`` is unchanged. Two processes must not write the same path at the same time.
 
     Raises:
         OSError: the folder does not exist, or the disk is full.
@@ -29,7 +29,7 @@ def atomic_write(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        if os.name != "nt":  # Windows opens no folders
+        if os.name != "nt":  # Windows cannot open folders
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -54,7 +54,7 @@ def write_json_lines(path: str | Path, records: Iterable[object]) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[Any]:
-    """The JSON values of a file with one per line; a text in them may hold any character that ends a line elsewhere.
+    """The JSON values of a file with one value per line; strings in them may contain other line separators.
 
     Raises:
         ValueError: a line is not JSON.

@@ -1,4 +1,4 @@
-"""Locks of files, by which processes that do not communicate share work: each claims the next free item."""
+"""File locks, by which processes that do not communicate share work: each claims the next free item."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of an empty file in an existing folder; False if another process holds it and ``wait`` is False.
 
     The operating system releases the lock when the process ends, for whatever reason. filelock's fallback for file
-    systems without locks does not, so a lost process would block the others: it is turned off.
+    systems without locks is not released in this way, so a lost process would block the others. It is turned off.
 
     Raises:
         OSError: the file cannot be opened, or its file system has no file locks.
@@ -40,13 +40,14 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def claim(items: Sequence[Item], lock_of: Callable[[Item], Path], is_missing: Callable[[Item], bool]) -> Iterator[Item]:
-    """Those of the items that this process has to compute; each is locked until the next one is asked for.
+    """The items that this process has to compute; each is locked until the next one is requested.
 
-    When none is free, waits for those that other processes compute; if one of these is lost, its item is yielded here.
+    If no item is free, waits for those that other processes compute; if such a process is lost, its item is yielded
+    here.
 
     Args:
         lock_of: the file whose lock stands for an item.
-        is_missing: whether an item still has to be computed; asked while its lock is held.
+        is_missing: whether an item still has to be computed; called while its lock is held.
     """
     claimed: list[Item] = []
     for wait in (False, True):

@@ -1,6 +1,6 @@
-"""What the commands write to standard error: log messages as text, or as one JSON object per line.
+"""Log messages of the commands on standard error, as text or as one JSON object per line.
 
-``--log_format json`` or ``MOLSAKI_LOG=json`` chooses JSON. Every process that is started from there inherits it.
+``--log_format json`` or ``MOLSAKI_LOG=json`` chooses JSON. Child processes inherit it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 VARIABLE = "MOLSAKI_LOG"
 FORMATS = ("text", "json")
-VARIABLES = (VARIABLE, "TQDM_DISABLE", "TQDM_MININTERVAL")  # that are set here, for libraries and other processes
+VARIABLES = (VARIABLE, "TQDM_DISABLE", "TQDM_MININTERVAL")  # set here, for libraries and child processes
 
 
 def choose(name: str) -> None:
@@ -34,7 +34,7 @@ def is_json() -> bool:
 
 
 def show() -> None:
-    """Write what the package logs to standard error: everything in the first process, warnings in others."""
+    """Write the package's log messages to standard error: all of them in the first process, warnings in others."""
     logger = logging.getLogger("molsaki")
     if not sys.stderr.isatty():  # a file would get a line per refreshed progress bar; tqdm reads it when it is imported
         os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -52,7 +52,7 @@ def show() -> None:
 
 
 def take_over_libraries() -> None:
-    """With JSON: replace the handlers that imported libraries, such as transformers, have set up for themselves."""
+    """With JSON: replace the handlers that imported libraries, such as transformers, have installed."""
     if not is_json():
         return
     for name in ("transformers", "huggingface_hub", "datasets", "torch", "accelerate", "peft"):
@@ -64,7 +64,7 @@ def take_over_libraries() -> None:
 
 
 class Stderr(logging.Handler):
-    """Writes lines to what standard error is at the time of a message, above a progress bar if there is one."""
+    """Writes lines to the standard error of the moment, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

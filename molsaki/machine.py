@@ -6,7 +6,7 @@ import platform
 
 
 def processor() -> str:
-    """The name of the processor, or that of its architecture where the system does not tell."""
+    """The name of the processor, or of its architecture if the system does not report it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

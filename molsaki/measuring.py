@@ -1,4 +1,4 @@
-"""What a process measures of itself: memory, and the end of what a GPU was asked to do."""
+"""Measurements of the current process: its memory, and the completion of its work on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bytes_of(model: Any) -> int:
 
 
 def peak_of_process() -> int | None:
-    """The most memory that this process has had resident, in bytes; None where the system does not tell."""
+    """The peak resident memory of this process, in bytes; None where the system does not report it."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as file:
         return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
     try:
@@ -32,7 +32,7 @@ def peak_of_process() -> int | None:
 
 
 def resident() -> int:
-    """The memory that this process has resident now, in bytes; 0 where the system does not tell."""
+    """The resident memory of this process, in bytes; 0 if the system does not report it."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as file:
         return 1024 * int(next(line for line in file if line.startswith("VmRSS")).split()[1])
     return 0

@@ -1,6 +1,6 @@
 """`PRESETS`: named values of the method's options, for ``--preset`` and for configs that are built in Python.
 
-A preset sets options that are not given; flags and YAML keys override it.
+A preset sets options that are not given explicitly; flags and YAML keys override it.
 """
 
 from __future__ import annotations

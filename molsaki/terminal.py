@@ -1,4 +1,4 @@
-"""Whether a stream takes colours, and text in the few styles that the command line uses."""
+"""Whether a stream supports colours, and text in the styles that the command line uses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_colours(stream: Any) -> bool:
 
 
 def styled(text: str, style: str, stream: Any) -> str:
-    """The text in a style of `STYLES`, or as it is where the stream has no colours."""
+    """The text in a style of `STYLES`, or unchanged if the stream has no colours."""
     return f"\033[{STYLES[style]}m{text}\033[0m" if has_colours(stream) else text
 
 

@@ -13,7 +13,7 @@ OLDEST = (8, 0)  # Ampere: bfloat16 products and asynchronous copies
 def why_too_old(device: torch.device) -> str | None:
     """Return the reason why the GPU ``device`` is too old for flash attention and Triton kernels, or None.
 
-    None also where the question has no answer: another device, AMD, or fake CUDA tensors without a GPU.
+    Also None for other devices, for AMD GPUs, and for fake CUDA tensors on a machine without a GPU.
     """
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return None

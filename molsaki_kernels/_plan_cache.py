@@ -1,7 +1,8 @@
-"""Keep what depends on a plan alone for as long as the plan's tensors live.
+"""Cache values that depend only on a plan, for as long as the plan's tensors live.
 
-It is computed once per plan and used by every layer, forward and backward. A change of a plan's tensors on a CPU is
-always seen. On a GPU it is seen by the tensors' versions and addresses: do not write to them through ``.data``.
+Such a value is computed once per plan and used by every layer, forward and backward. On a CPU every change of the
+plan's tensors is detected. On a GPU a change is detected by the tensors' versions and addresses, so do not write to
+them through ``.data``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def cached(
     The result must not hold a view of the plan's tokens, which would keep the plan alive.
     """
     tokens, steps, words = plan.tokens, plan.steps, plan.word_of_token
-    # Written out, since every layer of every step comes here.
+    # Inlined, because every layer of every training step runs this code.
     states: tuple[Hashable, ...]
     if tokens.is_cpu:  # the numbers themselves: a version misses changes through .data, numpy and in inference mode
         bounds = None if cu_seqlens is None else cu_seqlens.numpy().tobytes()
@@ -63,10 +64,10 @@ def cached_on_device(
 ) -> T:
     """:func:`cached`, for tensors that ``compute`` fills on the plan's device without waiting for it.
 
-    They are computed in every call, and not kept, where their memory could belong to a CUDA graph or a replay of the
-    graph could change the plan unseen: while a graph is captured and in operators, which compiled code calls, also in
-    the warm-up of ``torch.compile(mode="reduce-overhead")``. Nor are they kept for inference tensors, whose changes
-    cannot be seen. A kept tensor is used on the stream that computed it only.
+    Nothing is cached while a CUDA graph is captured, nor inside operators, which compiled code calls (also in the
+    warm-up of ``torch.compile(mode="reduce-overhead")``): the memory could belong to a graph, and a replay could change
+    the plan without being detected. Nothing is cached for inference tensors either, whose changes cannot be detected. A
+    cached tensor is used only on the stream that computed it.
     """
     tensors = (plan.tokens, plan.steps, plan.word_of_token, *(() if cu_seqlens is None else (cu_seqlens,)))
     stream = 0

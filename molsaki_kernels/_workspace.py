@@ -1,8 +1,8 @@
 """Keep memory for temporaries on a CPU between calls.
 
 The page faults of fresh megabytes cost as much as the thin products they hold: at 8 x 256 tokens, a tenth of a layer's
-time. At most ``LIMIT`` bytes are kept per name, dtype and thread. Larger temporaries are allocated for each call:
-attention is quadratic where they occur, and the faults do not matter.
+time. At most ``LIMIT`` bytes are kept per name, dtype and thread. Larger temporaries are allocated for each call: they
+occur where attention is quadratic and page faults do not matter.
 """
 
 from __future__ import annotations

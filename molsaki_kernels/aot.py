@@ -1,4 +1,4 @@
-"""Compile every kernel variant ahead of time and report what it needs of a multiprocessor; this needs no GPU.
+"""Compile every kernel variant ahead of time, without a GPU, and report the resources that it needs.
 
     python -m molsaki_kernels.aot --target cuda:90 [cuda:80 ...] [--csv FILE] [--json] [--filter NAME] [--jobs N]
 

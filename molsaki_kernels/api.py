@@ -31,7 +31,7 @@ from molsaki_kernels.validation import (
 
 @dataclasses.dataclass(frozen=True)
 class EngineStatus:
-    """Whether an engine can run on this machine, and why not."""
+    """Whether an engine can run on this machine, and the reason if it cannot."""
 
     ready: bool
     reason: str | None = None
@@ -111,7 +111,8 @@ def stepwise_attention(
     """Compute one attention layer, causal by default, and its stepwise map (MoLSAKI, arXiv 2604.15701, Eq. 2 and 3).
 
     ``map[n, s, w]`` is the attention mass that the queries of step s put on the tokens of key word w: a sum over both,
-    and the mean over heads. No ``M x M`` weights are stored, and the map is differentiable in everything the output is.
+    and the mean over heads. No ``M x M`` weights are stored. The map is differentiable with respect to the same inputs
+    as the output.
 
     Args:
         q: ``(B, Hq, M, D)`` queries; bfloat16, float16, float32 or float64; any strides.
@@ -131,8 +132,8 @@ def stepwise_attention(
         engine: "auto" for the fastest engine that supports the call, or a name from :func:`engines`.
         map_engine: how the map is computed. "widened": v gets one column per key word, so that the engine's own
             attention computes masses and gradients (``widened_values.py``), with every engine. "triton", "native" or
-            "torch": from the engine's log-sum-exp, with an engine that does not compute the map itself. "auto": the
-            engine itself, or the fastest of these.
+            "torch": from the engine's log-sum-exp, with an engine that does not compute the map itself. "auto": by the
+            engine itself, or by the fastest of these.
         heads: the old name of ``head_reduction``.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Decide whether a custom operator may be bypassed by calling the functions behind it.
+"""Decide whether a call may bypass the custom operator and use the functions behind it directly.
 
-Dispatching an operator written in Python costs a good part of a millisecond per layer, forward and backward together; a
-``torch.autograd.Function`` costs 30 us. Operators are needed only where something observes them: tracers, dispatch
-modes, function transforms and subclasses of Tensor.
+Dispatching an operator that is written in Python costs a good part of a millisecond per layer, forward and backward
+together; a ``torch.autograd.Function`` costs 30 us. The operator is needed only if something observes it: a tracer, a
+dispatch mode, a function transform or a subclass of Tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choose the engine of a call: measured order where there are measurements, else the documented default order.
+"""Choose the engine of a call: by the measured order if there are measurements, else by the documented default order.
 
 Engines that were registered with ``first_on`` come before both (:func:`register_engine`).
 
@@ -28,7 +28,7 @@ from molsaki_kernels.value_pooling import POOLING_ENGINES
 # more on an H200 (layer-h200.csv and kernels-h200.csv in benchmarks/results); other GPUs were not measured.
 # flash-attn 4 is first on Hopper: it is as fast as cuDNN or faster, and its backward takes the gradient of lse, which
 # saves a pass over O and dO. Elsewhere flash_attn and flex, which support nothing that triton and eager lack, are used
-# only when they are asked for.
+# only by name.
 HOPPER = "cuda, sm90 with flash-attn 4"
 DEFAULT_ORDER = {
     "cpu": ("native", "sdpa", "eager"),
@@ -41,7 +41,7 @@ REQUIRED = ("NAME", "COMPUTES_MAP", "DIFFERENTIABLE", "available", "why_not", "t
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The engines of one kind of call, fastest first, and where that was measured."""
+    """The engines for one kind of call, fastest first, and the record of the measurement."""
 
     arch: str  # "sm90", "gfx942", "cpu"
     backward: bool
@@ -87,7 +87,7 @@ def register_engine(engine: Engine, first_on: Sequence[str] = ()) -> None:
         first_on: types of devices, such as ``("cuda",)``, on which "auto" tries it before all other engines.
 
     Raises:
-        TypeError: a name of the protocol is missing, or ``first_on`` is a text.
+        TypeError: the engine lacks a name of the protocol, or ``first_on`` is a str.
         ValueError: another engine has this name.
     """
     missing = [name for name in REQUIRED if not hasattr(engine, name)]
@@ -110,7 +110,7 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
     Engines that compute the map themselves do not support one of :data:`MAP_ENGINES` as the map engine.
 
     Raises:
-        ValueError: there is no such engine, or none of those considered supports the call; the reasons are listed.
+        ValueError: there is no such engine, or no engine considered supports the call; the message lists the reasons.
     """
     names = (*FIRST.get(request.device.type, ()), *order(request)) if engine == "auto" else (engine,)
     reasons = {}
@@ -133,11 +133,11 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
 
 
 def choose_map(map_engine: str, q: Tensor, request: AttentionRequest) -> str:
-    """Return how the map is computed: "widened", or beside an engine that does not compute it one of
-    :data:`MAP_ENGINES`.
+    """Return how the map is computed: "widened", or one of :data:`MAP_ENGINES` for an engine that does not compute it.
 
-    "auto" never takes "widened": wherever it was measured, the map of its own is faster, on a CPU (docs/performance.md)
-    and on an H200, where widened values took 1.5 to 1.9 times as long at 16 x 256 tokens and 4 times at 1 x 4,096.
+    "auto" never takes "widened": computing the map separately was faster wherever both were measured, on a CPU
+    (docs/performance.md) and on an H200, where widened values took 1.5 to 1.9 times as long at 16 x 256 tokens and 4
+    times at 1 x 4,096.
 
     Raises:
         ValueError: there is no such map engine, or it does not support the call.

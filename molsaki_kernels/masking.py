@@ -1,4 +1,4 @@
-"""Which keys a query can see: shared by engines and attention hooks; the oracle has a definition of its own."""
+"""Which keys a query can see: shared by engines and attention hooks; the oracle has its own definition."""
 
 from __future__ import annotations
 

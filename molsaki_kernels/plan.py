@@ -1,4 +1,4 @@
-"""The plan: which tokens form a step and which are key words. It is checked once and used by every layer."""
+"""The plan: the tokens of each step and of each key word. It is checked once and used by every layer."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class StepPlan:
 
 _TENSORS = ("steps", "tokens", "word_of_token", "step_mask", "word_mask")
 
-# A DataLoader's default_collate stacks plans as it stacks tensors.
+# Lets a DataLoader's default_collate stack plans like tensors.
 default_collate_fn_map[StepPlan] = lambda batch, *, collate_fn_map=None: StepPlan.cat(batch)
 
 

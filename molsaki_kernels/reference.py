@@ -1,7 +1,7 @@
-"""The oracle: eager attention that materialises every weight, in the dtype of its inputs.
+"""The reference implementation (oracle): eager attention that materialises every weight, in the dtype of its inputs.
 
-It defines what is correct. The kernels are compared with it in float64, and every error budget is computed from its
-float64 result and its result in the working dtype. Only tests and benchmarks import it, and it imports only the plan.
+It defines the correct result. The kernels are compared with it in float64, and every error budget is computed from its
+results in float64 and in the working dtype. Only tests and benchmarks import it, and it imports only the plan.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def stepwise_attention(
 ) -> tuple[Tensor, ...]:
     """Compute one attention layer and its map, as :func:`molsaki_kernels.stepwise_attention`; ``engine`` is ignored.
 
-    v may be of another width than q and k: out is as wide as v.
+    The width of v may differ from that of q and k: out is as wide as v.
     """
     del engine
     if q.dim() == 3:  # packed (total, H, D)

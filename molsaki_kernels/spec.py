@@ -1,7 +1,7 @@
-"""The values that a call passes down: its inputs, its options and the plan's tensors, and what engines return.
+"""The dataclasses of a call: its inputs, its options and the plan's tensors, and what engines return.
 
-From the public functions to every engine they are passed in one order: ``inputs, options, plan``, with an incoming
-gradient or a forward's outputs before them. Only ``ops/`` flattens them, because a PyTorch operator takes tensors and
+The public functions and every engine take them in one order: ``inputs, options, plan``, preceded by incoming gradients
+or the outputs of the forward. Only ``ops/`` flattens them, because a PyTorch operator takes tensors and
 numbers.
 """
 
@@ -38,7 +38,7 @@ class AttentionInputs:
         return (0, self.q.shape[2]) if self.cu_seqlens is None else tuple(self.cu_seqlens.tolist())
 
     def request(self, options: AttentionOptions) -> AttentionRequest:
-        """Return the facts of a call with these tensors, by which an engine is chosen."""
+        """Return the properties of a call with these tensors, by which its engine is chosen."""
         q, k, v, sinks = self.q, self.k, self.v, self.sinks
         differentiable = (
             q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
@@ -89,7 +89,8 @@ class MapInputs:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """How scores become weights, ``P = softmax(mask(softcap(scale q k^T)), sinks)``, and how the map is reduced.
+    """How weights are computed from scores, ``P = softmax(mask(softcap(scale q k^T)), sinks)``, and how the map is
+    reduced.
 
     Attributes:
         causal: a query sees no key after itself.
@@ -173,7 +174,7 @@ class InputGradients:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRequest:
-    """The facts of one call that decide which engine can serve it: no tensors, so that no device is touched."""
+    """The properties of a call that decide which engine can serve it. It holds no tensors, so no device is touched."""
 
     device: torch.device
     dtype: torch.dtype

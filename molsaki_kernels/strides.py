@@ -31,7 +31,7 @@ def dense_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def out_strides(q: Tensor, value_dim: int) -> tuple[int, ...]:
-    """Return the strides of out ``(B, Hq, M, value_dim)``, of another width than ``q``, in q's layout without gaps."""
+    """Return the strides of out ``(B, Hq, M, value_dim)`` in q's layout without gaps; value_dim is not q's width."""
     B, H, M, _ = q.shape
     if not q.is_contiguous() and q.transpose(1, 2).is_contiguous():
         return M * H * value_dim, value_dim, H * value_dim, 1

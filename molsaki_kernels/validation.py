@@ -78,7 +78,7 @@ def check_bounds(bounds: tuple[int, ...], total: int, name: str) -> None:
 
 
 def assert_bounds(cu_seqlens: Tensor, total: int, name: str) -> None:
-    """:func:`check_bounds` of a compiled call, which has no values yet: when the graph runs, without waiting for it."""
+    """:func:`check_bounds` for a compiled call, whose values are not known yet: checked when the graph runs."""
     rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all()
     torch._assert_async(rises, f"cu_seqlens: expected to rise from 0 to {name}'s total")
 
@@ -193,7 +193,7 @@ def _check_plan(plan: StepPlan, inputs: AttentionInputs | MapInputs) -> None:
 
 
 def _assert_packed(plan: StepPlan, cu_seqlens: Tensor, total: int) -> None:
-    """Check a compiled call's plan against ``cu_seqlens``, whose values are tensors there: when the graph runs."""
+    """Check a compiled call's plan against ``cu_seqlens`` when the graph runs; its values are not known before."""
     assert_bounds(cu_seqlens, total, "q")
     lengths = cu_seqlens.diff()[:, None]
     steps_fit = ((plan.steps[..., 1] <= lengths) | (plan.steps[..., 1] <= plan.steps[..., 0])).all()

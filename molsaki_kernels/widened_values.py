@@ -7,12 +7,12 @@ mass that query i puts on word w. The map is a segmented sum of it, and the atte
     dO'[i]  = [dO[i], dA[step(i)] / Hq],   0 for dA where query i is in no step
     dP'     = dO' v'^T = dO v^T + dA[step(i), word(j)] / Hq,   rowsum(dO' O') = rowsum(dO O) - dlse of the map
 
-So nothing computes a gradient of lse, adds to dq and dk or reads q a second time. An engine that takes v wider than q
-and k (``takes_value_dim``) gets it so; for the others q and k are padded with zeros, which changes no score. Words that
-do not fit beside v go through further calls whose v is E alone.
+So there is no separate gradient of lse, no addition to dq and dk, and no second read of q. If an engine supports a v
+wider than q and k (``takes_value_dim``), only v is widened; otherwise q and k are padded with zeros, which changes no
+score. Words that do not fit beside v are computed by further calls whose v is E alone.
 
-This module decides the widths (:class:`Widths`), builds the columns (:class:`Columns`, once per plan) and has both
-directions of the segmented sum. ``ops/attention.py`` composes them with an engine.
+This module chooses the widths (:class:`Widths`), builds the columns (:class:`Columns`, once per plan) and implements
+the segmented sum and its gradient. ``ops/attention.py`` combines them with an engine.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _multiple(number: int, of: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What the calls need beside q, k and v; it depends only on the plan, the dtype and the widths.
+    """The further inputs of the calls, besides q, k and v; they depend only on the plan, the dtype and the widths.
 
     Attributes:
         pad: ``(1, 1, 1, key_dim - D)`` zeros. words: for each call ``(B, 1, M, columns)``, E and zeros.
@@ -121,7 +121,7 @@ def _columns(q: Tensor, cu_seqlens: Tensor | None, plan: PlanTensors, chosen: Wi
     if cu_seqlens is not None:
         tokens = (tokens + cu_seqlens[:-1, None]).view(1, -1)
         words = words.view(1, -1)
-    # Padding tokens have word -1 and go to a row of their own, which is cut off.
+    # Padding tokens have word -1 and are written to an extra row, which is cut off.
     rows = torch.where(words >= 0, tokens, M)
     word_of_row = words.new_full((B, M + 1), -1).scatter_(1, rows, words)[:, :M, None]
     found = []
@@ -247,11 +247,11 @@ def _uses_kernels(wide: Tensor) -> bool:
 def step_of_row(steps: Tensor, cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
     """Return ``(B, M)`` int64: the step of each query of ``x (B, H, M, D)``, or the number of steps if it is in none.
 
-    Steps of packed sequences are numbered through.
+    Steps of packed sequences are numbered consecutively across sequences.
     """
     starts, stops = _flat_steps(steps, cu_seqlens)
     row = torch.arange(x.shape[2], device=x.device).expand(x.shape[0], -1).contiguous()
-    # Steps ascend; the running maximum makes this true of empty ones and of padding, too.
+    # Steps ascend; the running maximum ensures this for empty steps and padding too.
     step = torch.searchsorted(stops.cummax(1).values, row, right=True)
     count = stops.shape[1]
     started = torch.cat([starts, starts.new_full((len(starts), 1), x.shape[2])], 1).gather(1, step) <= row
@@ -268,7 +268,7 @@ def _flat_steps(steps: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tenso
 def _segments(steps: Tensor, cu_seqlens: Tensor | None, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield rows and the starts and stops of the steps in them ``(b, R)``, counted from the first of these rows.
 
-    All rows at once, but packed sequences on a CPU one by one, where their bounds cost nothing to read.
+    Yields all rows at once, except for packed sequences on a CPU, whose bounds can be read at no cost: one by one.
     """
     if cu_seqlens is None or x.device.type != "cpu":
         starts, stops = _flat_steps(steps, cu_seqlens)

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=sum(SEEDS_OF_SETS.values(), []), help="of both sets")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
-    parser.add_argument("--train", action="store_true", help="models of your own in place of the committed ones")
+    parser.add_argument("--train", action="store_true", help="models of your own instead of the committed ones")
     args = parser.parse_args(argv)
     write_data(args.folder)
     if not args.train:

@@ -101,7 +101,7 @@ def drill(rng: random.Random, applied: bool = False) -> Problem:
     A student that has seen only drills can copy and add but has never solved a problem, as a small pretrained model.
 
     Args:
-        applied: compute each fact's sum from an amount that is not in the facts, in place of repeating it. A teacher
+        applied: compute each fact's sum from an amount that is not in the facts, instead of repeating it. A teacher
             learns so to find the number of each fact; the bases of the students do not get these.
     """
     if rng.random() < 0.3:

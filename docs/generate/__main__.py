@@ -2,8 +2,8 @@
 
     python -m docs.generate [--check]
 
-They are committed, so that a repository viewer shows them and a change of an option, an engine or a record is seen in
-the diff of its documentation. A test and ``make docs`` fail if one is not current. The parts are those between
+They are committed, so that a repository viewer shows them and a change of an option, an engine or a record is visible
+in the diff of the documentation. A test and ``make docs`` fail if one is not current. The parts are those between
 ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``; a page may have text of its own around them.
 """
 

@@ -17,7 +17,7 @@ from molsaki.config import OR_YOUR_OWN, DataOptions, DistillOptions, MixtureOpti
 
 # Options that several commands share, and the heading of their section.
 SHARED = {DataOptions: "Data", TextOptions: "Texts", MixtureOptions: "Mixture of layers"}
-# What a command cannot do without, as its YAML file has it.
+# The required options of each command, as in its YAML file.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "annotate": {"teacher": "TEACHER", "data_file": "questions.jsonl", "output_file": "train.jsonl"},
     "keys": {"teacher": "TEACHER", "data_file": "train.jsonl", "output_file": "keyed.jsonl", "top": 8},

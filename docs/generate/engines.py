@@ -1,7 +1,7 @@
-"""What each engine supports and refuses, by asking it, and where it was compared with the oracle.
+"""Tables of what each engine supports and refuses, by querying it, and where it was compared with the oracle.
 
-An engine decides by the facts of a call (`Engine.why_not`), so the answers for GPUs need no GPU: the capability of the
-chip and the version of flash-attn are given in their place.
+An engine decides by the properties of a call (`Engine.why_not`), so the answers for GPUs need no GPU: the capability of
+the chip and the version of flash-attn are replaced.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PLATFORMS = (
     Platform("flex", "CUDA", "cuda"),
     Platform("eager", "everywhere", "cuda"),
 )
-# What a call may ask for, as changes of a causal call with a gradient.
+# The features of a call, as changes of a causal call with a gradient.
 FEATURES: dict[str, dict[str, Any]] = {
     "window": {"window": 16},
     "window, not causal": {"window": 16, "causal": False},
@@ -252,7 +252,7 @@ def tests() -> str:
 
 
 def recorded(engine: str) -> list[str]:
-    """What the records of a GPU say of an engine, by dtype of the calls."""
+    """A summary of the records of an engine on a GPU, by dtype of the calls."""
     lines = []
     for dtype in NAMES:
         found = [one for one in hardware_records() if one["engine"] == engine and one["called"] == dtype]

@@ -1,4 +1,4 @@
-"""A mixin that adds the attention loss to transformers' `Trainer` and to what is derived from it, such as TRL's.
+"""A mixin that adds the attention loss to transformers' `Trainer` and its subclasses, such as TRL's trainers.
 
 Teacher and student have one tokenizer, so both read the trainer's own batches, which have to be padded, not packed.
 Steps and key words are found in these. Checkpoints hold the router; the exported student does not.
@@ -16,7 +16,7 @@ ROUTER = "attention_loss.pt"  # in every checkpoint
 
 
 class AttentionMixin:
-    """Put it first: ``class MyTrainer(AttentionMixin, SFTTrainer)``; and call `add_teacher` before anything else."""
+    """The first base: ``class MyTrainer(AttentionMixin, SFTTrainer)``. Call `add_teacher` before anything else."""
 
     def add_teacher(self, teacher, beta: float = 0.1, **options) -> None:
         """Use this teacher, with this weight of the loss and these options of `StepwiseAttentionLoss.for_models`."""

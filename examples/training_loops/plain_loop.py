@@ -1,4 +1,4 @@
-"""The attention loss in a loop of your own: plain_loop.py STUDENT TEACHER TRAIN_FILE OUTPUT_DIR.
+"""The attention loss in your own loop: plain_loop.py STUDENT TEACHER TRAIN_FILE OUTPUT_DIR.
 
 Student and teacher may have different tokenizers. TRAIN_FILE has objects with `question` and `rationale`, one per line.
 """

@@ -1,4 +1,4 @@
-"""The command ``molsaki annotate``: a teacher writes rationales, and those that end in the right answer are kept.
+"""The command ``molsaki annotate``: a teacher writes rationales; those that end in the right answer are kept.
 
 The teacher sees demonstrations and a question (phase 1). If its answer is wrong, it is asked again with the gold answer
 as a hint (phase 2), as in STaR (arXiv 2203.14465). On request it is then asked for the key words of each kept text.
@@ -8,8 +8,8 @@ as a hint (phase 2), as in STaR (arXiv 2203.14465). On request it is then asked 
     train.wrong.jsonl      refused replies with their reasons, if asked for
     train.summary.json     the counts
 
-The teacher is loaded here (`LocalTeacher`) or is asked through an endpoint (`EndpointTeacher`). With
-``rationales=keep`` it is asked for key words only, of the rationales that the data have.
+The teacher is loaded here (`LocalTeacher`) or called through an endpoint (`EndpointTeacher`). With ``rationales=keep``
+it is asked only for key words, for the rationales in the data.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from molsaki.text.tables import check_json_lines_name
 def annotate(
     config: AnnotateConfig, teacher: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
-    """Write a teacher's right rationales to ``config.output_file``; continues an interrupted run.
+    """Write a teacher's right rationales to ``config.output_file``. Continues an interrupted run.
 
     Args:
         config: the options of the command.
-        teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
+        teacher, tokenizer: used instead of loading ``config.teacher``; both or neither.
 
     Returns:
         The summary, as in ``.summary.json``: the number of ``examples``, of which ``phase_1`` and ``phase_2`` have a
         rationale and the others are in ``dropped``, by reason; ``left_out``, those that could not be read;
-        ``rationales`` written; ``keywords`` where asked for. Of a local teacher tokens and seconds of this process; of
-        an endpoint the tokens and the cost of all replies in the journal, see `EndpointTeacher.summary`.
+        ``rationales`` written; ``keywords`` if requested. For a local teacher also the tokens and seconds of this
+        process; for an endpoint the tokens and cost of all replies in the journal, see `EndpointTeacher.summary`.
 
     Raises:
-        ValueError, TypeError, OSError: a flag, file or field is not as described, the journal is of something else,
+        ValueError, TypeError, OSError: a flag, file or field is not as described, the journal belongs to another run,
             no rationale was right, or the endpoint gave no reply.
     """
     data_file, output = require(config, "data_file"), Path(require(config, "output_file"))
@@ -140,13 +140,13 @@ def _with_rationales(run: _Run, examples: Examples) -> Written:
 
 
 def _with_keywords(run: _Run, examples: Examples) -> Written:
-    """The records of the data as they are, with the teacher's key words of those that have a rationale and none yet."""
+    """The records of the data, with the teacher's key words added to those that have a rationale but no key words."""
     texts = [example for example in examples if example.rationale.strip() and example.keywords is None]
     words = run.keywords(texts)
     records = []
     for number, example in enumerate(examples):
         record = examples.record(number)
-        if not str(record.get("id", "")).strip() or record["id"] is None:  # would be the number of a line
+        if not str(record.get("id", "")).strip() or record["id"] is None:  # the id is a line number otherwise
             record = {"id": example.id} | {name: value for name, value in record.items() if name != "id"}
         records.append(record | ({"keywords": words[example.id]} if example.id in words else {}))
     counts = {
@@ -161,10 +161,10 @@ def _with_keywords(run: _Run, examples: Examples) -> Written:
 def describe(
     config: AnnotateConfig, examples: Sequence[Example], shown: dict[str, list[Example]], teacher: Teacher
 ) -> dict[str, Any]:
-    """Everything that the replies depend on: they are used again only if all of it is the same.
+    """Everything that the replies depend on: they are reused only if all of it is the same.
 
-    A local model's replies depend on the other texts of their batch. An endpoint's do not, and each one is in the
-    journal with the digest of its request, so its description leaves out the data and how many of them there are.
+    A local model's replies depend on the other texts of their batch. An endpoint's replies do not, and each is in the
+    journal with the digest of its request; so its description leaves out the data and the number of examples.
     """
     options = ["template", "instruction", "hint", "keywords", "max_new_tokens", "batch_size", "samples", "temperature"]
     if config.endpoint is not None:
@@ -193,7 +193,7 @@ def describe(
 
 @dataclasses.dataclass
 class _Run:
-    """The phases of one run, with counts of the key words that are in no text and of the prompts without a reply."""
+    """The phases of one run. Counts the key words that occur in no text and the prompts without a reply."""
 
     config: AnnotateConfig
     form: PromptFormat
@@ -206,7 +206,7 @@ class _Run:
     def rationales(
         self, examples: Sequence[Example]
     ) -> tuple[dict[str, list[Verdict]], collections.Counter[str], list[dict[str, Any]]]:
-        """Right rationales by id; the reasons of the examples without one, counted; every refused reply."""
+        """The right rationales by id; counts of the reasons why examples have none; every refused reply."""
         kept: dict[str, list[Verdict]] = {}
         reasons: dict[str, str] = {}  # of the examples that are not kept
         right: collections.Counter[int] = collections.Counter()  # examples by the phase in which they were kept
@@ -248,7 +248,7 @@ class _Run:
         return kept, collections.Counter(reasons[e.id] for e in examples if e.id in reasons), refused
 
     def keywords(self, texts: Sequence[Example]) -> dict[str, list[str]]:
-        """The key words of each text, by its id: those of the teacher's that occur in it."""
+        """The key words of each text by its id: those named by the teacher that occur in the text."""
         prompts = []
         for text in texts:
             turns = keywords.keyword_turns(self.shown[task_of(text)], text)

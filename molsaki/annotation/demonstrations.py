@@ -18,10 +18,10 @@ OWN = Path(__file__).with_name("demonstrations.jsonl")
 def demonstrations_by_task(
     config: AnnotateConfig, examples: Sequence[Example], form: PromptFormat
 ) -> dict[str, list[Example]]:
-    """The demonstrations shown before the examples of each task: those of the same task or of none."""
+    """The demonstrations shown before the examples of each task: those of the same task or without a task."""
     found = list(read_examples(config.examples or OWN))
     if config.examples is None:
-        found = [dataclasses.replace(one, id="") for one in found]  # as the journals of earlier runs describe them
+        found = [dataclasses.replace(one, id="") for one in found]  # so that they match the journals of earlier runs
     for one in found:
         reason = judge(one, Reply(form.reply(one), True), form, config.hint, FIRST).reason
         if reason:
@@ -37,7 +37,7 @@ def demonstrations_by_task(
             wanted = "demonstration with keywords" if by_keywords else "demonstration"
             there = ", ".join(sorted({str(one.task) for one in found}))
             raise ValueError(
-                f"--examples: no {wanted} of task {task!r}, which example {example.id} is of; there are those of "
+                f"--examples: no {wanted} of task {task!r}, which example {example.id} belongs to; there are those of "
                 f"{there}; give a file that has some, or --shots 0"
             )
     return shown

@@ -1,4 +1,4 @@
-"""`Endpoint`: asks an OpenAI-compatible server for one reply at a time, and again after failures that may pass."""
+"""`Endpoint`: requests single replies from an OpenAI-compatible server, and retries after temporary failures."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds before the second try, doubled for each further one
-LONGEST_WAIT = 600.0  # seconds that a server may ask to wait; one that asks for more has stopped for the day
+LONGEST_WAIT = 600.0  # seconds that a server may ask to wait; a longer wait ends the run
 
 ENDED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}  # values of finish_reason of different servers
-PER_PROMPT = {  # what servers say of a prompt that they refuse, as an error with one of the statuses 400, 413 and 422
+PER_PROMPT = {  # the messages with which servers refuse a prompt, with one of the statuses 400, 413 and 422
     TOO_LONG: r"context[ _-]?(length|window|size)|maximum model length|prompt is too long|`inputs` tokens"
     r"|exceeds the maximum number of tokens",
     FILTERED: r"content[ _](filter|management)",
@@ -36,19 +36,19 @@ PER_PROMPT = {  # what servers say of a prompt that they refuse, as an error wit
 
 
 class EndpointError(OSError):
-    """The endpoint gives no reply, and asking again would not help, or has not."""
+    """The endpoint gives no reply, and a retry would not help or has not helped."""
 
 
 class Refused(Exception):
-    """The endpoint refuses one prompt; its text is the reason."""
+    """The endpoint refuses one prompt; the message is the reason."""
 
 
 class _Failure(Exception):
-    """A try failed, and another one may succeed.
+    """A request failed, and a retry may succeed.
 
     Attributes:
         busy: the server has asked for fewer requests.
-        wait: the seconds that it asks to wait, or None.
+        wait: the seconds that the server asks to wait, or None.
     """
 
     def __init__(self, text: str, busy: bool = False, wait: float | None = None):
@@ -57,11 +57,11 @@ class _Failure(Exception):
 
 
 class Endpoint:
-    """Asks one request after another; may be used by several threads.
+    """Sends one request after another. Several threads may use it.
 
     Args:
         config: its ``endpoint`` is the base URL, its ``template`` decides between chats and texts, and the environment
-            variable ``api_key_env`` has the API key, which is sent with each request and appears nowhere else.
+            variable ``api_key_env`` has the API key, which is sent with each request and used nowhere else.
 
     Raises:
         ValueError: the key cannot be sent as a header.
@@ -84,11 +84,11 @@ class Endpoint:
         )
         self._random = random.Random()
         self._answered = 0  # requests, of all threads
-        self._not_before = 0.0  # as the server has asked; seconds of time.monotonic
+        self._not_before = 0.0  # earliest next request, as the server asked; seconds of time.monotonic
         self._has_warned = False
 
     def ask(self, body: dict[str, Any], stopped: threading.Event) -> Answer:
-        """The answer to a request; waits between tries, and gives up as soon as ``stopped`` is set.
+        """The answer to a request. Waits between tries, and stops as soon as ``stopped`` is set.
 
         Raises:
             EndpointError: the server refuses all such requests, or every try failed.
@@ -101,13 +101,13 @@ class Endpoint:
                 answer = self._try(body)
             except _Failure as failure:
                 if failure.busy and self._answered != answered:
-                    failures = 0  # others are served meanwhile, so it is only a matter of time
+                    failures = 0  # other requests were served meanwhile, so a retry will succeed eventually
                 failures, answered = failures + 1, self._answered
                 if failures > self._retries:
                     tries = f"after {failures} tries" if failures > 1 else "at the only try"
                     raise EndpointError(f"--endpoint: {self.url}: {failure} ({tries})") from None
-                if failures == 3:  # often enough that a user should know why nothing happens
-                    logger.warning("%s: %s; asked again, up to %d times", self.url, failure, self._retries)
+                if failures == 3:  # tell the user why nothing happens
+                    logger.warning("%s: %s; retrying up to %d times", self.url, failure, self._retries)
                 if failure.wait is None:
                     delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1))
                     self._wait(delay * self._random.uniform(0.5, 1), stopped)
@@ -143,7 +143,7 @@ class Endpoint:
             if status in (400, 413, 422) and re.search(pattern, response.text, re.I):
                 if not self._has_warned:
                     self._has_warned = True
-                    logger.warning("a prompt is left out, the first of perhaps more: %s", said)
+                    logger.warning("a prompt was left out, possibly the first of several: %s", said)
                 raise Refused(reason)
         if status in (401, 403):
             is_set = "from" if self._key else "none is set in"
@@ -165,12 +165,12 @@ class Endpoint:
             raise _Failure(f"expected finish_reason stop or length, got {finish!r}")
         ended = finish != "length"
         for stop in body.get("stop") or ():
-            if stop in text:  # a server that does not cut the text there
+            if stop in text:  # some servers do not cut the text there
                 text, ended = text.partition(stop)[0], True
         return Answer(Reply(text, ended), usage)
 
     def _message(self, response: httpx.Response) -> str:
-        """The server's own words, without the key, should they repeat it."""
+        """The server's own message, with the API key removed if it repeats it."""
         try:
             data = response.json()
             error = data.get("error") or data

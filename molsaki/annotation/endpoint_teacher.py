@@ -1,7 +1,7 @@
-"""`EndpointTeacher`: a model behind an OpenAI-compatible endpoint, which is asked several requests at a time.
+"""`EndpointTeacher`: a model behind an OpenAI-compatible endpoint, with several concurrent requests.
 
-The main thread forms the requests, writes the answers and counts tokens; the other threads only ask. An answer is in
-the journal before anything else is done with it. Replies are returned in the order of the prompts.
+The main thread builds the requests, writes the answers and counts tokens; the other threads only send requests. An
+answer is written to the journal before it is used. Replies are returned in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Spending:
 
     Attributes:
         prompt_tokens, completion_tokens: sums over all answers that report them.
-        unreported: the number of answers that do not.
+        unreported: the number of answers without them.
         answers: the number of all answers.
-        reserved: what the requests under way may cost at most.
+        reserved: the most that the requests in flight may cost.
     """
 
     price_in: float | None
@@ -58,13 +58,13 @@ class Spending:
 
     @property
     def known(self) -> float | None:
-        """The cost of the tokens that were reported, or None without prices."""
+        """The cost of the reported tokens, or None without prices."""
         if self.price_in is None or self.price_out is None:
             return None
         return (self.prompt_tokens * self.price_in + self.completion_tokens * self.price_out) / 1e6
 
     def most(self, body: Body) -> float:
-        """The most that a request can cost: no token is shorter than a byte, and the reply is as long as it may be."""
+        """The most that a request can cost: one token per byte of the prompt, and the longest allowed reply."""
         reply = body.get("max_completion_tokens") or body.get("max_tokens") or 0
         prompt = len(json.dumps(body.get("messages") or body["prompt"], ensure_ascii=False).encode())
         return (prompt * (self.price_in or 0.0) + reply * (self.price_out or 0.0)) / 1e6
@@ -73,8 +73,8 @@ class Spending:
 class EndpointTeacher:
     """A `Teacher` behind the endpoint that ``config.endpoint`` names; no tokenizer or weights are needed.
 
-    Each reply is in the journal with a digest of its request, so data, samples and phases may be added later; a
-    request that has changed is asked again. Neither URL nor concurrency is part of it.
+    Each reply is in the journal with a digest of its request, so data, samples and phases may be added later, and a
+    changed request is sent again. The digest includes neither URL nor concurrency.
     """
 
     def __init__(self, config: AnnotateConfig, form: PromptFormat):
@@ -82,7 +82,7 @@ class EndpointTeacher:
         self._config, self._form = config, form
         self._endpoint = Endpoint(config)
         self._spending = Spending(config.price_in, config.price_out)
-        self._asked = 0  # requests that this process got an answer to
+        self._asked = 0  # requests of this process that were answered
 
     def describe(self) -> dict[str, Any]:
         examples = Path(self._config.examples or OWN).read_bytes().decode(errors="replace")
@@ -102,8 +102,8 @@ class EndpointTeacher:
         """As in `Teacher`.
 
         Raises:
-            EndpointError: the endpoint gives no reply, or the next one may exceed ``max_cost``. All replies that have
-                arrived are kept, also those to requests that were under way.
+            EndpointError: the endpoint gives no reply, or the next one may exceed ``max_cost``. All replies that arrive
+                are kept, including those to requests in flight.
         """
         self._count_kept(journal)
         done: dict[int, Reply | str] = {}
@@ -136,7 +136,7 @@ class EndpointTeacher:
         return f", {spent.prompt_tokens:,} + {spent.completion_tokens:,} tokens{cost}"
 
     def summary(self, journal: ReplyJournal, seconds: float) -> dict[str, Any]:
-        """Tokens and cost of all answers in the journal; None where the server reported none of them."""
+        """Tokens and cost of all answers in the journal; None if the server reported no tokens."""
         spent = self._spending
         is_known = spent.unreported < spent.answers or not spent.answers
         return {
@@ -150,7 +150,7 @@ class EndpointTeacher:
         }
 
     def _count_kept(self, journal: ReplyJournal) -> None:
-        """Count everything in the journal; the replies of earlier runs were paid for, too."""
+        """Count everything in the journal, since the replies of earlier runs were also paid for."""
         self._spending = dataclasses.replace(
             self._spending, prompt_tokens=0, completion_tokens=0, unreported=0, answers=0, reserved=0.0
         )
@@ -170,25 +170,25 @@ class EndpointTeacher:
         body |= {"max_tokens": new_tokens, "temperature": decoding.temperature}
         if decoding.stop is not None:
             body["stop"] = [decoding.stop]
-        if decoding.temperature > 0:  # of each sample another one
+        if decoding.temperature > 0:  # a different seed for each sample
             of = [self._config.seed, phase, prompt.example.id, prompt.sample]
             body["seed"] = int(digest(of)[:15], 16) % 2**31
         assert not isinstance(self._config.request, str)
         return {name: value for name, value in (body | (self._config.request or {})).items() if value is not None}
 
     def _submit(self, pool: _Pool, todo: collections.deque[tuple[int, Request, Body]], journal: ReplyJournal) -> None:
-        """Hand as many requests to the threads as there are threads and money for."""
+        """Pass as many requests to the threads as the number of threads and the budget allow."""
         limit, spent = self._config.max_cost, self._spending
         while todo and pool.under_way < pool.size:
             if limit is not None:
                 most = spent.most(todo[0][2])
                 is_over = (spent.known or 0.0) + spent.reserved + most > limit
                 if pool.under_way and (is_over or spent.unreported):
-                    return  # those under way may cost less than reserved
+                    return  # requests in flight may cost less than reserved
                 if spent.unreported:
                     raise EndpointError(
-                        f"--max_cost: cannot be kept: the server reports no tokens of {spent.unreported} replies; "
-                        f"{_kept(journal)}, without max_cost, to continue"
+                        "--max_cost: cannot be enforced: the server reported no tokens for "
+                        f"{spent.unreported} replies; {_kept(journal)}, without max_cost, to continue"
                     )
                 if is_over:
                     raise EndpointError(
@@ -201,7 +201,7 @@ class EndpointTeacher:
     def _collect(
         self, pool: _Pool, done: dict[int, Reply | str], journal: ReplyJournal, bar: tqdm[Any], wait: bool
     ) -> None:
-        """Write the answers that have arrived; after an error, also those to all requests that are under way."""
+        """Write the answers that have arrived; after an error, also wait for all requests in flight."""
         error = self._take(pool, done, journal, bar, wait)
         if error is None:
             return
@@ -215,7 +215,7 @@ class EndpointTeacher:
     def _take(
         self, pool: _Pool, done: dict[int, Reply | str], journal: ReplyJournal, bar: tqdm[Any], wait: bool
     ) -> Exception | None:
-        """Write the answers that have arrived, if ``wait`` at least one; returns the first error among them."""
+        """Write the answers that have arrived, with ``wait`` at least one; return the first error among them."""
         errors: list[Exception] = []
         found, num_refused = [], 0
         for (number, request, body), answer in pool.results(wait):
@@ -247,7 +247,7 @@ def _kept(journal: ReplyJournal) -> str:
 
 
 class _Pool:
-    """Threads that ask. They end with the process, so that an interrupted run need not wait for a slow reply."""
+    """Threads that send requests. They end with the process, so an interrupted run need not wait for a slow reply."""
 
     def __init__(self, size: int, ask: Callable[[Body, threading.Event], Answer]):
         self.size, self.under_way, self.stopped = size, 0, threading.Event()
@@ -262,7 +262,7 @@ class _Pool:
         self._requests.put(request)
 
     def results(self, wait: bool) -> Iterator[tuple[tuple[int, Request, Body], Answer | Exception]]:
-        """What has arrived; with ``wait``, at least one result if a request is under way."""
+        """The results that have arrived; with ``wait``, at least one if a request is in flight."""
         while self.under_way:
             try:
                 result = self._results.get(block=wait)
@@ -273,7 +273,7 @@ class _Pool:
             yield result
 
     def close(self) -> None:
-        """Let the threads end, each after the request that it is asking."""
+        """Let each thread end after its current request."""
         self.stopped.set()
         for _ in range(self.size):
             self._requests.put(None)

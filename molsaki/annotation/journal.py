@@ -15,7 +15,7 @@ Asked = tuple[str, int]  # a prompt of a batch: the example's id and the number 
 
 
 class Request(NamedTuple):
-    """What a single reply was asked for with: phase, the example's id, the sample and the request's digest."""
+    """The key of a single reply: phase, the example's id, the sample and the request's digest."""
 
     phase: int
     id: str
@@ -24,7 +24,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a request got.
+    """The result of a request.
 
     Attributes:
         reply: the reply, or the reason why there is none.
@@ -36,12 +36,12 @@ class Answer(NamedTuple):
 
 
 class ReplyJournal:
-    """The replies of a run in a file that only grows: of a local model batch by batch, of an endpoint one by one.
+    """The replies of a run in an append-only file: one line per batch of a local model, or per request to an endpoint.
 
     Args:
         path: JSON lines, each with a checksum: first the description, then one line per batch or per request. Created
             if it does not exist. An incomplete last line is removed.
-        description: everything that the replies depend on; JSON.
+        description: everything that the replies depend on, as JSON.
 
     Raises:
         ValueError: the file has another description (the message has both values), or one of its lines is damaged.
@@ -57,7 +57,7 @@ class ReplyJournal:
         for number, line in enumerate(lines, 1):
             value = _checked(line)
             if value is None and line.endswith(b"\n"):
-                raise ValueError(f"{path}:{number}: damaged, or no journal of replies; delete it to start over")
+                raise ValueError(f"{path}:{number}: damaged, or not a journal of replies; delete it to start over")
             if value is None:
                 break
             complete += len(line)
@@ -81,9 +81,7 @@ class ReplyJournal:
         if found is None:
             return None
         if [tuple(name) for name, *_ in found] != list(asked):
-            raise ValueError(
-                f"{self.path}: batch {batch} of phase {phase} is of other examples: delete it to start over"
-            )
+            raise ValueError(f"{self.path}: batch {batch} of phase {phase} has other examples: delete it to start over")
         return [Reply(text, ended) for _, text, ended in found]
 
     def put(self, phase: int, batch: int, asked: Sequence[Asked], replies: Sequence[Reply]) -> None:
@@ -92,11 +90,11 @@ class ReplyJournal:
         self._append({"phase": phase, "batch": batch, "replies": entries})
 
     def answer(self, request: Request) -> Answer | None:
-        """What a request got, or None if it has not been asked yet."""
+        """The result of a request, or None if it has not been sent yet."""
         return self._answers.get(request)
 
     def answers(self) -> Iterator[Answer]:
-        """All answers in the file, also to requests that this run does not ask."""
+        """All answers in the file, including those to requests that this run does not send."""
         yield from self._answers.values()
 
     def put_answers(self, found: Sequence[tuple[Request, Answer]]) -> None:

@@ -1,4 +1,4 @@
-"""Judges a teacher's reply: splits it into rationale and answer, and says what is wrong with it."""
+"""Judges a teacher's reply: splits it into rationale and answer, and gives the reason if it is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Verdict:
     Attributes:
         phase: 1, or 2 for a reply to a question with a hint.
         rationale, answer: as they are in the reply; ``answer`` is None if it has none.
-        reason: what is wrong with it.
+        reason: why the reply is refused.
     """
 
     phase: int
@@ -48,7 +48,7 @@ class Verdict:
 def judge(
     example: Example, reply: Reply, form: PromptFormat, hint: str, phase: int, keep_thinking: bool = False
 ) -> Verdict:
-    """Split a reply into rationale and answer, and say what is wrong with it, if anything.
+    """Split a reply into rationale and answer, with the reason if it is refused.
 
     The answer is the first number (or choice) after the label, or after an equals sign there. A reply without a label
     is a rationale whose last number (or choice) is the answer. A reply is right if its rationale has some words and
@@ -59,7 +59,7 @@ def judge(
         form: the format of the prompt, with the answer's label.
         hint: the template of the second phase's question; a rationale that only repeats it is refused.
         phase: 1 or 2.
-        keep_thinking: whether a thinking trace before the rationale is a part of it. It is judged without it.
+        keep_thinking: whether a thinking trace before the rationale is part of it. The rationale is judged without it.
     """
     text = reply.text.rpartition("</think>")[2].strip()
     label = re.search(rf"(?<!\w)(?:the\s+)?(?:final\s+)?{re.escape(form.label.strip())}", text, re.I)
@@ -71,7 +71,7 @@ def judge(
     has_ending = kind_of(example.answer, example.choices) in ("choice", "number")
     filler = {*FILLER, *_words(f"{hint} {example.answer}")}
     reason = ""
-    if not reply.ended and (not newline or text.startswith("<think>")):  # the label may be in an unfinished thought
+    if not reply.ended and (not newline or text.startswith("<think>")):  # the label may be in an unfinished trace
         reason = "cut off at max_new_tokens"
     elif not rationale:
         reason = "no rationale"
@@ -84,7 +84,7 @@ def judge(
     elif sum(word not in filler for word in _words(rationale)) < 2:
         reason = "rationale only states the answer"
     elif phase == SECOND and "hint" in _words(rationale) and "hint" not in _words(example.question):
-        reason = "rationale speaks of the hint"
+        reason = "rationale mentions the hint"
     if keep_thinking and "</think>" in reply.text:
         trace = with_opening(reply.text.rpartition("</think>")[0] + "</think>")[0].strip()
         rationale = f"{trace}\n\n{rationale}"

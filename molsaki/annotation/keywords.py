@@ -19,7 +19,7 @@ NEW_TOKENS = 64
 
 
 def keyword_turns(demonstrations: Sequence[Example], example: Example) -> list[str]:
-    """Texts and their key words in turn, of the demonstrations that have some, up to the example's text."""
+    """The texts and key words of the demonstrations that have some, alternating, and the example's text."""
     turns = []
     for one in [*(one for one in demonstrations if one.keywords), example]:
         question = "\n\n".join([*(text for _, text in one.context), with_choices(one)])
@@ -35,7 +35,7 @@ def is_cut_off(reply: Reply) -> bool:
 
 
 def split_keywords(reply: str) -> list[str]:
-    """The key words that a reply lists, separated by commas, semicolons or lines, each once in any case."""
+    """The key words that a reply lists, separated by commas, semicolons or lines, without duplicates in other case."""
     text = re.sub(r"^\s*key\s?words:", "", reply.rpartition("</think>")[2], flags=re.I)
     found: dict[str, str] = {}
     for piece in re.split(r"[,;\n、，；،]", text):

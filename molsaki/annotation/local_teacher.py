@@ -29,7 +29,7 @@ class LocalTeacher:
     Args:
         config: the options of the command.
         form: the format of the prompts.
-        model, tokenizer: used in place of loading ``config.teacher``; both or neither.
+        model, tokenizer: used instead of loading ``config.teacher``; both or neither.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ FIRST, SECOND, KEYWORDS = 1, 2, 3  # the phases, as the journal names them
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
-    """How a question, its rationale and its answer become one text, or the turns of a chat.
+    """How a question, its rationale and its answer are joined into one text or into the turns of a chat.
 
     Attributes:
         before, between, label, after: the texts before the question, the rationale and the answer, and at the end.
@@ -41,7 +41,7 @@ class PromptFormat:
         if parts[1::2] != ["question", "rationale", "answer"] or not all(part.strip() for part in parts[:-1:2]):
             raise ValueError(
                 "template: expected plain, chat, or a format with {question}, {rationale} and {answer} in this order, "
-                f"once each and each after a text of its own, got {template!r}"
+                f"once each and each after some text, got {template!r}"
             )
         before, between, label, after = parts[::2]
         return cls(before, between, label, after)
@@ -61,7 +61,7 @@ class PromptFormat:
 def question_turns(
     form: PromptFormat, demonstrations: Sequence[Example], example: Example, hint: str | None
 ) -> list[str]:
-    """Questions and replies in turn, of the demonstrations and up to the example's question.
+    """The questions and replies of the demonstrations, alternating, and the example's question.
 
     Args:
         hint: the template of a question that shows the gold answer, or None for the first phase.
@@ -76,10 +76,10 @@ def question_turns(
 
 
 def _context(example: Example, chat: bool) -> tuple[list[str], str]:
-    """The turns of a chat before an example's question, of user and assistant by turns, and the question.
+    """The turns of a chat before an example's question, alternating between user and assistant, and the question.
 
-    A turn of the system begins the first one of the user. In prompts that are no chat, and where roles do not take
-    turns, the context is a part of the question.
+    A system turn is put at the start of the first user turn. In prompts that are not a chat, and if the roles do not
+    alternate, the context is part of the question.
     """
     texts = [text for _, text in example.context] + [with_choices(example)]
     roles = [role for role, _ in example.context] + ["user"]
@@ -91,13 +91,13 @@ def _context(example: Example, chat: bool) -> tuple[list[str], str]:
 
 
 def prompt_text(turns: list[str], instruction: str) -> str:
-    """The text of a prompt that is no chat: the instruction, then the turns, without white space around it."""
+    """The text of a prompt that is not a chat: the instruction, then the turns, without surrounding white space."""
     blocks = ["".join(turns[i : i + 2]) for i in range(0, len(turns), 2)]
     return "\n\n".join([instruction] * bool(instruction) + blocks).strip()
 
 
 def chat_turns(turns: list[str], instruction: str) -> list[str]:
-    """The turns of a chat, of user and assistant by turns; the first begins with the instruction."""
+    """The turns of a chat, alternating between user and assistant; the first one begins with the instruction."""
     if instruction:
         turns = [f"{instruction}\n\n{turns[0]}", *turns[1:]]  # not every chat template has a system turn
     return [turn.strip() for turn in turns]

@@ -1,4 +1,4 @@
-"""`Teacher`: what ``molsaki annotate`` needs of a teacher, whether it runs here or behind an endpoint."""
+"""`Teacher`: the protocol of teachers of ``molsaki annotate``, local or behind an endpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How the replies of a phase are decoded: the longest in tokens, the text that ends one, and 0 for greedily."""
+    """How the replies of a phase are decoded: largest length in tokens, stop text, and temperature (0: greedy)."""
 
     new_tokens: int
     stop: str | None
@@ -41,18 +41,18 @@ class Teacher(Protocol):
     name: str
 
     def describe(self) -> dict[str, Any]:
-        """The facts about the teacher that its replies depend on, besides its name and the options of the prompts."""
+        """The properties of the teacher that its replies depend on, besides its name and the options of the prompts."""
 
     def prompt(self, turns: list[str], instruction: str, new_tokens: int) -> tuple[Any, str]:
-        """The content of a prompt, and why it cannot be used, empty if it can."""
+        """The content of a prompt, and the reason why it cannot be used (empty if it can)."""
 
     def replies(
         self, journal: ReplyJournal, phase: int, prompts: Sequence[Prompt], decoding: Decoding, bar: tqdm[Any]
     ) -> Iterator[tuple[Prompt, Reply | str]]:
-        """The reply to each prompt, or the reason why there is none, from the journal or asked for now."""
+        """The reply to each prompt, or the reason why there is none, from the journal or requested now."""
 
     def status(self) -> str:
-        """What the progress bar shows besides the counts of replies; may be empty."""
+        """Text that the progress bar shows besides the counts of replies; may be empty."""
 
     def summary(self, journal: ReplyJournal, seconds: float) -> dict[str, Any]:
-        """What the run took."""
+        """The tokens, and time or cost, of the run."""

@@ -1,4 +1,4 @@
-"""The batches that the collator builds and the distiller reads: texts for one forward, examples for one step."""
+"""The batches that the collator builds and the distiller reads: texts for a forward, examples for a training step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextBatch(Movable):
         counts: R numbers of labels.
         targets: ``(n,)`` int64, the labels, text after text.
         index: ``(n,)`` int64, the position in the flattened ``input_ids`` that predicts each label. With a shared
-            prefix it may lie in another text.
+            prefix the position may be in another text.
         plan: steps and key words of the texts; None if no map is needed. With ``shared_prefix`` it has the whole texts
             only.
         position_ids: ``(1, total)`` int64 if packed; they start at 0 in each text, after the prefix in a suffix.
@@ -82,9 +82,9 @@ class Batch(Movable):
         return len(self.plan)
 
     def with_other_maps(self) -> Batch:
-        """The control of a wrong map: each example with the teacher's map of the next one that has key words.
+        """The control with wrong maps: each example gets the teacher's map of the next example that has key words.
 
-        Only the steps and words that both examples have are compared; none, if no other example has any.
+        Only the steps and words that both examples have are compared; none if no other example has key words.
         """
         assert self.teacher_map is not None and self.teacher_weights is not None
         has_words = self.plan.word_mask.any(1).tolist()
@@ -102,5 +102,5 @@ class Batch(Movable):
         return name in ("input_ids", "attention_mask")
 
     def __getitem__(self, name: str) -> Tensor:
-        """``input_ids`` or ``attention_mask`` of all the student's texts, in which ``Trainer`` counts tokens."""
+        """``input_ids`` or ``attention_mask`` of all the student's texts, from which ``Trainer`` counts tokens."""
         return torch.cat([getattr(texts, name).flatten() for texts in self.student])

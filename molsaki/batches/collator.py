@@ -29,8 +29,8 @@ class Collator:
         student_pad, teacher_pad: ids of the padding tokens.
         packing, teacher_packing: pack the texts of a forward into one sequence instead of padding them.
         explain: the student runs the explain texts, too.
-        share_question: when packing, leave out of each predict text the tokens with which its explain text begins, too,
-            in batches where these are at least half of the predict texts' tokens.
+        share_question: when packing, leave out of each predict text the prefix that it shares with its explain text, in
+            batches where these prefixes are at least half of the predict texts' tokens.
     """
 
     student_pad: int
@@ -102,7 +102,7 @@ def _packed(texts: Sequence[TokenizedText], plan: StepPlan | None = None) -> Tex
 def _packed_with_shared_prefixes(
     explain: Sequence[TokenizedText], predict: Sequence[TokenizedText], prefixes: Sequence[int], plan: StepPlan
 ) -> TextBatch:
-    """All explain texts, and then each predict text without its first ``prefixes[n]`` tokens, which it shares."""
+    """All explain texts, and then each predict text without its first ``prefixes[n]`` tokens, which are shared."""
     wholes, lengths = (torch.tensor([len(text.input_ids) for text in texts]) for texts in (explain, predict))
     shared = SharedPrefix.from_lengths(wholes, torch.tensor(prefixes), lengths - torch.tensor(prefixes))
     positions = [*_positions(explain), *shared.keys.numpy()]
@@ -151,7 +151,7 @@ def _labels(texts: Sequence[TokenizedText], positions: Sequence[Array]) -> tuple
     return _rows(targets, IGNORE), [len(target) for target in targets], _joined(targets), _joined(index)
 
 
-# With NumPy, since each operation on a tensor takes as long as ten on these short arrays.
+# In NumPy, because a tensor operation takes as long as ten NumPy operations on these short arrays.
 def _joined(arrays: Sequence[Array]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False))
 

@@ -1,4 +1,4 @@
-"""The data set of distillation: tokenized examples, each with the teacher's stored map where there is a store."""
+"""The data set of distillation: tokenized examples, each with the teacher's stored map if there is a store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from molsaki.text.spans import Spans
 logger = logging.getLogger(__name__)
 
 KEPT = 1 << 16  # tokenized examples that a data set keeps in memory, about 1 KB each
-KEPT_BYTES = 1 << 28  # and their size: an example of 131,072 tokens has 1.5 MB
+KEPT_BYTES = 1 << 28  # and their largest size: an example of 131,072 tokens has 1.5 MB
 
 Item: TypeAlias = tuple[TokenizedExample, Entry | None]
 
@@ -40,15 +40,15 @@ Item: TypeAlias = tuple[TokenizedExample, Entry | None]
 class DistillDataset(Dataset[Item]):
     """Examples that are tokenized on access; the first ones are kept in memory, at most `KEPT` and about `KEPT_BYTES`.
 
-    Make one with `prepare`. Picklable, for the workers of a ``DataLoader``.
+    Create it with `prepare`. Picklable, for the workers of a ``DataLoader``.
 
     Attributes:
         examples: as `read_examples` returns them.
-        used: ``(N,)`` the numbers of those that are used.
+        used: ``(N,)`` the indices of the examples that are used.
         lengths: ``(N,)`` the student's tokens of each.
-        left_out: the ids of those that are not, by reason.
+        left_out: the ids of the examples that are not used, by reason.
         thinking: how many of the used ones have a rationale that begins with ``<think>``.
-        without_words: how many of the used ones have no key word: they train both tasks, but have no map.
+        without_words: how many of the used ones have no key word: both their tasks are trained, but they have no map.
         store: the teacher's stored maps.
     """
 
@@ -108,7 +108,7 @@ class DistillDataset(Dataset[Item]):
 def as_examples(data: Any, name: str, data_format: str = AUTO) -> Sequence[Example]:
     """Examples from a sequence of them, or of rows: dicts as the lines of a file, a ``datasets.Dataset``, or a frame.
 
-    Fields that are None are missing, as a ``datasets.Dataset`` has them where only some rows have a field.
+    Fields that are None count as missing: a ``datasets.Dataset`` has None if only some rows have a field.
 
     Raises:
         TypeError, ValueError: the data is no such sequence, or a row lacks a field; the message begins with ``name``.
@@ -153,9 +153,9 @@ def prepare(
 ) -> DistillDataset:
     """Tokenize every example once, to check and count it.
 
-    Examples without key words are kept and counted. Left out and counted are those without a rationale, those whose
-    thinking trace is not whole, those too long for a side (unless ``options.too_long == "cut"``), those whose text a
-    template or tokenizer refuses and, if ``options.drop_wrong``, those with a wrong rationale.
+    Examples without key words are kept and counted. An example is left out and counted if it has no rationale, its
+    thinking trace is incomplete, it is too long for a side (unless ``options.too_long == "cut"``), a template or
+    tokenizer refuses its text or, with ``options.drop_wrong``, its rationale is wrong.
 
     Args:
         teacher: needed for a live teacher, and with ``too_long="cut"``.
@@ -163,7 +163,7 @@ def prepare(
         predict_template, cot_template: as in `Tokenization`.
 
     Raises:
-        ValueError: every example is left out, the store is of other texts, or a template or tokenizer cannot be used.
+        ValueError: every example is left out, the store has other texts, or a template or tokenizer cannot be used.
     """
     return DistillDataset(examples, tokenization_of(options, student, teacher, predict_template, cot_template), store)
 
@@ -175,11 +175,11 @@ def tokenization_of(
     predict_template: str = PREDICT_TEMPLATE,
     cot_template: str | None = None,
 ) -> Tokenization:
-    """A picklable `Tokenization`, of whose templates each can be used; arguments and errors as in `prepare`."""
+    """A picklable `Tokenization` whose templates have been checked; arguments and errors as in `prepare`."""
     for spec, side in ((student, "student"), (teacher, "teacher")):
         if spec is not None:
             check_template(spec.tokenizer, spec.template, f"{side}_template")
-    # A config that is more than text options may hold what cannot be pickled.
+    # A config with more than the text options may hold objects that cannot be pickled.
     text_options = TextOptions(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(TextOptions)}
     )

@@ -40,7 +40,7 @@ class StreamedFiles:
 
 
 class Peeked(NamedTuple):
-    """What the first examples of a stream are."""
+    """The properties of the first examples of a stream."""
 
     first: TokenizedExample
     used: int
@@ -49,15 +49,15 @@ class Peeked(NamedTuple):
 
 
 class StreamedDataset(IterableDataset[Item]):
-    """Examples that are tokenized as they are read; nothing is kept, and the data are not counted before.
+    """Examples that are tokenized as they are read; nothing is kept, and the data are not counted beforehand.
 
-    Those that cannot be used are left out as by :func:`~molsaki.batches.dataset.prepare`: the first of each reason is
-    named in a warning. Of several loading workers each reads every n-th row, unless the rows are themselves a torch
+    Examples that cannot be used are left out as by :func:`~molsaki.batches.dataset.prepare`; a warning names the first
+    one for each reason. Each of n loading workers reads every n-th row, unless the rows are a torch
     ``IterableDataset``, which divides itself.
 
     Attributes:
-        left_out: how many were left out, by reason, in the present epoch and this process: with loading workers none.
-        used, without_words, thinking: how many were read and used, and of these had no key word or a thinking trace.
+        left_out: how many were left out, by reason, in this epoch and this process; empty with loading workers.
+        used, without_words, thinking: how many were read and used, and how many of these had no key word or a trace.
 
     Args:
         rows: examples, or dicts as the lines of a file; iterated from the start in each epoch.
@@ -88,7 +88,7 @@ class StreamedDataset(IterableDataset[Item]):
         self._tokenization, self._format = tokenization, data_format
         self.left_out: collections.Counter[str] = collections.Counter()
         self.used = self.without_words = self.thinking = 0
-        self._named: set[str] = set()  # the reasons of which an example was named
+        self._named: set[str] = set()  # the reasons for which an example was named
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.rows, "set_epoch"):
@@ -147,7 +147,7 @@ class StreamedDataset(IterableDataset[Item]):
         return tokenized, None if self.store is None else self.store[row.id]
 
     def peek(self) -> Peeked:
-        """Read the first `PEEKED` examples that can be used, and none of them for training.
+        """Read the first `PEEKED` usable examples, without using them for training.
 
         Raises:
             ValueError: none can be used.

@@ -1,6 +1,6 @@
 """Turns examples into token ids with the steps and key words of the map.
 
-Every example becomes two texts for the student, one per task of distilling step by step (Hsieh et al. 2023): *explain*
+Every example gives two texts for the student, one per task of distilling step by step (Hsieh et al. 2023): *explain*
 (question, rationale, end token), whose map is compared with the teacher's, and *predict* (question, answer, end token).
 The labels are the rationale or the answer, and the end token.
 """
@@ -52,7 +52,7 @@ def predict_prompt(
 
 
 def predict_task(example: Example, template: str, predict_template: str) -> tuple[str, str]:
-    """The question of the predict text, and the template of it and the answer, which is encoded as a rationale."""
+    """The question of the predict text, and its template, in which the answer is encoded like a rationale."""
     head, found, tail = predict_template.partition("{answer}")
     if not found or "{question}" not in head or (tail and template == "chat"):
         raise ValueError(
@@ -78,7 +78,7 @@ class TokenizerSpec:
 
 
 class LeftOut(ValueError):
-    """The example cannot be used. The message is the reason, short enough that examples are counted by it."""
+    """The example cannot be used. The message is the reason, by which examples are counted."""
 
 
 def all_left_out(skipped: collections.Counter[str]) -> str:
@@ -95,7 +95,7 @@ def list_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
 
 @contextlib.contextmanager
 def left_out_if_refused() -> Iterator[None]:
-    """Turns an error about one example's text into `LeftOut`, whose cause it is; templates are checked before."""
+    """Turns an error about one example's text into `LeftOut` with that cause; templates have been checked before."""
     try:
         yield
     except LeftOut:
@@ -105,7 +105,7 @@ def left_out_if_refused() -> Iterator[None]:
 
 
 def check_traces(rationale: str) -> None:
-    """Raise `LeftOut` if the thinking traces of a rationale are not whole."""
+    """Raise `LeftOut` if the thinking traces of a rationale are incomplete."""
     state = state_of(rationale)
     if state not in ("none", "whole"):
         raise LeftOut(NOT_CLOSED if state == "not closed" else UNBALANCED)
@@ -115,8 +115,8 @@ def cut(example: Example, options: TextOptions, specs: Sequence[TokenizerSpec]) 
     """An example's spans, its tokens for each of ``specs``, and True if the text had to be truncated.
 
     Raises:
-        LeftOut: it has no rationale, or one whose thinking trace is not whole, or a wrong one and
-            ``options.drop_wrong``, or is too long for one of ``specs``, or a template or tokenizer refuses its text.
+        LeftOut: the rationale is missing, has an incomplete thinking trace, or is wrong (with ``options.drop_wrong``),
+            the example is too long for one of ``specs``, or a template or tokenizer refuses its text.
     """
     if not example.rationale.strip():
         raise LeftOut("no rationale")
@@ -215,7 +215,7 @@ class Tokenization:
         return tokenized
 
     def describe_labels(self, example: TokenizedExample) -> str:
-        """What the student's two texts of an example teach: the end of what is masked, and the labels."""
+        """A description of the labels of an example's two texts: the end of the masked part, and the labels."""
         tokenizer, lines = self.student.tokenizer, []
         for name, text in (("explain", example.explain), ("predict", example.predict)):
             masked, taught = text.input_ids[: text.target_start], text.input_ids[text.target_start :]

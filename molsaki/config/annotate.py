@@ -38,8 +38,8 @@ class AnnotateConfig(DataOptions):
     template: str = option(
         "plain",
         "The form of the prompt: plain, chat (its chat template, demonstrations as earlier turns) or a format with "
-        "{question}, {rationale} and {answer}; plain is 'Question: {question}', 'Rationale: {rationale}' and "
-        "'Answer: {answer}' on lines of their own.",
+        "{question}, {rationale} and {answer}; plain is 'Question: {question}', 'Rationale: {rationale}' and 'Answer: "
+        "{answer}', each on a separate line.",
     )
     instruction: str = option(
         "Answer each question: first reason step by step in a few sentences, then give the answer on a line of its own "
@@ -51,22 +51,22 @@ class AnnotateConfig(DataOptions):
     )
     rationales: Literal["write", "keep"] = option(
         "write",
-        "keep: write none; ask for the key words of the rationales that data_file has, and write its records as they "
-        "are with the field keywords added. Records that have key words keep them.",
+        "keep: write no rationales; ask for the key words of the rationales in data_file, and write its records with "
+        "the field keywords added. Records that have key words keep them.",
     )
     keywords: Literal["none", "teacher"] = option(
-        "none", "teacher: ask the teacher for the key words of each kept text too, as key=keywords reads them."
+        "none", "teacher: also ask the teacher for the key words of each kept text, for key=keywords."
     )
     thinking: Literal["drop", "keep"] = option(
         "drop",
-        "A thinking trace before the rationale: not written, or kept in <think> tags at the rationale's beginning, so "
-        "that the student learns it too.",
+        "A thinking trace before the rationale: drop it, or keep it in <think> tags at the beginning of the "
+        "rationale, so that the student learns it too.",
     )
     keep_wrong: bool = option(False, "Write the refused replies, with their reasons, to the output's .wrong.jsonl.")
     max_new_tokens: int = option(256, "Longest reply in tokens.")
     batch_size: int = option(16, "Replies per batch.")
-    samples: int = option(1, "Replies per question and phase; every right one that is new is kept. Needs temperature.")
-    temperature: float = option(0.0, "0 decodes greedily; above, replies are sampled at this temperature.")
+    samples: int = option(1, "Replies per question and phase; every distinct right reply is kept. Needs temperature.")
+    temperature: float = option(0.0, "0 decodes greedily; above 0, replies are sampled at this temperature.")
     seed: int = option(0, "Seed of the sampling.")
     dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device: str | None = option(None, "The device. Default: the first CUDA device, else the CPU.")
@@ -75,29 +75,29 @@ class AnnotateConfig(DataOptions):
 
     endpoint: str | None = option(
         None,
-        "Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, which is asked in place of a local "
-        "model: for chat completions with template=chat, else for completions.",
+        "Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1, to use instead of a local model: "
+        "its chat completions with template=chat, else its completions.",
     )
     api_key_env: str = option(
         "OPENAI_API_KEY", "The environment variable with the endpoint's API key; none is sent if it is not set."
     )
-    concurrency: int = option(8, "Requests at a time.")
+    concurrency: int = option(8, "Number of concurrent requests.")
     request: dict[str, Any] | str | None = option(
         None,
         "Further fields of each request, as JSON, such as '{\"top_p\": 0.9}'; null leaves a field out, as in "
         '\'{"max_tokens": null, "max_completion_tokens": 2048}\' for servers that want the other name.',
     )
-    timeout: float = option(600.0, "Seconds that a server may take for one reply.")
+    timeout: float = option(600.0, "Seconds after which a request without a reply fails.")
     retries: int = option(
         8,
         "How often a request is repeated after status 408, 409, 425, 429 or 5xx, a timeout or a lost connection, with "
-        "growing pauses, or those that the server asks for.",
+        "increasing pauses, or the pause that the server asks for.",
     )
-    price_in: float | None = option(None, "Price of a million prompt tokens; with price_out, the cost is summed up.")
+    price_in: float | None = option(None, "Price of a million prompt tokens; with price_out, the cost is computed.")
     price_out: float | None = option(None, "Price of a million completion tokens, reasoning included.")
     max_cost: float | None = option(
         None,
-        "Stop, keeping all replies, before a request could raise the cost above this, assuming the longest reply and a "
+        "Stop before a request could raise the cost above this, keeping all replies. Assumes the longest reply and a "
         "token per byte of the prompt. Needs both prices.",
     )
 

@@ -35,13 +35,13 @@ class EvaluateConfig(DataOptions):
     )
     thinking: bool | None = option(
         None,
-        "With mode rationale: whether the model thinks in <think> first, which some chat templates have to know. "
-        "Default: whether most rationales of the model's run do.",
+        "With mode rationale: whether the reply begins with a <think> trace, which some chat templates need to know. "
+        "Default: whether most rationales of the model's run have one.",
     )
     predictions: list[str] = option(
         [],
-        "Score what evaluate wrote before, and run no model: its folders or predictions.jsonl files, one per seed, all "
-        "of the same data.",
+        "Score earlier output of evaluate without running a model: its folders or predictions.jsonl files, one per "
+        "seed, all on the same data.",
     )
     compare: list[str] = option(
         [],

@@ -41,8 +41,9 @@ class ExtractConfig(DataOptions, TextOptions, MixtureOptions):
     dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device_map: dict[str, Any] | str | None = option(
         None,
-        "How a teacher larger than one device is spread, as in from_pretrained: auto (all devices, then memory, then "
-        "disk), or JSON of modules and devices. Each process needs its own devices (CUDA_VISIBLE_DEVICES).",
+        "How to spread a teacher that is larger than one device, as in from_pretrained: auto (all devices, then "
+        "memory, then disk), or JSON of modules and devices. Each process needs its own devices "
+        "(CUDA_VISIBLE_DEVICES).",
     )
     quantize: Literal["none", "8bit", "4bit"] = option(
         "none", "Load the teacher's linear layers with 8 or 4 bits (needs bitsandbytes)."

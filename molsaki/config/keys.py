@@ -34,21 +34,21 @@ class KeysConfig(DataOptions):
         "arXiv 2506.07851).",
     )
     top: int | None = option(None, "The number of key words of a text, those with the largest scores.")
-    top_share: float | None = option(None, "In its place, the share of the text's words that are key words.")
+    top_share: float | None = option(None, "Alternatively, the share of the text's words that are key words.")
     among: str = option("words", "The words that are scored: any value of --key of molsaki extract, such as numbers.")
     of: Literal["all", "question"] = option("all", "Words of the whole text, or of the question only.")
     number_words: bool = option(False, "among=numbers: numbers written out, such as twenty-five, too.")
     splitter: str = option("rules", "by=attention: how steps end, as in molsaki extract.")
-    layers: list[int] = option([], "by=attention: the decoder layers that count, from 0. Default: all.")
+    layers: list[int] = option([], "by=attention: the decoder layers to use, from 0. Default: all.")
     labels: Literal["answer", "reply"] = option(
         "answer", "by=gradient: the cross-entropy of the answer, or of rationale and answer (reply)."
     )
     cot_template: str = option(
-        COT_TEMPLATE, "What follows the question, with {rationale} and then {answer}, once each."
+        COT_TEMPLATE, "The text after the question, with {rationale} and then {answer}, once each."
     )
     teacher_template: str = option("plain", "The template of the texts: plain, chat or a format, as in extract.")
     teacher_max_length: int | None = option(None, "Longest text in tokens; the teacher's context if unset.")
-    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in another answer than the gold one.")
+    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in an answer other than the gold one.")
     batch_tokens: int = option(2048, "Tokens per forward pass of the teacher, padding included.")
     dtype: Dtype = option("auto", "The teacher's floating-point type.")
     device_map: dict[str, Any] | str | None = option(

@@ -43,7 +43,7 @@ class DataOptions:
     data_format: str = option(
         AUTO,
         "The format of the records: auto recognises it by their keys, for each record, and logs it; or one of "
-        f"{', '.join(FORMATS)}, of which molsaki is our own: question, rationale and answer.",
+        f"{', '.join(FORMATS)}; molsaki is our own format: question, rationale and answer.",
         choices=(AUTO, *FORMATS),
     )
 
@@ -55,20 +55,20 @@ class TextOptions:
     key: str = option(
         "numbers",
         f"The key words: {'; '.join(f'{name} = {one.help}' for name, one in KEY_WORDS.items())}; "
-        "regex:PATTERN = the matches of a regular expression; module:function = a function of yours from a text to "
+        "regex:PATTERN = the matches of a regular expression; module:function = your own function from a text to "
         "spans.",
     )
     key_of: Literal["all", "question"] = option("all", "Key words of the whole text, or of the question only.")
     key_occurrence: Literal["all", "first", "last"] = option(
-        "all", "Of key words that are equal but for case: every one, or only the first or the last."
+        "all", "Of key words that differ only in case: all, or only the first or the last."
     )
     max_key_words: int = option(0, "The most key words of a text, the first ones; 0: no limit.")
     splitter: str = option(
         "rules",
         "How steps end: by rules for abbreviations and decimals (rules), at every period as in the paper (periods), by "
         "rules and before every number (numbers), at line ends (lines), at blank lines (paragraphs), after N words "
-        "(words:N), by the package sentencex (sentencex:LANGUAGE), or by a function of yours from a text to the ends "
-        "of its steps (module:function).",
+        "(words:N), by the package sentencex (sentencex:LANGUAGE), or by your own function from a text to the ends of "
+        "its steps (module:function).",
     )
     number_words: bool = option(False, "Numbers written out, such as twenty-five, are key words too.")
     teacher_template: str = option(
@@ -80,14 +80,15 @@ class TextOptions:
     teacher_max_length: int | None = option(None, "Longest teacher text in tokens; the teacher's context if unset.")
     max_length: int | None = option(None, "Longest student text in tokens; the student's context if unset.")
     too_long: Literal["skip", "cut"] = option(
-        "skip", "A text longer than that is counted and left out (skip), or cut alike for both models (cut)."
+        "skip",
+        "A text longer than that is left out and counted (skip), or cut at the same place for both models (cut).",
     )
-    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in another answer than the gold one.")
+    drop_wrong: bool = option(False, "Leave out examples whose rationale ends in an answer other than the gold one.")
 
 
 @dataclasses.dataclass
 class MixtureOptions:
-    """Which layers of the teacher teach which layers of the student."""
+    """Which layers of the teacher are matched with which layers of the student."""
 
     mixture: str = option(
         "mixture",

@@ -20,12 +20,12 @@ class PlotConfig(DataOptions, TextOptions, MixtureOptions):
     run: str | None = option(
         None, "Output folder of molsaki distill: draw its log, and use its options and router for the maps."
     )
-    data_file: str | None = option(None, "File whose examples' maps are drawn.")
-    teacher: str | None = option(None, "Folder or hub name of the teacher; run live for its maps if no store is given.")
+    data_file: str | None = option(None, "File with the examples whose maps are drawn.")
+    teacher: str | None = option(None, "Folder or hub name of the teacher, which runs live if no store is given.")
     store: str | None = option(None, "Folder of the teacher's stored maps.")
     student: str | None = option(None, "Folder or hub name of the student, or a checkpoint with its router.")
     examples: int = option(3, "Number of examples to draw, the first ones of the data.")
-    ids: list[str] = option([], "Ids of the examples to draw, in place of the first ones.")
+    ids: list[str] = option([], "Ids of the examples to draw, instead of the first ones.")
     output_dir: str | None = option(None, "Folder of the pictures. Default: plots in the run's folder.")
     format: list[str] = option(
         ["png", "svg"],

@@ -35,14 +35,15 @@ class ReportConfig(DataOptions):
     )
     predictions: list[str] = option(
         [],
-        "predictions.jsonl of molsaki evaluate, or its folder: first the student's, then those of other models to be "
-        "shown beside them, such as the student before training. Default: the one in the run's folder, if any.",
+        "predictions.jsonl of molsaki evaluate, or its folder: first the student's, then those of other models to "
+        "show next to them, such as the student before training. Default: the one in the run's folder, if any.",
     )
     examples: int = option(
         8,
-        "Number of examples whose maps are shown, the first of the data; also of right and of wrong predictions.",
+        "Number of examples whose maps are shown, the first of the data; also the number of right and of wrong "
+        "predictions.",
     )
-    ids: list[str] = option([], "Ids of the examples whose maps are shown, in place of the first ones.")
+    ids: list[str] = option([], "Ids of the examples whose maps are shown, instead of the first ones.")
 
     def __post_init__(self) -> None:
         check_options(self, examples=0)

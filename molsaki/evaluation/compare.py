@@ -23,19 +23,19 @@ PREDICTIONS = "predictions.jsonl"
 
 
 def compare(config: EvaluateConfig) -> dict[str, Any]:
-    """Score the seeds of ``config.predictions``; with ``config.compare`` also their paired difference to a baseline's.
+    """Score the seeds of ``config.predictions``; with ``config.compare`` also their paired differences to a baseline.
 
     ``compare.csv`` in ``config.output_dir`` has one row per seed, with intervals over the problems, and the row
-    ``all``, with intervals over seeds and problems (`molsaki.evaluation.statistics`). Questions that a run left out are
-    in no number.
+    ``all``, with intervals over seeds and problems (`molsaki.evaluation.statistics`). Questions that any run left out
+    count in no result.
 
     Returns:
         The summary, which ``summary.json`` holds too: ``questions``, ``left_out`` (ids), the columns of the row
         ``all``; and ``table``, a text.
 
     Raises:
-        ValueError: another option of the command is set, files are not of the same questions with the same gold
-            answers, a file is given twice, or the lists are not of one length.
+        ValueError: another option of the command is set, the files do not have the same questions and gold answers, a
+            file is given twice, or the lists differ in length.
         FileNotFoundError: there is no such file.
     """
     folder = Path(require(config, "output_dir"))
@@ -43,7 +43,7 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
     for field, default in zip(dataclasses.fields(config), dataclasses.astuple(EvaluateConfig()), strict=True):
         if field.name not in used and getattr(config, field.name) != default:
             value = getattr(config, field.name)
-            raise ValueError(f"--{field.name}: has no use with --predictions, which runs no model; got {value!r}")
+            raise ValueError(f"--{field.name}: has no effect with --predictions, which runs no model; got {value!r}")
     if config.compare and len(config.compare) != len(config.predictions):
         raise ValueError(
             f"--compare: expected {len(config.predictions)} paths, one per path of --predictions and in the same "
@@ -55,7 +55,7 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
         )
     files = {predictions_file(path).resolve() for path in (*config.predictions, *config.compare)}
     if len(files) < len(config.predictions) + len(config.compare):
-        raise ValueError("--predictions, --compare: expected a file of its own per seed, got one twice")
+        raise ValueError("--predictions, --compare: expected a different file per seed, got one twice")
 
     first = read_lines("--predictions", config.predictions[0])
     examples = [Example(one["id"], one["question"], "", one["gold"]) for one in first]
@@ -91,7 +91,7 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def predictions_file(path: str) -> Path:
-    """The file of predictions that a path names: itself or, of a folder, the one there."""
+    """The file of predictions that a path names: the path itself or, for a folder, the file in it."""
     return Path(path, PREDICTIONS) if Path(path).is_dir() else Path(path)
 
 
@@ -117,7 +117,7 @@ def read_lines(flag: str, path: str) -> list[dict[str, Any]]:
 
 
 def read_predictions(flag: str, path: str, examples: Sequence[Example]) -> list[bool | None]:
-    """For each example whether the model of a predictions.jsonl answered it right; None if it was left out.
+    """For each example, whether the model of a predictions.jsonl answered it right; None if it was left out.
 
     Args:
         flag: the option that names the path, for errors.
@@ -125,27 +125,27 @@ def read_predictions(flag: str, path: str, examples: Sequence[Example]) -> list[
         examples: the questions that the file is expected to hold, in any order.
 
     Raises:
-        ValueError: the file is not one, or not of the same questions with the same gold answers.
+        ValueError: the file is not a predictions.jsonl, or has other questions or gold answers.
         FileNotFoundError: there is no such file.
     """
     lines = read_lines(flag, path)
     found = {one["id"]: one for one in lines}
     missing = [e.id for e in examples if e.id not in found]
     if missing or len(lines) != len(examples):
-        detail = f"lacks {missing[0]!r}" if missing else f"holds {len(lines)} examples in place of {len(examples)}"
-        raise ValueError(f"{flag}: {path}: is of other data: it {detail}")
+        detail = f"lacks {missing[0]!r}" if missing else f"holds {len(lines)} examples instead of {len(examples)}"
+        raise ValueError(f"{flag}: {path}: has other questions: it {detail}")
     for e in examples:
         question, gold = found[e.id]["question"], found[e.id]["gold"]
         if (question, gold) != (e.question, e.answer):
             raise ValueError(
-                f"{flag}: {path}: is of other data: expected {e.id!r} to be {e.question!r} with the answer "
+                f"{flag}: {path}: has other questions: expected {e.id!r} to be {e.question!r} with the answer "
                 f"{e.answer!r}, got {question!r} with {gold!r}"
             )
     return [None if "left_out" in found[e.id] else found[e.id]["right"] for e in examples]
 
 
 def _row(right: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> dict[str, Any]:
-    """The statistics of some seeds under one name each; the discordant pairs are summed over the seeds."""
+    """The statistics of several seeds by name; discordant pairs are summed over the seeds."""
     of_right = accuracy(right)
     row: dict[str, Any] = {"over": of_right.over}
     parts: dict[str, Any] = {"accuracy": of_right}

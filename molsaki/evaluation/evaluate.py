@@ -44,13 +44,13 @@ def evaluate(
 
     Args:
         config: the options of the command.
-        model, tokenizer: used in place of loading ``config.model``; both or neither.
+        model, tokenizer: used instead of loading ``config.model``; both or neither.
 
     Returns:
         The summary: ``accuracy`` with its 95% Wilson interval, counts, throughput and, with ``config.compare``, the
-        exact paired (McNemar) test. ``not_read``: the number of records that were no usable example. ``left_out``: the
-        ids of the examples that could not be asked, by reason. These are in no other number. With
-        ``config.predictions`` no model runs: the summary of `compare`.
+        exact paired (McNemar) test. ``not_read``: the number of unusable records. ``left_out``: the ids of the examples
+        that could not be asked, by reason; they count in no other value. With ``config.predictions`` no model runs, and
+        the summary is that of `compare`.
     """
     if config.predictions:
         if model is not None or tokenizer is not None:
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def with_templates(config: EvaluateConfig) -> EvaluateConfig:
-    """The config with the templates that are not given: those of the model's run, if its folder is one of distill."""
+    """The config with missing templates taken from the model's run, if its folder was written by distill."""
     saved = Path(config.model or ".", CONFIG)
     run = json.loads(saved.read_text(encoding="utf-8")) if config.model and saved.is_file() else {}
     template, predict = run.get("student_template", "plain"), run.get("predict_template", PREDICT_TEMPLATE)
@@ -120,8 +120,8 @@ def generate(
 ) -> tuple[list[str | LeftOut], int]:
     """Greedy replies to the examples, in their order, and how many tokens were decoded.
 
-    Questions of similar length are decoded together, padded on the left. In place of a reply stands the reason why a
-    question was not asked: it does not fit the model's context, or a template or tokenizer refuses it.
+    Questions of similar length are decoded together, padded on the left. If a question was not asked, its reply is
+    replaced by the reason: it does not fit the model's context, or a template or tokenizer refuses it.
     """
     prompts, left_out, new_tokens = prompts_of(model, tokenizer, examples, config)
     replies: list[str | LeftOut] = ["" if number in prompts else left_out[number] for number in range(len(examples))]
@@ -140,7 +140,7 @@ def generate(
 def prompts_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: EvaluateConfig
 ) -> tuple[dict[int, list[int]], dict[int, LeftOut], int]:
-    """The token ids of each question that is asked and why others are not, by number, and the longest reply."""
+    """The token ids of each question that is asked, the reasons why others are not, by index, and the longest reply."""
     config = with_templates(config)
     assert config.template is not None and config.predict_template is not None
     frame_of(tokenizer, config.template)  # refuses a template that fails for every text

@@ -44,7 +44,7 @@ def decode(
 ) -> tuple[list[Reply], int]:
     """Replies to one batch of prompts, and how many tokens were decoded, padding included.
 
-    Of the model's own generation config only the end tokens and the cache are used: no penalties, no suppressed tokens.
+    Only the end tokens and the cache of the model's generation config are used: no penalties, no suppressed tokens.
 
     Args:
         model: a causal language model whose ``device`` takes the token ids.
@@ -52,7 +52,7 @@ def decode(
         prompts: token ids, not padded.
         new_tokens: the longest reply.
         stop: a text that ends a reply, besides the model's end tokens.
-        temperature: 0 decodes greedily; above, tokens are sampled, the same ones for the same batch, seed and machine.
+        temperature: 0 decodes greedily; above 0, tokens are sampled, reproducibly for the same batch, seed and machine.
     """
     ids = [torch.tensor(prompt) for prompt in prompts]
     input_ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
@@ -74,7 +74,7 @@ def decode(
         if temperature > 0:
             torch.manual_seed(seed)
         inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
-        causal_model(model).generation_config = bare  # a config that is passed would be completed by the model's own
+        causal_model(model).generation_config = bare  # a config passed to generate would be completed from the model's
         try:
             out: Tensor = cast(Any, model).generate(**inputs, **options)[:, input_ids.shape[1] :]
         finally:

@@ -26,10 +26,10 @@ from molsaki.text.numbers import find_numbers
 def score(example: Example, reply: str, mode: str) -> dict[str, Any]:
     """The record of one reply: ``id, question, gold, reply, prediction, right``.
 
-    The prediction is the first number (or choice, or yes or no) of an answer, the last of a rationale, or None. Of a
-    reply with a ``\\boxed{}`` or ``####`` it is the one there; a thinking trace is passed over, and one that does not
-    end gives no answer. Expressions and other texts are compared with the first line of an answer, the last of a
-    rationale, or what it states after "the answer is".
+    The prediction is the first number (or choice, or yes or no) of an answer, the last one of a rationale, or None. If
+    the reply has a ``\\boxed{}`` or ``####``, the prediction is taken from there. A thinking trace is skipped; an
+    unfinished one gives no answer. Expressions and other texts are compared with the first line of an answer, the last
+    line of a rationale, or the text after "the answer is".
 
     Args:
         example: the question with its gold answer, and its choices if it has any.
@@ -37,7 +37,7 @@ def score(example: Example, reply: str, mode: str) -> dict[str, Any]:
         mode: ``"answer"`` or ``"rationale"``.
 
     Raises:
-        ValueError: nothing can match the gold answer; `read_examples` leaves such examples out.
+        ValueError: no reply can match the gold answer; `read_examples` leaves such examples out.
     """
     last = mode == "rationale"
     kind = kind_of(example.answer, example.choices)
@@ -66,7 +66,7 @@ def score(example: Example, reply: str, mode: str) -> dict[str, Any]:
 
 
 def _number(gold: str, given: str, last: bool) -> tuple[str | None, bool]:
-    """The first or last number, and whether it is the gold one; no other unit may follow it."""
+    """The first or last number, and whether it equals the gold answer; it must not be followed by a different unit."""
     wanted = quantity(gold)
     numbers = find_numbers(given, number_words=False)
     if wanted is None or not numbers:

@@ -97,7 +97,7 @@ def difference(right: ArrayLike, baseline: ArrayLike, *, resamples: int = 10_000
     The interval and the test to report take both the seeds and the problems as random samples: Student's t with the
     variance of a two-way random-effects analysis of variance (`_variance`), as in studies of several readers of the
     same cases. The paired t test over seeds (``scipy.stats.ttest_rel``) leaves out the variance of the problems; the
-    crossed bootstrap underestimates that of a few seeds. With one seed everything is over the problems only, and
+    crossed bootstrap underestimates that of a few seeds. With one seed everything covers the problems only, and
     ``over`` says so. If no answer differs, the interval is that of a difference known to be 0.
 
     Args:

@@ -1,7 +1,7 @@
 """The losses, as pure functions of tensors that return one number per example, ``(N,)``.
 
 A loss is the mean over the example's own positions or steps, and the caller averages over examples. So every example
-counts once, however examples are divided into batches, accumulation steps and processes.
+counts once, no matter how examples are divided into batches, accumulation steps and processes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from molsaki_kernels import StepPlan
 
 IGNORE = -100  # the label of a position without a label, as in `torch.nn.functional.cross_entropy`
 
-NO_MASS = 1e-8  # normalise="sum": smaller shares count as this
+NO_MASS = 1e-8  # normalise="sum": smaller shares are clamped to this
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, the mean over an example's labels; 0 for an example without any (L_pre, L_exp of Eq. 7).
 
     Args:
-        logits: ``(N, P, V)``, any floating dtype; position p predicts ``labels[:, p]``, so the caller shifts. Or of
-            the n labelled positions alone, in order, ``(n, V)``.
+        logits: ``(N, P, V)``, any floating dtype; position p predicts ``labels[:, p]``, so the caller shifts. Or only
+            those of the n labelled positions, in order, ``(n, V)``.
         labels: ``(N, P)``, -100 at positions without a label.
     """
     labelled = at_least_float32(_labelled("logits", logits, labels))
@@ -59,8 +59,8 @@ def attention(
             divides by their sum and excludes steps for which the teacher's sum is 0.
         causal_words: exclude from each step the words that begin after its last token, and steps with no other word.
             Both sides have the words in the same order.
-        teacher_temperature: T: the teacher's distribution is proportional to ``p ** (1 / T)``, so below 1 it is
-            sharper than the teacher's own.
+        teacher_temperature: T: the teacher's distribution is proportional to ``p ** (1 / T)``; values below 1 sharpen
+            it.
         entries: broadcasts to ``(N, S, W)``, bool: the steps and words that count; all if None.
     """
     if not teacher_temperature > 0:
@@ -81,7 +81,8 @@ def attention(
 def overlap(
     student: Tensor, teacher: Tensor, plan: StepPlan, causal_words: bool = False, entries: Tensor | None = None
 ) -> Tensor:
-    """How alike two maps are, ``(N,)`` from 0 to 1: of each step's shares of mass, the part that both have in common.
+    """The similarity of two maps, ``(N,)`` from 0 to 1: the part of each step's shares of mass that both have in
+    common.
 
     It is ``sum_w min(p_w, q_w)``, where p and q are the teacher's and the student's row divided by their sums: 1 minus
     the total variation distance. The mean over pairs K and the steps for which the teacher's sum is not 0; NaN for an
@@ -101,7 +102,7 @@ def overlap(
 def counted_words(
     student: Tensor, teacher: Tensor, plan: StepPlan, causal_words: bool, entries: Tensor | None
 ) -> Tensor:
-    """``(N, 1, S, W)``: the entries of both maps that count, after a check of their shapes."""
+    """``(N, 1, S, W)``: the entries of both maps that count; their shapes are checked."""
     if student.shape != teacher.shape or student.dim() != 4:
         raise ValueError(
             f"student, teacher: expected (N, K, S, W) both, got {tuple(student.shape)} and {tuple(teacher.shape)}"

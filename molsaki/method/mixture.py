@@ -1,4 +1,4 @@
-"""The Mixture of Layers (Eq. 4 and 5), which weighs the layers of both sides, and its controls, which pair them.
+"""The Mixture of Layers (Eq. 4 and 5), which weights the layers of both sides, and its controls, which pair them.
 
 Every kind has K pairs of weights over layers, ``p_t (N, K, Lt)`` and ``p_s (N, K, Ls)``, and the mixed maps are
 ``A_k = sum_l p_kl A_l``. The paper's mixture has K = 1 and weights that depend on the example. The kind ``matched`` has
@@ -33,7 +33,7 @@ class MixtureOfLayers(nn.Module):
     Args:
         num_teacher_layers, num_student_layers: Lt and Ls, the numbers of maps.
         value_width: d, the width of a layer's pooled values; only the kind ``mixture`` uses it.
-        value_layers: Lv, the layers that have pooled values; Ls if None. It differs if each head has a map.
+        value_layers: Lv, the number of layers with pooled values; Ls if None. The two differ if each head has a map.
         kind: ``mixture`` (the paper's); ``matched``, each of ``teacher_layers`` with its own learnt weights of all
             student layers; ``single``, any one pair; ``last``, the last layers of both (MiniLM);
             ``uniform``, student layer m with teacher layer m Lt / Ls, rounded, counting from 1 (TinyBERT);
@@ -45,14 +45,14 @@ class MixtureOfLayers(nn.Module):
         tau_t, tau_s: temperatures.
         teacher_scale: ``std`` divides G by its standard deviation over layers, so that tau_t means the same for
             every teacher.
-        value_heads, pooling: how the values are pooled (``pool_values``); recorded because a trained router fits one
-            way only.
+        value_heads, pooling: how the values are pooled (``pool_values``); recorded because a trained router works with
+            one choice only.
         teacher_layer, student_layer: the layers of ``single``; negative numbers count from the end.
         teacher_layers: the K layers of ``matched``, all if empty; negative numbers count from the end.
         seed: the seed of ``random``.
 
     Raises:
-        ValueError: an argument is out of range, the depths differ under ``one_to_one``, or heads have maps of their own
+        ValueError: an argument is out of range, the depths differ under ``one_to_one``, or there is a map per head
             under the shared router.
     """
 
@@ -115,7 +115,7 @@ class MixtureOfLayers(nn.Module):
             layers = [layer_at("teacher_layers", layer, num_teacher_layers) for layer in teacher_layers]
             chosen = torch.tensor(layers or range(num_teacher_layers))
             teachers = nn.functional.one_hot(chosen, num_teacher_layers).float()
-            self.register_buffer("_teacher_pairs", teachers)  # saved: the matching belongs to these layers
+            self.register_buffer("_teacher_pairs", teachers)  # saved, because the learnt weights belong to these layers
             self.matching = nn.Parameter(torch.zeros(len(chosen), num_student_layers))
             return
         if callable(kind):
@@ -179,7 +179,7 @@ class MixtureOfLayers(nn.Module):
         return 1 if self.router is not None else len(self._teacher_pairs)
 
     def uniform(self, maps: Tensor) -> Tensor:
-        """The student's maps ``(N, Ls, S, W)`` mixed with uniform weights, ``(N, K, S, W)``, as by a new router."""
+        """The student's maps ``(N, Ls, S, W)`` mixed with uniform weights, ``(N, K, S, W)``, as an untrained router."""
         return at_least_float32(maps).mean(1, keepdim=True).expand(-1, self.pairs, -1, -1)
 
     def _checked(self, maps: Tensor, layers: int, plan: StepPlan) -> Tensor:

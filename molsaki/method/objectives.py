@@ -1,7 +1,7 @@
-"""The training objectives as a table: what each one needs and its loss.
+"""The table of training objectives: the requirements and the loss of each.
 
-An objective of your own is an `Objective` in a module of yours, named as ``--objective module:name``; no table changes.
-The command line reads the table too, so torch is imported by the losses only.
+Your own objective is an `Objective` in your module, given as ``--objective module:name``; it needs no entry in the
+table. The command line reads the table too, so only the losses import torch.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Objective:
     """One objective.
 
     Attributes:
-        loss: from the student's output, the batch with the teacher's part, and the options: ``loss (N,)``, which is
-            minimised, and whatever else is logged per example.
+        loss: takes the student's output, the batch with the teacher's part, and the options; returns ``loss (N,)``,
+            which is minimised, and other values to log per example.
         explain_texts: the student runs the explain texts as well as the predict texts.
         rationale_first: the predict texts have the rationale before the answer (``cot_template``).
         student_logits: the loss reads the student's logits, not only its cross-entropies.
@@ -184,7 +184,7 @@ OBJECTIVES = {
 
 
 def objective_of(name: str, option: str = "objective", folder: Path | None = None) -> Objective:
-    """The objective of a name of `OBJECTIVES`, or that ``module:name`` names, see `molsaki.functions.named`.
+    """The objective with a name in `OBJECTIVES`, or the one that ``module:name`` names, see `molsaki.functions.named`.
 
     Raises:
         ValueError, TypeError: there is no such objective; the message begins with ``option``.

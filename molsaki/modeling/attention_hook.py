@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 NAME = "molsaki"
 SPARSE = frozenset({"block_indices", "indices"})  # the keys or blocks of keys that each query sees
-# Keywords that models pass on to every attention function and that change nothing in it. position_ids were applied to
-# queries and keys before; packed texts that they tell apart are in the mask.
+# Keywords that models pass to every attention function and that have no effect there. position_ids have been applied to
+# queries and keys already; the packed texts that they separate are in the mask.
 WITHOUT_EFFECT = frozenset({
     "cache_position", "cu_seq_lens_k", "deterministic", "labels", "layer_idx", "logits_to_keep", "max_length_k",
     "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_value",
@@ -36,7 +36,7 @@ WITHOUT_EFFECT = frozenset({
 
 
 def register() -> None:
-    """Register the attention implementation and its mask function with transformers; importing this module does it."""
+    """Register the attention implementation and its mask function with transformers; importing this module calls it."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -67,17 +67,18 @@ def attention(
         query: ``(B, Hq, M, D)``. key: ``(B, Hkv, M, D)``, or longer than the queries with a cache. value: ``(B, Hkv, M,
             Dv)``.
         attention_mask: None means as in transformers' "sdpa": causal if ``is_causal``, else that all keys are visible.
-        dropout: of the weights that give the output; the map is of the undropped weights.
+        dropout: of the weights that give the output; the map uses the weights before dropout.
         is_causal: the module's own ``is_causal`` if None; without one, a mask of None hides nothing.
-        sliding_window: used where the mask does not say what is visible.
+        sliding_window: used if the mask does not determine what is visible.
         position_bias: ``(B or 1, Hq, M, M)``, added to the scores; not with a plan.
         step_plan: of this batch, passed as a keyword of the model's forward, with ``output_attentions=True``.
-        step_record: where `capture` collects maps and values; it has a plan of its own.
+        step_record: where `capture` collects maps and values; it has its own plan.
         cu_seq_lens_q: ``(N + 1,)`` bounds of the texts in a packed sequence.
-        shared_prefix: where the suffixes are in a packed sequence; plan, map and pooled values are of the whole texts.
+        shared_prefix: where the suffixes are in a packed sequence; plan, map and pooled values cover the whole texts
+            only.
 
     Raises:
-        ValueError: a keyword is not known, or the map of the plan cannot be computed; the message says why.
+        ValueError: a keyword is unknown, or the map of the plan cannot be computed; the message says why.
     """
     _refuse_unknown(kwargs)
     compact = attention_mask if isinstance(attention_mask, CompactMask) else None
@@ -89,7 +90,7 @@ def attention(
     if output_attentions and plan is None:
         raise ValueError('step_plan: expected a StepPlan with output_attentions=True under "molsaki", got None')
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", attention_mask is not None)  # cross-attention may not say it
+        is_causal = getattr(module, "is_causal", attention_mask is not None)  # cross-attention may lack it
     is_whole = key.shape[2] == query.shape[2]
     if attention_mask is None and is_causal and not is_whole and query.shape[2] > 1:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # the rest of a static cache is empty
@@ -177,7 +178,7 @@ def attention(
 
 
 def _empty_plan(sequences: int, device: torch.device) -> StepPlan:
-    """The plan of sequences without steps and words, also in a compiled graph."""
+    """A plan without steps and words, which also works in a compiled graph."""
     none = torch.zeros(sequences, 0, dtype=torch.int64, device=device)
     return StepPlan(none[..., None].expand(-1, -1, 2), none, none, none.bool(), none.bool(), extents=())
 
@@ -185,7 +186,7 @@ def _empty_plan(sequences: int, device: torch.device) -> StepPlan:
 def _bounds(
     cu_seq_lens_q: Tensor | None, query: Tensor, compact: CompactMask | None, shared_prefix: SharedPrefix | None
 ) -> Tensor | None:
-    """The bounds ``(N + 1,)`` int32 of packed texts: those given, else those that the positions in the mask tell."""
+    """The bounds ``(N + 1,)`` int32 of packed texts: as given, else derived from the positions in the mask."""
     told = None if compact is None else compact.cu_seqlens
     if cu_seq_lens_q is None:
         return told
@@ -222,7 +223,7 @@ def _why_no_map(
     has_bias: bool,
     is_causal: bool,
 ) -> str:
-    """The reason why there is no map of this call, as an error message."""
+    """The error message that says why this call has no map."""
     if has_bias:
         reason = "position_bias, which is added to the scores"
     elif not is_causal:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARS = 100, 60, 400  # of a map that is printed; the characters of a row's text
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CHARS = 100, 60, 400  # limits of a printed map; characters of a row's text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class AttentionMap:
         rows, columns: the texts of the S rows and the W columns.
         layers: the decoder layer of each of the L maps.
         row_tokens, column_tokens: the positions of the tokens of each row, ``(start, stop)``, and of each column.
-        row_name, column_name, unit: what a row, a column and a value are, for the axes of pictures.
+        row_name, column_name, unit: names of a row, a column and the unit of a value, for the axes of pictures.
     """
 
     values: Array
@@ -73,13 +73,13 @@ class AttentionMap:
         return pandas.DataFrame(table, index=pandas.MultiIndex.from_tuples(index, names=names), columns=self.columns)
 
     def plot(self, path: str | Path, layer: int | None = None, head: int | None = None, title: str = "") -> Path:
-        """Draw a heatmap, of one layer and head or of the mean over those that are not given; see docs/pictures.md.
+        """Draw a heatmap of one layer and head; those that are not given are averaged. See docs/pictures.md.
 
         Args:
             path: the file, whose suffix is png, svg or pdf.
             layer: a decoder layer, one of ``layers``.
             head: a query head, with ``heads="each"``.
-            title: stands above the picture.
+            title: printed above the picture.
         """
         from molsaki.plotting.map_pictures import plot_map
 
@@ -101,7 +101,7 @@ class AttentionMap:
         return plot_map({name: mean}, self.rows, self.columns, path, title, **names)
 
     def to_bertviz(self) -> tuple[tuple[torch.Tensor, ...], list[str]]:
-        """What BertViz takes, ``head_view(*attention_map.to_bertviz())``: ``(1, H, M, M)`` per layer, and the tokens.
+        """The input of BertViz, ``head_view(*attention_map.to_bertviz())``: ``(1, H, M, M)`` per layer, and the tokens.
 
         Raises:
             ValueError: rows and columns are not single tokens, or there is not one map per head.
@@ -112,7 +112,7 @@ class AttentionMap:
         return tuple(torch.from_numpy(layer)[None] for layer in self.values), self.columns
 
     def __str__(self) -> str:
-        """A table of the mean over layers and heads; of a large one the first and last rows and columns."""
+        """A table of the mean over layers and heads; a large one shows only the first and last rows and columns."""
         rows, columns = _ends(len(self.rows), SHOWN_ROWS), _ends(len(self.columns), SHOWN_COLUMNS)
         widths = [0 if w is None else max(len(self.columns[w]), 5) for w in columns]
         mean = self.mean()
@@ -132,7 +132,7 @@ class AttentionMap:
 
 
 def _ends(count: int, most: int) -> list[int | None]:
-    """All numbers below ``count``, or if they are too many the first and last ones, with None between them."""
+    """All numbers below ``count`` or, if there are too many, the first and last ones with None between them."""
     numbers: list[int | None] = list(range(count))
     return numbers if count <= most else [*numbers[: most // 2], None, *numbers[-(most // 2) :]]
 
@@ -152,10 +152,10 @@ def attention_map(
 ) -> AttentionMap:
     """Where a model looks in one text: the attention of each row on each column, in every layer.
 
-    One forward of the decoder, without logits; memory is that of the result, not ``L H M^2``. Two sums that key-value
-    cache compression scores tokens with: ``rows="all", keys="tokens"`` are the accumulated scores of H2O (Zhang et al.
-    2023, arXiv 2306.14048), ``rows=32, keys="tokens"`` the votes of the last 32 queries of SnapKV (Li et al. 2024,
-    arXiv 2404.14469) before its pooling.
+    Runs one forward of the decoder, without logits; it needs memory for the result, not ``L H M^2``. Two of its sums
+    are token scores of key-value cache compression: ``rows="all", keys="tokens"`` are the accumulated scores of H2O
+    (Zhang et al. 2023, arXiv 2306.14048), ``rows=32, keys="tokens"`` the votes of the last 32 queries of SnapKV (Li et
+    al. 2024, arXiv 2404.14469) before its pooling.
 
     Example:
         >>> found = attention_map(model, tokenizer, molsaki.segment(question, rationale))
@@ -218,14 +218,14 @@ def attention_while_generating(
     generate: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AttentionMap:
-    """Where a model looked when it chose each token of its reply: a row per generated token.
+    """The attention with which a model chose each token of its reply: a row per generated token.
 
-    The reply is generated with the key-value cache as always. One forward of the whole text then gives the attention of
-    the positions that predicted its tokens, which is that of the generation up to rounding.
+    The reply is generated with the key-value cache as usual. One forward of the whole text then gives the attention of
+    the positions that predicted its tokens, which equals that of the generation up to rounding.
 
     Args:
         text: the prompt, as in `attention_map`; messages get the template's generation prompt.
-        generate: keyword arguments of ``model.generate``; greedy decoding if they do not say otherwise.
+        generate: keyword arguments of ``model.generate``; decoding is greedy by default.
         **options: of `molsaki.segment`, for ``keys="words"``.
 
     Raises:
@@ -257,7 +257,7 @@ def attention_while_generating(
 
 
 def _named(found: AttentionMap, row_name: str, keys: str, row: str, per_token: bool = False) -> AttentionMap:
-    """The map with what its rows, columns and values are; sums and means over single tokens are not mentioned."""
+    """The map with names for its rows, columns and values; sums and means over single tokens are not mentioned."""
     column_name, of = ("key word", "key word") if keys == "words" else ("token (key)", "")
     one = all(stop - start == 1 for start, stop in found.row_tokens)
     sums = ([] if one or per_token else [f"the {row}"]) + ([f"the {of}"] if of else [])
@@ -278,7 +278,7 @@ def _check(keys: str, heads: str, layers: Sequence[int] | None) -> None:
 def _read(
     text: Any, tokenizer: PreTrainedTokenizerBase, template: str, options: dict[str, Any], is_prompt: bool = False
 ) -> tuple[list[int], list[Span], list[list[int]]]:
-    """Token ids, steps and words of a text, messages or token ids; of a prompt the ids alone."""
+    """Token ids, steps and words of a text, messages or token ids; for a prompt only the ids."""
     if is_prompt and isinstance(text, (str, Spans)):
         if isinstance(text, str):
             return prompt(text, tokenizer, template=template), [], []
@@ -347,7 +347,7 @@ def _computed(
 
 
 def _labels(ids: list[int], tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each group of tokens; the name of a special token that is alone."""
+    """The text of each group of tokens; for a single special token its name."""
     specials = special_ids(tokenizer)
     special = [int(token in specials) for token in ids]
     text, offsets = decode_with_offsets(ids, special, tokenizer)

@@ -33,10 +33,10 @@ class Record:
         cu_seqlens: ``(N + 1,)`` bounds of the packed texts of the running forward, None if they are not packed.
         shared_prefix: of the running forward.
         has_ended: whether the block is over.
-        why_no_map: why the last explicit mask of the running forward is not a compact one.
+        why_no_map: the reason why the last explicit mask of the running forward is not compact.
         length: tokens of each sequence of the running forward, None if it is not known.
         uses_checkpointing: whether layers of the model are checkpointed.
-        calling_layer: the number of the running decoder layer, where the attention modules do not know theirs.
+        calling_layer: the number of the running decoder layer, if the attention modules do not know theirs.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Record:
         self.length: int | None = None
         self.uses_checkpointing = False
         self.calling_layer: int | None = None
-        self._outer: Record | None = None  # of the block in whose forward this one's runs
+        self._outer: Record | None = None  # the record of the block in whose forward this one runs
         self._has_values, self._value_heads, self._pooling = values, value_heads, pooling
         self._heads = head_group(model)
         self._is_open = self._has_grad = self._has_run = False
@@ -64,7 +64,7 @@ class Record:
         """The decoder layer of each of the L maps, in the order in which they were computed.
 
         It is the ``layer_idx`` of the attention module, or the number of the layer where layers share one attention
-        (Zamba). Layers without attention are missing, and a layer with two calls of attention is there twice.
+        (Zamba). Layers without attention are missing, and a layer with two calls of attention appears twice.
         """
         self._check_has_run()
         return tuple(self._layers)
@@ -82,7 +82,7 @@ class Record:
 
     @property
     def maps_per_layer(self) -> tuple[int, ...]:
-        """How many maps each entry of ``layers`` has: 1, or with ``map_heads="each"`` its number of heads."""
+        """The number of maps of each entry of ``layers``: 1, or with ``map_heads="each"`` its number of heads."""
         self._check_has_run()
         return tuple(maps.shape[1] if self.map_heads == "each" else 1 for maps in self._maps)
 
@@ -126,8 +126,8 @@ class Record:
         """Record one call of attention, as the attention function does, and return its map.
 
         Args:
-            maps: ``(N, S, W)``, the mean over ``heads`` query heads, or ``(N, H, S, W)`` of each: those of this
-                process under tensor parallelism.
+            maps: ``(N, S, W)``, the mean over ``heads`` query heads, or ``(N, H, S, W)``, one per head; under tensor
+                parallelism only the heads of this process.
             value: ``(B, Hkv, M, Dv)``.
             lengths: ``(B,)`` tokens before the padding, None if there is none.
             cu_seqlens: ``(N + 1,)`` bounds of packed sequences.
@@ -141,7 +141,7 @@ class Record:
         if self._has_values:
             values = pool_values(value, lengths, pooling=self._pooling, heads=self._value_heads, cu_seqlens=cu_seqlens)
         if not self._is_open:
-            return maps  # Gradient checkpointing repeats a layer in the backward and requires the same operations.
+            return maps  # Gradient checkpointing repeats a layer in the backward, with the same operations.
         if self._has_grad and not torch.is_grad_enabled():
             why = (
                 "as under gradient checkpointing with use_reentrant=True, which loses the gradient of the map; use "
@@ -213,19 +213,19 @@ def capture(
 ) -> Iterator[Record]:
     """Record the stepwise maps of every layer from the model's forwards inside the block.
 
-    Sets the attention implementation "molsaki" in the text decoder and restores the previous ones, also after an
+    Sets the attention implementation "molsaki" in the text decoder and restores the previous one, also after an
     exception. Under tensor parallelism each process gets the maps and values of all heads.
 
     Args:
-        model: a Hugging Face model, or a wrapper (DDP, PEFT) around one that passes keywords on.
+        model: a Hugging Face model, or a wrapper around one (DDP, PEFT) that forwards keywords.
         plan: of the batch that will be run: right-padded, or packed with ``cu_seq_lens_q`` in the forward's keywords.
         values: also record Eq. 5's pooled value vectors, without padding.
         value_heads, pooling: as `pool_values`' ``heads`` and ``pooling``.
         map_heads: ``"mean"``, one map per layer, the mean over its query heads; ``"each"``, one per head.
 
     Yields:
-        A record with ``maps (N, L, S, W)`` or ``(N, L * H, S, W)``, ``layers`` (which they are of) and, with
-        ``values``, ``values (N, L, Hkv * Dv)``, of the last forward.
+        A record with ``maps (N, L, S, W)`` or ``(N, L * H, S, W)``, their ``layers`` and, with ``values``, ``values (N,
+        L, Hkv * Dv)``, of the last forward.
 
     Raises:
         TypeError: ``model`` holds no Hugging Face model, or ``plan`` is not a StepPlan.
@@ -267,7 +267,7 @@ def capture(
     def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record._stop()
         if output is None:
-            record._forget()  # it ended by an exception
+            record._forget()  # the forward ended with an exception
         elif not record._layers:
             raise ValueError(
                 f"capture: no attention of {type(inner).__name__} was computed by transformers' attention interface, "
@@ -299,11 +299,11 @@ def capture(
 
 @dataclasses.dataclass(frozen=True)
 class _Structure:
-    """What `capture` has to know of a model, found once.
+    """The properties of a model that `capture` needs, determined once.
 
     Attributes:
         configs: those of `decoder_configs`, the model's own first.
-        takes_keywords: whether its forward passes keywords that it does not name on.
+        takes_keywords: whether its forward passes on unknown keywords.
         layers_to_count: the layers of the decoder if the ``layer_idx`` of its attention modules does not tell them
             apart, else nothing.
     """
@@ -364,7 +364,7 @@ def _class_calls_interface(kind: Any) -> bool:
 
 @contextlib.contextmanager
 def _checkpointing_under_molsaki(module: nn.Module, configs: list[PretrainedConfig]) -> Iterator[None]:
-    """Have a checkpointed layer run under "molsaki" again in a backward after the block."""
+    """Have a checkpointed layer run under "molsaki" again if the backward comes after the block."""
     checkpoint: Any = module._gradient_checkpointing_func
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -383,7 +383,7 @@ def _run_under_molsaki(configs: list[PretrainedConfig], function: Callable[..., 
 
 
 def _bounds_of_positions(position_ids: Any, attention_mask: Any) -> Tensor | None:
-    """The bounds ``(N + 1,)`` of packed texts that only position_ids tell apart; None if they start once.
+    """The bounds ``(N + 1,)`` of packed texts that only position_ids separate; None if the positions start once.
 
     Raises:
         ValueError: the positions of a text do not ascend by one, or several packed sequences are in one batch.

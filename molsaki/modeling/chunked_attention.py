@@ -20,7 +20,7 @@ def chunked_attention(
     B, _, M, _ = query.shape
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, B * M + 1, M, device=query.device, dtype=torch.int32)
-    # A text has as many chunks as the longest one could have; some may be empty.
+    # Every text gets as many chunks as the longest possible text; some may be empty.
     first = torch.arange(0, M, chunk, device=query.device, dtype=torch.int32)
     starts = torch.minimum(cu_seqlens[:-1, None] + first, cu_seqlens[1:, None]).flatten()
     query, key, value = (t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key, value))
@@ -45,5 +45,5 @@ def _plan_of_chunks(plan: StepPlan, first: Tensor, chunk: int) -> StepPlan:
         word_of_token=words.flatten(0, 1),
         step_mask=plan.step_mask.repeat_interleave(K, 0),
         word_mask=plan.word_mask.repeat_interleave(K, 0),
-        extents=(),  # the whole plan was checked
+        extents=(),  # the plan has been checked as a whole
     )

@@ -1,4 +1,4 @@
-"""Causal masks in a few numbers instead of ``M x M`` elements, for the attention implementation "molsaki".
+"""Causal masks described by a few numbers instead of ``M x M`` elements, for the attention implementation "molsaki".
 
 transformers calls `attention_mask` for each kind of mask that a model needs. The usual ones (causal, with a window or
 in chunks, right-padded) become a `CompactMask`. All others are the additive mask of transformers' eager attention.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CompactMask:
-    """A causal mask of M queries and M keys in a few numbers.
+    """A causal mask of M queries and M keys, described by a few numbers.
 
     Code that operates on it (an addition, an index, an attribute of tensors) gets the additive mask ``(B, 1, M, M)``
     that the model's eager attention would get.
@@ -32,8 +32,8 @@ class CompactMask:
         lengths: ``(B,)`` tokens before the padding; None if there is none.
         window: a query sees its last ``window`` keys, itself included; None: no limit.
         chunk: a query sees the keys of its own chunk of ``chunk`` tokens only; None: no chunks.
-        cu_seqlens: ``(N + 1,)`` int32 bounds of packed texts that position_ids tell apart; None: the texts are not
-            packed, or their bounds come as cu_seq_lens_q.
+        cu_seqlens: ``(N + 1,)`` int32 bounds of packed texts that position_ids separate; None: the texts are not
+            packed, or their bounds are given as cu_seq_lens_q.
         record: of the `capture` block in whose forward the mask was created.
         is_checked: False under ``torch.compile`` if the values of the mask are not known yet: the pattern of the mask
             function, or whether the padding is on the right. `check` then adds the checks to the graph.
@@ -57,7 +57,7 @@ class CompactMask:
         self.batch_size, self.length, self.padding, self.window, self.chunk = batch_size, length, padding, window, chunk
         self.cu_seqlens, self.record, self.is_checked = cu_seqlens, record, is_checked
         self.lengths = None if padding is None else padding.sum(-1)
-        self.is_compared = False  # with the bounds given as a keyword, or in a compiled graph with the mask function
+        self.is_compared = False  # with the bounds given as a keyword or, in a compiled graph, with the mask function
 
     def tensor(self) -> Tensor:
         """The additive mask ``(B, 1, M, M)``."""
@@ -71,7 +71,7 @@ class CompactMask:
         return self._tensor
 
     def check(self, cu_seqlens: Tensor | None) -> None:
-        """Check in a compiled graph that the mask is what its attributes say, within each of the packed texts.
+        """Check in a compiled graph that the mask matches its attributes within each packed text.
 
         All layers share a mask; it is checked in the first of them.
         """
@@ -92,7 +92,7 @@ class CompactMask:
         torch._assert_async(equal.all(), message)
 
     def hides_the_same(self) -> bool:
-        """Whether the additive mask hides what its attributes say. False for a mask per head."""
+        """Whether the additive mask matches its attributes. False for a mask per head."""
         return self.tensor().shape == self.shape and bool(self._equal().all())
 
     def _equal(self) -> Tensor:
@@ -161,11 +161,11 @@ CompactMask.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 class _Pattern(NamedTuple):
-    """What a mask function of transformers hides in addition to the keys after the query."""
+    """The keys that a mask function of transformers hides besides those after the query."""
 
     window: int | None
     chunk: int | None
-    texts: Tensor | None = None  # (B, M), the packed text of each token, where position_ids tell them apart
+    texts: Tensor | None = None  # (B, M), the packed text of each token, if position_ids separate texts
 
 
 class _Active(threading.local):
@@ -176,7 +176,7 @@ _active = _Active()
 
 
 def active_record() -> Record | None:
-    """The record of the `capture` block in whose forward this thread is. None in a compiled graph."""
+    """The record of the `capture` block whose forward is running in this thread. None in a compiled graph."""
     return None if torch.compiler.is_compiling() else _active.record
 
 
@@ -199,7 +199,7 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> CompactMask | Tensor | None:
-    """The mask, with transformers' signature: compact where it can be, None if a single query sees every key, else the
+    """The mask, with transformers' signature: compact if possible, None if a single query sees every key, else the
     additive mask ``(B, 1, q_length, kv_length)``.
 
     ``allow_is_bidirectional_skip`` is ignored: a mask of None has one meaning, see `attention_hook.attention`.
@@ -208,7 +208,7 @@ def attention_mask(
         return attention_mask  # prepared before the model's forward
     masking = _masking_utils()
     mask_function = masking.causal_mask_function if mask_function is None else mask_function
-    position = kwargs.pop("cache_position", None)  # transformers 4 passes the queries' positions so
+    position = kwargs.pop("cache_position", None)  # the queries' positions in transformers 4
     length = q_length if position is None else position.shape[0]
     start = q_offset if position is None else position[0]
     where = {"q_length": q_length, "q_offset": q_offset} if position is None else {"cache_position": position}
@@ -237,7 +237,7 @@ def attention_mask(
     if padding is not None and not is_traced and padding.all():
         padding = None
     is_checked = not is_traced or (padding is None and allow_is_causal_skip)
-    # A pattern of the model's own, such as blocks of images, may hide the keys that a usual mask hides.
+    # A model-specific pattern, such as image blocks, may happen to hide the same keys as a usual mask.
     windows = {local_size, getattr(kwargs.get("config"), "sliding_window", None)}
     for window, chunk, texts in [_Pattern(window, None) for window in windows] if pattern is None else [pattern]:
         cu_seqlens = None if texts is None else bounds_of(texts[0].diff() != 0)
@@ -259,8 +259,8 @@ def _pattern(
 ) -> _Pattern | None:
     """The pattern of a mask function, None if it is another one or the model needs the elements of the mask.
 
-    ``allow_is_causal_skip`` is False where the function may be anything, or the model operates on the mask. A compiled
-    graph cannot look into the function: there its pattern is checked by its values (`CompactMask.check`).
+    ``allow_is_causal_skip`` is False if the function may be arbitrary or the model operates on the mask. A compiled
+    graph cannot inspect the function: there its pattern is checked by its values (`CompactMask.check`).
     """
     if allow_is_causal_skip or is_traced:
         is_chunk = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)

@@ -1,6 +1,6 @@
 """Logits and cross-entropy of a language model's labels: only positions that predict a label are projected.
 
-At most `LOGITS_AT_ONCE` logits are in memory at a time. On CUDA liger-kernel's fused kernel can take over.
+At most `LOGITS_AT_ONCE` logits are in memory at a time. On CUDA liger-kernel's fused kernel can be used instead.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from molsaki.batches.batch import TextBatch
 from molsaki.modeling.unwrap import causal_model
 
-# 128 MiB in float32. More logits are computed in chunks, and again in the backward. Half of it is slower and saves no
-# memory, because the weight gradients of two chunks have to be added (measured: 618 labels, 49,152 tokens, width 576).
+# 128 MiB in float32. More logits are computed in chunks, and recomputed in the backward. Half the size is slower and
+# saves no memory, because the weight gradients of two chunks have to be added (measured: 618 labels, 49,152 tokens,
+# width 576).
 LOGITS_AT_ONCE = 1 << 25
 LIGER = "0.8.5"  # earlier versions give every label the gradient of the first one
 
@@ -46,7 +47,7 @@ class Head:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module) -> Head | None:
-        """The head of a model, or None if its logits are another function. Checked on two tokens."""
+        """The head of a model, or None if its logits are computed in another way. Checked on two tokens."""
         causal = causal_model(model)
         decoder, config = causal.base_model, causal.config.get_text_config()
         if decoder is causal or causal.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
@@ -121,8 +122,9 @@ def _output_embeddings(model: nn.Module) -> nn.Module:
 class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy ``(n,)`` of the logits ``x (n, V)``, float32 or float64, that reuses the memory of the logits.
 
-    The forward overwrites ``x`` with ``exp(x - max x)``, and the backward that with the gradient. Do not read ``x``
-    afterwards; an operation that has saved it for its backward raises autograd's error about in-place changes.
+    The forward overwrites ``x`` with ``exp(x - max x)``, and the backward overwrites that with the gradient. Do not
+    read ``x`` afterwards; an operation that has saved it for its backward raises autograd's error about in-place
+    changes.
     """
 
     @staticmethod
@@ -139,7 +141,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         """``(softmax(x) - one_hot(labels)) upstream``"""
         if torch.is_grad_enabled():  # once_differentiable would allow it for an upstream without a gradient
-            raise RuntimeError("cross-entropy: create_graph=True is refused: it has no second derivative here")
+            raise RuntimeError("cross-entropy: create_graph=True is not supported: there is no second derivative")
         if ctx.spent:  # autograd does not detect it if hooks on saved tensors are set
             raise RuntimeError(
                 "cross-entropy: a second backward through the same graph; the first one has overwritten the logits "

@@ -82,7 +82,7 @@ def load_for_command(
     tokenizer: PreTrainedTokenizerBase | None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a field of a command's config names and its tokenizer, or those given in their place.
+    """The model that a field of a command's config names, and its tokenizer, or those given instead.
 
     Args:
         config: has the field and ``dtype``.

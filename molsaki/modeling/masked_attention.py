@@ -1,6 +1,7 @@
 """Attention under an explicit boolean or additive mask, for the cases without a map: generation, dropout, suffixes.
 
-A suffix is the rest of a packed text whose prefix is shared with another one, see :mod:`molsaki.batches.shared_prefix`.
+A suffix is the rest of a packed text whose prefix is shared with another text, see
+:mod:`molsaki.batches.shared_prefix`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def masked_attention(
         bias: broadcasts to ``(B, Hq, M, n)``, added to the scores.
     """
     if mask is not None:
-        mask = mask[..., : key.shape[2]]  # as eager attention does where a mask is longer than the cache
+        mask = mask[..., : key.shape[2]]  # as eager attention does if a mask is longer than the cache
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     if bias is not None:

@@ -1,4 +1,4 @@
-"""Checks on a few tokens that a model gives packed texts the results that it gives each text alone.
+"""Checks on a few tokens that a model gives packed texts the same results as each text alone.
 
 Layers other than attention, such as convolutions and recurrent states, may carry information across packed texts.
 """
@@ -33,7 +33,8 @@ def can_pack(model: nn.Module, positions: bool = True) -> bool:
     if positions not in found:
         if _is_sharded(model):
             raise ValueError("model: expected can_pack(model) to be called before FSDP shards the model")
-        # Llama 4 scales queries by their position in the sequence, from its 8,192nd token on: too far for the probe.
+        # Llama 4 scales queries by their position in the sequence from the 8,192nd token on, which the probe cannot
+        # reach.
         scales_positions = getattr(inner.config.get_text_config(), "attn_temperature_tuning", False)
         texts = [[0, 1, 2, 1, 0], [1, 2, 0, 0, 2, 1]]
         found[positions] = not scales_positions and _runs_alike(inner, texts, [0, 0], None, positions)
@@ -60,7 +61,7 @@ def choose_packing(wanted: bool | None, model: nn.Module) -> bool:
 
 
 def can_share_prefix(model: nn.Module) -> bool:
-    """True if the model gives a suffix the results of its whole text. Checked on two pairs of short texts."""
+    """True if the model gives a suffix the same results as in its whole text. Checked on two pairs of short texts."""
     shared = SharedPrefix.from_lengths(*(torch.tensor(lengths) for lengths in ([3, 2], [2, 1], [1, 2])))
     return _runs_alike(model, [[0, 1, 2], [1, 0], [0, 1, 1], [1, 2, 2]], [0, 0, 2, 1], shared)
 
@@ -89,7 +90,7 @@ def _runs_alike(
     causal.eval()  # type: ignore[no-untyped-call]
     try:
         with using_molsaki(decoder_configs(causal)):
-            run = causal.base_model.forward  # not the call, which would run the hooks of a capture block
+            run = causal.base_model.forward  # not __call__, which would run the hooks of a capture block
             alone = [run(input_ids=torch.tensor([text], device=device), use_cache=False)[0] for text in texts]
             expected = torch.cat([out[:, prefix:] for out, prefix in zip(alone, prefixes, strict=True)], 1).float()
             found: Tensor = run(**inputs)[0].float()

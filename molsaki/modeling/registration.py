@@ -1,7 +1,8 @@
 """Registers the attention implementation "molsaki" with transformers as soon as transformers is imported.
 
 Importing transformers takes seconds, so ``import molsaki`` does not import it. transformers looks up attention
-implementations in ``transformers.modeling_utils``; the finder below registers ours right after that module is loaded.
+implementations in ``transformers.modeling_utils``; the finder below registers "molsaki" right after that module is
+loaded.
 """
 
 from __future__ import annotations

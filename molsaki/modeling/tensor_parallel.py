@@ -1,7 +1,7 @@
 """Maps and values of models whose heads are divided among processes (tensor parallelism, ``tp_plan="auto"``).
 
-Every process computes the same loss from the same map, so the gradient of what a process adds to the map is the
-gradient of the map: the backward needs no communication.
+Every process computes the same loss from the same map, so the gradient of a process's contribution is the gradient of
+the map, and the backward needs no communication.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside the block; afterwards every module is in the mode in which it was."""
+    """Disables dropout inside the block; afterwards the mode of every module is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Computes the maps of single examples, of a teacher or its store and of a student, for pictures and reports."""
+"""Computes the maps of single examples for pictures and reports, from a teacher or its store and from a student."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Maps:
 
 
 class Side:
-    """The teacher or the student: its tokenizer, None if it is not given, and its model, loaded when it is needed."""
+    """The teacher or the student: its tokenizer (None if it is not given) and its model, loaded when needed."""
 
     def __init__(self, name: str | None, flag: str, template: str):
         self.name, self.flag, self.template = name, flag, template
@@ -67,8 +67,8 @@ class Side:
 class MapSource:
     """The maps of examples under the options of a run.
 
-    The teacher's come from the store where it is given. Otherwise, and with ``every_layer`` also for an example of
-    which the store does not hold every layer, they come from the live teacher, if that is given.
+    The teacher's maps come from the store if it is given. Otherwise they come from the live teacher, if that is given;
+    with ``every_layer`` also for examples of which the store does not hold every layer.
 
     Args:
         config: names the models, the store and the run, whose last checkpoint has the router.
@@ -96,11 +96,11 @@ class MapSource:
 
     @property
     def student_name(self) -> str:
-        """What the student's map is of."""
+        """A description of the student's map."""
         return "student" if self.has_router else "student, layers weighted alike"
 
     def _load_router(self, config: PlotConfig) -> bool:
-        """Load the router from the student's folder or the run's last checkpoint; True if it is there or not needed."""
+        """Load the router from the student's folder or the run's last checkpoint; True if found or not needed."""
         if not self.mixture.state_dict():
             return True
         folders = [Path(config.student or "."), *(checkpoints(config.run)[:1] if config.run else [])]
@@ -125,7 +125,7 @@ class MapSource:
 
     @torch.no_grad()
     def of_student(self, spans: Spans, template: str | None = None) -> Maps:
-        """The student's maps; ``template`` in place of the run's."""
+        """The student's maps; ``template`` instead of the run's."""
         inputs, plan = self.student.tokens(spans, template)
         options = self.options
         how = {"value_heads": options.value_heads, "pooling": options.pooling, "map_heads": options.map_heads}
@@ -188,7 +188,7 @@ def run_options(config: PlotConfig) -> PlotConfig:
 
 
 def chosen_examples(config: PlotConfig, data_file: str | list[str]) -> list[Example]:
-    """The examples that ``config.ids`` names, or else the first ones; all have a rationale."""
+    """The examples that ``config.ids`` names, else the first ones; all have a rationale."""
     examples = [
         example for example in read_examples(data_file, data_format=config.data_format) if example.rationale.strip()
     ]

@@ -1,4 +1,4 @@
-"""Packs texts and maps for a page: steps as pieces with their key words, maps in 8 bits, within a budget of bytes."""
+"""Packs texts and maps for a page within a budget of bytes: steps as pieces with their key words, maps in 8 bits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from molsaki.text.spans import Spans
 
 Array = np.ndarray[Any, Any]
 
-LARGEST_VALUE, NOT_FINITE = 254, 255  # of a packed map's bytes
-MIXED_SHAPE = (400, 600)  # the most rows and columns of a mixed map; of more, neighbours share a cell
-LAYER_SHAPE, LAYER_CELLS = (50, 80), 4096  # the same of each layer's map, where a map has more cells than that
+LARGEST_VALUE, NOT_FINITE = 254, 255  # bytes of a packed map
+MIXED_SHAPE = (400, 600)  # most rows and columns of a mixed map; with more, neighbours share a cell
+LAYER_SHAPE, LAYER_CELLS = (50, 80), 4096  # the same for each layer's map, if it has more cells than that
 TOO_LARGE = "The maps were left out: they would make the file too large."
 
 
 class Budget:
-    """How many bytes may still be added to a page."""
+    """The number of bytes that may still be added to a page."""
 
     def __init__(self, size: int):
         self.left = size
 
     def take(self, value: object, most: float | None = None) -> bool:
-        """Whether the JSON of this value fits into the rest, and into ``most``; if so, the rest becomes smaller."""
+        """Whether the JSON of this value fits into the budget and into ``most``; if so, the budget is reduced."""
         size = len(json.dumps(value))
         if size > self.left or (most is not None and size > most):
             return False
@@ -43,7 +43,7 @@ def packed_map(values: Array, shape: tuple[int, int] | None = None) -> dict[str,
 
     Args:
         values: the map; negative values count as 0.
-        shape: the most rows and columns. Of more, ``rb x cb`` neighbours share a cell, which has the largest of their
+        shape: the most rows and columns. With more, ``rb x cb`` neighbours share a cell with the largest of their
             values.
     """
     S, W = values.shape
@@ -80,7 +80,7 @@ def pieces_of(spans: Spans) -> list[list[tuple[str, int]]]:
 
 
 def packed_view(spans: Spans, sides: Mapping[str, Maps], every_layer: bool = True) -> dict[str, Any]:
-    """One text with its maps, by the name of each side; ``every_layer`` False packs the mixed maps only."""
+    """One text with its maps by the name of each side; with ``every_layer`` False, the mixed maps only."""
     rationale = next(
         (s for s, (start, _) in enumerate(spans.steps) if start >= spans.rationale_start), len(spans.steps)
     )
@@ -105,7 +105,7 @@ def packed_view(spans: Spans, sides: Mapping[str, Maps], every_layer: bool = Tru
 def fitting_view(
     spans: Spans, sides: Mapping[str, Maps], budget: Budget, share: float
 ) -> tuple[dict[str, Any] | None, str]:
-    """The view of a text that fits into the budget, and what had to be left out.
+    """The view of a text that fits into the budget, and a note about what was left out.
 
     With every layer it may have at most ``share`` bytes, and without them the rest of the budget; None and `TOO_LARGE`
     if even that is too little.

@@ -1,7 +1,7 @@
-"""Renders a report as one HTML page: tables here, curves and maps by ``report.js`` from the data in the page.
+"""Renders a report as one HTML page. Tables are built here; ``report.js`` draws curves and maps from data in the page.
 
-Every text that comes from a run is escaped here or set as text by the script. The page's Content-Security-Policy allows
-no connection, so that even a mistake in that could not load or send anything.
+Every text from a run is escaped here or set as text by the script. The page's Content-Security-Policy allows no
+connection, so even a mistake in the escaping could not load or send anything.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def render(
         logs: of the run.
         data: ``maps`` and ``replies``, as ``report.js`` reads them.
         predictions: the student's first.
-        sources: what the maps are of: ``teacher``, ``store``, ``student``, ``data_file``.
+        sources: the sources of the maps: ``teacher``, ``store``, ``student``, ``data_file``.
         notes: sentences for the sections ``maps`` and ``predictions``.
     """
     curves, weights = curves_of(logs.values), weights_of(logs.weights)
@@ -81,13 +81,13 @@ def escaped(value: object) -> str:
 
 
 def as_script(value: object) -> str:
-    """JSON that may stand in a script element: no character of it ends the element, or a line of JavaScript."""
+    """JSON that is safe in a script element: no character of it ends the element or a line of JavaScript."""
     text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))  # ASCII only, so U+2028 is escaped too
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def finite(value: Any) -> Any:
-    """The value with None in place of numbers that JSON does not have."""
+    """The value, with None instead of numbers that JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -104,7 +104,7 @@ def resource(name: str) -> str:
 
 
 def lead(logs: RunLogs) -> str:
-    """One sentence: what was trained on what."""
+    """One sentence that says what was trained on which data."""
     options = logs.options
     student, objective = options.get("student"), options.get("objective")
     parts = [f"Student <b>{escaped(student)}</b>" if student else "A student"]
@@ -225,7 +225,7 @@ def accuracies(predictions: Sequence[Predictions]) -> str:
 
 
 def configuration(options: Mapping[str, Any]) -> str:
-    """All options of the run, those with another value than their default first."""
+    """All options of the run, those that differ from their default first."""
     if not options:
         return _notes(["The folder has no distill.json, so the options are not recorded."])
     defaults, help_texts = default_options(), help_of_options()
@@ -243,7 +243,7 @@ def configuration(options: Mapping[str, Any]) -> str:
         (same if any(one == value for one in known) else changed).append(line)
     head = ["option", "value", "default", "what it does"]
     return (
-        f"<details open><summary>{len(changed)} options with another value than their default</summary>"
+        f"<details open><summary>{len(changed)} options that differ from their default</summary>"
         f"{table(head, changed)}</details>\n<details><summary>{len(same)} options with their default</summary>"
         f"{table([head[0], head[1], head[3]], [[line[0], line[1], line[3]] for line in same])}</details>"
     )
@@ -262,8 +262,7 @@ def help_of_options() -> dict[str, str]:
 
 @functools.cache
 def default_options() -> dict[str, list[Any]]:
-    """The default of each option, as JSON has it, and where the config completes it also what it becomes on this
-    machine."""
+    """The default of each option as JSON and, if the config completes it, also its value on this machine."""
     from molsaki.training.config import DistillConfig
 
     found: dict[str, list[Any]] = {}

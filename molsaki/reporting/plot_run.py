@@ -104,6 +104,6 @@ def _written(pictures: Iterable[Path], formats: Sequence[str]) -> list[Path]:
 
 
 def _file_name(id: str) -> str:
-    """A file name of an example, its own also where a file system ignores case: a digest tells ids apart."""
+    """A file name for an example, unique even if the file system ignores case: a digest distinguishes similar ids."""
     name = re.sub(r"[^a-z0-9._-]", "_", id.lower())[:100]
     return name if name == id else f"{name}-{hash64(id) % (1 << 32):08x}"

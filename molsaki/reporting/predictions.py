@@ -1,4 +1,4 @@
-"""Reads the predictions that ``molsaki evaluate`` wrote, of the student and of models to be shown beside it."""
+"""Reads the predictions that ``molsaki evaluate`` wrote, of the student and of other models to compare it with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Predictions:
 
     Attributes:
         path: as it was given.
-        name: that of its folder, with a number where others have the same.
+        name: the name of its folder, with a number if others have the same name.
         records: its lines.
         summary: empty if there is none.
     """
@@ -59,7 +59,7 @@ class Predictions:
         return value if isinstance(value, str) else None
 
     def is_of(self, student: str) -> bool:
-        """Whether the predictions are, as far as is known, those of this model."""
+        """Whether the predictions come from this model, as far as is known."""
         model = self._text("model")
         if model is None:
             return True
@@ -77,19 +77,19 @@ class Predictions:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of the accuracy, Wilson's with 95 % confidence."""
+        """Wilson's 95 % interval of the accuracy."""
         right, total = self.counts
         return wilson(right, total) if total else None
 
     def beside(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """This model's prediction for the question of another model's, None if it has none."""
+        """This model's prediction for the question of another model's prediction; None if it has none."""
         own = self._by_id.get(record["id"])
         if own is None or own["question"] != record["question"] or "left_out" in own:
             return None
         return {name: own.get(name) for name in ("reply", "prediction", "right")}
 
     def paired(self, other: Predictions) -> dict[str, Any] | None:
-        """The exact paired test of this model and another on the questions that both were asked; None if none is."""
+        """The exact paired test of this model and another on the questions that both were asked; None without any."""
         pairs = [(record["right"], found["right"]) for record in self.asked if (found := other.beside(record))]
         return paired_test([a for a, _ in pairs], [b for _, b in pairs]) | {"questions": len(pairs)} if pairs else None
 

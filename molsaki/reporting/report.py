@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 LARGEST_FILE = 5_000_000  # bytes
-MAP_BYTES, REPLY_MAP_BYTES, REPLY_BYTES = 2_200_000, 900_000, 900_000  # the most of each in the file
+MAP_BYTES, REPLY_MAP_BYTES, REPLY_BYTES = 2_200_000, 900_000, 900_000  # the largest part of each in the file
 NAMED = 3  # examples without maps that a note names
 Value = TypeVar("Value")
 
@@ -32,8 +32,8 @@ Value = TypeVar("Value")
 def report(config: ReportConfig) -> list[Path]:
     """Write the report of ``config.run``, and return its file.
 
-    What is not given is taken from the run's own options where it still exists. A section without data says which flag
-    would add it.
+    What is not given is taken from the run's options, if it still exists. A section without data says which flag would
+    add it.
 
     Raises:
         FileNotFoundError: there is no run in the folder, or no file of those that were given.
@@ -55,12 +55,12 @@ def report(config: ReportConfig) -> list[Path]:
 
 
 class _Gathered:
-    """What the report shows besides the logs, from what was given and from what the run's options name.
+    """The content of the report besides the logs, from the flags and from the run's options.
 
     Attributes:
         notes: sentences per section: what was left out, and which flag would add it.
-        sources: what the maps and predictions are of, by name.
-        predictions: the student's and those beside it.
+        sources: the sources of the maps and predictions, by name.
+        predictions: the student's, and others to compare it with.
     """
 
     def __init__(self, config: ReportConfig, logs: RunLogs):
@@ -104,18 +104,20 @@ class _Gathered:
                 )
 
     def _tried(self, section: str, compute: Callable[[], Value]) -> Value | None:
-        """The value; if it fails with what only the run's options name, None and a note with the reason."""
+        """The value. If it fails with something that only the run's options name: None, and a note with the reason."""
         try:
             return compute()
         except (ValueError, OSError, ImportError) as error:
             if self._is_given:
                 raise
-            logger.warning("report: %s are left out, as what the run's options name cannot be used: %s", section, error)
-            self.notes[section].append(f"What the run's options name cannot be used: {error}")
+            logger.warning(
+                "report: %s are left out, since the run's options name something unusable: %s", section, error
+            )
+            self.notes[section].append(f"The run's options name something that cannot be used: {error}")
             return None
 
     def _named(self, option: str, given: str | None) -> str | None:
-        """What was given for an option, or the folder that the run's option names, if it is there."""
+        """The given value of an option, or the folder that the run's option names, if it exists."""
         if given is not None:
             return given
         named = self.logs.options.get(option)
@@ -208,7 +210,7 @@ class _Gathered:
         return read_all(paths)
 
     def replies(self) -> list[dict[str, Any]]:
-        """The student's predictions, with those of other models beside them and, for the first ones, its map."""
+        """The student's predictions with those of other models and, for the first ones, the student's map."""
         if not self.predictions:
             return []
         first, others, source = self.predictions[0], self.predictions[1:], self.source
@@ -253,7 +255,7 @@ class _Gathered:
         return {}
 
     def _with_map(self, shown: list[dict[str, Any]]) -> set[str]:
-        """The ids whose map is shown: those that were asked for, or the first right and the first wrong ones."""
+        """The ids whose map is shown: those given by --ids, or the first right and the first wrong ones."""
         answered = [record for record in shown if record.get("reply")]  # a question that was left out has no reply
         if {record["id"] for record in shown} & set(self.config.ids):
             return {record["id"] for record in answered} & set(self.config.ids)

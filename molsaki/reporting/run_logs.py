@@ -1,4 +1,4 @@
-"""Reads what a run of ``molsaki distill`` left in its folder: options, logged values, layer weights, timings."""
+"""Reads the folder of a run of ``molsaki distill``: options, logged values, layer weights, timings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from molsaki.training.run_record import RECORD, read_attempts
 
 logger = logging.getLogger(__name__)
 
-MOST_POINTS = 400  # of one curve; of more, the smallest and the largest of neighbours are kept
+MOST_POINTS = 400  # of one curve; with more, the smallest and the largest of neighbours are kept
 MOST_RECORDS, MOST_WEIGHTS = 300, 150_000  # of the layer weights: points in time, and numbers of one side
 LEFT_OUT = "left_out.json"
 
@@ -74,7 +74,7 @@ class RunLogs:
         weights: the lines of ``layer_weights.jsonl``.
         attempts: of ``run.json``.
         is_finished: whether the student was exported.
-        left_out: examples that were left out, by reason; None where it is not known.
+        left_out: examples that were left out, by reason; None if unknown.
     """
 
     folder: Path
@@ -116,7 +116,7 @@ class RunLogs:
 
     @property
     def seconds(self) -> float | None:
-        """The time of the training, all attempts together, where it is known."""
+        """The time of the training over all attempts, if known."""
         recorded = [one["seconds"] for one in self.attempts if isinstance(one.get("seconds"), (int, float))]
         if recorded:
             return float(sum(recorded))
@@ -125,7 +125,7 @@ class RunLogs:
 
     @property
     def values(self) -> dict[str, list[tuple[int, float]]]:
-        """The steps and values of everything that was logged as a number, by name."""
+        """The steps and values of every logged number, by name."""
         found: dict[str, list[tuple[int, float]]] = {}
         for entry in self.history:
             for name, value in entry.items():
@@ -148,7 +148,7 @@ def _counted(left_out: Any) -> dict[str, int] | None:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of JSON lines, without a last one that is being written."""
+    """The records of JSON lines, without an incomplete last one."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
@@ -171,7 +171,7 @@ def meaning_of(name: str) -> str:
 
 
 def curves_of(values: dict[str, list[tuple[int, float]]]) -> list[dict[str, Any]]:
-    """The panels for the page, each with its series; a name without a panel gets one of its own."""
+    """The panels for the page, each with its series; a name without a panel gets its own."""
     panels: dict[str, list[str]] = {title: [] for title in PANELS}
     of_base = {base: title for title, bases in PANELS.items() for base in bases}
     for name in values:

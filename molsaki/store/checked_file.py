@@ -1,6 +1,6 @@
 """A .safetensors file that holds its own checksum and the digest of the store it belongs to.
 
-Damage and files of another store are found at any time, also while the store is not finished.
+So damage and files of another store are detected at any time, even in an unfinished store.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from molsaki.io import atomic_write
 
-HEAD = "molsaki"  # the one entry of a file's metadata: safetensors writes several in no fixed order
-UNSUMMED = "0" * 64  # stands in the checksum's place while the checksum is computed
+HEAD = "molsaki"  # the only entry of a file's metadata: safetensors writes several entries in no fixed order
+UNSUMMED = "0" * 64  # placeholder for the checksum while it is computed
 DTYPES = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "I64": "<i8", "U8": "u1"}
 
 
@@ -46,7 +46,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
 
 
 def fault(path: Path, store: str) -> str | None:
-    """The fault of a file that `write` wrote into the store with this digest, or None."""
+    """The fault of a file that `write` wrote for the store with this digest, or None."""
     try:
         _, head, start = _header(path)
         sha256, of = head["sha256"], head["store"]
@@ -62,12 +62,12 @@ def fault(path: Path, store: str) -> str | None:
     if found.hexdigest() != sha256:
         return f"damaged: its checksum is {found.hexdigest()[:16]}, expected {sha256[:16]}"
     if of != store:
-        return f"of another store: it was written with a store.json of fingerprint {of}, expected {store}"
+        return f"belongs to another store: it was written with a store.json of fingerprint {of}, expected {store}"
     return None
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Of a .safetensors file: the description of each tensor, our own head, and the offset where the tensors begin."""
+    """The header of a .safetensors file: the description of each tensor, our head, and the first tensor's offset."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KEY_POLICIES = ("key_of", "key_occurrence", "max_key_words")
 NOT_A_MODULE = ("regex:", "words:", "sentencex:")
 
-# Entries of a model's config on which its maps do not depend.
+# Entries of a model's config that its maps do not depend on.
 NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 
 
@@ -32,10 +32,10 @@ def fingerprint_model(model: PreTrainedModel) -> str:
     """A digest of everything that a model's maps depend on: its config and every weight of its decoder, without the
     head.
 
-    Weights that a ``device_map`` left elsewhere are read from there. That of a quantised model begins with
+    Offloaded weights (``device_map``) are read from where they are. The digest of a quantised model begins with
     ``quantised-``.
     """
-    from accelerate.utils import align_module_device  # only here: its import takes a second, and stores do not need it
+    from accelerate.utils import align_module_device  # imported here: it takes a second, and stores do not need it
 
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in NOT_THE_MODEL}
     weights = {}
@@ -51,7 +51,7 @@ def fingerprint_model(model: PreTrainedModel) -> str:
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of everything that a fast tokenizer does to a text, its chat template included."""
+    """A digest of everything that determines how a fast tokenizer processes a text, including its chat template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["padding"] = state["truncation"] = None  # options of the last call, not of the tokenizer
     return digest([state, tokenizer.chat_template])
@@ -64,7 +64,7 @@ def fingerprint_spans(spans: Spans) -> int:
 
 
 def fingerprint_examples(examples: Iterable[Example]) -> str:
-    """A digest of the fields of a data set on which its maps depend, read one example at a time."""
+    """A digest of the fields of a data set that its maps depend on, read one example at a time."""
     found = hashlib.blake2b(digest_size=16)
     for example in examples:
         given: list[Any] = [] if example.key_spans is None else [example.key_spans]
@@ -91,7 +91,7 @@ def describe(
     """
     found = describe_mixture(options, teacher_layers, all_layers, student_layers)
     found |= {name: getattr(options, name) for name in ("key", "splitter", "number_words", *KEY_POLICIES)}
-    for name in ("key", "splitter"):  # names of functions alone do not say what they do
+    for name in ("key", "splitter"):  # the name of a function does not determine its source
         value = getattr(options, name)
         if is_named(value) and not value.startswith(NOT_A_MODULE):
             found[f"source_of_{name}"] = digest(source(name, value))

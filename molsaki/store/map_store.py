@@ -28,7 +28,7 @@ from molsaki.text.spans import Spans
 
 VERSION = 2
 DESCRIPTION, INDEX = "store.json", "index.safetensors"
-NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # in every description
+NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # keys of every description
 # The values of keys that older descriptions lack.
 ABSENT = {"map_heads": "mean", "key_of": "all", "key_occurrence": "all", "max_key_words": 0}
 NAMES = {"examples": "number of examples"}  # of keys, in messages
@@ -57,11 +57,11 @@ class Entry(NamedTuple):
 
 
 class Store:
-    """A finished store, read at random from the disk; memory does not grow with it. Picklable.
+    """A finished store with random access to the disk; memory use does not grow with its size. Picklable.
 
     Attributes:
         description: the content of ``store.json``.
-        left_out: how many examples have no map, by reason.
+        left_out: the number of examples without a map, by reason.
 
     Raises:
         FileNotFoundError: there is no store in the folder, or its extraction is not finished.
@@ -98,12 +98,12 @@ class Store:
 
     @property
     def num_layers(self) -> int:
-        """Lt, the teacher's layers, or with ``map_heads="each"`` all their heads."""
+        """Lt, the number of the teacher's layers, or with ``map_heads="each"`` of all their heads."""
         return int(self.description["num_layers"])
 
     @property
     def all_layers(self) -> bool:
-        """Whether entries hold the map of every layer, which the reader has to mix."""
+        """Whether entries hold the map of every layer, to be mixed by the reader."""
         return bool(self.description["all_layers"])
 
     @property
@@ -130,11 +130,11 @@ class Store:
         return self._entry(*found)
 
     def batch(self, ids: Sequence[str], spans: Sequence[Spans]) -> Tensor | tuple[Tensor, Tensor]:
-        """The maps of N examples as one tensor, for a loss of your own (`molsaki.StepwiseAttentionLoss`).
+        """The maps of N examples as one tensor, for your own training loop (`molsaki.StepwiseAttentionLoss`).
 
         Args:
             ids: their names in the store.
-            spans: their texts, as `molsaki.segment` returns them, which must be those of the maps.
+            spans: their texts, as `molsaki.segment` returns them; they must match the texts of the maps.
 
         Returns:
             ``(N, Lt, S, W)`` of every layer, or mixed maps ``(N, K, S, W)`` and their weights ``(N, K, Lt)``; S and W
@@ -145,7 +145,7 @@ class Store:
         """
         if len(ids) != len(spans) or not len(ids):
             raise ValueError(
-                f"ids, spans: expected equally many of both, at least one, got {len(ids)} and {len(spans)}"
+                f"ids, spans: expected the same number of both, at least one, got {len(ids)} and {len(spans)}"
             )
         for id in ids:
             if not isinstance(id, str):
@@ -196,7 +196,7 @@ class Store:
 
 
 def check_text(folder: Path, entry: Entry, spans: Spans) -> None:
-    """Refuse an entry that is of another text, or of other steps or key words."""
+    """Refuse an entry with another text, or with other steps or key words."""
     expected = fingerprint_spans(spans)
     if entry.text != expected:
         raise ValueError(
@@ -214,10 +214,10 @@ def pad_maps(maps: Sequence[Tensor]) -> Tensor:
 def _read_shard(
     folder: Path, store: str, checked: dict[int, tuple[int, int]], number: int
 ) -> tuple[Arrays, dict[str, str]]:
-    """A shard's arrays, whose pages are read when they are used, and the reasons of examples left out.
+    """A shard's arrays, which are memory-mapped, and the reasons why examples were left out.
 
     Args:
-        checked: size and time of the shards whose checksums were right; this one's are added.
+        checked: size and modification time of the shards whose checksums were correct; this shard is added.
     """
     path = folder / shard_name(number)
     if not path.is_file():
@@ -262,7 +262,7 @@ def verify(folder: str | Path) -> list[str]:
     names = [shard_name(shard) for shard in range(-(-description["examples"] // description["shard_size"]))]
     found = {name: checked_file.fault(folder / name, digest(description)) for name in [*names, INDEX]}
     faults = [f"{name}: {fault}" for name, fault in found.items() if fault is not None]
-    if len(faults) == len(found) and all("of another store" in fault for fault in faults):
+    if len(faults) == len(found) and all("belongs to another store" in fault for fault in faults):
         return [f"{DESCRIPTION}: damaged: it is not the one that the other files were written with"]
     if not faults:
         store = Store(folder)
@@ -278,8 +278,8 @@ def compare(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> No
         if stored != value:
             what = NAMES.get(name, name.replace("_", " "))
             raise ValueError(
-                f"{folder}: this store is of another {what}: it has {stored!r}, expected {value!r}; use the options, "
-                "models and data of the extraction, or extract into a new folder"
+                f"{folder}: this store was written with another {what}: it has {stored!r}, expected {value!r}; use the "
+                "options, models and data of the extraction, or extract into a new folder"
             )
 
 

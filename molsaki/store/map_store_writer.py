@@ -1,7 +1,7 @@
 """Writes a store of the teacher's maps, in one process or in several that share the work.
 
 A shard covers a fixed range of examples and is locked by the process that computes it. Several processes can work at
-once; a shard whose process was lost is computed by another one, and a killed run continues where it stopped.
+the same time. If a process is lost, another one computes its shard, and a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LOCKS = ".locks"  # folder of empty files, one per file that was locked
 
 
 class StoreWriter:
-    """Writes a store shard by shard; continues one of the same description that is unfinished or damaged.
+    """Writes a store shard by shard; continues an unfinished or damaged store with the same description.
 
     Args:
         folder: created if it does not exist.
         description: the store's identity: ``num_layers``, ``all_layers``, fingerprints, options; JSON.
-        examples: how many there will be, those left out included.
+        examples: the number of examples, including those left out.
         shard_size: examples per shard.
 
     Raises:
@@ -73,18 +73,18 @@ class StoreWriter:
         return [shard for shard in range(self.shards) if self._is_missing(shard)]
 
     def claim(self, shards: Sequence[int]) -> Iterator[int]:
-        """Those of the ``shards`` that this process has to compute; each is locked until the next one is asked for.
+        """The ``shards`` that this process has to compute; each is locked until the next one is requested.
 
-        When none is free, waits for those that other processes compute; if one of these is lost, its shard is yielded
-        here.
+        If no shard is free, waits for those that other processes compute; if such a process is lost, its shard is
+        yielded here.
         """
         return claim(shards, lambda shard: self._lock(shard_name(shard)), self._is_missing)
 
     def write(self, shard: int, entries: Sequence[Entry]) -> None:
-        """Write one shard: one entry per number of `examples_of`, in order.
+        """Write one shard: one entry per index in `examples_of`, in order.
 
         Raises:
-            ValueError: the number of entries is another, or an entry has neither a map nor a reason.
+            ValueError: the number of entries is wrong, or an entry has neither a map nor a reason.
             OSError: for example, the disk is full; nothing is left behind.
         """
         if len(entries) != len(self.examples_of(shard)):
@@ -92,7 +92,7 @@ class StoreWriter:
         dtype = torch.float16 if self.description["all_layers"] else torch.float32
         for entry in entries:
             if entry.maps is None and not entry.reason:
-                raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason why not")
+                raise ValueError(f"entries: {entry.id!r} has neither a map nor a reason for leaving it out")
             if entry.maps is not None and (entry.weights is None) != self.description["all_layers"]:
                 raise ValueError(f"entries: {entry.id!r}: expected weights unless all layers are stored")
             if entry.maps is not None and not entry.maps.to(dtype).isfinite().all():
@@ -119,7 +119,7 @@ class StoreWriter:
         checked_file.write(self.folder / shard_name(shard), tensors, {"store": self._digest, "left_out": reasons})
 
     def finish(self) -> bool:
-        """Write the index if every shard is there; False if not. Any number of processes may call it."""
+        """Write the index if every shard exists, else return False. Any number of processes may call it."""
         with locked(self._lock(DESCRIPTION)):
             paths = [self.folder / shard_name(shard) for shard in range(self.shards)]
             if any(not path.is_file() for path in paths):

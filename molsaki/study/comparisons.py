@@ -18,11 +18,11 @@ RESAMPLES = 1  # the bootstrap's interval is not reported
 def comparisons(study: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
     """One row per data set, test and arm that has a finished run.
 
-    Only problems that every finished run of the data set was asked count, and in a difference only the seeds that both
-    arms have: ``pairs``. ``p_holm`` is corrected for all comparisons of the test, ``p_holm_primary`` for the study's
-    primary ones, also for those that cannot be made yet. Accuracies and differences are from 0 to 1. A difference has
-    neither interval nor p if its variance cannot be estimated, as where no answer differs. ``over`` is ``problems``
-    where there is one seed only, whose interval says nothing about other seeds.
+    Only problems that every finished run of the data set was asked count; a difference uses only the seeds that both
+    arms have (``pairs``). ``p_holm`` is corrected for all comparisons of the test, ``p_holm_primary`` for the study's
+    primary ones, including those that cannot be made yet. Accuracies and differences are from 0 to 1. A difference has
+    neither interval nor p if its variance cannot be estimated, for example if no answer differs. ``over`` is
+    ``problems`` if there is only one seed; the interval then says nothing about other seeds.
     """
     rows = []
     for data in study.data:

@@ -1,4 +1,4 @@
-"""Reads the YAML file of a study: its methods (arms), seeds and data sets, every name and value in it checked."""
+"""Reads the YAML file of a study, with its methods (arms), seeds and data sets, and checks every name and value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEEDED = ("output_dir", "student", "seeds", "data", "arms")
 FILES = ("train_file", "eval_file", "store")  # options of DistillConfig that name a file or folder
 # Keys of an arm that are no options of DistillConfig.
 OVERRIDES = ("evaluate", "extract", "live_teacher", "baseline", "seeds")
-# Options of DistillConfig that an arm must not set, and why.
+# Options of DistillConfig that an arm must not set, with the reason.
 OF_THE_STUDY = {
     "output_dir": "the study names the folder of each run",
     "seed": "it is the run's, one of seeds",
@@ -47,7 +47,7 @@ OF_THE_STUDY = {
     "resume": "a run always continues where it stopped",
     "resume_from_checkpoint": "a run always continues where it stopped",
 }
-# Options that change the state of the whole process, which runs arms one after another.
+# Options that change the state of the whole process; a process runs several arms one after another.
 OF_THE_PROCESS = ("tf32", "full_determinism", "deepspeed", "fsdp", "fsdp_config", "accelerator_config")
 # Takes rows of a test's file and the replies to them; returns one number per example under each name, or None.
 Scorer = Callable[[list[dict[str, Any]], list[str]], Mapping[str, Sequence[float | None]]]
@@ -59,12 +59,12 @@ class Run:
 
     Attributes:
         folder: of its results.
-        options: those of `DistillConfig` but for folders and seeds, as the YAML file has them, {seed} and {data} filled
-            in; the student among them, and the teacher or store if the objective has a teacher.
+        options: the options of `DistillConfig` except folders and seeds, from the YAML file with {seed} and {data}
+            filled in; they include the student, and the teacher or store if the objective has a teacher.
         extract: options of `ExtractConfig` if its maps come from a store that the study extracts, else None.
         tests: the file of each test set.
         evaluate: options of `EvaluateConfig`.
-        curve: as in the YAML file, or None.
+        curve: the key of the YAML file, or None.
     """
 
     data: str
@@ -83,7 +83,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Primary:
-    """The comparisons with the baseline that a study was made for, all on one test."""
+    """The primary comparisons of a study with the baseline, all on one test."""
 
     test: str
     arms: list[str]
@@ -95,7 +95,7 @@ class Study:
 
     Attributes:
         path: the YAML file; relative names in it are relative to its folder.
-        baselines: for each arm the one that it is compared with, None if it is compared with none.
+        baselines: for each arm, the arm that it is compared with, or None.
         runs: all runs in their order, seed by seed.
     """
 
@@ -120,8 +120,8 @@ class Study:
         return str(path) if path.is_dir() else name
 
     def identity(self, run: Run) -> dict[str, Any]:
-        """What the result of a run depends on, by dotted names: its options, the content of its data files and of its
-        preset, and the source of modules of your own.
+        """Everything that the result of a run depends on, by dotted names: its options, the content of its data files
+        and of its preset, and the source of user-defined modules.
         """
         found: dict[str, Any] = {"seed": run.seed}
         for section, values in (
@@ -146,7 +146,7 @@ class Study:
         """The options of the run's training.
 
         Args:
-            more: options that take the place of the run's.
+            more: options that override the run's.
         """
         values: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True} | run.options
         values |= {name: self.file(values[name]) for name in FILES if values.get(name)}
@@ -155,7 +155,7 @@ class Study:
         return build(DistillConfig, values | more, f"{self.path}: arms.{run.arm}")
 
     def evaluate_config(self, run: Run, **more: Any) -> EvaluateConfig:
-        """The options of an evaluation of the run's student, with those that are not in the YAML file as ``more``."""
+        """The options of an evaluation of the run's student; ``more`` has those that are not in the YAML file."""
         return build(EvaluateConfig, run.evaluate | more, f"{self.path}: arms.{run.arm}: evaluate")
 
     def scorer(self) -> Scorer | None:
@@ -173,7 +173,7 @@ def read_study(path: str | Path, with_models: bool = True) -> Study:
         FileNotFoundError: a file that is named does not exist.
     """
     path = Path(path)
-    look_in(path.parent)  # for functions of one's own, beside the file
+    look_in(path.parent)  # for user-defined functions in the folder of the file
     values = read_yaml(path)
     check_keys(values, KEYS, path)
     for key in NEEDED:
@@ -264,7 +264,7 @@ def _run(study: Study, values: dict[str, Any], data: str, arm: str, seed: int) -
 
 
 def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConfig:
-    """The options of the store that the run needs: its texts' options, and all layers unless the study says no."""
+    """The options of the store that the run needs: its text options, and all layers unless the study disables them."""
     assert run.extract is not None
     values = {"all_layers": True} | run.extract
     shared = (DataOptions, TextOptions, *(() if values["all_layers"] else (MixtureOptions,)))
@@ -278,7 +278,7 @@ def extract_config(study: Study, run: Run, config: DistillConfig) -> ExtractConf
 
 
 def _baselines(baseline: Any, arms: Mapping[str, Any], path: Path) -> dict[str, str | None]:
-    """For each arm its own baseline, or the study's."""
+    """The baseline of each arm: its own, or the study's."""
     for where, name in (
         {"baseline": baseline} | {f"arms.{arm}.baseline": own.get("baseline") for arm, own in arms.items()}
     ).items():
@@ -296,7 +296,7 @@ def _primary(value: Any, baselines: Mapping[str, str | None], data: Mapping[str,
     check_keys(section, ("test", "arms"), where)
     others = [arm for arm, baseline in baselines.items() if baseline is not None]
     if not others:
-        raise ValueError(f"{where}: expected a baseline beside it, got none")
+        raise ValueError(f"{where}: expected a baseline as well, got none")
     tests = [test for test in next(iter(data.values()))["tests"] if all(test in one["tests"] for one in data.values())]
     if section.get("test") not in tests:
         listed = ", ".join(tests)
@@ -311,7 +311,7 @@ def _primary(value: Any, baselines: Mapping[str, str | None], data: Mapping[str,
 
 
 def _check_types(values: dict[str, Any], arms: dict[str, Any], data: dict[str, Any], path: Path) -> None:
-    """Refuse a value that is no text where a name is expected, or no truth value."""
+    """Refuse a value that is not a text where a name is expected, or not a bool where one is expected."""
     named = {key: values.get(key) for key in ("output_dir", "student", "teacher", "score")}
     for name, one in data.items():
         named[f"data.{name}.train_file"] = one.get("train_file")
@@ -343,16 +343,16 @@ def _section(value: Any, path: Path, key: str) -> dict[Any, Any]:
 
 
 def _check_names(names: Mapping[Any, Any], path: Path, key: str) -> None:
-    """Refuse a name that cannot be that of a folder."""
+    """Refuse a name that cannot be the name of a folder."""
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
             raise ValueError(f"{path}: {key}: expected names of letters, digits and . _ + -, got {name!r}")
         if key == "data" and name == "stores":
-            raise ValueError(f"{path}: data: expected another name than stores, which is the folder of the maps")
+            raise ValueError(f"{path}: data: expected a name other than stores, which is the folder of the maps")
 
 
 def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str, Any], path: Path) -> None:
-    """Refuse unknown options, and those that are not an arm's to set."""
+    """Refuse unknown options, and options that an arm must not set."""
     sections = {"options": values.get("options"), "curve": values.get("curve")}
     sections |= {key: values.get(key) for key in ("evaluate", "extract")}
     for kind, entries in (("data", data), ("arms", arms)):
@@ -382,7 +382,7 @@ def _check_options(values: dict[str, Any], arms: dict[str, Any], data: dict[str,
                 if name in OF_THE_STUDY:
                     raise ValueError(f"{where}: {name}: must not be set: {OF_THE_STUDY[name]}")
                 if name in OF_THE_PROCESS and key != "options":
-                    raise ValueError(f"{where}: {name}: must be in options, alike for all runs: it changes the process")
+                    raise ValueError(f"{where}: {name}: must be in options, for all runs: it changes the process")
                 if name in ("student", "teacher", "train_file") and not key.startswith("arms."):
                     raise ValueError(f"{where}: {name}: must be in an arm or outside of options")
         check_keys(section, sorted(names), where)
@@ -433,5 +433,5 @@ def _content(path: str) -> str:
 
 @functools.cache
 def _digest(path: str, size: int, time: int) -> str:
-    """A digest of a file of this size and time of change, which is read once per process."""
+    """The digest of a file with this size and modification time; each file is read once per process."""
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Writes what a study found: CSV files of all runs, a report with tables, and pictures."""
+"""Writes the results of a study: CSV files of all runs, a report with tables, and pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from molsaki.study.results import Result, curves_table, read_results, results_ta
 from molsaki.study.run import FAILED, LOCKS, RESULT, check_finished
 
 LEVEL = 0.05  # of the adjusted p-values that the first lines of the report name
-CONSTANT = 0.9  # a larger share of one answer is reported
+CONSTANT = 0.9  # a student that gives one answer more often than this is reported
 NOTES = """\
 Accuracies are in per cent, differences in percentage points, and brackets hold 95 % intervals, which take both seeds
 and problems as random samples (`molsaki.evaluation.statistics`). A difference is paired by seed and problem; *pairs* is
@@ -75,7 +75,7 @@ def _report(
 
 
 def _primary_findings(study: Study, compared: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per data set, in bold: which primary arms differ from the baseline, and what they lack yet."""
+    """One line per data set, in bold: which primary arms differ from the baseline, and which runs are missing."""
     if study.primary is None:
         return []
     lines = []
@@ -163,7 +163,7 @@ def _table(study: Study, data: str, test: str, compared: Sequence[dict[str, Any]
 
 
 def _constant_replies(data: str, test: str, results: Sequence[Result]) -> list[str]:
-    """Lines about students that give nearly always the same answer: their accuracy says nothing about a method."""
+    """Lines about students that nearly always give the same answer: their accuracy says nothing about a method."""
     found = [
         f"- {result.run}: {100 * result.most_common[test]:.0f} % of the replies give the same answer."
         for result in results
@@ -226,7 +226,7 @@ def _others(study: Study) -> list[str]:
 
 
 def _draw(study: Study, compared: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> tuple[list[Path], str]:
-    """The pictures, and a line of the report in place of them if matplotlib is not installed."""
+    """The pictures, or a line of the report if matplotlib is not installed."""
     try:
         require("plot")
     except ImportError as error:

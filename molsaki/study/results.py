@@ -16,8 +16,8 @@ from molsaki.study.config import Run, Study
 from molsaki.study.run import LOG, RESULT
 from molsaki.text.examples import read_examples
 
-NO_COLUMNS = ("seed", "content of ")  # beginnings of the names of options that are no columns of their own
-NOT_LOGGED = "train_runtime"  # in the trainer's summary, which is no point of a curve
+NO_COLUMNS = ("seed", "content of ")  # options whose names begin so have no column
+NOT_LOGGED = "train_runtime"  # in the trainer's summary, which is not a point of a curve
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def read_results(study: Study) -> list[Result]:
     """The finished runs of a study, in the order of its runs.
 
     Raises:
-        TypeError, ValueError: what the study's scoring function returns.
+        TypeError, ValueError: the study's scoring function returns an invalid value.
     """
     scorer = study.scorer()
 
@@ -131,7 +131,7 @@ def _differing(results: Sequence[Result]) -> list[str]:
 
 
 def _means(study: Study, found: Any, count: int) -> dict[str, float]:
-    """The mean of each of the scoring function's numbers per example, named as a column; None is no number."""
+    """The mean of each of the scoring function's numbers per example, by column name; None is left out."""
     if not isinstance(found, Mapping):
         raise TypeError(
             f"{study.path}: score: expected {study.score} to return a dict of one number per example, got "

@@ -61,7 +61,7 @@ def study(
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> list[str]:
-    """Do the runs of a study that are not finished.
+    """Run all unfinished runs of a study.
 
     Args:
         path: the YAML file.
@@ -74,7 +74,7 @@ def study(
 
     Raises:
         ValueError, TypeError, OSError: the YAML file or an argument is not as described, or an option has changed since
-            a run was finished; nothing has run then.
+            a run was finished; nothing runs in this case.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("WORLD_SIZE: expected 1: start the command itself, several times or with --processes")
@@ -139,11 +139,11 @@ def check_finished(study: Study) -> None:
 
 
 def work(study: Study, runs: Sequence[Run], earlier: dict[str, str | None], threads: int | None) -> None:
-    """Do, in this process, every run that no other process does.
+    """Do all runs, in this process, that no other process does.
 
     Args:
-        earlier: the content of each run's ``failed.json`` when the command started; a run that failed since is not
-            tried again.
+        earlier: the content of each run's ``failed.json`` when the command started; a run that has failed since then is
+            not tried again.
     """
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -193,7 +193,7 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
     identity = study.identity(run)
     commits = {"commit": _commit(Path(molsaki.__file__).parent), "study_commit": _commit(study.path.parent)}
     text = _read(run.folder / OPTIONS)
-    if text is None or json.loads(text) != identity:  # else its checkpoints, if it has any, are continued
+    if text is None or json.loads(text) != identity:  # else the run continues from its checkpoints, if any
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)
         write_json(run.folder / OPTIONS, identity, indent=1)
@@ -244,7 +244,7 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
         "losses": {name: value for name, value in logged.items() if name.startswith("loss")},
         "steps": steps,
         "resumed_at_step": resumed,
-        "train_seconds": seconds,  # since then
+        "train_seconds": seconds,  # since that step
         "step_ms": 1000 * seconds / max(steps - resumed, 1),
         "evaluate_seconds": evaluate_seconds,
         "data": counts,
@@ -259,7 +259,7 @@ def execute(study: Study, run: Run, stores: set[Path], datasets: dict[str, Disti
 
 
 def _with_store(study: Study, run: Run, config: DistillConfig, stores: set[Path]) -> DistillConfig:
-    """The options with a store of the teacher's maps, which is extracted or continued here if it is not finished.
+    """The options with a store of the teacher's maps; an unfinished store is extracted or continued here.
 
     All processes that need the store share the work. A finished one is checked once per process: its teacher, texts and
     options.
@@ -300,13 +300,15 @@ def _fingerprints(run: Run, trainer: DistillTrainer) -> dict[str, str]:
 
 
 def _check_models(study: Study, models: dict[str, str]) -> None:
-    """Refuse models that have changed since another run of the study; `extract` refuses another teacher of a store."""
+    """Refuse models that have changed since another run of the study; `extract` refuses a changed teacher."""
     for run in study.runs:
         text = _read(run.folder / RESULT)
         found = {} if text is None else json.loads(text)["models"]
         for name in models.keys() & found.keys():
             if models[name] != found[name]:
-                raise ValueError(f"{name}: the model has changed since {run} was run; use another name, or delete that")
+                raise ValueError(
+                    f"{name}: the model has changed since {run} was run; use another name, or delete that run"
+                )
 
 
 class _Curve(TrainerCallback):
@@ -322,7 +324,7 @@ class _Curve(TrainerCallback):
         args, data = trainer.args, trainer.train_dataset
         self.examples = read_examples(study.file(run.curve["data_file"]), rationale=False)[: run.curve.get("limit")]
         options = study.evaluate_config(run)
-        self.options = dataclasses.replace(  # as the exported student's folder says after the training
+        self.options = dataclasses.replace(  # as recorded in the exported student's folder after the training
             options,
             template=options.template or args.student_template,
             predict_template=options.predict_template or args.predict_template,
@@ -337,7 +339,7 @@ class _Curve(TrainerCallback):
         right, asked = count_right(trainer.model.student, trainer.processing_class, self.examples, self.options)
         should_log = control.should_log
         trainer.log({"accuracy": right / max(asked, 1)})
-        control.should_log = should_log  # the losses of this step are still to be logged
+        control.should_log = should_log  # the losses of this step have not been logged yet
         self.seconds += time.perf_counter() - start
 
 

@@ -1,9 +1,9 @@
 """The command ``molsaki extract``: runs the white-box teacher once over a data set and stores its maps.
 
-No logits are computed. Texts share a forward pass, packed without padding where the model allows it, else padded to a
-similar length; meanwhile a thread tokenizes the next ones. A finished shard is never computed again. Several
+No logits are computed. Texts share a forward pass, packed without padding if the model allows it, else padded and
+sorted by length; meanwhile a thread tokenizes the next texts. A finished shard is never computed again. Several
 processes, started by torchrun, ``accelerate launch`` or by hand, share the work: each claims the next free shard. They
-do not communicate, and the shards of a lost process are computed by the others.
+do not communicate; the others compute the shards of a lost process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from molsaki.text.frames import check_template
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 1 << 28  # of the maps of a shard
-SAMPLED = 64  # texts from which their size is estimated
+SAMPLED = 64  # texts from which the size of the maps is estimated
 MAP_ENTRIES = 1 << 24  # of the padded maps of one layer (64 MiB)
 
 Item = TypeVar("Item")
@@ -69,8 +69,8 @@ def extract(
 
     Args:
         config: the options of the command.
-        teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
-        data: used in place of reading ``config.data_files``: a sequence of examples or of dicts, such as a
+        teacher, tokenizer: used instead of loading ``config.teacher``; both or neither.
+        data: used instead of reading ``config.data_files``: a sequence of examples or of dicts, such as a
             ``datasets.Dataset``.
 
     Returns:
@@ -79,7 +79,7 @@ def extract(
         ``shards_written``, ``tokens`` and ``tokens_per_second`` of this process.
 
     Raises:
-        ValueError, TypeError, OSError: a flag, file or field is not as described, or the store is of something else.
+        ValueError, TypeError, OSError: a flag, file or field is not as described, or the store has another identity.
     """
     job = prepare_extraction(config, teacher, tokenizer, data)
     folder, examples, shard_size = job.folder, job.examples, job.shard_size
@@ -125,10 +125,10 @@ def extract(
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """What an extraction needs, loaded and checked.
+    """The loaded and checked inputs of an extraction.
 
     Attributes:
-        specs: the teacher's tokenizer first, then others whose limit a text has to fit.
+        specs: the teacher's tokenizer first, then others whose limits a text has to fit.
         mixture: None to keep the maps of all layers.
         description: the store's identity.
         entry_bytes: of one step and one word in the store.
@@ -196,7 +196,7 @@ def prepare_extraction(
         )
     description = describe(config, maps, config.all_layers, student_layers, teacher, spec)
     description |= {"num_layers": maps, "data": fingerprint_examples(examples)}
-    side = dataclasses.replace(config, student_layer=-1, router="joint")  # the student's side is not used here
+    side = dataclasses.replace(config, student_layer=-1, router="joint")  # options of the student's side are unused
     mixture = None if config.all_layers else mixture_of(side, maps, student_layers or 1, layers, 1)
     pairs = maps if mixture is None else mixture.pairs
     entry_bytes = pairs * (2 if mixture is None else 4)
@@ -205,10 +205,10 @@ def prepare_extraction(
 
 
 def _shard_size(examples: Sequence[Example], config: ExtractConfig, entry_bytes: int, folder: Path) -> int:
-    """Examples per shard: ``config.shard_size``, or fewer where so many maps would have more than `SHARD_BYTES`.
+    """Examples per shard: ``config.shard_size``, or fewer if the maps would take more than `SHARD_BYTES`.
 
-    The maps of a shard are in memory until it is written. Their size is estimated from some of the texts, equally in
-    every process. A store that exists keeps its size.
+    The maps of a shard are in memory until it is written. Their size is estimated from some of the texts, identically
+    in every process. An existing store keeps its shard size.
 
     Args:
         entry_bytes: of one step and one word.
@@ -226,7 +226,7 @@ def _local_device() -> str:
 
 
 class _Pending(NamedTuple):
-    """An example before its forward: its entry, still without a map, and the teacher's text, None if left out."""
+    """An example before its forward: its entry, still without a map, and the teacher's text (None if left out)."""
 
     number: int
     entry: Entry
@@ -254,13 +254,13 @@ def entries_of(
     mixture: MixtureOfLayers | None,
     packing: bool,
 ) -> Iterator[tuple[dict[int, Entry], int]]:
-    """The entries of the examples with these numbers, batch by batch, and the number of tokens of each batch.
+    """The entries of the examples with these indices, batch by batch, and the number of tokens of each batch.
 
-    The content of a batch depends on the numbers and the config alone. While the teacher runs one batch, a thread
+    The content of a batch depends only on the indices and the config. While the teacher runs one batch, a thread
     prepares the next.
 
     Args:
-        specs: the teacher's tokenizer first, then others whose limit a text has to fit.
+        specs: the teacher's tokenizer first, then others whose limits a text has to fit.
         mixture: None to keep the maps of all layers.
     """
     for pending, texts in _ahead(batches_of(examples, numbers, config, specs, packing)):
@@ -279,14 +279,14 @@ def batches_of(
     specs: Sequence[TokenizerSpec],
     packing: bool,
 ) -> Iterator[tuple[list[_Pending], TextBatch | None]]:
-    """The examples of each forward, and the batch of those texts that are not left out, or None without any."""
+    """The examples of each forward, and the batch of the texts that are not left out (None if there are none)."""
     for pending in _grouped(_texts(examples, numbers, config, specs), config.batch_tokens, packing):
         texts = [item.text for item in pending if item.text is not None]
         yield pending, text_batch(texts, specs[0].tokenizer.pad_token_id, packing) if texts else None
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items; a thread computes each while the previous one is in use. Its errors are raised here."""
+    """The items; a thread computes each one while the previous one is in use. Its errors are raised here."""
     with ThreadPoolExecutor(1, "extract") as pool:
         ahead = pool.submit(next, items, None)
         while (item := ahead.result()) is not None:
@@ -314,8 +314,8 @@ def _grouped(texts: Iterable[_Pending], batch_tokens: int, packing: bool) -> Ite
     """Texts in batches of at most ``batch_tokens`` with padding, or of one longer text.
 
     Packed texts keep their order, and a batch is complete as soon as it is full. Padded texts are sorted, the longest
-    first, after all of them are tokenized. The maps of a batch have the steps and words of its longest texts: they have
-    at most `MAP_ENTRIES` per layer, if there are several.
+    first, after all of them are tokenized. The maps of a batch are padded to the most steps and words of its texts. A
+    batch of several texts has at most `MAP_ENTRIES` map entries per layer.
     """
     batch: list[_Pending] = []
     for item in texts if packing else sorted(texts, key=lambda item: -item.tokens):

@@ -1,9 +1,9 @@
 """The command ``molsaki keys``: the words of each text that matter most to a teacher, written as its ``key_spans``.
 
-Every record is copied with the field that ``--key given`` reads, so neither a store nor a student needs a model to know
-the key words, and they are a part of a store's identity.
+Every record is copied with the field that ``--key given`` reads. So no model is needed later to find the key words, and
+they are part of a store's identity.
 
-    train.keys.jsonl            the records, in any format that they had before; written last
+    train.keys.jsonl            the records, in their original format; written last
     train.keys.work.jsonl       the results so far, so that an interrupted run can continue; removed at the end
 """
 
@@ -51,8 +51,8 @@ from molsaki.text.thinking import tags_of
 
 logger = logging.getLogger(__name__)
 
-PART = 64  # examples whose results are written at once; an interruption loses at most the work on so many
-# Options that a continued run may change: files are compared by their content, the others change rounding errors only.
+PART = 64  # examples whose results are written together; an interruption loses at most the work on one part
+# Options that a continued run may change: files are compared by content, and the others affect only rounding.
 NOT_THE_RESULT = ("teacher", "data_file", "output_file", "batch_tokens", "device_map")
 Result = dict[str, Any]  # {"key_spans": ...} or {"left_out": reason}, with "words" and "tokens"
 
@@ -64,7 +64,7 @@ def keys(
 
     Args:
         config: the options of the command.
-        teacher, tokenizer: used in place of loading ``config.teacher``; both or neither.
+        teacher, tokenizer: used instead of loading ``config.teacher``; both or neither.
 
     Returns:
         A summary: ``examples``, ``left_out`` of them by reason, the number of records ``not_read``, ``words`` that were
@@ -147,7 +147,7 @@ def prepare_keys(
 def candidates(example: Example, config: KeysConfig) -> Spans:
     """The text and steps of an example, and the words that can be selected.
 
-    No tag of a thinking trace is one, nor is a word of the turns before the question, which ``key_spans`` do not reach.
+    Tags of thinking traces cannot be selected, nor can words of earlier turns, which ``key_spans`` do not cover.
     """
     names = ("splitter", "number_words", "teacher_template")
     same = {name: getattr(config, name) for name in names}
@@ -185,11 +185,11 @@ def key_words_of(
 def scored_text(
     example: Example, spans: Spans, config: KeysConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> ScoredText:
-    """The tokens of an example's question, rationale and answer, whose last two ``cot_template`` joins.
+    """The tokens of an example's question, rationale and answer; ``cot_template`` joins the last two.
 
     Args:
         spans: of its question and rationale; their words are scored.
-        limit: the longest text in tokens, if ``config.teacher_max_length`` says nothing.
+        limit: the longest text in tokens, if ``config.teacher_max_length`` is not set.
 
     Raises:
         LeftOut: it cannot be used; the message is the reason.
@@ -238,10 +238,10 @@ def select(scores: Array, top: int | None, top_share: float | None) -> list[int]
     Args:
         scores: ``(W,)``; words with `NO_SCORE` are never selected.
         top: how many, or all if there are fewer.
-        top_share: in its place, the share of the words with a score, rounded, but at least one word.
+        top_share: alternatively, the share of the words with a score, rounded, but at least one word.
 
     Raises:
-        LeftOut: the scores tell nothing.
+        LeftOut: the scores are not finite, or all are 0.
     """
     candidates = np.flatnonzero(scores != NO_SCORE)
     if not len(candidates):
@@ -257,7 +257,7 @@ def select(scores: Array, top: int | None, top_share: float | None) -> list[int]
 def describe(
     config: KeysConfig, examples: Examples, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Everything that the results depend on: they are used again only if all of it is the same."""
+    """Everything that the results depend on: they are reused only if all of it is the same."""
     found = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_THE_RESULT}
     for name in ("among", "splitter"):
         value = getattr(config, name)
@@ -289,7 +289,7 @@ def batches_of(
 
 
 def _key_spans(example: Example, spans: Spans, words: Sequence[Span]) -> dict[str, list[Span]]:
-    """Words of an example's spans as characters of its own question and rationale, with the white space around them."""
+    """Words of an example's spans as characters of its original question and rationale, including outer white space."""
     border, sides = spans.rationale_start, (example.question, example.rationale)
     asked, told = (len(text) - len(text.lstrip()) for text in sides)
     asked -= spans.asked[-1][1][0]
@@ -300,19 +300,19 @@ def _key_spans(example: Example, spans: Spans, words: Sequence[Span]) -> dict[st
 
 
 def _records(examples: Examples, results: Sequence[Result], data_format: str) -> Iterator[dict[str, Any]]:
-    """The records with their key spans, without those left out; an id that was a line's number is written out."""
+    """The records with their key spans, without those left out; ids that were line numbers are written out."""
     for number, result in enumerate(results):
         if "key_spans" in result:
             record, example = examples.record(number), examples[number]
             given = to_fields(record, data_format)["rationale"]
-            opening = len(example.rationale) - len(str(given))  # of a <think> that was put before it
+            opening = len(example.rationale) - len(str(given))  # length of a <think> that was prepended
             spans = result["key_spans"]
             sides = spans | {"rationale": [(a - opening, b - opening) for a, b in spans["rationale"]]}
             yield ({} if str(record.get("id")) == example.id else {"id": example.id}) | record | {"key_spans": sides}
 
 
 def _read_work(path: Path, description: dict[str, Any] | None = None) -> list[list[Result]]:
-    """The results of each finished part; none if there is no file. With a description, it must be of the same run."""
+    """The results of each finished part; none if there is no file. The file must match a given description."""
     data = path.read_bytes() if path.exists() else b""
     complete = data.rfind(b"\n") + 1
     if complete < len(data):

@@ -50,7 +50,7 @@ def teacher_record(
     map_heads: str = "mean",
     **packed: Any,
 ) -> Record:
-    """What `teacher_maps` captures: the maps, and which layers they are of."""
+    """The record that `teacher_maps` captures: the maps and their layers."""
     decoder = teacher.base_model
     with capture(decoder, plan, map_heads=map_heads) as record:
         decoder(**{"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False} | packed)
@@ -59,10 +59,11 @@ def teacher_record(
 
 @torch.no_grad()
 def probe(model: nn.Module, value_heads: str | None = None, map_heads: str = "mean") -> tuple[int, int, int]:
-    """From a forward of two tokens: the number of a model's maps, of its attention layers, and Eq. 5's width of values.
+    """From a forward of two tokens: the numbers of a model's maps and of its attention layers, and the width of pooled
+    values (Eq. 5).
 
-    There are as many maps as layers, or with ``map_heads="each"`` as heads of all layers. The width is 0 without
-    ``value_heads``; layers whose values cannot be stacked are refused only with it.
+    There is one map per layer, or per head with ``map_heads="each"``. The width is 0 without ``value_heads``; layers
+    whose values cannot be stacked are refused only with it.
     """
     ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     plan = StepPlan.from_spans([[(0, 2)]], [[[0]]])

@@ -3,8 +3,8 @@
 Both score a question with its rationale and answer. A score is comparable within one text only.
 
 A word with the text's first token has no score. That token is an attention sink (Xiao et al. 2023, arXiv 2309.17453):
-the attention that it receives, and what changes if it changes, say nothing of the word. Without a special token before
-it, it would be a key word of nearly every text.
+neither the attention that it receives nor its gradient says anything about the word. In texts without a leading special
+token, that word would nearly always be selected.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def attention_scores(
 
         score(w) = mean over l, h of  (sum over i in Q(w), j in w of a[l, h, i, j]) / |Q(w)|
 
-    It is a mean over queries, so an early word gains nothing from being visible to more of them. Tokens of the word's
-    own step are not counted: they attend to their neighbours and to themselves, whatever these say. A key that a
-    sliding window hides from a query has weight 0 there. Special tokens are in no word.
+    It is a mean over queries, so an early word does not gain from being visible to more of them. Tokens of the word's
+    own step are not counted, because they attend to their neighbours and themselves whatever the words mean. A key that
+    a sliding window hides from a query has weight 0 there. Special tokens are in no word.
 
     The weights are the rows of MoLSAKI's map (arXiv 2604.15701, Eq. 2 and 3): memory is ``L S W`` per text, and no
     ``M x M`` matrix is computed.
@@ -103,8 +103,8 @@ def gradient_scores(
 
         score(w) = sqrt(sum over j in w of |dL / de[j]|^2)
 
-    For a word of one token that is the score of LeaF (Guo et al. 2025, arXiv 2506.07851), which compares those of two
-    models and takes all tokens of the reply as labels. One forward and backward in evaluation mode; no gradient of a
+    For a word of one token this is the score of LeaF (Guo et al. 2025, arXiv 2506.07851), which compares the scores of
+    two models and uses all tokens of the reply as labels. One forward and backward in evaluation mode; no gradient of a
     weight is computed.
 
     Args:
@@ -168,7 +168,7 @@ def _batch(model: PreTrainedModel, texts: Sequence[ScoredText], pad_id: int) -> 
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Without gradients of weights inside the block."""
+    """Disables gradients of weights inside the block."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Finds the tokens of each step and key word: those whose characters overlap it, by the tokenizer's offsets."""
+"""Finds the tokens of each step and key word, those whose characters overlap it, by the tokenizer's offsets."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Encoded:
     Attributes:
         input_ids: T token ids.
         steps: the ``(start, stop)`` token range of each step of the spans, disjoint and ascending; empty where the
-            step has no token. Template and special tokens are in no step, but for those that a chat template puts
-            within a step, as between a trace and the reply.
+            step has no token. Template and special tokens are in no step, except those that a chat template puts within
+            a step, as between a trace and the reply.
         words: the token indices of each key word of the spans, ascending; empty where the word has no token.
-        target_start: index of the first token of the rationale, or of the space before it where that is a token by
-            itself: ``input_ids[:target_start]`` is the result of :func:`prompt`. T if no token of the rationale fits.
+        target_start: index of the first token of the rationale, or of the space before it if that is a separate token:
+            ``input_ids[:target_start]`` is the result of :func:`prompt`. T if no token of the rationale fits.
     """
 
     input_ids: list[int]
@@ -45,17 +45,17 @@ def encode(
 ) -> Encoded:
     """Tokenize a text and map its steps and key words to tokens: the rows and columns of MoLSAKI's Eq. 2 and 3.
 
-    A token is in the step of its first character that is no white space (its first character, if all are), and in the
-    first key word that its characters overlap. Every tokenizer, template and ``max_length`` gives as many steps and
-    words as the spans have.
+    A token belongs to the step of its first non-space character (of its first character if there is none), and to the
+    first key word that its characters overlap. With every tokenizer, template and ``max_length`` there are as many
+    steps and words as in the spans.
 
     Args:
         spans: the text.
         tokenizer: one that gives character offsets (``tokenizer.is_fast``).
         template: ``"plain"``, ``"chat"`` or a format string, see `molsaki.text.templates`.
         max_length: the most tokens to keep. The text is cut on the right, before the special tokens that end it. A
-            step past the cut becomes shorter or empty, a key word empty. To cut alike for two tokenizers, call
-            :func:`molsaki.fit` first.
+            step past the cut becomes shorter or empty, a key word empty. To cut at the same place for two tokenizers,
+            call :func:`molsaki.fit` first.
 
     Raises:
         TypeError, ValueError: an argument is not as described, the tokenizer has no offsets or its offsets leave out
@@ -105,8 +105,8 @@ def prompt(
 ) -> list[int]:
     """The token ids after which a rationale is generated: the template up to it, without a space at the end.
 
-    They are the first ``target_start`` ids of :func:`encode` for any rationale, unless the tokenizer has a token that
-    reaches across. Arguments and errors as in :func:`encode`.
+    They are the first ``target_start`` ids of :func:`encode` for any rationale, unless a token spans the boundary.
+    Arguments and errors as in :func:`encode`.
 
     Args:
         thinking: whether the rationale begins with ``<think>``: some chat templates put an empty trace before others.
@@ -125,7 +125,7 @@ class Tokens:
 
     ids: list[int]
     offsets: list[Span]
-    heads: list[int]  # the first character of each token that is no white space, or its first
+    heads: list[int]  # the first non-space character of each token, or its first character
     special: list[int]  # 1 where the tokenizer added the token
     num_closing: int  # special tokens that end the text
 
@@ -154,7 +154,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: bool
     special, offsets = output["special_tokens_mask"], output["offset_mapping"]
     _check_offsets(text, offsets, tokenizer)
     heads = [next((i for i in range(*span) if not text[i].isspace()), span[0]) for span in offsets]
-    if special and all(special):  # an empty text: tokenize another to see which of them end it
+    if special and all(special):  # an empty text: tokenize another one to see which special tokens end it
         num_closing = tokenize("0", tokenizer, special_tokens).num_closing
     else:
         num_closing = sum(1 for _ in itertools.takewhile(bool, reversed(special)))

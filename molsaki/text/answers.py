@@ -18,7 +18,7 @@ TRUTHS = {"yes": True, "true": True, "no": False, "false": False}
 
 _BOXED = regex.compile(r"\\f?boxed\s*(?P<braces>\{(?:[^{}]++|(?&braces))*+\})")
 CALCULATOR = regex.compile(r"<<[^<>\n]*>>")  # GSM8K's <<48/2=24>>
-_STATED = regex.compile(  # an answer follows
+_STATED = regex.compile(  # text after which an answer follows
     r"""
     \banswer(?:\s+choice)?\s*(?:is\s*[:：]?|[:：=])(?!\s*not\b)
   | (?:答案|正解|答え|정답|답)\s*(?:[是为為は은는]\s*[:：]?|[:：])
@@ -42,7 +42,7 @@ _LETTERS = regex.compile(  # a choice by its letter; "a" and "I" are words too
 _FIRST_LETTER = regex.compile(r"\W*(?P<letter>[A-Za-z])\s*[.):：](?=\s)")
 _SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
 _SCALE = regex.compile(rf"[\s-]*({'|'.join(_SCALES)})s?\b", regex.IGNORECASE)
-_UNIT = regex.compile(  # one letter is a variable but for these
+_UNIT = regex.compile(  # other single letters are variables
     r"""
     \s* \(?\s* (?P<unit> [mgshlLVWKJN] | °\s?[CFK]? | (?!\p{Latin}\W*\Z)\p{L}[\p{L}\p{M}\ /'’²³.°-]{0,40} ) \s*\)? \.?
     """,
@@ -63,7 +63,8 @@ def find_choice(text: str, choices: Sequence[str], last: bool = False, letters: 
     """The choice that a text names by its words, its number or its letter: the one after "the answer is", else the
     first or last.
 
-    A number names a choice of the same value, and no part of it does: neither 1.5 nor -5 names "5". A letter counts as
+    A number names a choice of the same value, but a part of a number does not: neither 1.5 nor -5 names "5". A letter
+        counts as
     in ``(b)``, ``Answer: B``, ``option B``, ``B is correct``, or alone.
     """
     found = _named(text, choices)
@@ -84,7 +85,7 @@ def find_choice(text: str, choices: Sequence[str], last: bool = False, letters: 
 
 
 def _named(text: str, choices: Sequence[str]) -> list[tuple[Span, str]]:
-    """The choices that a text has the words or the number of, with their places; the longest of those that overlap."""
+    """The choices whose words or number occur in a text, with their positions; of overlapping ones the longest."""
     values = [parse_number(choice) for choice in choices]
     by_value = {v: choice for v, choice in zip(values, choices, strict=True) if v is not None and values.count(v) == 1}
     numbers = find_numbers(text, number_words=False)
@@ -103,7 +104,7 @@ def _named(text: str, choices: Sequence[str]) -> list[tuple[Span, str]]:
 
 
 def gold_choice(gold: str, choices: Sequence[str]) -> str | None:
-    """The choice that a gold answer is: by its text in any case, its letter, or its value."""
+    """The choice that a gold answer names: by its text in any case, its letter, or its value."""
     named = [choice for choice in choices if same_text(choice, gold)]
     letter = regex.fullmatch(r"\(?([a-zA-Z])(?:\)|[.:])?\s*(.*)", gold.strip())
     if not named and letter:
@@ -210,7 +211,7 @@ def _without_commands(text: str) -> str:
 def same_answer(a: str, b: str, choices: Sequence[str] | None = None) -> bool:
     """Return whether two answers are the same choice, the same number or, where one of them is neither, the same words.
 
-    A unit counts if both have one.
+    Units are compared if both have one.
     """
     a, b = without_latex(final_answer(a)), without_latex(final_answer(b))
     if choices:
@@ -223,7 +224,7 @@ def same_answer(a: str, b: str, choices: Sequence[str] | None = None) -> bool:
 
 
 def same_text(a: str, b: str) -> bool:
-    """Return whether two texts have the same words, whatever the case and the quotes and periods around them."""
+    """Return whether two texts have the same words, ignoring case and surrounding quotes and periods."""
     return _words(a) == _words(b)
 
 

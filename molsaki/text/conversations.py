@@ -1,4 +1,4 @@
-"""Reads conversations: the last turn of the assistant is taught, the turns before it are its context and question."""
+"""Reads conversations: the last assistant turn is taught, and the turns before it are its context and question."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ ROLES = {
 def turns_of(messages: Any, where: str, until_reply: bool = False) -> list[Turn]:
     """The turns of a list of messages, each with ``role`` and ``content``, or ``from`` and ``value``.
 
-    A field ``reasoning_content``, ``reasoning`` or ``thinking`` of the assistant becomes a ``<think>`` block before the
-    content, unless that has one. A blank turn of the system is left out.
+    An assistant's field ``reasoning_content``, ``reasoning`` or ``thinking`` becomes a ``<think>`` block before the
+    content, unless the content has one. A blank system turn is left out.
 
     Args:
-        until_reply: whether turns after the last one of the assistant are left out, whatever they are.
+        until_reply: whether all turns after the last assistant turn are left out.
 
     Raises:
-        ValueError, TypeError: it is no such list, a role is unknown (those of tools are), or a turn has no text; the
-            message begins with ``where``.
+        ValueError, TypeError: it is not such a list, a role is unknown (such as that of a tool), or a turn has no text;
+            the message begins with ``where``.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise TypeError(f"{where}: expected a list of messages, got {type(messages).__name__}")
@@ -72,13 +72,14 @@ def _role(message: Mapping[str, Any]) -> str | None:
 
 
 def split_turns(turns: Sequence[Turn], where: str) -> tuple[list[Turn], str, str]:
-    """The context, the question and the reply: the last turn of the assistant, the user's before it, and the others.
+    """The context, the question and the reply: the last assistant turn is the reply, the user turn before it the
+    question.
 
     Turns after the last one of the assistant are not used. The thinking traces of earlier turns are dropped, as the
     chat templates of reasoning models drop them.
 
     Raises:
-        ValueError: there is no turn of the assistant, or none of the user directly before the last one.
+        ValueError: there is no assistant turn, or no user turn directly before the last one.
     """
     roles = [role for role, _ in turns]
     last = max((n for n, role in enumerate(roles) if role == "assistant"), default=-1)
@@ -94,8 +95,8 @@ def checked_context(context: Iterable[Turn], where: str = "context") -> list[Tur
     """The turns before a question, without white space around them and without the thinking traces of the assistant.
 
     Raises:
-        ValueError, TypeError: a turn is no pair of a role and a text that is not blank, or a turn of the system is not
-            the first; the message begins with ``where``.
+        ValueError, TypeError: a turn is not a pair of a role and a non-blank text, or a system turn is not the first;
+            the message begins with ``where``.
     """
     checked = []
     for number, turn in enumerate(context):

@@ -36,8 +36,8 @@ class Example:
     ``context`` are the turns before the question, in a conversation. ``key_spans`` are characters of the question and
     of the rationale, for ``--key given``.
 
-    ``answer`` is the gold answer where the data has one. ``is_right`` is False where the data also has the answer in
-    which the rationale ended, and the two differ.
+    ``answer`` is the gold answer if the data have one. ``is_right`` is False if the data also have the answer in which
+    the rationale ended, and the two differ.
     """
 
     id: str
@@ -58,8 +58,8 @@ class Examples(Sequence[Example]):
     A slice is an `Examples` too. Reading from a file that has changed since it was opened is an error.
 
     Attributes:
-        left_out: why each line or element that is no usable example was left out, with its file, line and id; of the
-            whole files, also of a slice.
+        left_out: why each unusable line or element was left out, with its file, line and id; for a slice also those of
+            the whole files.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Examples(Sequence[Example]):
         )
 
     def record(self, index: int) -> Fields:
-        """The JSON object of an example as its file has it."""
+        """The original JSON object of an example."""
         entry = self._index[index]
         path, table = self._paths[entry["file"]], self._tables[entry["file"]]
         with path.open("rb") as file:
@@ -118,9 +118,10 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
     Args:
         path: one file, or several whose ids differ.
         rationale: if True, the examples are to be trained on: an example without the field ``rationale`` is left out.
-            An empty rationale is none, see :func:`molsaki.batches.dataset.prepare`. If False, replies are to be
-            compared with the gold answers: an example whose gold answer no reply can match is left out, and a
-            conversation that ends in a turn of the user asks that.
+            An empty rationale counts as missing, see :func:`molsaki.batches.dataset.prepare`. If False, replies are to
+            be
+            compared with the gold answers: an example whose gold answer no reply can match is left out, and in a
+                conversation that ends in a user turn that turn is the question.
         data_format: the name of the records' format; ``"auto"`` recognises that of each record.
 
     Raises:
@@ -178,8 +179,8 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
 
 
 def id_prefixes(paths: Sequence[Path]) -> list[str]:
-    """What comes before the number of a line in the id of an example without one: nothing for a single file, else the
-    file's name, or its path where two files have the same name."""
+    """The prefix of default ids, before the line number: nothing for a single file, else the file's name, or its path
+    if two files have the same name."""
     if len(paths) == 1:
         return [""]
     names = [path.name for path in paths]
@@ -187,8 +188,8 @@ def id_prefixes(paths: Sequence[Path]) -> list[str]:
 
 
 def stream_records(path: Path) -> Iterator[tuple[int, Fields | ValueError]]:
-    """The records of a file with the numbers of their lines, read as they are asked for; in place of a record that
-    is no JSON object an error, whose arguments are the reason and where it is.
+    """The records of a file with their line numbers, read lazily. A record that is not a JSON object is replaced by an
+    error whose arguments are the reason and the place.
 
     Raises:
         ValueError: the file holds none, or is an array that is not valid JSON, or a table that cannot be read.
@@ -205,7 +206,7 @@ def stream_records(path: Path) -> Iterator[tuple[int, Fields | ValueError]]:
 
 
 def _named(left_out: Sequence[str]) -> str:
-    """The first example that was left out for each reason, and how many others were."""
+    """The first example that was left out for each reason, and the number of others."""
     groups: dict[str, list[str]] = {}
     for one in left_out:
         groups.setdefault(re.sub(r"^.*?:\d+: (?:id .*?: )?", "", one, flags=re.DOTALL), []).append(one)
@@ -276,10 +277,10 @@ def example_of(
     data_format: str = AUTO,
     with_reply: bool = True,
 ) -> Example:
-    """Checks everything; ``compared``: also that replies can be compared with the gold answer; ``with_reply`` as in
+    """Checks everything. ``compared``: also that replies can be compared with the gold answer. ``with_reply``: as in
     `to_fields`.
 
-    A rationale that has ``</think>`` but no ``<think>``, which was in its prompt, gets it.
+    If a rationale has ``</think>`` but no ``<think>``, because that was in its prompt, it is added.
     """
     fields = to_fields(record, data_format, with_reply)
     choices = _texts(fields, "choices")

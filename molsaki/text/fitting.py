@@ -18,16 +18,17 @@ class TooLong(ValueError):
 
 
 def fit(spans: Spans, *sides: tuple[PreTrainedTokenizerBase, str, int | None]) -> Spans:
-    """Cut the end of the rationale until the whole text fits on every side, so that no side is cut by itself.
+    """Cut the end of the rationale until the whole text fits on every side, so that all sides are cut at the same
+    place.
 
-    The cut is at white space where there is any and never inside a key word: a word is dropped on all sides or on none.
+    The cut is at white space if there is any, and never inside a key word: a word is dropped on all sides or on none.
 
     Args:
         spans: the text.
         sides: one ``(tokenizer, template, max_length)`` per side; None is no limit.
 
     Returns:
-        The same spans if all fits, else those of the shorter text.
+        The same spans if the text fits, else the spans of the shorter text.
 
     Raises:
         TooLong: nothing of the rationale fits (the question is never cut).
@@ -45,7 +46,7 @@ def fit(spans: Spans, *sides: tuple[PreTrainedTokenizerBase, str, int | None]) -
 
 
 def _room(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int | None) -> int:
-    """How many characters of the text fit, judged by its tokens; fewer than all of them if not all tokens fit."""
+    """The number of characters whose tokens fit; fewer than all characters if not all tokens fit."""
     rendered = render(spans, tokenizer, template)
     if max_length is None:
         return len(spans.text)
@@ -68,7 +69,7 @@ def _room(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str, max_l
 
 
 def _cut(spans: Spans, end: int) -> Spans:
-    """The spans of the text up to ``end`` or a little less, so that no word and no key word is split."""
+    """The spans of the text up to ``end`` or slightly before, so that no word and no key word is split."""
     text, start = spans.text, spans.rationale_start
     stop = end
     while stop > start and not text[stop - 1].isspace() and not text[stop].isspace():

@@ -1,4 +1,4 @@
-"""Turns the records of common data-set formats into the fields of an example: question, rationale, answer, choices.
+"""Converts the records of common data-set formats to the fields of an example: question, rationale, answer, choices.
 
 `FORMATS` has one entry per format. A record's format is recognised by its keys, or given by the option ``data_format``.
 Every other field of a record, such as ``id``, ``choices`` or ``gold``, is kept.
@@ -28,7 +28,7 @@ class Format:
 
     Attributes:
         keys: those that every record has.
-        convert: from a record to the fields of our own format that it does not have under their names.
+        convert: returns the fields of our format that a record lacks under their names.
         has: whether a record with these keys is in the format.
         turns: of a conversation, its turns; up to the last one of the assistant, or all.
     """
@@ -73,11 +73,11 @@ def to_fields(record: Fields, name: str = AUTO, with_reply: bool = True) -> Fiel
 
     Args:
         name: a format of `FORMATS`, or ``"auto"`` to recognise it.
-        with_reply: whether the last reply of a conversation is what counts. If not, and its last turn is the user's,
-            that is the question, and the record has its answer in a field.
+        with_reply: whether the last reply of a conversation is used. If not, and the last turn is the user's, that turn
+            is the question, and the record has its answer in a field.
 
     Raises:
-        ValueError: it is in no format, or is not what its format says; the message names the format.
+        ValueError: it is in no format, or its fields are invalid; the message names the format.
     """
     name = format_of(record) if name == AUTO else name
     if name == OWN:
@@ -171,7 +171,7 @@ def _alpaca(record: Fields) -> Fields:
 
 
 def _reply(question: str, reply: str, record: Fields) -> Fields:
-    """The fields of a reply; its answer is the record's, else the one that it states, or a number at its very end."""
+    """The fields of a reply. Its answer is the record's, else the answer that it states, or a number at its end."""
     state = state_of(reply)
     if state in ("not closed", "unbalanced"):
         raise ValueError(NOT_CLOSED if state == "not closed" else UNBALANCED)
@@ -209,7 +209,7 @@ def _aqua(record: Fields) -> Fields:
     return {"choices": choices, "answer": record["correct"]}
 
 
-# The first one that a record is in is used.
+# The first format that matches a record is used.
 FORMATS: dict[str, Format] = {
     "gsm8k": Format(("question", "answer"), _gsm8k, has=_is_gsm8k),
     OWN: Format(

@@ -1,4 +1,4 @@
-"""What a template puts around the texts, found once with stand-ins for them; runs chat templates."""
+"""The text that a template puts around question and rationale, found once with placeholders; runs chat templates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from molsaki.text.conversations import Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Stand for the two texts in a chat template, and for a rationale with a thinking trace.
+# Placeholders for the two texts in a chat template, and for a rationale with a thinking trace.
 QUESTION_MARK, RATIONALE_MARK = "molsakiquestion7d1c", "molsakirationale7d1c"
 THINKING_MARK = f"<think>\n{RATIONALE_MARK}\n</think>\n\n{RATIONALE_MARK}2"
 
@@ -31,7 +31,7 @@ class Frame:
     Attributes:
         joints: the text before each turn, before the rationale and after it.
         special_tokens: whether the tokenizer adds its own special tokens.
-        merges_system: whether a turn of the system is shown at the beginning of the user's.
+        merges_system: whether a system turn is shown at the beginning of the user's turn.
     """
 
     joints: tuple[str, ...]
@@ -67,7 +67,7 @@ def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, template: str, roles: Sequence[str] = ("user",)) -> Frame:
-    """The frame of a template; a chat template is run once on stand-ins for the texts.
+    """The frame of a template; a chat template is run once on placeholders for the texts.
 
     Args:
         roles: of the turns up to the question, for a chat template; others show them as one text.
@@ -111,7 +111,7 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> Fra
         try:
             text = apply_chat(tokenizer, turns, merge_system=merge)
         except TextChanged as error:
-            failure = failure or ValueError(str(error))  # no example with these roles can be used
+            failure = failure or ValueError(str(error))  # fails for every example with these roles
             continue
         parts = re.split("(" + "|".join(marks) + ")", text)
         if parts[1::2] == marks:
@@ -138,8 +138,9 @@ def apply_chat(
 
     Args:
         turns: roles and texts, messages of the template, or texts of user and assistant in turn.
-        merge_system: put a first turn of the system at the beginning of the user's, for templates without it.
-        thinking: ask for a reply that thinks, under the names of the option that templates have.
+        merge_system: put an initial system turn at the beginning of the user's turn, for templates without a system
+            turn.
+        thinking: request a reply with a trace, by the options that templates have for this.
     """
     if not tokenizer.chat_template:
         raise ValueError(f'template: {name_of(tokenizer)} has no chat template; use "plain" or a format string')

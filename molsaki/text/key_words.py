@@ -61,9 +61,9 @@ def _random(keywords: Iterable[str], number_words: bool) -> FindKeyWords:
         numbers = find_numbers(text, number_words)
         words = [match.span() for match in regex.finditer(r"\w+", text)]
         ends = sorted(stop for _, stop in numbers)
-        starts = sorted(start for start, _ in numbers)  # as many start before a word's end as end before its start
+        starts = sorted(start for start, _ in numbers)  # as many start before a word's end as end before it: no overlap
         others = [w for w in words if bisect_left(starts, w[1]) == bisect_right(ends, w[0])]
-        rng = random.Random(text)  # seeded by the text itself, equally in every process
+        rng = random.Random(text)  # seeded by the text, so the same in every process
         return sorted(rng.sample(others, min(len(numbers), len(others))))
 
     return find
@@ -89,7 +89,7 @@ def selector_of(key: str, number_words: bool = False, option: str = "key") -> Se
     """The selector of a name of `KEY_WORDS`, ``regex:PATTERN`` or ``module:function``.
 
     Raises:
-        ValueError: there is no such selector, the pattern is none, the function cannot be imported, or
+        ValueError: there is no such selector, the pattern is invalid, the function cannot be imported, or
             ``number_words`` is set for a selector that does not follow it. The message begins with ``option``.
     """
     try:
@@ -142,15 +142,15 @@ def _checked_spans(key: str, found: list[Span], text: str) -> list[Span]:
     return found
 
 
-# A word; one character of a script that puts no spaces between words, with what belongs to it.
+# A word, or one character of a script without spaces between words, with its combining marks.
 _WORD = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]\p{M}*"
     r"|[\w--[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]]+(?:['’][\w]+)*",
     regex.V1,
 )
 
-# Scripts in which a word may follow another without a space: there every occurrence counts. In Korean particles follow
-# a word so, but nothing precedes it.
+# Scripts in which words may follow each other without a space: every occurrence counts. In Korean, particles follow a
+# word directly, but nothing precedes it.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _is_spaced = regex.compile(rf"[\w--[{_UNSPACED}]]", regex.V1).match
 _may_be_followed = regex.compile(rf"[{_UNSPACED}\p{{Hangul}}\W]").match
@@ -194,13 +194,13 @@ def _whole_words(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
         at = start + 1 if splits_word else stop
 
 
-# Full-width and half-width forms and what they are forms of: one character for one.
+# Full-width and half-width forms and their base characters, one to one.
 WIDTHS = {c: int(unicodedata.decomposition(chr(c)).split()[1], 16) for c in (0x3000, *range(0xFF01, 0xFFEF))
            if unicodedata.decomposition(chr(c))}  # fmt: skip
 
 
 def normalized(text: str) -> tuple[str, Sequence[int], Sequence[int]]:
-    """The text in Unicode's NFC and one width, and where each of its characters starts and stops in ``text``."""
+    """The text in Unicode's NFC and one width, and the start and stop of each of its characters in ``text``."""
     folded = text if text.isascii() else text.translate(WIDTHS)
     if unicodedata.is_normalized("NFC", folded):
         return folded, range(len(text)), range(1, len(text) + 1)

@@ -50,7 +50,7 @@ _IS_CURRENCY = regex.compile(r"\p{Sc}").match
 
 
 def find_numbers(text: str, number_words: bool) -> list[Span]:
-    """The spans of all numbers, ascending and disjoint; those written out too if ``number_words``."""
+    """The spans of all numbers, ascending and disjoint; with ``number_words`` also numbers written as words."""
     found = []
     for match in _NUMBER.finditer(text):
         start, stop = match.span()
@@ -65,7 +65,7 @@ def find_numbers(text: str, number_words: bool) -> list[Span]:
     return found
 
 
-@functools.lru_cache(maxsize=10_000)  # the same small numbers again and again
+@functools.lru_cache(maxsize=10_000)  # small numbers repeat often
 def parse_number(text: str) -> Fraction | None:
     """The exact value of a text that is one number as `find_numbers` finds it, else None.
 

@@ -1,6 +1,6 @@
 """Cuts a question and its rationale into steps and finds the key words, in characters, before any tokenizer is used.
 
-Both cuts are computed once per text, so the maps of different tokenizers have one shape (MoLSAKI, arXiv 2604.15701,
+Both are computed once per text, so the maps of different tokenizers have the same shape (MoLSAKI, arXiv 2604.15701,
 section 3: steps are the rows of a map, key words its columns).
 """
 
@@ -31,49 +31,49 @@ def segment(
 ) -> Spans:
     """Cut ``question + " " + rationale`` into steps and find its key words (the paper's critical words).
 
-    White space around either text is dropped first. The question's end always ends a step, no step is blank, and
-    nothing, number or keyword, reaches across the question's end.
+    White space around either text is dropped first. The end of the question always ends a step, no step is blank, and
+    no number or keyword spans the end of the question.
 
-    Numbers: thousands separators, decimals, a leading dot, exponents and fractions without spaces (``3/4``, also
-    where it stands for a division, ``24/2=12``; ``1 1/2`` is one number). Two numbers in ``24 / 2``, ``1.5/2`` and
-    ``8:30``. A sign belongs to its number where it touches it and is neither a minus between two numbers nor a hyphen
-    in a word: ``-5``, ``= -5``, ``(-5)``, but ``7-5``, ``7 -5``, ``$5-$3`` and ``covid-19`` without. Currency,
-    percent, units and ordinal endings stay outside (``$5``, ``5%``, ``5km``, ``5th``), but a currency sign between
-    sign and digits does not (``-$5``). Digits that end a name are no number (``mp3``, ``x1``); after a letter of a
-    script without capitals they are one (``有3个``). GSM8K's calculator marks are text like any other:
-    ``<<48/2=24>>24`` has three numbers. Digits of every script and width count, also grouped as in India
-    (``1,00,000``), in LaTeX (``9{,}000``, ``\\frac{3}{4}``), and in the European way where nothing else can be meant:
-    ``1.234.567`` and ``1.234,56``, but two numbers in ``3,5``. In ``3万`` and ``1万2千`` the scale is a part of the
-    number; numbers in Chinese words (``十五``) are not found.
+    Numbers include thousands separators, decimals, a leading dot, exponents and fractions without spaces (``3/4``, even
+    if it means a division, ``24/2=12``; ``1 1/2`` is one number). ``24 / 2``, ``1.5/2`` and ``8:30`` have two numbers.
+    A sign belongs to its number if it touches it and is neither a minus between two numbers nor a hyphen in a word: it
+    does in ``-5``, ``= -5`` and ``(-5)``, but not in ``7-5``, ``7 -5``, ``$5-$3`` and ``covid-19``. Currency, percent,
+    units and ordinal endings stay outside (``$5``, ``5%``, ``5km``, ``5th``), but a currency sign between sign and
+    digits does not (``-$5``). Digits that end a name are not a number (``mp3``, ``x1``), but after a letter of a script
+    without capitals they are (``有3个``). GSM8K's calculator marks are ordinary text: ``<<48/2=24>>24`` has three
+    numbers. Digits of every script and width count, also grouped as in India (``1,00,000``), in LaTeX (``9{,}000``,
+    ``\\frac{3}{4}``), and in European notation if it is unambiguous: ``1.234.567`` and ``1.234,56``, but ``3,5`` has
+    two numbers. In ``3万`` and ``1万2千`` the scale is part of the number; numbers in Chinese words (``十五``) are not
+    found.
 
     Args:
         question: the question.
         rationale: the rationale.
         key: a name of `molsaki.text.key_words.KEY_WORDS`: ``"numbers"``; ``"words"``, every word; ``"given"``, the
-            spans in ``key_spans``; ``"regex:PATTERN"``; ``"module:function"``, a function of your own from a text to
-            spans; or ``"keywords"`` for the words in ``keywords``. A list of keywords is short for the latter. Each
+            spans in ``key_spans``; ``"regex:PATTERN"``; ``"module:function"``, your own function from a text to spans;
+            or ``"keywords"`` for the words in ``keywords``, for which you can also pass a list of keywords. Each
             occurrence of a keyword as a whole word, in any case and width, is a key word; in scripts without spaces
-            between words every occurrence is, and in Korean one that a particle follows. Of overlapping occurrences
-            the longest wins, then the first. Any white space matches the white space inside a keyword.
+            between words every occurrence is, and in Korean also one followed by a particle. Of overlapping occurrences
+            the longest is used, then the first. Any white space matches the white space inside a keyword.
         splitter: ``"rules"`` ends a step at newlines and at ``. ? !``, but not inside numbers and addresses, after
             abbreviations, initials and list markers, or before lower case; at the sentence terminals of other scripts
             (``。！？ ؟ । ۔``); and in Thai and Lao, which have none, at a space between two of their letters.
-            ``"periods"`` is the paper's: every run of ASCII periods ends a step, also in ``3.14``, and nothing else
-            does. ``"numbers"`` ends a step as ``"rules"`` does and also before every number in digits, so that a
+            ``"periods"`` is the paper's splitter: every run of ASCII periods ends a step, also in ``3.14``, and nothing
+            else does. ``"numbers"`` ends a step as ``"rules"`` does and also before every number in digits, so that a
             number's step ends where the number is decided. ``"lines"`` and ``"paragraphs"`` end steps at line ends and
             at blank lines, ``"words:40"`` after every 40 words, ``"sentencex:de"`` by the package sentencex for that
-            language, and ``"module:function"`` where a function of your own says: from a text to the ends of its steps.
+            language, and ``"module:function"`` by your own function from a text to the ends of its steps.
         number_words: numbers written out (``twenty-five``, ``a dozen``, ``two thirds``) are numbers too, also
             where ``one`` is a pronoun.
         keywords: the example's own key words, for the selectors that use them.
         key_of: whether words of the whole text count, or of the question only.
-        key_occurrence: of words that are equal but for case, all, or only the first or the last one.
+        key_occurrence: of words that differ only in case, all, or only the first or the last one.
         max_key_words: the most key words, the first ones; 0: no limit.
         key_spans: for ``key="given"``: ascending, disjoint spans of the characters of question and of rationale, a pair
             of lists or a dict of them.
-        context: the turns before the question, each a role and a text. They count as a part of the question: their
+        context: the turns before the question, each a role and a text. They are treated as part of the question: their
             sentences are steps and their key words are key words, except with ``key="given"``. No step and no key word
-            reaches across the end of a turn.
+            spans the end of a turn.
 
     Returns:
         The text with its steps and words in characters.
@@ -133,7 +133,7 @@ def segment(
 
 
 def _of_occurrence(text: str, words: list[Span], occurrence: str) -> list[Span]:
-    """Of words that are equal but for case and width, all, the first or the last one."""
+    """All, the first or the last of the words that differ only in case and width."""
     if occurrence == "all":
         return words
     kept: dict[str, Span] = {}

@@ -1,5 +1,5 @@
 """Finds where the steps of a text end: by rules for sentences of many scripts, before numbers, at every period, line or
-paragraph, after a number of words, by the package sentencex, or by a function of your own."""
+paragraph, after a number of words, by the package sentencex, or by a user-defined function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _word_set(words: str) -> frozenset[str]:
 
 _STOP = r"[\p{SB=STerm}\p{SB=ATerm}…‥]+"  # Unicode's sentence terminals and full stops: .?! 。！？．｡ ؟۔ ।॥ ។ ።
 _CLOSE = r"[\"'”’»)\]}」』）］｝〉》】*_]*(?: [)\]}”»]+)?"
-# Thai and Lao write no stops; a space between two of their letters ends a clause, but not before "and" or "or".
+# Thai and Lao have no full stops; a space between two of their letters ends a clause, but not before "and" or "or".
 _GAP = r"(?<=[\p{Thai}\p{Lao}--[ๆໆ]]) +(?=(?!และ|หรือ|ແລະ|ຫຼື)[\p{Thai}\p{Lao}--[ๆໆฯຯ]])"
 _BREAK = regex.compile(rf"(?P<stop>{_STOP}){_CLOSE}|(?P<space>{_GAP})|[{LINE_ENDS}]\s*", regex.V1)
 _URL = re.compile(r"(?:https?://|www\.)[!-~]*[\w/=&#~+-]", re.ASCII)
@@ -60,7 +60,7 @@ _STARTERS = _word_set(
 )
 
 
-# One letter with a period is a word of one syllable in Chinese, Japanese and Korean, in these an abbreviation.
+# One letter with a period is an abbreviation in these scripts; in Chinese, Japanese and Korean it is a word.
 _LETTER = regex.compile(r"[\p{Arabic}\p{Hebrew}\p{Thai}\p{Lao}\p{Devanagari}\p{Bengali}\p{Tamil}\p{Telugu}]")
 
 
@@ -70,7 +70,7 @@ def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 
 def rule_ends(text: str) -> Iterator[int]:
-    """The ends of the steps of a text that neither starts nor ends with white space."""
+    """The ends of the steps of a text without outer white space."""
     urls = [match.span() for match in _URL.finditer(text)]
     start = 0
     for match in _BREAK.finditer(text):
@@ -159,7 +159,7 @@ def period_ends(text: str) -> Iterator[int]:
 
 
 def number_ends(text: str) -> Iterator[int]:
-    """The ends of the steps by rules, and one before every number, which then begins a step."""
+    """The ends of the steps by rules, and additional ends before every number, which then begins a step."""
     starts = {start for start, _ in find_numbers(text, number_words=False)}
     yield from sorted(starts.union(rule_ends(text)) - {0})
 
@@ -183,7 +183,7 @@ def _ends_after(pattern: re.Pattern[str], text: str) -> Iterator[int]:
         yield len(text)
 
 
-# How a text is cut into steps: name -> the ends of the steps of a text that neither starts nor ends with white space.
+# The splitters by name. Each returns the ends of the steps of a text without outer white space.
 SPLITTERS: dict[str, Callable[[str], Iterator[int]]] = {
     "rules": rule_ends,
     "periods": period_ends,
@@ -227,15 +227,15 @@ def _own_splitter(name: str) -> Callable[[str], Iterator[int]]:
 
 
 def _every(words: int, text: str) -> Iterator[int]:
-    """The ends of the steps, one after every so many words between white space."""
+    """The ends of the steps, one after every N words separated by white space."""
     starts = [match.start() for match in re.finditer(r"\S+", text)]
     yield from starts[words::words]
     if text:
         yield len(text)
 
 
-# Where sentencex itself ends a paragraph. In texts of more than some 10,000 characters it drops some of these line ends
-# and finds no more sentences from there on, so it gets one paragraph at a time.
+# The paragraph ends of sentencex. In texts of more than about 10,000 characters it drops some of these line ends and
+# finds no more sentences from there on, so it is called for one paragraph at a time.
 _SENTENCEX_PARAGRAPH = re.compile(r"\n\r?\n\s*")
 
 
@@ -265,7 +265,7 @@ def _checked_ends(name: str, function: Callable[[str], Iterable[int]], text: str
 
 
 def _with_space(ends: Iterable[int], text: str) -> Iterator[int]:
-    """The same ends, each after the white space that follows it; a step that would be blank is not one."""
+    """The same ends, each moved after the following white space; blank steps are dropped."""
     start = 0
     for end in ends:
         end = _skip(_SPACE, text, end)

@@ -18,13 +18,13 @@ class Spans:
 
     Attributes:
         text: the question, a space and the rationale (no space where one of the two is empty). In a conversation the
-            turns before the question, each with a blank line after it, are a part of the question here.
+            turns before the question, each followed by a blank line, are part of the question here.
         steps: S pairs that tile the text; the white space after a step belongs to it. No step has characters of both
             the question and the rationale.
         words: W pairs, every occurrence of a key word, ascending and disjoint, none empty.
         question_end: ``text[:question_end]`` is the question, without the separator.
-        turns: of a conversation, the role (``"system"``, ``"user"`` or ``"assistant"``) of each turn up to the question
-            and its span; empty where the question is the only one.
+        turns: in a conversation, the role (``"system"``, ``"user"`` or ``"assistant"``) and the span of each turn up to
+            the question; empty if the question is the only turn.
 
     Raises:
         TypeError: ``text`` is not a str.
@@ -73,7 +73,7 @@ class Spans:
 
     @property
     def rationale_start(self) -> int:
-        """Where the rationale starts: the first character after the question that is no white space."""
+        """Where the rationale starts: the first non-space character after the question."""
         match = _SPACE.match(self.text, self.question_end)
         return match.end() if match else self.question_end
 
@@ -87,12 +87,12 @@ class Spans:
 
     @property
     def asked(self) -> list[tuple[str, Span]]:
-        """The turns up to the question; the question alone where it is the only one."""
+        """The turns up to the question; only the question if there are no others."""
         return list(self.turns) or [("user", (0, self.question_end))]
 
 
 def shown(text: str) -> str:
-    """A text in an error message, in quotes: its begin and its end if it is long."""
+    """A quoted text for an error message; if it is long, its beginning and end."""
     return repr(text) if len(text) <= 200 else f"{text[:100]!r} ... {text[-60:]!r} ({len(text)} characters)"
 
 
@@ -105,9 +105,9 @@ def check_str(name: str, value: object) -> None:
 def checked_key_spans(
     key_spans: tuple[Iterable[Span], Iterable[Span]] | Mapping[str, Iterable[Span]], question: str, rationale: str
 ) -> list[list[Span]]:
-    """Key words that are given as spans of a question and of its rationale, in the texts without white space around.
+    """Given key words as spans of a question and its rationale, both without outer white space.
 
-    Also as the field of a record has them: ``{"question": [...], "rationale": [...]}``.
+    Also accepts the form of the record's field: ``{"question": [...], "rationale": [...]}``.
 
     Raises:
         TypeError, ValueError: they are not two lists of pairs of ints, ascending, disjoint, within their text and not

@@ -1,4 +1,4 @@
-"""CSV, TSV and Parquet files as JSON lines, which are read from the disk on access."""
+"""Converts CSV, TSV and Parquet files to JSON lines, which are read from the disk on access."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PARQUET = ".parquet"
 
 
 def check_json_lines_name(flag: str, path: Path) -> None:
-    """Refuse the name of a table for a file of JSON lines that is to be written."""
+    """Refuse the name of a table as the name of a JSON lines output file."""
     if path.suffix.lower() in (*DELIMITERS, PARQUET):
         raise ValueError(f"{flag}: expected a name for JSON lines, such as train.jsonl, got {path}")
 
 
 def as_json_lines(path: Path) -> Path:
-    """A file of JSON lines with the rows of a table, one line per row; ``path`` itself if it is no table.
+    """A file of JSON lines with the rows of a table, one line per row; ``path`` itself if it is not a table.
 
-    It is written once for each state of the table, into the temporary folder. Empty cells of a CSV or TSV file are
-    missing fields, and cells that are JSON arrays or objects are read as such.
+    It is written to the temporary folder once for each version of the table. Empty cells of a CSV or TSV file become
+    missing fields, and cells that are JSON arrays or objects are parsed.
 
     Raises:
         ValueError: the table cannot be read.
@@ -45,7 +45,7 @@ def as_json_lines(path: Path) -> Path:
     target = folder / f"{path.stem}-{name[:16]}.jsonl"
     if not target.is_file():
         rows = _parquet_rows(path) if suffix == PARQUET else _csv_rows(path, DELIMITERS[suffix])
-        # A name of its own: other processes may write the same file at the same time.
+        # A unique name: other processes may write the same file at the same time.
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8", suffix=".part") as part:
             try:
                 part.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -74,14 +74,14 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
-    """Refuse a header of one column whose name has the character that divides columns in other programs' files."""
+    """Refuse a header of one column whose name contains another common separator."""
     if len(names) != 1:
         return
     for other, called in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
         if other in names[0] and other != delimiter:
             end = {"\t": "; name it .tsv", ",": "; name it .csv"}.get(other, "; save it with commas, as CSV")
             raise ValueError(
-                f"{path}: the header has one column, {names[0]!r}: its columns are divided by {called}, expected "
+                f"{path}: the header has one column, {names[0]!r}: its columns are separated by {called}, expected "
                 f"{delimiter!r}{end}"
             )
 

@@ -1,9 +1,9 @@
-"""Templates: the text that a tokenizer sees of a question and its rationale, with the steps and key words in it.
+"""Templates: the text that a tokenizer gets for a question and its rationale, with its steps and key words.
 
-A template wraps the two texts, for each tokenizer its own. Steps and key words stay those of the texts themselves:
+A template wraps the two texts; each tokenizer has its own. Steps and key words remain those of the two texts:
 
 * ``"plain"``: the text itself, with the special tokens the tokenizer adds by default;
-* ``"chat"``: the tokenizer's chat template, the question as the user's turn, after those of its context, and the
+* ``"chat"``: the tokenizer's chat template, the question as the user's turn, after the turns of its context, and the
   rationale as the assistant's. The template may change white space in the rationale. For a rationale with a thinking
   trace see `Traces`; a text that the template changes otherwise raises `TextChanged`;
 * a format string with ``{question}`` and then ``{rationale}``, once each, as ``"Q: {question} A: {rationale}"``; the
@@ -50,7 +50,7 @@ class RenderedText:
 
 
 def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> RenderedText:
-    """Put a text into a template; its steps and key words move with it."""
+    """Insert a text into a template; its steps and key words are shifted accordingly."""
     check_spans(spans)
     check_tokenizer(tokenizer)
     asked = spans.asked if template == "chat" else [("user", (0, spans.question_end))]
@@ -93,15 +93,15 @@ def render(spans: Spans, tokenizer: PreTrainedTokenizerBase, template: str) -> R
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """How a chat template shows thinking traces; found with stand-ins, so all examples have one form.
+    """How a chat template shows thinking traces; determined with placeholders, so it is the same for all examples.
 
     Attributes:
-        form: ``"content"``: it shows the trace from the reply, with its tags or in a form of its own. ``"field"``: the
-            message has a field for the trace (``reasoning_content``, ``thinking``), and the template a form of its own
-            for it. ``"prompt"``: it drops the trace, so the text is what the model writes itself: the reply after the
-            generation prompt. None: it does none of these.
-        opened: the text after which the assistant writes, thinking where a template has that option; None if there is
-            none. All that follows it is taught, where the text begins with it.
+        form: ``"content"``: it shows the trace from the reply, with its tags or in its own form. ``"field"``: the
+            message has a field for the trace (``reasoning_content``, ``thinking``), which the template shows in its own
+            form. ``"prompt"``: it drops the trace, so the text is what the model generates: the reply after the
+            generation prompt. None: none of these.
+        opened: the generation prompt, with thinking enabled if the template has that option; None if there is none. If
+            the text begins with it, everything after it is taught.
     """
 
     form: Literal["content", "field", "prompt"] | None
@@ -152,7 +152,7 @@ def _with_traces(
     before: str,
     shifts: Sequence[int],
 ) -> RenderedText:
-    """The text of a rationale with thinking traces, as `Traces` says.
+    """The text of a rationale with thinking traces, in the form that `Traces` describes.
 
     Args:
         rendered: the template's text of the turns and the rationale.
@@ -169,7 +169,7 @@ def _with_traces(
             ends = [start, *(start + at for tag in tags_of(rationale) for at in tag), end]
             place = _find(spans, text, list(zip(ends[::2], ends[1::2], strict=True)), before, frame)
         if place and opened and opened.rstrip().endswith(OPEN) and not text.startswith(opened):
-            form = "prompt"  # the tag is the prompt's, with other white space after it
+            form = "prompt"  # the tag belongs to the prompt, followed by different white space
     if form == "field" and (trace := split_trace(rationale)) is not None:
         (first, last), rest = trace
         if rationale[first:last].strip() and rationale[rest:].strip():
@@ -196,7 +196,7 @@ def _changed(spans: Spans, tokenizer: PreTrainedTokenizerBase) -> TextChanged:
 
 
 def _find(spans: Spans, text: str, pieces: list[Span], before: str, frame: Frame) -> dict[int, int] | None:
-    """Where the visible characters of pieces of the rationale are in a text that begins with ``before``."""
+    """The positions of the visible characters of pieces of the rationale in a text that begins with ``before``."""
     place = _place(pieces, spans.text, text[len(before) :], frame) if text.startswith(before) else None
     return None if place is None else {i: len(before) + at for i, at in place.items()}
 
@@ -207,7 +207,7 @@ def _moved(
     """A text in which the visible characters of the rationale are at ``place``.
 
     Args:
-        opened: the text after which the assistant writes: where the text begins with it, all that follows is taught.
+        opened: the generation prompt: if the text begins with it, everything after it is taught.
     """
     start, ranges_asked = spans.rationale_start, [span for _, span in spans.asked]
     starts = [first for first, _ in ranges_asked]
@@ -237,10 +237,10 @@ def _moved(
 
 
 def _place(pieces: list[Span], source: str, text: str, frame: Frame) -> dict[int, int] | None:
-    """Where the visible characters of the pieces of ``source`` are in ``text``, or None if they are not found.
+    """The positions in ``text`` of the visible characters of the pieces of ``source``, or None if they are not found.
 
-    The last piece has to be at the end, before what the template always has there. The others have to be before it, in
-    their order, and once. One piece that is the whole rationale comes after a part of what is always before it.
+    The last piece has to be at the end, before the template's closing text. The others have to be before it, in order
+    and once each. A single piece, the whole rationale, has to follow a part of the text that always precedes it.
     """
     visible = [i for i, c in enumerate(text) if not c.isspace()]
     rest = "".join(text.split())

@@ -15,12 +15,12 @@ State = Literal["none", "whole", "not closed", "not opened", "unbalanced"]
 
 
 def state_of(text: str) -> State:
-    """Whether the thinking traces of a reply are whole.
+    """Whether the thinking traces of a reply are complete.
 
     Returns:
         ``"none"``: it has no tags. ``"whole"``: one or several blocks, each opened and closed. ``"not closed"``: the
-        last block has no end, as in a reply that was cut off. ``"not opened"``: one ``</think>`` alone, as replies to a
-        prompt that ends in ``<think>`` have it. ``"unbalanced"``: anything else.
+        last block has no end, as in a truncated reply. ``"not opened"``: a single ``</think>``, as in replies to a
+        prompt that ends in ``<think>``. ``"unbalanced"``: anything else.
     """
     tags = _TAG.findall(text)
     if not tags:
@@ -33,7 +33,7 @@ def state_of(text: str) -> State:
 
 
 def with_opening(text: str) -> tuple[str, int]:
-    """The reply with the ``<think>`` that its prompt had, if it lacks it, and by how many characters it moved."""
+    """The reply, with the ``<think>`` of its prompt added if it is missing, and the number of characters added."""
     if state_of(text) != "not opened":
         return text, 0
     start = f"{OPEN}\n"
@@ -41,14 +41,14 @@ def with_opening(text: str) -> tuple[str, int]:
 
 
 def without_traces(text: str) -> str:
-    """The text without its thinking traces, also one whose start or end is missing."""
+    """The text without its thinking traces, including one whose start or end is missing."""
     text = re.sub(r"\A(?:(?!<think>).)*?</think>", "", text, flags=re.DOTALL)
     return re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL).strip()
 
 
 def split_trace(text: str) -> tuple[tuple[int, int], int] | None:
-    """The characters of the trace with which a reply begins, and where the rest begins; None if it has no such trace
-    or several."""
+    """The span of the trace with which a reply begins, and the start of the rest; None if there is no such trace, or
+    several."""
     match = _TRACE.match(text)
     if match is None or _TAG.search(text, match.end()):
         return None

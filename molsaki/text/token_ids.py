@@ -1,4 +1,4 @@
-"""Steps and key words of token ids that exist already, such as the batches of another library or generated texts."""
+"""Steps and key words of existing token ids, such as the batches of another library or generated texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-LONGEST_CHARACTER = 8  # tokens: four bytes, and some that are none before them
+LONGEST_CHARACTER = 8  # tokens: four bytes, preceded by some invalid ones
 
 
 def plan_from_ids(
@@ -27,12 +27,11 @@ def plan_from_ids(
     question_steps: bool = True,
     **options: Any,
 ) -> StepPlan:
-    """The plan of a right-padded batch of token ids, as a training loop of another library has them.
+    """The plan of a right-padded batch of token ids, such as a batch of another library's training loop.
 
-    The rationale of a text is what is between its first and its last label; the question is what comes before, with
-    the words of a chat template if there is one; what comes after is padding. The ids are decoded and cut by
-    `molsaki.segment`, so they may be a model's own output. Special tokens are in no step. A text without labels has
-    neither steps nor words.
+    The rationale of a text spans from its first to its last label. The question is everything before, including the
+    words of a chat template; everything after is padding. The ids are decoded and cut by `molsaki.segment`, so they may
+    be a model's own output. Special tokens are in no step. A text without labels has neither steps nor words.
 
     Args:
         input_ids: ``(N, M)``.
@@ -71,7 +70,7 @@ def plan_from_ids(
 
 
 def right_padded(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same batch with the padding on the right, where molsaki expects it: each row's tokens move to the left.
+    """The same batch with the padding on the right, where molsaki expects it: the tokens of each text move to the left.
 
     Args:
         inputs: ``attention_mask (N, M)``, 0 at padding anywhere in a row, and other tensors ``(N, M)`` of the same
@@ -122,7 +121,7 @@ def steps_and_words(
         return span[0] + shift, span[1] + shift
 
     steps_here = [*map(moved, spans.steps)]
-    if steps_here:  # white space belongs to the step before it, and at the beginning to the first one
+    if steps_here:  # white space belongs to the step before it; at the beginning, to the first step
         steps_here[0] = 0, steps_here[0][1]
     for s, (_, stop) in enumerate(spans.steps):
         if stop == start:
@@ -138,16 +137,16 @@ def steps_and_words(
 def decode_with_offsets(
     ids: Sequence[int], special: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:
-    """The text of token ids without the special ones, and the characters of each token; none for a special one.
+    """The text of token ids without special tokens, and the characters of each token; none for special tokens.
 
-    Tokens that are parts of one character all have this character.
+    All tokens that are parts of one character get this character.
     """
     decode = tokenizer.backend_tokenizer.decode
     offsets: list[Span] = [(0, 0)] * len(ids)
     own = [t for t in range(len(ids)) if not special[t]]
     pieces: list[str] = []
-    context: list[int] = []  # the tokens of the last piece, without which the next one may be decoded in another way
-    waiting: list[int] = []  # the tokens of the next one so far
+    context: list[int] = []  # the tokens of the last piece, since decoding the next one depends on them
+    waiting: list[int] = []  # the tokens of the next piece so far
     before, end = "", 0
     for t in range(len(ids)):
         if special[t]:
@@ -155,7 +154,7 @@ def decode_with_offsets(
             continue
         waiting.append(t)
         after = decode([ids[i] for i in (*context, *waiting)], skip_special_tokens=False)
-        is_open = after.endswith("\ufffd")  # the first bytes of a character, or bytes that are none
+        is_open = after.endswith("\ufffd")  # the first bytes of a character, or invalid bytes
         if is_open and len(waiting) < LONGEST_CHARACTER and t != own[-1]:
             continue
         pieces.append(after[len(before) :])

@@ -17,10 +17,10 @@ from molsaki.text.examples import Example
 def count_right(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], options: EvaluateConfig
 ) -> tuple[int, int]:
-    """How many of the replies are right, and how many questions were asked.
+    """The number of right replies and the number of questions that were asked.
 
-    Not asked are those that are too long, that a template refuses, or whose answer no reply can match. The student is
-    in evaluation mode meanwhile, and the generators of random numbers are not advanced.
+    A question is not asked if it is too long, if a template refuses it, or if no reply can match its answer. The
+    student is in evaluation mode during this, and random number generators are not advanced.
     """
     examples = [example for example in examples if _can_match(example)]
     with evaluation_mode(student):

@@ -1,4 +1,4 @@
-"""`StepwiseAttentionLoss`: the attention loss as one module, for a training loop of your own."""
+"""`StepwiseAttentionLoss`: the attention loss as one module, for your own training loop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class StepwiseAttentionLoss(nn.Module):
     """The divergence of the student's stepwise attention from the teacher's (MoLSAKI, arXiv 2604.15701, Eq. 4 to 6).
 
     It holds the mixture of layers and its router, which is trained with the student: give the module's parameters to
-    the optimizer too. Under ``torch.distributed`` the gradients of the router are averaged over all processes when they
-    arrive, so every process has to run the backward of this loss; the module needs no wrapper.
+    the optimizer too. Under ``torch.distributed`` the gradients of the router are averaged over all processes as soon
+    as they are computed. So every process has to run the backward of this loss, and the module needs no wrapper.
 
     Example:
         >>> attention_loss = StepwiseAttentionLoss.for_models(student, teacher, normalise="sum")
@@ -40,7 +40,7 @@ class StepwiseAttentionLoss(nn.Module):
         >>> (output.loss + 0.1 * loss).backward()
 
     Args:
-        mixture: of the layers of both models; `for_models` makes one from them.
+        mixture: the mixture of layers of both models; `for_models` creates it.
         normalise, causal_words, teacher_temperature: as in `molsaki.losses.attention`.
         map_heads: whether the mixture's maps are of layers ("mean") or of single heads ("each").
     """
@@ -75,13 +75,13 @@ class StepwiseAttentionLoss(nn.Module):
         teacher_temperature: float = 1.0,
         **mixture: Any,
     ) -> StepwiseAttentionLoss:
-        """The loss for these two models, whose numbers of layers it finds in a forward of two tokens.
+        """The loss for these two models, whose numbers of layers are determined by a forward of two tokens.
 
         Args:
-            student, teacher: Hugging Face models, or in place of the teacher the store of its maps.
-            normalise: how a step's masses become a distribution: "softmax", the paper's, which is flat where masses
-                are small, or "sum", their shares.
-            causal_words: leave out the words after a step's end.
+            student, teacher: Hugging Face models; instead of the teacher also the store of its maps.
+            normalise: how a step's masses become a distribution: "softmax", the paper's, which is flat if masses are
+                small, or "sum", their shares.
+            causal_words: leave out words after the end of the step.
             teacher_temperature: below 1 it sharpens the teacher's distribution.
             **mixture: fields of `molsaki.config.MixtureOptions`: ``mixture``, the kind of mixture, ``map_heads``,
                 ``tau_t``, ``tau_s``, ``teacher_layers`` and others.
@@ -113,7 +113,7 @@ class StepwiseAttentionLoss(nn.Module):
         return made.to(input_device(student))
 
     def capture(self, model: nn.Module, plan: StepPlan) -> contextlib.AbstractContextManager[Record]:
-        """`molsaki.capture` with what this loss needs of a forward of either model; the plan may be on any device."""
+        """`molsaki.capture` with the options that this loss needs, for either model; the plan may be on any device."""
         mixture = self.mixture
         how = {"value_heads": mixture.value_heads, "pooling": mixture.pooling, "map_heads": self.map_heads}
         return capture(model, plan.to(input_device(model)), values=mixture.router is not None, **how)
@@ -121,7 +121,7 @@ class StepwiseAttentionLoss(nn.Module):
     def forward(
         self, student: Record, teacher: Record | Tensor | tuple[Tensor, Tensor], steps: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss in nats, the mean over N examples, and what to log.
+        """The loss in nats, the mean over N examples, and values to log.
 
         Args:
             student: the record of the student's forward.
@@ -131,10 +131,10 @@ class StepwiseAttentionLoss(nn.Module):
 
         Returns:
             The loss, and detached: ``loss_att``; ``map_overlap``, see `molsaki.losses.overlap`;
-            ``entropy_teacher`` and ``entropy_student`` of the layer weights in nats, 0 if one layer has all; and
-            ``teacher_weights (Lt,)`` and ``student_weights (Ls,)``, means over the examples.
+            ``entropy_teacher`` and ``entropy_student`` of the layer weights in nats, 0 if one layer has all the weight;
+            and ``teacher_weights (Lt,)`` and ``student_weights (Ls,)``, means over the examples.
         """
-        for parameter in self.parameters():  # here, since a copy of the module has no hooks
+        for parameter in self.parameters():  # registered here, since a copy of the module has no hooks
             if not getattr(parameter, "is_averaged", False):
                 parameter.register_post_accumulate_grad_hook(_average_over_processes)
                 parameter.is_averaged = True  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ class StepwiseAttentionLoss(nn.Module):
                 mine, its = getattr(plan, name), getattr(teacher.plan, name).to(plan.device)
                 if mine.shape != its.shape or not torch.equal(mine, its):
                     raise ValueError(
-                        "teacher: expected a record of the student's texts in the same order, got other numbers of "
+                        "teacher: expected a record of the student's texts in the same order, got different numbers of "
                         f"{name.removesuffix('_mask')}s: {its.sum(-1).tolist()}, the student's {mine.sum(-1).tolist()}"
                     )
             weights, maps = self.mixture.teacher(teacher.maps.to(plan.device), teacher.plan.to(plan.device))

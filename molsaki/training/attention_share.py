@@ -18,10 +18,10 @@ LARGEST_CHANGE = 10.0  # of beta per measurement
 class AttentionShare:
     """The weight of the attention loss over a training, and its share of the gradient.
 
-    The share is ``beta |g_att| / |g_rest|``, by the norms of the gradients of the attention loss and of the other
-    losses in the student's trained weights, of one forward and two backwards of their own per measurement. With
-    ``attention_share`` each measurement replaces beta by the geometric mean of beta and of the value that gives this
-    share; the first one by that value.
+    The share is ``beta |g_att| / |g_rest|``, where g_att and g_rest are the gradients of the attention loss and of the
+    other losses with respect to the student's trained weights. A measurement takes an extra forward and two extra
+    backwards. With ``attention_share`` each measurement replaces beta by the geometric mean of beta and the value that
+    gives this share; the first measurement sets beta to that value.
     """
 
     def __init__(self, config: DistillConfig):
@@ -31,7 +31,7 @@ class AttentionShare:
         self._measured_step: int | None = None
 
     def start(self, state: TrainerState) -> None:
-        """Begin a run, or continue one with the last beta and share that were logged; checkpoints are logged."""
+        """Begin a run, or continue one with the last logged beta and share; they are logged at every checkpoint."""
         self.beta, self.share, self._measured_step = self.config.beta, None, None
         for entry in state.log_history:
             if "attention_share" in entry and entry["step"] <= state.global_step:
@@ -43,7 +43,7 @@ class AttentionShare:
         return self._used
 
     def is_due(self, state: TrainerState) -> bool:
-        """Whether to measure before this forward, the first of its step."""
+        """Whether to measure before this forward, if it is the first of its step."""
         every = self.config.share_steps
         if not every or state.global_step % every or state.global_step == self._measured_step or self._is_over(state):
             return False
@@ -54,7 +54,7 @@ class AttentionShare:
         return self.config.beta_until < 1 and state.global_step >= self.config.beta_until * state.max_steps
 
     def measure(self, forward: Callable[[], dict[str, Tensor]], model: Distiller, accelerator: Accelerator) -> None:
-        """Measure the share in one ``forward`` of the distiller; the generators of random numbers are not advanced."""
+        """Measure the share in one ``forward`` of the distiller; random number generators are not advanced."""
         model.beta, model.keeps_graph = 0.0, True
         try:
             with torch.random.fork_rng(), accelerator.autocast():
@@ -67,7 +67,7 @@ class AttentionShare:
         mean_loss = accelerator.reduce(out["loss_att"].detach().mean().float(), "mean")
         attention, rest, loss = torch.stack([*norms, mean_loss]).tolist()
         if loss < torch.finfo(torch.float32).eps or not (attention > 0 and rest > 0):
-            return  # no step has two key words to choose from: what is left of the gradient is rounding
+            return  # no step has two key words to compare, so the gradient consists of rounding errors
         if self.config.attention_share is not None:
             wanted = self.config.attention_share * rest / attention
             if self.share is not None:
@@ -76,7 +76,7 @@ class AttentionShare:
         self.share = self.beta * attention / rest
 
     def logs(self) -> dict[str, float]:
-        """What is logged beside the losses: beta of the last step, and the last share where there is one."""
+        """Values to log with the losses: beta of the last step, and the last share if there is one."""
         if not self.config.share_steps:
             return {}
         is_over = self._used == 0.0 and self.beta > 0

@@ -20,7 +20,7 @@ SEAL = "sealed.json"
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last complete checkpoint of a run, or None; a warning names every later one and its fault."""
+    """The last complete checkpoint of a run, or None. A warning names every later checkpoint and its fault."""
     for path in checkpoints(folder):
         fault = _fault(path)
         if fault is None:
@@ -31,13 +31,13 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 def seal(folder: Path) -> None:
     """Write ``sealed.json``, which marks a checkpoint as complete."""
-    unsealed = (SEAL, f".{SEAL}.part")  # the second is left by a process that was killed here
+    unsealed = (SEAL, f".{SEAL}.part")  # a process that was killed here leaves the second
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unsealed)
     write_json(folder / SEAL, {path.relative_to(folder).as_posix(): _checksum(path) for path in files}, indent=1)
 
 
 def cut_weights_log(path: Path, step: int) -> None:
-    """Drop the lines after ``step``, which a resumed run writes again."""
+    """Drop the lines after ``step``; a resumed run writes them again."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         with atomic_write(path) as file:

@@ -15,7 +15,7 @@ from molsaki.method.objectives import objective_of
 
 logger = logging.getLogger(__name__)
 
-# Options of TrainingArguments that must keep their default, and what to use. All: docs/training-options.md.
+# Options of TrainingArguments that must keep their default, with the reason. See docs/training-options.md.
 _NO_METRICS = "only losses are evaluated; molsaki evaluate scores replies"
 _NO_HUB = "nothing is uploaded during training; use `hf upload REPO OUTPUT_DIR` after it"
 _NO_APEX = "mixed precision is PyTorch's own; use --bf16 or --fp16"
@@ -78,7 +78,7 @@ class DistillConfig(DistillOptions, TrainingArguments):
         for name in ("train_file", "eval_file"):  # one name alone is a list of it
             value = getattr(self, name) or []
             setattr(self, name, list(map(os.fspath, [value] if isinstance(value, (str, os.PathLike)) else value)))
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments refuses bf16 otherwise
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # otherwise TrainingArguments refuses bf16
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_options(self, beta=0, beta_mmi=0, beta_logits=0, share_steps=0, eval_accuracy=0)
         self._check_inherited()
@@ -92,7 +92,7 @@ class DistillConfig(DistillOptions, TrainingArguments):
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
 
     def _check_trackers(self) -> None:
-        """Refuse a tracker that is not installed, which the Trainer would find after the models are loaded."""
+        """Refuse a tracker that is not installed; the Trainer would detect it only after loading the models."""
         from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
         try:
@@ -102,10 +102,10 @@ class DistillConfig(DistillOptions, TrainingArguments):
             raise ValueError(f"report_to: {error}") from error
 
     def choose_objective(self, has_teacher: bool) -> str:
-        """The objective; one that is not given is set: molsaki if there is a teacher or its maps, else dss.
+        """The objective. If it is not given, it is set: molsaki if there is a teacher or its maps, else dss.
 
         Raises:
-            ValueError: there is no teacher, but an option of the attention loss has another value than its default.
+            ValueError: there is no teacher, but an option of the attention loss differs from its default.
         """
         if self.objective is None and has_teacher:
             self.objective = "molsaki"
@@ -124,7 +124,7 @@ class DistillConfig(DistillOptions, TrainingArguments):
         return self.objective
 
     def _check_attention(self) -> None:
-        """Refuse options of the attention loss that cannot be followed."""
+        """Refuse invalid options of the attention loss."""
         for name in ("teacher_temperature", "attention_share"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -155,7 +155,7 @@ class DistillConfig(DistillOptions, TrainingArguments):
                 )
 
     def _check_inherited(self) -> None:
-        """Refuse values of inherited options, other than `REFUSED`, that the training cannot follow."""
+        """Refuse unsupported values of inherited options other than those in `REFUSED`."""
         if self.neftune_noise_alpha is not None:
             if self.packing:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Turns the data that a trainer is given into data sets, and says what is in them and what they teach."""
+"""Converts the data given to a trainer into data sets, and logs their contents and labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrainingData:
     """Prepares training and evaluation data alike.
 
     Attributes:
-        mostly_thinks: whether most of the training examples have a thinking trace; known after `for_training`.
+        mostly_thinks: whether most training examples have a thinking trace; set by `for_training`.
     """
 
     def __init__(self, config: DistillConfig, objective: Objective, tokenization: Tokenization, store: Store | None):
@@ -35,8 +35,8 @@ class TrainingData:
         """The training data, from ``given`` or else the config's files; None if there are none.
 
         Raises:
-            ValueError, TypeError: no example can be used, none has a key word though the loss needs them, or an option
-                does not fit streamed data.
+            ValueError, TypeError: no example can be used, none has a key word although the loss needs them, or an
+                option is incompatible with streamed data.
         """
         config, name, files = self.config, "train_dataset", self.config.train_file
         if given is None and files:
@@ -55,7 +55,7 @@ class TrainingData:
         return data
 
     def for_evaluation(self, given: Any) -> DistillDataset | dict[str, DistillDataset | None] | None:
-        """The evaluation data, from ``given``, which may be several by name, or else the config's files."""
+        """The evaluation data, from ``given`` (possibly several data sets by name) or else from the config's files."""
         config = self.config
         if given is None and config.eval_file:
             given = read_examples(config.eval_file, data_format=config.data_format)
@@ -73,7 +73,7 @@ class TrainingData:
         return self.whole(given, "eval_dataset")
 
     def whole(self, given: Any, name: str, limit: int | None = None) -> DistillDataset | None:
-        """A sequence of examples or of dicts, tokenized once; ``name`` is that of the argument, for messages."""
+        """A sequence of examples or of dicts, tokenized once; ``name`` is the argument's name in messages."""
         found: DistillDataset | None
         if given is None or isinstance(given, DistillDataset):
             found = given
@@ -87,7 +87,7 @@ class TrainingData:
         return found
 
     def _streamed(self, given: Any, name: str) -> tuple[StreamedDataset, Peeked]:
-        """The stream, and what its first examples are."""
+        """The stream, and the properties of its first examples, which are checked."""
         config = self.config
         _check_streaming(config)
         rows = cast("Iterable[Any]", given)
@@ -106,12 +106,12 @@ class TrainingData:
 
 
 def _is_stream(data: Any) -> bool:
-    """Whether rows have no length, so that they can only be read in their order."""
+    """Whether the rows have no length, so that they can only be read in order."""
     return isinstance(data, IterableDataset) or (not hasattr(data, "__len__") and hasattr(data, "__iter__"))
 
 
 def _check_streaming(config: DistillConfig) -> None:
-    """Refuse options that need to know all examples of a stream, which each process reads whole."""
+    """Refuse options that need all examples of a stream in advance."""
     if config.max_steps <= 0:
         raise ValueError(f"max_steps: expected the number of steps to train on streamed data, got {config.max_steps}")
     accelerator_config = copy.copy(cast(Any, config.accelerator_config))

@@ -25,7 +25,7 @@ class Distiller(nn.Module):
 
     Attributes:
         beta: the weight of the attention loss, which the trainer may change between steps.
-        keeps_graph: whether the forward returns ``loss_att`` with its graph, to measure its gradient.
+        keeps_graph: whether the forward returns ``loss_att`` with its graph, so that its gradient can be measured.
 
     Args:
         student: a causal language model, or a PEFT model around one.
@@ -66,9 +66,9 @@ class Distiller(nn.Module):
         """All losses of a batch of N examples.
 
         Returns:
-            ``(N,)`` each: ``loss``, the objective's; detached, its terms and what else is logged (``loss_att`` keeps
-            its graph too under ``keeps_graph``). For objectives with
-            maps also ``teacher_weights (N, Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
+            ``(N,)`` each: ``loss``, the objective's loss; detached, its terms and other logged values (with
+            ``keeps_graph``, ``loss_att`` keeps its graph too). For objectives with maps also ``teacher_weights (N,
+            Lt)`` and ``student_weights (N, Ls)``, averaged over the pairs of layers.
         """
         size, record = len(batch), None
         predictions: list[Prediction] = []  # of explain, predict
@@ -107,7 +107,7 @@ class Distiller(nn.Module):
         return self.mixture is not None and self.mixture.router is not None
 
     def _capture(self, plan: StepPlan | None) -> contextlib.AbstractContextManager[Record | None]:
-        """Records maps, and the values that a router reads, where the objective and the texts have any."""
+        """Records maps, and the values that a router reads, if the objective and the texts have any."""
         if plan is None or not self.objective.maps:
             return contextlib.nullcontext()
         model = self.student if self.head is None else causal_model(self.student).base_model
@@ -116,7 +116,7 @@ class Distiller(nn.Module):
         return capture(model, plan, values=self._has_router, **how)
 
     def _mixed(self, record: Record, plan: StepPlan) -> StudentMaps:
-        """Eq. 5 and the student's side of Eq. 6, of the texts that have a map, which are the record's first."""
+        """Eq. 5 and the student's side of Eq. 6 for the texts that have a map, which are the first of the record."""
         assert self.mixture is not None
         with torch.autocast(plan.device.type, enabled=False):  # maps and values are float32
             maps = record.maps[: len(plan)]
@@ -127,7 +127,7 @@ class Distiller(nn.Module):
 
 
 def _check_terms(terms: Any, size: int) -> None:
-    """Refuse what an objective of one's own must not return."""
+    """Refuse invalid return values of a user-defined objective."""
     if not isinstance(terms, dict) or "loss" not in terms:
         got = f"one with {', '.join(map(str, terms))}" if isinstance(terms, dict) else type(terms).__name__
         raise ValueError(f"objective: expected a dict with 'loss' from its loss function, got {got}")

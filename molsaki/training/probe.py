@@ -1,4 +1,4 @@
-"""`Probe`: runs a few steps of a training to see what it takes, the one with the longest texts first."""
+"""`Probe`: runs a few training steps to measure time and memory, the one with the longest texts first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPICAL = 2  # steps that are timed after the first
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How many optimizer steps a training has, and with how much in each, over all processes."""
+    """The number of optimizer steps of a training, and the examples and tokens in each, over all processes."""
 
     steps: int
     epochs: float | None
@@ -37,7 +37,7 @@ class Plan:
 
         Args:
             examples: in the training data; None if they are streamed.
-            tokens: of them all, or the mean of one if they are streamed.
+            tokens: of all examples, or the mean per example if they are streamed.
         """
         size, world = config.train_batch_size, config.world_size
         per_step = size * world * config.gradient_accumulation_steps
@@ -54,8 +54,8 @@ class Probe(DistillTrainer):
     """A trainer of three steps without accumulation, evaluation and checkpoints.
 
     Args:
-        config: of the training that is looked at.
-        folder: a temporary one, into which everything is written.
+        config: the config of the training to measure.
+        folder: a temporary folder for all output.
 
     Attributes:
         activations: bytes that the backward of the longest batch needs, the model's weights left out.
@@ -77,7 +77,7 @@ class Probe(DistillTrainer):
         self.add_callback(self._clock)
 
     def choose_batches(self, tokens: float) -> None:
-        """Choose the batch of the longest texts and typical ones; of a stream, the first ones.
+        """Choose the batch of the longest texts and typical batches; for a stream, the first ones.
 
         Args:
             tokens: of one example, on average.
@@ -126,7 +126,7 @@ class Probe(DistillTrainer):
         """Bytes of weights, gradients, optimizer and activations in this process.
 
         Args:
-            before: of the process without them, which counts on a CPU.
+            before: of the process without them; used on a CPU.
         """
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         state = [v for one in cast(Any, self.optimizer).state.values() for v in one.values()]

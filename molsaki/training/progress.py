@@ -1,4 +1,4 @@
-"""What a training shows on a terminal: a progress bar without numbers, and the numbers as log messages.
+"""The terminal output of a training: a progress bar without numbers, and the numbers as log messages.
 
 ``Trainer``'s own callbacks print the numbers to standard output, which is for results.
 """
@@ -40,7 +40,7 @@ class LogMetrics(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         values = {name: value for name, value in (logs or {}).items() if name not in ("total_flos", "step")}
-        if not state.is_world_process_zero or not values or "train_runtime" in values:  # the last one is the result
+        if not state.is_world_process_zero or not values or "train_runtime" in values:  # the last entry is the result
             return
         shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in values.items())  # fmt: skip
@@ -51,7 +51,7 @@ class LogMetrics(TrainerCallback):
 
 
 def log_in_place_of_printing(trainer: Trainer) -> None:
-    """Let a trainer log its numbers where it would print them."""
+    """Have a trainer log its numbers instead of printing them."""
     shown = trainer.pop_callback(ProgressCallback) is not None
     trainer.remove_callback(PrinterCallback)
     if shown:

@@ -26,12 +26,12 @@ RECORDED_EVERY = 30.0  # seconds, besides at checkpoints
 
 
 class RunRecord(TrainerCallback):
-    """Writes ``run.json``: a list ``attempts``, to which a run that is continued adds one.
+    """Writes ``run.json``: a list ``attempts``, to which every continuation of a run adds one.
 
     An attempt has ``started`` (UTC), ``seconds``, ``from_step`` and ``to_step``, whether it is ``finished``, the
     ``folder`` in which relative paths of the options begin, ``versions``, ``machine``, and the number of ``examples``
-    where it is known. It is written at the beginning, at most every half a minute when something is logged, at
-    checkpoints and at the end, so that an interrupted attempt is there too.
+    where it is known. It is written at the start, with log entries (at most every half minute), at checkpoints and at
+    the end, so that interrupted attempts are recorded too.
 
     Args:
         folder: of the run.
@@ -50,7 +50,7 @@ class RunRecord(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._start = time.perf_counter()
-        # A new run in the folder of an old one is no continuation of it.
+        # A new run in the folder of an old one does not continue it.
         self._earlier = read_attempts(self.path) if state.global_step else []
         self._attempt = {
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -89,7 +89,7 @@ class RunRecord(TrainerCallback):
 
 
 def read_attempts(path: Path) -> list[dict[str, Any]]:
-    """The attempts of a ``run.json``; none where it is missing or cannot be read."""
+    """The attempts of a ``run.json``; none if it is missing or cannot be read."""
     if not path.is_file():
         return []
     try:
@@ -103,7 +103,7 @@ def read_attempts(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages on which results depend, as far as they are installed."""
+    """The versions of Python and of the installed packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,6 +1,6 @@
 """`StopOnSignal`: Ctrl-C, or SIGTERM from a scheduler, saves a checkpoint at the end of the current step and stops.
 
-With several processes all of them stop after the same step, also if the signal reached only one of them.
+With several processes, all of them stop after the same step, even if the signal reached only one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# torchrun passes a signal on to its workers, which a terminal's Ctrl-C has reached already: for so many seconds the
-# second one is the same.
+# torchrun passes a signal on to its workers, which a terminal's Ctrl-C has already reached: within this many seconds a
+# second signal counts as the same.
 SAME_SIGNAL = 2.0
 
 
@@ -44,7 +44,7 @@ class StopOnSignal(TrainerCallback):
 
     ``train()`` then raises `TrainingStopped`, straight after the checkpoint was saved. A second signal raises
     ``KeyboardInterrupt`` at once. Handlers are installed in the main thread only, and not for a signal that the process
-    ignores, as those do that a shell script or nohup has put into the background.
+    ignores, as background processes of a shell script or nohup do.
 
     Example:
         >>> with StopOnSignal(trainer):
@@ -58,7 +58,7 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        # First, so that what is done at a step that saves, such as logging, is done at this one too.
+        # First, so that everything done at a step that saves, such as logging, is also done at this step.
         self._trainer.callback_handler.callbacks.insert(0, self)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Chooses what of a student is trained: LoRA adapters, or all parameters that are not frozen; and its end token."""
+"""Chooses the trained part of a student (LoRA adapters, or all parameters not frozen) and sets its end token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not found:
-            raise ValueError(f"--freeze: {pattern!r} is the name of no parameter of the student")
+            raise ValueError(f"--freeze: {pattern!r} matches no parameter of the student")
         for parameter in found:
             parameter.requires_grad_(False)
 
@@ -52,7 +52,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def check_adapters(student: nn.Module) -> None:
-    """Refuse adapters that would not be trained or exported."""
+    """Refuse adapters that would be neither trained nor exported."""
     if getattr(student, "_hf_peft_config_loaded", False):
         raise ValueError(
             "student: expected a model without adapters or a PeftModel, got adapters that transformers has added; use "

@@ -1,4 +1,4 @@
-"""Shows during a training whether the attention loss does anything: warnings, and pictures of the layer weights."""
+"""Shows during training whether the attention loss has an effect: warnings, and pictures of the layer weights."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ PICTURE = "layer_weights.png"
 
 
 class IdleLoss:
-    """Warns, once each, that the router has collapsed, that the attention loss has hardly any of the gradient, or that
+    """Warns, once each, if the router has collapsed, if the attention loss has hardly any share of the gradient, or if
     it hardly distinguishes maps.
 
     Args:
         learns_router: whether the student's layer weights are those of a router.
-        unit: what the weights are of, layers or heads.
+        unit: the unit that has a weight, layer or head.
     """
 
     def __init__(self, learns_router: bool, unit: str = "layer"):
         self.learns_router, self.unit = learns_router, unit
         self._warned: set[str] = set()
         self._flat: dict[str, list[Tensor]] | None = {"softmax": [], "sum": []}
-        self._compares: list[Tensor] = []  # per example with key words: whether a step has two of them to compare
+        self._compares: list[Tensor] = []  # per example with key words: whether a step has two words to compare
         self._words, self._normalise, self._faded = 0, "softmax", FADED
 
     def add_maps(self, batch: Batch, options: DistillConfig) -> None:
@@ -51,15 +51,16 @@ class IdleLoss:
         Under ``normalise="softmax"`` the masses of a step are logits. Where they sum to at most m, on either side, the
         loss of a step with W words is at most ``m (e^m - 1) / (e^m + W - 1)``, which is reached if all of the teacher's
         mass is on one word and all of the student's on another. For a sentence m is about 2, so that 1,000 words leave
-        at most 0.013 nats, and a map that is spread over its words much less: the softmax is flat whatever the map is.
-        ``normalise="sum"`` divides by the mass, so W does not matter. A step with one word has loss 0 under both, since
-        its distribution is always 1.
+        at most 0.013 nats, and for a map that is spread over its words the loss is much smaller: the softmax is flat
+        for every map. ``normalise="sum"`` divides by the mass, so W does not matter. A step with one word has loss 0
+        under both, since its distribution is always 1.
 
-        What is measured is the loss of a map that is the same for every word, the median over examples, times beta if
-        that is above 1. A student with such maps can lower its loss by no more than that. The warning comes below
-        `FADED`, 0.001 nats: a hundredth of 0.1 nats, a small cross-entropy of a trained student, as `SMALL_SHARE` is of
-        the gradient. It gives the cause: single key words, a teacher whose maps are nearly flat, or the softmax. With
-        ``attention_share``, which makes up for a small loss, it comes where float32 does not resolve the loss.
+        The measured value is the loss of a map that is the same for every word, as a median over examples, times beta
+        if beta is above 1. A student with such maps can lower its loss by no more than that. The warning is given below
+        `FADED`, 0.001 nats: a hundredth of 0.1 nats, a small cross-entropy of a trained student, as `SMALL_SHARE` is a
+        hundredth of the gradient. It names the cause: single key words, a teacher whose maps are nearly flat, or the
+        softmax. With ``attention_share``, which compensates a small loss, it is given only if float32 does not resolve
+        the loss.
         """
         if self._flat is None or batch.teacher_map is None:
             return
@@ -78,7 +79,7 @@ class IdleLoss:
                 found.append(losses.attention(flat, batch.teacher_map, batch.plan, normalise, *how)[has_words])
 
     def look(self, step: int, logs: Mapping[str, Any], student_weights: list[float] | None, beta: float = 1.0) -> None:
-        """Look at what is logged at a step, and at the student's weights ``(Ls,)``, means over the last examples."""
+        """Check the logged values of a step, and the student's weights ``(Ls,)``, means over the last examples."""
         if self.learns_router and student_weights is not None and len(student_weights) > 1:
             most = max(student_weights)
             if most > COLLAPSED:
@@ -87,7 +88,7 @@ class IdleLoss:
                     f"mixture: at step {step} the router gives {self.unit} {student_weights.index(most)} of the "
                     f"student {100 * most:.1f} % of the weight (entropy_student "
                     f"{logs.get('entropy_student', math.nan):.3g} nats), so the other {self.unit}s learn nothing from "
-                    "the attention loss. --pooling mean or a lower --router_learning_rate keeps it from that",
+                    "the attention loss. --pooling mean or a lower --router_learning_rate prevents this",
                 )
         self._look_at_maps(logs.get("beta", beta))
         share = logs.get("attention_share")
@@ -95,7 +96,7 @@ class IdleLoss:
             self._warn(
                 "share",
                 f"beta: at step {step} the attention loss has {100 * share:.2g} % of the other losses' gradient, so it "
-                "changes the student hardly at all. --attention_share 0.1 holds it at 10 %",
+                "hardly changes the student. --attention_share 0.1 holds it at 10 %",
             )
 
     def _look_at_maps(self, beta: float) -> None:
@@ -105,7 +106,7 @@ class IdleLoss:
             return
         medians = {name: found.median().item() for name, found in values.items()}
         if beta <= 0 or max(beta, 1) * medians[self._normalise] >= self._faded:
-            return  # a beta that is too small has a warning of its own
+            return  # there is a separate warning for a beta that is too small
         softmax, shares = medians["softmax"], medians["sum"]
         single = examples - int(torch.cat(self._compares).sum())
         if 2 * single >= examples:
@@ -139,13 +140,13 @@ class IdleLoss:
 
 
 class LayerWeightPictures(TrainerCallback):
-    """Draws the layer weights of both sides over the steps, at every checkpoint and at the end, for the trackers.
+    """Plots the layer weights of both sides over the steps for the trackers, at every checkpoint and at the end.
 
-    TensorBoard, Weights & Biases, MLflow and Comet get the picture, if matplotlib is installed.
+    TensorBoard, Weights & Biases, MLflow and Comet receive the picture if matplotlib is installed.
 
     Args:
         records: the file of layer weights (`layer_weights.jsonl`).
-        callbacks: of the trainer, among which are the trackers.
+        callbacks: the trainer's callbacks, which include the trackers.
     """
 
     def __init__(self, records: Path, callbacks: Iterable[TrainerCallback]):
@@ -163,7 +164,7 @@ class LayerWeightPictures(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if "train_runtime" in (logs or {}):  # the last one, before the trackers are closed
+        if "train_runtime" in (logs or {}):  # the last entry, before the trackers are closed
             self._draw(args, state)
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:

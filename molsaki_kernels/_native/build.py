@@ -1,10 +1,9 @@
-"""Find, load and check the C library: the one that the wheel contains, else one compiled on first use.
+"""Find, load and check the C library: the one in the wheel, or one that is compiled on first use.
 
 A wheel for Linux on x86-64 contains a library for AVX2, one for AVX-512, and one for AVX-512 BF16 that also uses AMX
-where the machine has it. Everywhere else the sources are compiled
-once per machine and processor, and the result is kept in ``$MOLSAKI_CACHE``, else ``$XDG_CACHE_HOME/molsaki_kernels``
-(``~/.cache``), else a temporary folder. Without both, or with ``MOLSAKI_NATIVE=0``, attention on a CPU and its map are
-computed by PyTorch.
+where the machine has it. Everywhere else the sources are compiled once per machine and processor. The result is kept in
+``$MOLSAKI_CACHE``, else ``$XDG_CACHE_HOME/molsaki_kernels`` (``~/.cache``), else a temporary folder. If neither library
+can be used, or with ``MOLSAKI_NATIVE=0``, PyTorch computes attention on a CPU and its map.
 """
 
 from __future__ import annotations
@@ -68,10 +67,10 @@ def library() -> ctypes.CDLL:
 @constant_when_compiled
 @functools.cache
 def bf16_unit() -> int:
-    """What the library computes the products of bfloat16 inputs with: FLOAT32, VECTORS_BF16 or TILES_BF16.
+    """The unit that computes the products of bfloat16 inputs: FLOAT32, VECTORS_BF16 or TILES_BF16.
 
-    TILES_BF16 is AMX, where the processor has it, the operating system permits it and the compiler knew it. AVX-512
-    BF16 is not taken on Intel's processors: on one of them float32 was faster (docs/performance.md).
+    TILES_BF16 is AMX; it requires support by the processor, the operating system and the compiler. AVX-512 BF16 is not
+    used on Intel processors, because float32 was faster on one of them (docs/performance.md).
     """
     units = bf16_units()
     if units[-1] == VECTORS_BF16 and "GenuineIntel" in _processor().split():
@@ -80,14 +79,14 @@ def bf16_unit() -> int:
 
 
 def bf16_units() -> list[int]:
-    """What the library can compute the products of bfloat16 inputs with on this machine, the best last."""
+    """The units that can compute the products of bfloat16 inputs on this machine, the best one last."""
     found: int = library().molsaki_units()
     return [unit for unit in (FLOAT32, VECTORS_BF16, TILES_BF16) if found >> unit & 1]
 
 
 @constant_when_compiled
 def pytorch_is_faster_in_bfloat16() -> bool:
-    """Whether PyTorch computes bfloat16 products with AMX on this machine, and the library is there but does not."""
+    """Whether PyTorch uses AMX for bfloat16 products on this machine and the library, though available, does not."""
     has_amx = platform.system() == "Linux" and "amx_bf16" in _processor().split()
     return has_amx and why_not() is None and bf16_unit() != TILES_BF16
 
@@ -145,7 +144,7 @@ def _processor() -> str:
 
 
 def _shipped(processor: str) -> ctypes.CDLL | None:
-    """The best library of the wheel for this processor. None where the wheel has none, or it cannot be loaded here."""
+    """The wheel's best library for this processor, or None if the wheel has none or it cannot be loaded here."""
     for name, variant in compilation.VARIANTS.items():
         path = Path(__file__).parent / f"molsaki-{name}.so"
         if variant.needs <= set(processor.split()) and path.exists():
@@ -162,7 +161,7 @@ def _compiled(command: str, processor: str) -> ctypes.CDLL:
     sources = (file.read_text() for file in (*compilation.HEADERS, *compilation.SOURCES, Path(compilation.__file__)))
     identity = "\n".join([*sources, *compilation.FLAGS, command, compilation.version(command), processor])
     name = f"molsaki-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    reason = OSError("no folder to keep it in")
+    reason = OSError("no folder to store it in")
     for folder in _folders():
         try:
             _claim(folder)

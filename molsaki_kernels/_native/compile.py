@@ -20,7 +20,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A library of a wheel: how it is compiled, and what it needs of /proc/cpuinfo."""
+    """A library in the wheel: its compiler flags, and the flags of /proc/cpuinfo that it needs."""
 
     flags: tuple[str, ...]
     needs: frozenset[str]
@@ -49,7 +49,8 @@ def compile_library(command: str, flags: Sequence[str], path: Path) -> None:
     """Write the shared library for the processors that ``flags`` select to ``path``, completely or not at all.
 
     The library is not linked with an OpenMP runtime: PyTorch loads one for the whole process, and a second one would
-    compete with it for the cores. clang's code needs clang's own runtime, so there the library is linked with that.
+    compete with it for the cores. Code compiled by clang needs clang's own runtime, so with clang the library is linked
+    with it.
 
     Raises:
         subprocess.CalledProcessError: the compiler failed; ``stderr`` has its message.

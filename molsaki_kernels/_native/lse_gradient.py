@@ -18,10 +18,10 @@ def fold_in_one_pass(out: Tensor, dout: Tensor, dlse: Tensor, folded: Tensor, va
 
     Args:
         out, dout, folded: ``(B, H, M, D)``. dlse: ``(B, H, M)``.
-        vanished: a row of dO with a smaller norm is too small to fold along.
+        vanished: dlse is not folded along a row of dO whose norm is smaller than this.
 
     Returns:
-        False if it was not done: a row of dO vanishes, or the library does not take such tensors.
+        False if nothing was written: a row of dO vanishes, or the library does not support these tensors.
     """
     tensors = (out, dout, folded, dlse)
     for x in tensors:

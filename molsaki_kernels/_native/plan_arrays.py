@@ -34,14 +34,14 @@ class PlanArrays(NamedTuple):
     tasks: Tensor  # (5, tasks): sequence, row, first, count, slot (in steps)
 
     def struct(self) -> Plan:
-        """Return the struct, which points into these arrays: they have to be kept while it is used."""
+        """Return the struct. It points into these arrays, so keep them for as long as it is used."""
         pointers = {name: getattr(self, name).data_ptr() for name in _PLAN}
         pointers |= {f"task_{name}": row.data_ptr() for name, row in zip(_TASK, self.tasks, strict=True)}
         return Plan(len(self.begin), self.columns, self.longest, self.tasks.shape[1], **pointers)
 
 
 def plan_arrays(inputs: AttentionInputs | MapInputs, plan: PlanTensors) -> tuple[PlanArrays, Plan]:
-    """Return the arrays and the struct of a call's sequences; they are kept with the plan.
+    """Return the arrays and the struct of a call's sequences; they are cached with the plan.
 
     Raises:
         ValueError: an index is out of range, or steps or tokens do not ascend; the C library relies on both.
@@ -98,7 +98,7 @@ def _compute(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> PlanA
 
 
 def _check(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None, length: Tensor) -> None:
-    """Check what the library relies on: traced calls and plans built by hand were not checked before."""
+    """Check what the library relies on: traced calls and plans built by hand have not been checked."""
     if bounds and (bounds[0] < 0 or bounds[-1] > M or (length < 0).any()):
         raise ValueError(f"cu_seqlens: expected to ascend from 0 to at most {M}, got {list(bounds)}")
     is_token = plan.word_of_token >= 0

@@ -3,9 +3,9 @@
 Imports go in one direction: a file imports only files from the lines above its own.
 
     support                                   whether this machine can run Triton; imports no Triton
-    descriptors                               whether ptxas computed the descriptors of wgmma rightly; imports no Triton
+    descriptors                               checks the wgmma descriptors that ptxas computed; imports no Triton
     integers                                  integer functions of the launchers
-    launch                                    a short way from a kernel's arguments to its launch
+    launch                                    launches of compiled kernels with little work on the host
     decorators                                ``@jit`` for helpers, ``@kernel`` for kernels
     configs                                   tile sizes per architecture, dtype and shape
     tiles                                     jit helpers that several kernels share

@@ -76,7 +76,7 @@ def num_tiles(M: int, N: int, packed: bool, rows: int) -> int:
 
 @functools.lru_cache
 def heads_per_program(arch: str, heads: int, programs: float, resident: int = 1) -> int:
-    """Heads per program of the map, so that whole waves are filled: ``programs`` for each group of heads.
+    """Heads per program of the map, chosen to fill whole waves: ``programs`` for each group of heads.
 
     The time is the number of waves times that of a program: its heads, and about one more for what it loads once.
     """
@@ -252,7 +252,7 @@ def flash_dkv(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if arch == "cpu":
         return FlashTile(rows=32, columns=16, key_columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        # 8 waves leave 256 registers per AMD lane, which 64 dimensions exceed.
+        # 8 waves leave 256 registers per AMD lane; 64 dimensions need more.
         warps = 4 if arch == "gfx942" else 8
         return FlashTile(rows=32, columns=32 if head_dim <= 64 else 16, key_columns=16, warps=warps, stages=1)
     if arch == "gfx942":

@@ -1,12 +1,12 @@
-"""Checks that ptxas computed the descriptors of wgmma, the shared-memory operands of Hopper's products, as in the PTX.
+"""Checks that ptxas computed the descriptors of wgmma (Hopper's shared-memory operands) as the PTX specifies.
 
 ptxas of Triton 3.6 starts some descriptors from a register that holds something else or was never set; the product then
-reads other memory, without any error. Both codes are evaluated, and each product of the PTX is compared with its
-counterpart in the SASS.
+reads other memory, without any error. This module evaluates the PTX and the SASS, and compares each product of the PTX
+with its counterpart in the SASS.
 
-A value is a symbol plus a constant; symbol 0 is zero, so a value of it is a known number. What cannot be evaluated is a
-symbol of its own: a loop's counter, loaded data. The SASS is followed along its branches; where they meet with other
-values, a new symbol begins. Two rules, for each operand of each product:
+A value is a symbol plus a constant. Symbol 0 is zero, so a value with it is a known number. Each value that cannot be
+evaluated, such as a loop counter or loaded data, gets its own symbol. The SASS is followed along its branches; where
+branches with different values meet, a new symbol is created. Two rules hold for each operand of each product:
 
 - a number in the PTX is the same number in the SASS,
 - operands within one block of the PTX with one symbol have one symbol in the SASS too, and the same differences.
@@ -42,7 +42,7 @@ class Symbols:
     def __init__(self) -> None:
         self.numbers: dict[tuple[object, ...], int] = {}
         self.bits: dict[int, int] = {0: 0}  # of the symbol's value
-        self.terms: dict[int, frozenset[Value]] = {}  # of an exclusive disjunction
+        self.terms: dict[int, frozenset[Value]] = {}  # of an exclusive or
         self.unset: set[int] = set()  # built from a register that was never set
 
     def value(self, *key: object, bits: int = 64) -> Value:
@@ -97,7 +97,7 @@ class Symbols:
         return Value(y.symbol, x.offset + y.offset) if self.limit(y) < low else self.value("or", x, y)
 
     def exclusive_disjunction(self, x: Value, y: Value) -> Value:
-        """ptxas swaps two registers by three of them."""
+        """The exclusive or of two values; ptxas swaps two registers by three such instructions."""
         if not x.symbol and not y.symbol:
             return Value(0, x.offset ^ y.offset)
         terms: frozenset[Value] = frozenset()
@@ -114,7 +114,7 @@ ZERO = Value(0, 0)
 
 
 def wrong_descriptors(ptx: str, sass: str) -> list[str]:
-    """What is wrong with the descriptors in ``sass`` (of cuobjdump), compiled from ``ptx``; one line per product."""
+    """The faults of the descriptors in ``sass`` (from cuobjdump), compiled from ``ptx``; one line per product."""
     expected = _PTX(ptx).products()
     if not expected:
         return []

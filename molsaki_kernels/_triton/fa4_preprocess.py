@@ -1,4 +1,4 @@
-"""The map's rows in place of flash-attn 4's preprocess: one pass over q, O and dO before its backward, none after it.
+"""A kernel that replaces flash-attn 4's preprocess and adds the map: one pass over q, O and dO before its backward.
 
 flash-attn 4's backward on sm90 accumulates dq in a float32 buffer, which a kernel before it ("preprocess") clears and a
 kernel after it ("postprocess") scales and rounds. Its preprocess also computes ``D - dlse`` and lse in base 2. The
@@ -11,9 +11,9 @@ kernel here writes the same three arrays, with the map's dlse and with the map's
 with g and dS as in ``map_backward.py``. So dq needs no pass of its own and is rounded once.
 
 Tile order: a tile of ``rows x width`` floats is stored as the registers of the two (or one) warp groups that hold it,
-four at a time: a warp group is 128 threads, and thread u holds of every eight columns four numbers, in rows r and r + 8
-and two adjacent columns. :func:`tile_order` is that map. It was read from 4.0.0b36's layouts, of the kernel that writes
-and of the one that reads; a test compares it with them where the package is installed. No other version is accepted.
+    four at a time. A warp group is 128 threads. Of every eight columns, thread u holds four numbers: two adjacent
+    columns in rows r and r + 8. :func:`tile_order` computes the position. It follows the layouts of the writing and the
+    reading kernel in 4.0.0b36; a test compares it with them if the package is installed. No other version is accepted.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Accumulator:
 
 
 def accumulator(head_dim: int, causal: bool, windowed: bool) -> Accumulator | None:
-    """Return the tiles of a head dimension; None where they are not of the kind that the kernel writes."""
+    """Return the tiles of a head dimension, or None if the kernel does not support their layout."""
     width = -(-head_dim // 32) * 32
     if head_dim % 8 or head_dim > 128 or 0 < head_dim % 32 <= 16:  # above 128 the package rounds to 64
         return None
@@ -165,7 +165,7 @@ def fa4_preprocess_kernel(
         b_dpsum += tl.sum(ds, 1)
         b_dq = dot(ds.to(b_k.dtype), b_k, b_dq, "ieee")
 
-    # A packed sequence's first tile is the same here and there: cu_seqlens[n] // BM + n.
+    # A packed sequence has the same first tile here and in flash-attn 4: cu_seqlens[n] // BM + n.
     p = h * padded + i_g * BM if PACKED else (b * heads + h) * padded + m0
     p += tl.arange(0, BM)
     tl.store(dpsum + p, tl.where(rows < length, b_dpsum, 0.0))

@@ -1,4 +1,4 @@
-"""Integer functions of the launchers; Triton's own, which kernels may call too, cost the host ten times as much."""
+"""Integer functions for the launchers; Triton's own, which kernels can call too, take the host ten times as long."""
 
 from __future__ import annotations
 

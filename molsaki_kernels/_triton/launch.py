@@ -1,9 +1,9 @@
 """Launch a compiled kernel without most of the work that Triton does for each launch.
 
 ``kernel[grid](*args, **constexprs)`` of Triton derives the kernel's key from every argument in every launch, with its
-options as text, compares the globals that the kernel uses, and prepares hooks even if none is set; the host needs three
-times as long for this as for the rest (``python -m benchmarks.host``). :class:`Kernel` finds the compiled kernel by the
-facts that Triton's key depends on, and calls its launcher:
+options as text. It also compares the globals that the kernel uses, and prepares hooks even if none is set. The host
+needs three times as long for this as for the rest (``python -m benchmarks.host``). :class:`Kernel` finds the compiled
+kernel by the facts that Triton's key depends on, and calls its launcher:
 
     the current device; the compile-time arguments and options; the type of every argument;
     of a tensor            its dtype, and its address modulo 16
@@ -12,9 +12,9 @@ facts that Triton's key depends on, and calls its launcher:
 
 (``specialize_impl`` in ``python/src/specialize.cc``; ``BaseBackend`` in ``triton/backends/compiler.py``.) Calls with
 equal facts have equal keys; ``tests/kernels/triton/test_launch.py`` compares the two for random arguments. The first
-launch with any facts goes through Triton, which compiles the kernel. So do all launches that a hook observes, in debug
-or instrumentation mode, with arguments of other types, on other backends than CUDA, and under versions of Triton with
-which the comparison was not run.
+launch with new facts goes through Triton, which compiles the kernel. So does every launch that a hook observes, in
+debug or instrumentation mode, with arguments of other types, on a backend other than CUDA, or under a version of Triton
+with which the comparison was not run.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _integer_facts(value: int, specialized: bool) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Where the arguments of each kind are, for one tuple of argument types, and the kernels compiled for it.
+    """The positions of the arguments of each kind, for one tuple of argument types, and the kernels compiled for it.
 
     Attributes:
         tensors, integers: pick these from the arguments.
@@ -102,13 +102,13 @@ class _Layout:
 
 
 class Kernel(JITFunction):  # type: ignore[misc]
-    """A ``triton.jit`` function with a short way to its compiled kernels."""
+    """A ``triton.jit`` function with a fast launch of its compiled kernels."""
 
     def __init__(self, function: Callable[..., Any], do_not_specialize: Iterable[str]):
         super().__init__(function, do_not_specialize=list(do_not_specialize))
         self.runtime_params = [p for p in self.params if not p.is_constexpr]
         self.constexpr_names = [p.name for p in self.params if p.is_constexpr]
-        # Compile-time arguments come last and others have no annotation, which would have rules of its own.
+        # Compile-time arguments come last. No other argument has an annotation, which Triton would treat differently.
         self.has_short_way = (
             KNOWN
             and self.params[: len(self.runtime_params)] == self.runtime_params
@@ -141,7 +141,7 @@ class Kernel(JITFunction):  # type: ignore[misc]
         return kernel
 
     def layout(self, args: Arguments) -> _Layout | None:
-        """The layout of the arguments, None if their types have no short way."""
+        """The layout of the arguments, or None if their types need Triton's own launch."""
         types = tuple(map(type, args))
         try:
             return self.layouts[types]
@@ -168,7 +168,7 @@ class Kernel(JITFunction):  # type: ignore[misc]
         return _Layout(_picker(tensors), _picker(integers), _IntegerFacts(specialized), _picker(order))
 
     def _remember(self, layout: _Layout, key: Hashable, device: int, kernel: Any, keywords: dict[str, Any]) -> None:
-        """Keep a compiled kernel, unless it has another way of launching than the one above."""
+        """Keep a compiled kernel, unless it is launched in another way than the one above."""
         if (
             isinstance(kernel, self.CompiledKernel)
             and self.device_caches[device][2].backend == "cuda"

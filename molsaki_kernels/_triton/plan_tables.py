@@ -1,7 +1,7 @@
-"""What the map's kernels need of a plan: computed by one small kernel per plan, and kept for all layers.
+"""Tables that the map's kernels read: computed from a plan by one small kernel and kept for all layers.
 
-Every kernel of the map needs the step of each row and the ranges of steps and key tokens of its tile. They are the same
-for all heads, layers and passes, and each is found by several dependent loads.
+Every kernel of the map needs the step of each row and the ranges of steps and key tokens of its tile. These are the
+same for all heads, layers and passes, and finding each one takes several dependent loads.
 
     step_of_row (B, M)              the step that contains each row, -1 if none does
     tile_table (tiles, 8)           of each tile of rows: sequence n, first row, start and length of the sequence,

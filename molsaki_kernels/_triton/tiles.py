@@ -23,7 +23,7 @@ from molsaki_kernels._triton.integers import next_power_of_2
 from molsaki_kernels.spec import AttentionOptions
 
 # Float32 divisions and exponentials as exact as the interpreter's. On NVIDIA GPUs ``/`` and ``tl.exp2`` of float32 are
-# approximations of about two units in the last place, which the error budget of float32 has to bear otherwise.
+# approximations with errors of about two units in the last place, which would use up error budget in float32.
 EXACT_MATH = tl.constexpr(os.environ.get("MOLSAKI_EXACT_MATH") == "1")
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))

@@ -71,7 +71,7 @@ def backward(
 ) -> InputGradients:
     """Compute dq, dk and dv in the dtypes of q, k and v."""
     q, k, v, dout = inputs.q, inputs.k, inputs.v, gradients.dout
-    assert dout is not None  # the protocol's promise to engines that do not compute the map
+    assert dout is not None  # guaranteed by the protocol for engines that do not compute the map
     if q.numel() == 0:  # k may have heads although q has none
         return InputGradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     dtype = torch.promote_types(q.dtype, torch.float32)

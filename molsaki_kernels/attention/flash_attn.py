@@ -8,9 +8,9 @@ Tensors are passed as views in flash-attn's layout, ``(B, M, H, D)`` or packed `
 allocated in the layout of the inputs, so nothing is copied. The functions called are those beneath the packages'
 autograd, as of flash-attn 2.8.3 and 4.0.0b36.
 
-flash-attn 4.0.0b36 was run on an H200 (sm90) against the float64 oracle; other GPUs and flash-attn 2 were not run. For
-these the tests check every call made here against stand-ins with the real functions' parameters, and what each
-architecture supports was read in the packages' sources.
+flash-attn 4.0.0b36 was run on an H200 (sm90) against the float64 oracle. Other GPUs and flash-attn 2 were not run: for
+these the tests check every call against stand-ins with the real functions' parameters, and what each architecture
+supports was taken from the packages' sources.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ PACKAGES = {
 # on an H200 that kernel takes 230 us at 1 x 4,096 tokens, the three that it replaces take 168 us.
 FUSE = os.environ.get("MOLSAKI_FA4_PREPROCESS") == "1"
 FUSED_VERSION = "4.0.0b36"  # the only one whose order of the accumulator is known
-_preprocess = threading.local()  # .fill: the function in place of the package's preprocess in this thread's call
+_preprocess = threading.local()  # .fill: the function that replaces the package's preprocess in this thread's call
 # Widths of keys and values that flash-attn 4 (4.0.0b36) compiles for sm90, forward and backward. Its backward does not
 # compile for values of 96, 144 or 160 beside other keys, nor its forward for 256 beside 64.
 PAIRS_4 = frozenset({(64, 128), (64, 192), (128, 64), (128, 192), (128, 256), (192, 128)})
-# Their backward asks for more shared memory than sm90 has, 264,192 of 232,448 bytes: its launch failed on an H200.
+# Their backward needs more shared memory than sm90 has (264,192 of 232,448 bytes): its launch failed on an H200.
 FORWARD_PAIRS_4 = frozenset({(128, 256)})
 
 
@@ -178,7 +178,7 @@ def backward(
     """Compute dq, dk and dv in the dtypes of q, k and v."""
     q, k, v, out, lse = inputs.q, inputs.k, inputs.v, outputs.out, outputs.lse
     dout, dlse, cu_seqlens = gradients.dout, gradients.dlse, inputs.cu_seqlens
-    assert dout is not None  # the protocol's promise to engines that do not compute the map
+    assert dout is not None  # guaranteed by the protocol for engines that do not compute the map
     if q.numel() == 0:
         return InputGradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     version, D, packed, M = version_of(q.device), q.shape[3], cu_seqlens is not None, q.shape[2]
@@ -229,13 +229,13 @@ def why_not_fused(inputs: AttentionInputs, options: AttentionOptions, plan: Plan
     if (installed := _installed()) != FUSED_VERSION:
         return f"it needs flash-attn-4 {FUSED_VERSION}, not {installed}"
     if inputs.sinks is not None or options.softcap is not None or plan.is_empty(q) or inputs.v.shape != inputs.k.shape:
-        return "it has no sinks, no softcap, no empty plan and no values of another width"
+        return "it supports no sinks, no softcap, no empty plan and no values of another width"
     if (reason := why_no_triton(q.device, q.dtype)) is not None:
         return reason
     from molsaki_kernels._triton.fa4_preprocess import accumulator
 
     if accumulator(q.shape[3], options.causal, options.window is not None) is None:
-        return f"the accumulator of head_dim {q.shape[3]} is of another kind"
+        return f"the accumulator of head_dim {q.shape[3]} has another layout"
     return None
 
 
@@ -285,7 +285,7 @@ def backward_with_map(
 
 
 def _replace_preprocess(interface: Any) -> None:
-    """Have flash-attn 4's backward call ``_preprocess.fill`` where it is set, in place of its preprocess."""
+    """Have flash-attn 4's backward call ``_preprocess.fill``, if it is set, instead of its preprocess."""
     original: Callable[..., None] = interface._bwd_preprocess
     if getattr(original, "replaced_by_molsaki", False):
         return
@@ -335,7 +335,7 @@ def _options_2(options: AttentionOptions) -> tuple[float, float, bool, int | Non
 
 
 def _left(options: AttentionOptions, everything: int | None) -> int | None:
-    """Return the number of visible keys before the query; ``everything`` is the package's value for all of them."""
+    """Return the number of visible keys before the query; ``everything`` is the package's value for no limit."""
     return everything if options.window is None else options.window - 1
 
 

@@ -41,7 +41,7 @@ NAME = "flex"
 COMPUTES_MAP = False
 DIFFERENTIABLE = True
 BLOCK = 128  # rows and columns of a block, flex's own default
-RECOMPILATIONS = 64  # of flex for other dtypes, head counts and masks; past torch's default of 8 a call would fail
+RECOMPILATIONS = 64  # of flex for other dtypes, head counts and masks; beyond torch's default of 8 a call would fail
 
 _packed_masks = WeakTensorKeyDictionary()  # cu_seqlens -> (its version, {(length, causal, window): mask})
 
@@ -81,7 +81,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensor
         return AttentionOutputs(q[..., :1].expand(*q.shape[:3], v.shape[3]).clone(), lse)
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    # Uncompiled in a caller that is being compiled as a whole.
+    # Not compiled separately if the caller is being compiled as a whole.
     attend: Any = flex_attention if torch.compiler.is_compiling() else compiled()
     out, auxiliary = attend(
         q,
@@ -139,7 +139,7 @@ def _mask(inputs: AttentionInputs, options: AttentionOptions) -> BlockMask | Non
         return _make_mask(M, causal, window, q.device, cu_seqlens)
     if cu_seqlens is None:
         return kept_mask(M, causal, window, q.device)
-    # A replay has to use the values that cu_seqlens has then, and an inference tensor has no version.
+    # A replay has to use the current values of cu_seqlens, and an inference tensor has no version.
     if cu_seqlens.is_inference() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _make_mask(M, causal, window, q.device, cu_seqlens)
     version = (cu_seqlens._version, cu_seqlens.data_ptr())

@@ -47,7 +47,7 @@ def why_not(request: AttentionRequest) -> str | None:
 
 
 def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
-    """Return whether the library takes values of this width: the same widths as of q and k, in any combination."""
+    """Return whether the library supports values of this width: the widths of q and k, in any combination."""
     return why_not_for(request.device, request.dtype, value_dim) is None
 
 
@@ -172,8 +172,8 @@ def _call(
 
 
 def _result(x: Tensor, width: int, covered: bool, dtype: torch.dtype) -> Tensor:
-    """Return a tensor ``(B, H, M, width)`` for ``x (B, H, M, D)``, in memory ``(B, M, H, width)`` if x is so; 0 if not
-    covered.
+    """Return a tensor ``(B, H, M, width)`` for ``x (B, H, M, D)``, with the memory layout ``(B, M, H, width)`` if x has
+    it; filled with zeros if not covered.
     """
     allocate = torch.empty if covered else torch.zeros
     if not x.is_contiguous() and x.transpose(1, 2).is_contiguous():

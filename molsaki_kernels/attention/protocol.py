@@ -1,4 +1,4 @@
-"""What every attention engine provides. An engine is a module."""
+"""The protocol of attention engines. An engine is a module."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Engine(Protocol):
         DIFFERENTIABLE: autograd differentiates ``forward``, lse included, and ``backward`` is never called.
 
     An engine that folds dlse into out (``lse_gradient.py``) may also have ``folds_dlse(inputs) -> bool``. Where it
-    returns True and the map has a gradient, ``backward`` gets O' and dO' in place of out and dout, and no dlse: the
-    map's implementation may fold in the pass that computes dlse.
+    returns True and the map has a gradient, ``backward`` gets O' and dO' instead of out and dout, and no dlse. The
+    map's implementation can then fold dlse in the pass that computes it.
 
     An engine whose backward can take the key columns of the Triton map in its own passes may have
     ``why_not_fused(inputs, options, plan) -> str | None``, the reason why it cannot in a call, and
-    ``backward_with_map``, which has the arguments of ``backward`` and is called in its place, with dmaps.
+    ``backward_with_map``, which has the arguments of ``backward`` and is called instead of it, with dmaps.
 
     An engine may have ``HEAD_DIM_MULTIPLE``: the caller pads q, k and v to multiples of it.
     """
@@ -45,7 +45,7 @@ class Engine(Protocol):
         """Return the reason why this machine cannot run the engine, or None."""
 
     def why_not(self, request: AttentionRequest) -> str | None:
-        """Return the reason why the engine cannot serve a call, or None; ``available`` is asked too."""
+        """Return the reason why the engine cannot serve a call, or None; the caller also checks ``available``."""
 
     def takes_value_dim(self, request: AttentionRequest, value_dim: int) -> bool:
         """Return whether v may be ``value_dim`` wide where q and k are ``request.head_dim`` wide, for a request that
@@ -68,8 +68,8 @@ class Engine(Protocol):
 def as_served(engine: Engine, request: AttentionRequest) -> AttentionRequest:
     """Return the request as the engine gets it, with q, k and v padded with zeros, which changes no score.
 
-    They are padded to multiples of the engine's ``HEAD_DIM_MULTIPLE``, and to one width where the engine does not take
-    v of another width than q and k.
+    They are padded to multiples of the engine's ``HEAD_DIM_MULTIPLE``, and to one width if the engine does not support
+    a v whose width differs from that of q and k.
     """
     multiple = getattr(engine, "HEAD_DIM_MULTIPLE", 1)
     D, Dv = request.head_dim, request.value_dim

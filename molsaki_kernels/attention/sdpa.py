@@ -49,11 +49,11 @@ aten: Any = torch.ops.aten
 # cuDNN serves a combination of shapes and strides once aten's flash attention has computed this many floating-point
 # operations for it (those of the forward, also where the backward is counted). Measured on an H200 at 1 x 4,096 tokens
 # with 32 heads of 128: cuDNN saves 1.8 s per 1e15 in the forward (0.28 against 0.52 ms) and 3.9 in the backward, and a
-# plan takes 0.05 s in each (layer-h200.csv, experiments-h200.csv). There these are 200 layers.
+# plan takes 0.05 s in each (layer-h200.csv, experiments-h200.csv). That is the work of 200 layers there.
 CUDNN_PAYS = 3e13
 CUDNN_ROWS = 64  # with fewer, cuDNN is not faster, and some of its engines have no plan
 KEPT = 1024  # combinations whose work is remembered
-# PyTorch then rounds lengths up for cuDNN and expects lse in another layout than its forward returns here.
+# PyTorch then rounds lengths up for cuDNN and expects lse in a layout that differs from that of its forward here.
 ROUNDED_LENGTHS = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1"
 
 _work: dict[Hashable, float] = {}  # floating-point operations of each combination; the least recent first
@@ -71,7 +71,7 @@ def why_not(request: AttentionRequest) -> str | None:
     if request.options.softcap is not None:
         return "PyTorch's flash attention has no softcap"
     if request.device.type == "cpu":
-        # A causal mask is applied before a negative scale makes +inf of it.
+        # The causal mask is applied before the scale, so a negative scale would turn -inf into +inf.
         if request.options.scale == 0 or (request.options.scale < 0 and request.options.causal):
             return f"the CPU flash operator gives NaN at a scale of {request.options.scale:g}"
         return None
@@ -123,7 +123,7 @@ def backward(
     """Compute dq, dk and dv in the dtypes of q, k and v."""
     q, k, v, out, lse = inputs.q, inputs.k, inputs.v, outputs.out, outputs.lse
     dout, dlse = gradients.dout, gradients.dlse
-    assert dout is not None  # the protocol's promise to engines that do not compute the map
+    assert dout is not None  # guaranteed by the protocol for engines that do not compute the map
     if q.device.type == "cpu":
         out, dout = _cpu_operands(out, dout)
         if dlse is not None:
@@ -302,7 +302,7 @@ def _cuda_backward(
     if _use_cudnn(inputs, options, backward=True):
         state = torch.empty((), dtype=torch.int64, device=q.device)  # of the unused dropout: never read
         M = q.shape[2]
-        # PyTorch keeps the plan by the strides of q, k and v alone. Those of O follow from q's; dO gets O's.
+        # PyTorch looks up the plan by the strides of q, k and v only. Those of O follow from q's; dO gets O's.
         operands = (match_strides(dout, out.stride()), q, k, v, out, lse.contiguous()[..., None])
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
             *operands, state, state, None, None, None, M, M, 0.0, options.causal, scale=options.scale

@@ -17,7 +17,7 @@ from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 from molsaki_kernels.strides import with_contiguous_head_dim
 
 NAME = "native"
-BACKWARD_ROWS = 24  # queries of a tile; a task's are a multiple
+BACKWARD_ROWS = 24  # queries per tile; the queries of a task are a multiple of it
 TASKS_PER_THREAD = 16  # in the backward pass, so that threads finish at about the same time
 LARGEST_KEPT = 4 << 20  # elements of dq kept from the first phase of the gradient to the second; more are recomputed
 _CPU = torch.device("cpu")  # also where another default device is set

@@ -1,4 +1,4 @@
-"""What every implementation of the stepwise map provides. An implementation is a module."""
+"""The protocol of stepwise-map implementations. An implementation is a module."""
 
 from __future__ import annotations
 

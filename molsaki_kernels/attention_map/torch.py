@@ -9,8 +9,7 @@ With P[i, j] = exp(s[i, j] - lse[i]) on the key columns j (s is the scaled, soft
 
 (A softcap multiplies dS by 1 - tanh^2 before dq and dk.) Queries are processed in blocks small enough to stay in cache.
 The columns of a block are restricted to those that one of its queries sees, so nothing of size M x C is allocated.
-Tiles are laid out (columns, queries): the products are thin in the columns, and vectors along the queries are the
-longer ones.
+Tiles have the layout (columns, queries), because there are few columns and vectors along the queries are longer.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ class _Part:
         self.blocked, self._softcap = blocked, options.softcap
         q, k, lse = (blocked.view(t) for t in (inputs.q, inputs.k, inputs.lse))
         dtype = blocked.words.dtype
-        # A query in no step must not add even inf * 0, whatever its lse and itself are: padding may hold any value.
+        # A query in no step must add nothing, not even inf * 0: it may be padding, whose q and lse can hold any value.
         lse = lse.to(dtype) if blocked.outside is None else lse.to(dtype).masked_fill(blocked.outside, 0)
         self.q, self.lse = q, lse[:, :, None]
         keys = blocked.key_tokens(k).to(dtype).masked_fill_(blocked.no_token, 0).mul_(options.scale)

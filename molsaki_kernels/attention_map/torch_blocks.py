@@ -17,8 +17,8 @@ from molsaki_kernels._plan_cache import cached
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
 TILE_ELEMENTS = 1 << 19  # of a block's weights (2 MiB in float32): they stay in cache from the product to the sum
-# Tiles of 512 rows lie so that their columns share places in the cache: what runs at 165 GFLOP/s with 480 rows runs
-# at 130. Columns that do not begin with a cache line (291 rows in place of 288) cost 10 %.
+# In tiles of 512 rows the columns map to the same cache sets: a product that runs at 165 GFLOP/s with 480 rows runs at
+# 130. Columns that are not aligned to cache lines (291 rows instead of 288) cost 10 %.
 MIN_ROWS, MAX_ROWS, ROWS_STEP = 16, 480, 32
 LARGEST_KEPT = 16 << 20  # bytes of a plan's blocks that are kept; the others are computed again in every pass
 
@@ -61,7 +61,7 @@ class BlockedSequences:
         self._options, self._length = options, length
         steps, tokens, words = (
             t[sequences].clone() for t in (plan.steps, plan.tokens, plan.word_of_token)
-        )  # no view: that would keep the plan alive
+        )  # a copy: a view would keep the plan alive
         self.tokens, self.no_token = tokens, (words < 0)[:, None, :, None]
         word = torch.arange(plan.num_words, device=tokens.device)
         self.words = (words[..., None] == word).to(dtype).mul_(weight)
@@ -107,7 +107,7 @@ class BlockedSequences:
     ) -> Iterator[tuple[slice, slice, slice, int, bool]]:
         """Yield each block's queries, columns and steps, its first masked column, and whether the window may hide one.
 
-        On a CPU the plan's numbers can be read at no cost; elsewhere a block takes all columns and steps.
+        On a CPU the plan's numbers can be read at no cost; on other devices a block takes all columns and steps.
         """
         M, C, options = self._length, tokens.shape[1], self._options
         on_cpu = tokens.device.type == "cpu"
@@ -166,7 +166,7 @@ def blocked_sequences(
 ) -> list[BlockedSequences]:
     """Return the groups of sequences that cover a batch; packed sequences one by one.
 
-    A group has few enough sequences that MIN_ROWS queries of each fit a tile.
+    A group is small enough that MIN_ROWS queries of each of its sequences fit in a tile.
 
     Args:
         dtype: the map's.

@@ -33,7 +33,7 @@ class Gradient(MapGradient):
         self._call = dmaps, _prepared(inputs), options, plan
 
     @functools.cached_property
-    def dlse(self) -> Tensor:  # type: ignore[override]  # computed when it is first read, which fold need not do
+    def dlse(self) -> Tensor:  # type: ignore[override]  # computed on first read; fold may not need it
         """``(B, Hq, M)`` float32."""
         from molsaki_kernels._triton.map_backward import map_dlse
 

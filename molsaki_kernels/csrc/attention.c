@@ -5,8 +5,8 @@
  * rows. The softmax over keys then needs no sums across lanes, and the scores of one key token are contiguous over
  * rows. A block is TASK_ROWS rows against KEYS keys.
  *
- * Forward: the scores of key tokens are saved. Once the maximum and the sum of each row are known, they are turned
- * into weights and summed per step.
+ * Forward: the scores of key tokens are saved. Once the maximum and the sum of each row are known, the scores
+ * become weights and are summed per step.
  * Backward: the weights of key tokens are computed first, because dlse needs them. dA is added to dP in the block that
  * contains the key token.
  *
@@ -60,10 +60,10 @@ typedef struct {
     float aside[][ROWS]; /* (columns + STRIP): scores of key tokens, or their dA; then the key tokens' vectors */
 } Work;
 
-/* The stride of the copied rows: one of three constants, so that the address of a key's element is one load. */
+/* The stride of the copied rows: one of three constants, so that addressing an element of a key takes one load. */
 static int64_t width_of(int64_t D) { return D <= 64 ? 80 : D <= 128 ? 144 : WIDEST; }
 
-/* Which units this machine has: bit u for unit u. */
+/* The units that this machine supports: bit u for unit u. */
 int64_t molsaki_units(void) {
 #ifdef __AVX512BF16__
     return 1 << FLOAT32 | 1 << VECTORS_BF16 | (bf16_has_tiles() ? 1 << TILES_BF16 : 0);
@@ -634,12 +634,12 @@ INLINE int64_t cost(const AttentionCall *c, int64_t task) {
 /* A key head in a thread's share, for a unit that takes bfloat16. */
 typedef struct { int64_t n, g, first_task; int began; const uint16_t *packed; float *sums; } KeyHead;
 
-/* The memory of a thread for dk and dv of the key head that it began last, or of one that another thread began. */
+/* A thread's memory for dk and dv: of the key head that it started last, or of one that another thread started. */
 INLINE float *sums_of(const AttentionCall *c, int64_t thread, int began) {
     return c->parts + (2 * thread + began) * part_size(c);
 }
 
-/* The thread goes on to the next key head: all blocks of one that it began are done. */
+/* Write dk and dv of a key head that the thread started, all of whose blocks are done. */
 INLINE void write_head(const AttentionCall *c, const KeyHead *head) {
     if (!head->packed || !head->began) return;
     for (int64_t row = 0; row < c->plan.length[head->n]; row += ROWS)
@@ -716,7 +716,7 @@ static void add_parts(const AttentionCall *c, int64_t row, int64_t threads) {
     }
 }
 
-/* The gradients of the key head that a thread began last, of which later threads may have parts. */
+/* The gradients of the key head that a thread started last; later threads may hold parts of them. */
 INLINE void write_last_head(const AttentionCall *c, int64_t thread, int64_t threads) {
     const Plan *p = &c->plan;
     const int64_t head = c->part_of[c->threads + thread];

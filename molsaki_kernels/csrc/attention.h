@@ -87,17 +87,17 @@ INLINE int64_t first_task(const Plan *p, int64_t n) {
     return low;
 }
 
-/* attention_bf16.c, for the units that take bfloat16. */
+/* Functions of attention_bf16.c, for the units that take bfloat16. */
 #ifdef __AVX512BF16__
 #define TAKES_BF16(call) ((call)->unit != FLOAT32)
 #else
 #define TAKES_BF16(call) 0
 #endif
 #pragma GCC visibility push(hidden)
-int bf16_has_tiles(void); /* and the operating system lets this process use them */
+int bf16_has_tiles(void); /* and whether the operating system permits their use */
 int64_t bf16_work(const AttentionCall *c);
 int64_t bf16_packed(const AttentionCall *c, int64_t backward);
-int64_t bf16_key_sums(const AttentionCall *c, int64_t tasks); /* numbers for dk and dv of so many tasks of a key head */
+int64_t bf16_key_sums(const AttentionCall *c, int64_t tasks); /* numbers for dk and dv of `tasks` tasks of a head */
 void bf16_begin(const AttentionCall *c); /* before and after a thread's work */
 void bf16_end(const AttentionCall *c);
 void bf16_pack(const AttentionCall *c, int64_t g, int64_t task); /* keys and values for the forward */

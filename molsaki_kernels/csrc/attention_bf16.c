@@ -180,9 +180,9 @@ INLINE __m512 power_of_two(__m512 x, __m512 factor) {
     return (__m512)_mm512_maskz_add_epi32(lives, (__m512i)y, power);
 }
 
-/* The weight of a score, from lse. The product is rounded before lse is subtracted, as it was before lse was computed:
- * one rounding of large numbers and none of the other would leave half a unit in the last place of lse between them. No
- * weight is above 1. Keeps NaN. */
+/* The weight of a score, from lse. The product is rounded before lse is subtracted, because it was rounded in the same
+ * way before lse was computed; otherwise the two would differ by up to half a unit in the last place of lse. No weight
+ * is above 1. Keeps NaN. */
 INLINE __m512 weight(__m512 score, __m512 scale, __m512 lse) {
     const __m512 scaled = _mm512_mul_round_ps(score, scale, _MM_FROUND_CUR_DIRECTION); /* never contracted */
     const __m512 x = _mm512_sub_round_ps(scaled, lse, _MM_FROUND_CUR_DIRECTION);

@@ -102,8 +102,8 @@ static void load_rows(const MapCall *c, int64_t n, int64_t h, int64_t stop, Rows
     }
 }
 
-/* Copy the scaled key tokens of a sequence and key head into panels of (head_dim, two vectors of columns), of which
- * the last may have one vector; for the backward also as rows. Padding is zero. */
+/* Copy the scaled key tokens of a sequence and key head into panels of (head_dim, two vectors of columns); the
+ * last panel may have one vector. For the backward copy them also as rows. Padding is zero. */
 static void pack_keys(const MapCall *c, int64_t n, int64_t g) {
     const int64_t D = c->head_dim, C = c->plan.columns, used = c->plan.tokens_used[n];
     const int32_t *tokens = c->plan.tokens + n * C;

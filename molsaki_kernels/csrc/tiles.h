@@ -103,7 +103,7 @@ static inline void end_tiles(void) {}
 #define product_by_tiles product_by_vectors
 #endif
 
-/* Up to 32 rows of numbers, of which `columns` exist; what does not exist is packed as zeros. */
+/* Up to 32 rows of `columns` numbers each; missing rows and columns are packed as zeros. */
 typedef struct { const uint16_t *first; int64_t stride, rows, columns; } Rows;
 
 /* Read 32 rows and the columns [d, d + 32). */

@@ -19,7 +19,7 @@ from molsaki_kernels.value_pooling import torch, triton
 
 
 class PoolingEngine(Protocol):
-    """One implementation of the pooling. An implementation is a module."""
+    """One implementation of value pooling. An implementation is a module."""
 
     NAME: str
 

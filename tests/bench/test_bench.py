@@ -36,7 +36,7 @@ SMALL = Shape(2, 48, 5, 3, 4, 2, 16)
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
-    """Run the probes in this process, which takes no seconds to start, and keep the runs in a folder of the test."""
+    """Run the probes in this process, which saves seconds of start-up, and keep the runs in a folder of the test."""
     monkeypatch.setattr(check.Worker, "probe", lambda self, *facts: check.probe(*facts, self.device))
     monkeypatch.setattr(bench, "RUNS", tmp_path / "runs")
     return tmp_path / "runs"
@@ -228,7 +228,7 @@ def test_without_matplotlib(here, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_probe_measures_memory_in_a_process_of_its_own():
-    """Eager attention keeps 9 x 512 x 512 weights of 4 bytes several times, engine sdpa no such thing."""
+    """Eager attention keeps 9 x 512 x 512 weights of 4 bytes several times; engine sdpa keeps none."""
     if not check.CLEAR.exists():
         pytest.skip("needs Linux's /proc")
     shape = Shape(1, 512, 8, 4)
@@ -267,7 +267,7 @@ def test_a_process_that_dies_is_replaced(monkeypatch):
 
 
 def test_rounds_pair_every_call_with_the_references(monkeypatch):
-    """The slow function takes part in few rounds, spread over all; a reference twice as slow as the first is none."""
+    """The slow function takes part in few rounds, spread over all; one twice as slow is not a reference."""
     now, called = [0.0], []
     costs = {"plain": 1e-3, "other plain": 1.2e-3, "slow plain": 3e-3, "ours": 0.5e-3, "eager": 0.4}
 
@@ -311,7 +311,7 @@ def test_candidates_are_all_named_with_a_reason_or_a_contender(monkeypatch):
 
 
 def test_candidates_of_a_gpu(monkeypatch):
-    """The list of a Hopper GPU that is not there; its contenders are not run."""
+    """The list for a simulated Hopper GPU; its contenders are not run."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(candidates, "free_bytes", lambda _: 100 << 30)
     flash = importlib.util.find_spec("flash_attn")
@@ -576,5 +576,5 @@ def test_long_times_and_ratios_stay_in_their_columns():
 
 
 def test_step_of_contenders_is_the_projects():
-    """What is timed is what was checked: the same function of contenders."""
+    """The timed function is the checked one: the same function of contenders."""
     assert bench.step is step and check.step is step

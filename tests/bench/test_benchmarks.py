@@ -176,7 +176,7 @@ def test_shapes_of_another_commit_are_measured_again():
 
 
 def test_a_failure_of_our_code_sets_the_exit_status(monkeypatch, tmp_path, capsys):
-    """The other contenders are measured all the same, and an engine that refuses a call is no failure."""
+    """The other contenders are still measured, and an engine that refuses a call is not a failure."""
 
     def broken(error):
         def run(_):

@@ -1,4 +1,4 @@
-"""Tests what a GPU machine is prepared with: the stand-in for a device, the kit, and what the scripts choose by."""
+"""Tests the preparation of a GPU machine: the stand-in for a device, the kit, and the selection of kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def stand_in(tmp_path: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
-    """Run a program on the stand-in; return the process and the kernels that it asked for."""
+    """Run a program on the stand-in; return the process and the kernels that it requested."""
     keys = tmp_path / "keys.jsonl"
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -79,7 +79,7 @@ def test_keys_are_counted():
 
 @pytest.fixture
 def kit(tmp_path, monkeypatch):
-    """A kit made from an invented cache: a kernel that is asked for, one of earlier code, a launcher, flash-attn 4."""
+    """A kit made from an invented cache: a requested kernel, one of earlier code, a launcher, flash-attn 4."""
     home = tmp_path / "made"
     asked, earlier = "ab" * 32, "cd" * 32
     monkeypatch.setattr(gpu_kit, "VERSIONS", {})

@@ -1,7 +1,7 @@
-"""Tests the scripts for a GPU machine without one: their order, time limits, early end, and what they leave behind.
+"""Tests the scripts for a GPU machine without a GPU: their order, time limits, early end, and output.
 
-The scripts run with a stand-in for Python that succeeds, fails or waits as a test wants. What their Python commands do
-on a machine without a GPU is tested in ``test_gpu_kit.py``.
+The scripts run with a stand-in for Python that succeeds, fails or waits as a test requires. ``test_gpu_kit.py`` tests
+their Python commands without a GPU.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def test_study_needs_data(run):
 
 
 def test_limits_add_up():
-    """The scripts' own limits leave room for the ten minutes that a call may take elsewhere."""
+    """The limits of the scripts fit into the ten minutes that a call may take elsewhere."""
     for name, most in (("first", 360), ("second", 300), ("steps", 240), ("study", 540)):
         text = (BENCHMARKS / f"gpu_{name}.sh").read_text()
         total = next(line for line in text.splitlines() if line.startswith("TOTAL_SECONDS="))

@@ -61,7 +61,7 @@ assert driver._active is None
 
 
 def test_keys_are_those_of_the_cache(tmp_path):
-    """A kernel compiled here lies under the key that a process without compilation computes."""
+    """A kernel compiled here is stored under the key that a process without compilation computes."""
     source = """
 x = torch.zeros(1, 2, 63, 64, dtype=torch.bfloat16)
 for compile_kernels in (False, True):

@@ -346,7 +346,7 @@ def test_demonstrations_of_ones_own(tmp_path):
     assert all(text.count("2 and 2?") == 1 for batch in model.seen for text in batch)
     for change, message in [
         ({"answer": 5}, r"own.jsonl: example 1: rationale ends in another answer: 'Add 2"),
-        ({"task": "math"}, "no demonstration of task 'commonsense', which example d is of; there are those of math"),
+        ({"task": "math"}, "no demonstration of task 'commonsense', which example d belongs to; there are those of"),
         ({"rationale": " "}, "own.jsonl: example 1: no rationale: ''"),
     ]:
         tiny.write_jsonl(path, [own | change])

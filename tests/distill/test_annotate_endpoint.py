@@ -306,7 +306,7 @@ def test_prompts_that_the_server_refuses_are_counted(tmp_path, caplog, status, e
     assert (summary["phase_1"], summary["dropped"]) == (2, {reason: 1})
     refused = [(r["id"], r["phase"], r["reply"], r["reason"]) for r in records_of(tmp_path / "out.wrong.jsonl")]
     assert refused == [("s1", 1, None, reason), ("s1", 2, None, reason)]
-    assert f"a prompt is left out, the first of perhaps more: status 400: {error['message']}" in caplog.text
+    assert f"a prompt was left out, possibly the first of several: status 400: {error['message']}" in caplog.text
     assert caplog.text.count("left out") == 1
 
 
@@ -396,7 +396,7 @@ def test_cost_and_missing_usage(tmp_path):
         assert (summary["prompt_tokens"], summary["completion_tokens"]) == (None, None)
         assert summary["answers_without_usage"] == 5
         limited = dict(price_in=2.0, price_out=30.0, max_cost=1.0)
-        message = r"--max_cost: cannot be kept: the server reports no tokens of 2 replies; 2 replies are kept"
+        message = r"--max_cost: cannot be enforced: the server reported no tokens for 2 replies; 2 replies are kept"
         with pytest.raises(EndpointError, match=message):
             annotate(config(tmp_path / "d", server, sums(5), concurrency=2, **limited))
         asked = len(server.bodies)

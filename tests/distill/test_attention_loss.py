@@ -1,4 +1,4 @@
-"""The attention loss for a loop of one's own, against that of `DistillTrainer` and in several processes."""
+"""The attention loss in a user's loop, against that of `DistillTrainer` and in several processes."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_it_is_the_loss_of_the_trainer(tmp_path, options):
     with pytest.raises(ValueError, match="example 'p0' has another text"):
         store.batch(ids, spans[::-1])
     for wrong in ((ids, spans[:1]), ([], [])):
-        with pytest.raises(ValueError, match="ids, spans: expected equally many of both, at least one"):
+        with pytest.raises(ValueError, match="ids, spans: expected the same number of both, at least one"):
             store.batch(*wrong)
     with pytest.raises(TypeError, match="ids: expected names, got 3"):
         store.batch([3], spans[:1])
-    with pytest.raises(ValueError, match="this store is of another"):
+    with pytest.raises(ValueError, match="this store was written with another"):
         molsaki.StepwiseAttentionLoss.for_models(student, store, mixture="reverse")
 
 
@@ -102,7 +102,7 @@ def test_maps_of_every_layer_and_steps_that_count(tmp_path):
     assert (first * parts[0] + second * parts[1]) / (first + second) == pytest.approx(whole, rel=1e-5)
     record = run(attention_loss, teacher, OTHER, spans[:2])
     with pytest.raises(
-        ValueError, match="teacher: expected a record of the student's texts in the same order, got other"
+        ValueError, match="teacher: expected a record of the student's texts in the same order, got different"
     ):
         attention_loss(found, record)
     with pytest.raises(ValueError, match=r"steps: expected bool, \(N, S\) = \(3, 5\), got torch.int64, \(3, 5\)"):
@@ -115,7 +115,9 @@ def test_a_teacher_in_another_order_is_refused():
     attention_loss = molsaki.StepwiseAttentionLoss.for_models(student, teacher)
     spans = [molsaki.segment("Ann has 3. And 4.", "So 7."), molsaki.segment("Ann has 3.", "So 7.")]
     found = run(attention_loss, student, TOKENIZER, spans)
-    with pytest.raises(ValueError, match=r"same order, got other numbers of steps: \[2, 3\], the student's \[3, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"same order, got different numbers of steps: \[2, 3\], the student's \[3, 2\]"
+    ):
         attention_loss(found, run(attention_loss, teacher, OTHER, spans[::-1]))
 
 

@@ -129,7 +129,7 @@ def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
             "--data_file: expected one value, got 2: a",
         ),
         (["keys", "--data_file", "a.jsonl", "--data-file", "b.jsonl"], "--data_file: given 2 times; expected one file"),
-        (["extract", "--data_files", "a", "--data-files=b"], "--data_files: given 2 times; give all its values once"),
+        (["extract", "--data_files", "a", "--data-files=b"], "--data_files: given 2 times; give all values once"),
         (["plot", "--limit", "3"], "--limit: no such flag; did you mean --examples?"),
         (["distill", "--lr", "3"], "--lr: no such flag; did you mean --learning_rate?"),
         (["keys", "--data_files", "a"], "--data_files: no such flag; did you mean --data_file?"),

@@ -83,7 +83,7 @@ def test_texts_with_characters_that_end_lines(runs):
 
 
 def test_one_method_alone(runs, capsys):
-    """On the command line, with files in place of folders."""
+    """On the command line, with files instead of folders."""
     folder, (right, _) = runs
     paths = [str(folder / f"a{i}" / "predictions.jsonl") for i in range(3)]
     assert main(["evaluate", "--predictions", *paths, "--output_dir", str(folder / "out")]) == 0
@@ -107,11 +107,11 @@ def test_files_of_other_data_are_refused(runs):
         for fields in ({"question": "How?"}, {"gold": "-1"}):
             saved = (folder / run / "predictions.jsonl").read_text()
             edit(folder, run, 3, **fields)
-            with pytest.raises(ValueError, match=f"{flag}: .*{run}: is of other data: expected 'p3' to be"):
+            with pytest.raises(ValueError, match=f"{flag}: .*{run}: has other questions: expected 'p3' to be"):
                 evaluate(config(folder))
             (folder / run / "predictions.jsonl").write_text(saved)
     edit(folder, "b0", 3, id="q3")
-    with pytest.raises(ValueError, match="b0: is of other data: it lacks 'p3'"):
+    with pytest.raises(ValueError, match="b0: has other questions: it lacks 'p3'"):
         evaluate(config(folder))
     edit(folder, "a0", 3, id="p4")
     with pytest.raises(ValueError, match="--predictions: .*a0: not a predictions.jsonl .*an id occurs twice"):
@@ -126,14 +126,14 @@ def test_bad_options(runs):
     folder, _ = runs
     with pytest.raises(ValueError, match="--compare: expected 3 paths, one per path of --predictions .* got 2"):
         evaluate(config(folder, compare=["b0", "b1"]))
-    with pytest.raises(ValueError, match="expected a file of its own per seed, got one twice"):
+    with pytest.raises(ValueError, match="expected a different file per seed, got one twice"):
         evaluate(config(folder, predictions=["a0", "a1", "a0/predictions.jsonl"]))
     with pytest.raises(FileNotFoundError, match="--compare: no such file: .*b3"):
         evaluate(config(folder, compare=["b0", "b1", "b3"]))
     for name, value in (("model", "m"), ("data_file", "d"), ("limit", 3), ("mode", "rationale")):
         changed = config(folder)
         setattr(changed, name, value)
-        with pytest.raises(ValueError, match=f"--{name}: has no use with --predictions, .* got {value!r}"):
+        with pytest.raises(ValueError, match=f"--{name}: has no effect with --predictions, .* got {value!r}"):
             evaluate(changed)
     changed = config(folder)
     changed.output_dir = str(folder / "a0")

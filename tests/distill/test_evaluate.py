@@ -61,11 +61,11 @@ def test_files_and_paired_comparison(folder, tmp_path):
     for field, value in (("question", "How many?"), ("gold", "-1")):
         changed = [record | ({field: value} if record["id"] == "p2" else {}) for record in other]
         config.compare = [str(tiny.write_jsonl(tmp_path / "c.jsonl", changed))]
-        with pytest.raises(ValueError, match=f"is of other data: expected 'p2' to be .*, got .*{re.escape(value)}"):
+        with pytest.raises(ValueError, match=f"has other questions: expected 'p2' to be .*, got .*{re.escape(value)}"):
             evaluate(config)
     config.compare = [str(tmp_path / "a")]
     config.limit = 3
-    with pytest.raises(ValueError, match="is of other data: it holds 6 examples in place of 3"):
+    with pytest.raises(ValueError, match="has other questions: it holds 6 examples instead of 3"):
         evaluate(config)
 
 

@@ -325,9 +325,9 @@ def test_a_broken_history():
 
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("d.csv", "id;question;answer\n1;Why 4?;4\n", "d.csv: the header has one column, 'id;question;answer': its columns "
-     "are divided by semicolons, expected ','; save it with commas, as CSV"),
-    ("d.csv", "id\tquestion\tanswer\n1\tWhy 4?\t4\n", "are divided by tabs, expected ','; name it .tsv"),
-    ("d.tsv", "id,question,answer\n1,Why 4?,4\n", "are divided by commas, expected '\\t'; name it .csv"),
+     "are separated by semicolons, expected ','; save it with commas, as CSV"),
+    ("d.csv", "id\tquestion\tanswer\n1\tWhy 4?\t4\n", "are separated by tabs, expected ','; name it .tsv"),
+    ("d.tsv", "id,question,answer\n1,Why 4?,4\n", "are separated by commas, expected '\\t'; name it .csv"),
     ("d.csv", "ID,Question,Answer\n1,Why 4?,4\n", "question: missing; rename 'ID' to 'id', 'Question' to 'question', "
      "'Answer' to 'answer': names of fields are lower case"),
     ("d.csv", "question, Answer\nWhy 4?,4\n", "answer: missing; rename ' Answer' to 'answer': names of fields are"),

@@ -398,7 +398,7 @@ def test_a_store_of_something_else_is_refused_with_both_values(tmp_path, options
         tiny.model(3, len(OTHER), seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         options = options | {"teacher": str(folder)}
-    with pytest.raises(ValueError, match=f"this store is of another {message}"):
+    with pytest.raises(ValueError, match=f"this store was written with another {message}"):
         distill(tmp_path, Store(tmp_path / "store"), **options)
 
 

@@ -17,9 +17,9 @@ def test_replies_are_read_again(tmp_path):
     assert again.get(1, 0, [("é", 1)]) == [Reply("a\nb", True)]
     assert again.get(1, 1, [("é", 1)]) is None
     assert path.read_bytes().endswith(b"]}\n")
-    with pytest.raises(ValueError, match="batch 0 of phase 1 is of other examples"):
+    with pytest.raises(ValueError, match="batch 0 of phase 1 has other examples"):
         again.get(1, 0, [("f", 1)])
     path.write_text('{"not": "ours"}\n')
-    with pytest.raises(ValueError, match="w.jsonl:1: damaged, or no journal of replies"):
+    with pytest.raises(ValueError, match="w.jsonl:1: damaged, or not a journal of replies"):
         ReplyJournal(path, {"seed": 1})
     assert path.read_text() == '{"not": "ours"}\n'

@@ -29,7 +29,7 @@ HINT = AnnotateConfig.hint
         ("So the answer is 12.\nAnswer: 12", "12", 1, "rationale only states the answer"),
         ("The answer is 12 nuts.\nAnswer: 12", "12", 2, "rationale only states the answer"),
         ("", "12", 2, "no rationale"),
-        ("By the hint, 3 bags of 4 nuts are 12.\nAnswer: 12", "12", 2, "rationale speaks of the hint"),
+        ("By the hint, 3 bags of 4 nuts are 12.\nAnswer: 12", "12", 2, "rationale mentions the hint"),
         ("A person must say yes.\nAnswer: Yes.", "yes", 1, ""),
         ("3袋每袋4个，一共12个。\nAnswer: 12", "12", 1, ""),
         ("答案是12。\nAnswer: 12", "12", 1, "rationale only states the answer"),

@@ -346,7 +346,7 @@ def test_a_shard_of_another_store_is_refused(tmp_path):
         fill(tmp_path / folder, expected, description=DESCRIPTION | {"teacher": teacher})
     name = "shard-00001.safetensors"
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-    message = f"{name}: of another store: it was written with a store.json of fingerprint [0-9a-f]+, expected [0-9a-f]+"
+    message = f"{name}: belongs to another store: it was written with a store.json of fingerprint [0-9a-f]+, expected"
     with pytest.raises(ValueError, match=message):
         list(Store(tmp_path / "a"))
     fill(tmp_path / "a", expected, description=DESCRIPTION | {"teacher": "aa"})

@@ -44,7 +44,7 @@ def maps(S, W, names=("teacher", "student")):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that the test draws, in place of files."""
+    """The figures that the test draws, instead of files."""
     found = []
     monkeypatch.setattr(style, "save", lambda figure, path, title, *_: found.append((figure, title)))
     return found

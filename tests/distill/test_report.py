@@ -308,7 +308,7 @@ def test_a_default_that_cannot_be_used_is_a_note(work, tmp_path):
     shutil.copytree(work / "run", folder)
     (folder / "model.safetensors").write_bytes(b"broken")
     page = write(folder, tmp_path)
-    assert "What the run&#x27;s options name cannot be used: " in page and data_in(page)["maps"] == []
+    assert "The run&#x27;s options name something that cannot be used: " in page and data_in(page)["maps"] == []
 
 
 def test_a_store_of_mixed_maps_and_one_of_another_text(work, tmp_path):

@@ -1,4 +1,4 @@
-"""Key words and steps chosen in other ways: patterns, spans of the data, functions of one's own, and policies."""
+"""Other ways to choose key words and steps: patterns, spans of the data, user-defined functions, and policies."""
 
 from __future__ import annotations
 
@@ -266,11 +266,11 @@ def test_they_are_parts_of_a_stores_identity(tmp_path, mine):
     assert made().train_dataset.store is not None
     for change, name in (({"splitter": "rules"}, "splitter"), ({"key_occurrence": "all"}, "key occurrence"),
                          ({"max_key_words": 2}, "max key words"), ({"key": "regex:Ann|Bob"}, "key")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"this store is of another {name}"):
+        with pytest.raises(ValueError, match=f"this store was written with another {name}"):
             made(**change)
     (mine / "my_selectors.py").write_text(MINE.replace("Ann|Bob", "Ann"))
     sys.modules.pop("my_selectors")
-    with pytest.raises(ValueError, match="this store is of another source of key"):
+    with pytest.raises(ValueError, match="this store was written with another source of key"):
         made()
     plain = dataclasses.replace(
         options, key="numbers", splitter="rules", key_occurrence="all", store=str(tmp_path / "old")

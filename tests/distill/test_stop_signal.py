@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM stop a training at the end of its step, and the resumed run is the same as one without them."""
+"""SIGINT and SIGTERM stop a training at the end of its step, and the resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_signal_in_the_last_step_changes_nothing(work, run):
 
 
 def test_an_ignored_signal_stays_ignored(work, run):
-    """A process that a shell script has put into the background ignores SIGINT, and is meant to."""
+    """A background process of a shell script ignores SIGINT, as it should."""
     assert run(argv_of(work, work / "ignored"), 2, signal.SIGINT, ignored=True)[0] == 0
 
 

@@ -177,7 +177,7 @@ def test_a_report_of_replies_that_say_nothing(copy):
 
 
 def test_primary_comparisons(copy, monkeypatch):
-    """Corrected for them alone, those without a finished run among them."""
+    """The correction covers only them, including those without a finished run."""
     monkeypatch.setattr(report, "LEVEL", 0.5)  # two seeds are few
     for seed in (0, 1):
         for arm, right in (("dss", {seed}), ("paper", set(range(20)) - {seed + 2})):  # one right, one wrong
@@ -265,7 +265,7 @@ def test_a_changed_data_file_or_model_is_refused(copy, capsys):
     failed = json.loads((folder_of(copy, "world/paper/1") / "failed.json").read_text())
     assert failed["error"] == (
         "ValueError: bases/1 in float32: the model has changed since world/dss/1 was run; use another name, or delete "
-        "that"
+        "that run"
     )
     with (copy / "test.jsonl").open("a") as file:
         file.write("\n")

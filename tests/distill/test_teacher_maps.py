@@ -38,7 +38,7 @@ def test_probe():
 
 
 def uneven() -> LlamaForCausalLM:
-    """A model whose second layer has two query heads and one KV head in place of four and two."""
+    """A model whose second layer has two query heads and one KV head instead of four and two."""
     model = tiny.model(2)
     config = copy.deepcopy(model.config)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 8
@@ -66,7 +66,7 @@ def test_maps_of_each_head_in_layers_with_other_numbers_of_heads():
 @pytest.mark.parametrize("kind", ["last", "uniform", "single", "matched"])
 @pytest.mark.parametrize("map_heads", ["mean", "each"])
 def test_values_are_asked_for_only_by_a_router(tmp_path, kind, map_heads):
-    """Layers whose values cannot be stacked are no obstacle to a mixture that does not read them."""
+    """Layers whose values cannot be stacked are accepted by a mixture that does not read them."""
     units = 2 if map_heads == "mean" else 6
     assert probe(uneven(), map_heads=map_heads) == (units, 2, 0)
     options = {"map_heads": map_heads, "save_strategy": "no", "max_steps": 2}

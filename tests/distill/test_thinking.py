@@ -1,4 +1,4 @@
-"""Thinking traces: found under templates that keep, move or drop them, taught whole, and counted where broken."""
+"""Thinking traces are found under templates that keep, move or drop them, taught completely, and counted if broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans of token ids that exist already, against those of the texts that they are from."""
+"""Plans of existing token ids, against the plans of the original texts."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_under_a_chat_template(tokenizers, name):
 
 
 def test_what_a_model_generated(tokenizers):
-    """Ids that the tokenizer itself would choose otherwise, with an end token and broken characters."""
+    """Ids that the tokenizer itself would not choose, with an end token and broken characters."""
     tokenizer = tokenizers["bytes"]
     ids = tokenizer("How many?").input_ids
     start = len(ids)

@@ -261,7 +261,7 @@ def test_freezing(tmp_path):
     for name, p in t.model.student.named_parameters():
         frozen = "embed_tokens" in name or "layers.0." in name
         assert torch.equal(p, before[name]) == frozen
-    with pytest.raises(ValueError, match="--freeze: 'layer9' is the name of no parameter"):
+    with pytest.raises(ValueError, match="--freeze: 'layer9' matches no parameter"):
         trainer(tmp_path, freeze=["layer9"])
 
 
@@ -442,7 +442,7 @@ def test_the_export_stops_where_training_ended(tmp_path, own, expected):
 
 @pytest.mark.parametrize("rows", [(258, 270), (270, 258), (264, 270)])
 def test_logits_over_padded_embeddings(tmp_path, rows):
-    """The rows after the last token are no tokens, on either side; a head that is not the library's own, too."""
+    """The rows after the last token are not tokens, on either side; also with a custom head."""
     losses = []
     for number, (a, b) in enumerate([(258, 258), rows]):
         student, teacher = tiny.model(2, 258), tiny.model(3, 258, seed=1)

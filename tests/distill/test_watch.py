@@ -1,4 +1,4 @@
-"""What a training says about its attention loss: warnings, pictures for trackers, exact accuracy."""
+"""The reports of a training about its attention loss: warnings, pictures for trackers, exact accuracy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def messages(caplog) -> list[str]:
 
 
 def test_a_router_that_has_collapsed(tmp_path, caplog):
-    """The default pooling sums over the text: a large rate makes one layer win at once. It is said once."""
+    """The default pooling sums over the text: with a large rate one layer wins at once. There is one warning."""
     t = trainer(tmp_path / "a", max_steps=6, router_learning_rate=1.0, **PLAIN)
     t.train()
     (message,) = messages(caplog)

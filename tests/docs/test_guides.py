@@ -163,7 +163,7 @@ class Reader:
             print(result.stdout)
 
     def copy_of_model(self, arguments: list[str]) -> None:
-        """A tiny model in place of SmolLM2 and of the one that is cut from it."""
+        """A tiny model instead of SmolLM2 and of the one that is cut from it."""
         assert Path(arguments[0]).is_file(), arguments[0]
         made = next(Path(word) for word in arguments[1:] if word in ("teacher", "student") and not Path(word).exists())
         shutil.copytree(self.models / made.name, made)

@@ -1,4 +1,4 @@
-"""The kernel in place of flash-attn 4's preprocess on a Hopper GPU, against the oracle and the path without it."""
+"""The replacement of flash-attn 4's preprocess on a Hopper GPU, against the oracle and the path without it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-DROP = "<drop>"  # in place of a reply: close the connection in the middle of one
+DROP = "<drop>"  # instead of a reply: close the connection in the middle of one
 
 
 def text_of(body: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Collects, from the source, the messages that a user can meet: errors, warnings, and the reasons for refusals.
 
-A message is a text with ``..`` in place of each value. An argument that is a local name, a module's constant or a call
+A message is a text with ``..`` for each value. An argument that is a local name, a module's constant or a call
 of a function of the package is followed to its texts; a message without a letter of its own (``f"{path}: {error}"``)
 only passes another one on and is not collected.
 """
@@ -24,7 +24,7 @@ EXCEPTIONS = {
 }
 INTERNAL = {"StopIteration", "AssertionError"}  # never shown
 WARNERS = {"warnings.warn": 0, "logger.warning": 0, "logger.error": 0, "parser.error": 0, "self._warn": 1}
-WARNERS["torch._assert_async"] = 1  # in compiled code, in place of an error
+WARNERS["torch._assert_async"] = 1  # in compiled code, instead of an error
 # Functions that return the reason why something cannot be used, and variables that hold one.
 REASONS = re.compile(r"_?(why_\w+|available|unavailable|fault|mismatch|loaded)$")
 REASON = "reason"

@@ -256,7 +256,7 @@ def renamed_eager(name: str, reason: str | None = None) -> types.SimpleNamespace
 
 
 def test_an_engine_of_ones_own(registered):
-    """It is listed, taken by its name, and by "auto" only where it asks for it; the last one that asks is the first."""
+    """It is listed, used by name, and by "auto" only on devices of ``first_on``; the last registered comes first."""
     (q, k, v), plan, _ = inputs("ragged", torch.float32)
     before = engine_selection.order(AttentionInputs(q, k, v).request(AttentionOptions(True, 0.25)))
     mine = renamed_eager("mine")
@@ -314,7 +314,7 @@ def calls(function) -> list[str]:
 
 @pytest.mark.parametrize("engine, forward, backward", [("native", 44, 30), ("sdpa", 61, 60)])
 def test_python_work_of_a_layer(engine, forward, backward):
-    """A small layer costs as much as the Python around it: an additional call must be intended."""
+    """The time of a small layer is that of the Python code around it: an additional call must be intended."""
     if not mk.engines()["native"].ready:
         pytest.skip(str(mk.engines()["native"]))
     (q, k, v), plan, cu = inputs("ragged", torch.float32, packed=True)

@@ -1,4 +1,4 @@
-"""Tests folding dlse into out: the backward then computes D - dlse in place of D = sum(O * dO)."""
+"""Tests folding dlse into out: the backward then computes D - dlse instead of D = sum(O * dO)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel in place of flash-attn 4's preprocess, interpreted: the tile order, and a whole backward around it."""
+"""The replacement of flash-attn 4's preprocess, interpreted: the tile order, and a whole backward around it."""
 
 from __future__ import annotations
 
@@ -244,4 +244,4 @@ def test_reasons(package, monkeypatch):
         assert "no sinks, no softcap, no empty plan" in flash_attn.why_not_fused(changed, *call[1:])
     full = make(Case("full", D=128, causal=False, dtype=BF16))
     call = full.attention_inputs(), Case("full", D=128, causal=False).options(), full.plan_tensors()
-    assert "of head_dim 128 is of another kind" in flash_attn.why_not_fused(*call)
+    assert "of head_dim 128 has another layout" in flash_attn.why_not_fused(*call)

@@ -1,4 +1,4 @@
-"""Tests that the short way to a compiled kernel ends at the kernel that Triton itself would launch."""
+"""Tests that the fast launch uses the compiled kernel that Triton itself would launch."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_folding_into_an_out_without_a_contiguous_head_dim():
 @pytest.mark.parametrize("source", ["both", "map"])
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 def test_an_engine_that_folds(source, sinks, monkeypatch):
-    """The whole layer: the engine's backward gets O' and dO' in place of a gradient of lse."""
+    """The whole layer: the engine's backward gets O' and dO' instead of a gradient of lse."""
     monkeypatch.setattr(engine_selection, "choose_map_engine", lambda engine, q, options: "triton")
     monkeypatch.setattr(sdpa, "folds_dlse", lambda inputs: True)
     case = Case("engine_folds", M=40, B=2, sinks=sinks)
