@@ -1,4 +1,4 @@
-"""The program ``molsaki``: one word per command, each a config, a module and the function that runs it.
+"""The program ``molsaki``: the commands, each with its config, module and function.
 
 A module is imported when its command runs, so ``molsaki --help`` imports neither torch nor transformers. Results go to
 standard output, everything else to standard error. A user's mistake is one line there and exit code 2; set
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt as error:
         return interrupted(command, given, error)
-    except BrokenPipeError:  # the reader, such as head, has enough
+    except BrokenPipeError:  # the reader, such as head, has closed its input
         _close_output()
         return INTERRUPTED + 13  # SIGPIPE
     except SystemExit as end:  # argparse has shown a help
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _discard_output()  # if it is standard output that cannot be written, Python's end would fail again
             return refuse(command, " ".join(str(error).split()))
         return crashed(command, error)
-    finally:  # --log_format is of this call
+    finally:  # --log_format applies to this call only
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -98,8 +98,8 @@ COMMANDS = {
     "plot": "draw losses, layer weights and maps",
     "report": "write a page about a run: curves, maps, predictions",
     "study": "train and compare a grid of methods, seeds and data sets",
-    "store": "look at a store: verify, info or head",
-    "doctor": "say what this machine can run, and what to do about the rest",
+    "store": "inspect a store: verify, info or head",
+    "doctor": "report what this machine can run, and how to fix the rest",
     "completion": "print a script that completes commands and flags in a shell",
 }
 # The commands with a config: its module and name, and the module of the function with the command's name.
@@ -250,7 +250,7 @@ def _run_configured(command: str, argv: Sequence[str]) -> int:
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="FILE", help="YAML file of the study: see docs/study.md.")
     parser.add_argument("--processes", metavar="N", type=int, default=1,
-                        help="How many to start here; others may join, also later. [default: 1]")  # fmt: skip
+                        help="Number of processes to start; others may join later. [default: 1]")  # fmt: skip
     parser.add_argument("--threads", metavar="N", type=int,
                         help="Threads per process. Default: all processors, shared evenly.")  # fmt: skip
     parser.add_argument("--arms", metavar="NAME", nargs="+", default=[], help="Only the runs of these arms.")
@@ -262,7 +262,7 @@ def _study(args: argparse.Namespace) -> int:
     from molsaki.extras import require
 
     require("train")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a line per run in place of bars; tqdm reads it when it is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one line per run instead of bars; tqdm reads it when it is imported
     if args.dry_run:
         from molsaki.dry_run.study import dry_run_study
         from molsaki.dry_run.text import render

@@ -61,7 +61,7 @@ def of_the_user(error: Exception) -> Exception:
 
 
 def is_user_error(error: Exception) -> bool:
-    """Whether an exception is the answer to what the user asked for, and not a fault of the program.
+    """Whether an exception is caused by the user's input, and not by a fault of the program.
 
     Files and packages that are missing are; so is a value that a ``raise`` statement of ours or of a library refused.
     An error that Python itself raised in the middle of an expression is not.
@@ -105,7 +105,7 @@ def interrupted(command: str, argv: Sequence[str], error: KeyboardInterrupt) -> 
     saved = getattr(error, "checkpoint", None)
     again = _again(argv, resume=command == "distill")
     if saved is not None and not getattr(error, "can_resume", True):
-        message = f"saved {saved}, which save_only_model keeps from being continued."
+        message = f"saved {saved}, which cannot be continued, because save_only_model is set."
     elif saved is not None:
         message = f"saved {saved}. To continue: {again}"
     elif command == "distill":

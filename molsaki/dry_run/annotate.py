@@ -69,7 +69,7 @@ def dry_run_annotate(config: AnnotateConfig) -> Found:
                 "both_phases_at_most": round(most[FIRST] + most[SECOND], 4),
                 "computed": "a token per byte of the prompt and the longest reply; most runs cost a fraction of it",
             } | ({} if config.max_cost is None else {"max_cost": config.max_cost})
-        result["time"] = {"note": f"unknown: no request was sent; {config.concurrency} requests are asked at a time"}
+        result["time"] = {"note": f"unknown: no request was sent; {config.concurrency} requests are sent at a time"}
         return result
     groups = batches(prompts, config.batch_size)
     model, tokenizer = teacher._model, teacher._tokenizer

@@ -12,7 +12,7 @@ Found = dict[str, Any]
 
 
 class Counts:
-    """Steps, words and tokens of the examples that are used, and how many others are left out for which reason."""
+    """Steps, words and tokens of the examples that are used, and the number left out, by reason."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []

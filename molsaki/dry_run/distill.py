@@ -19,7 +19,7 @@ from molsaki.training import checkpoints
 from molsaki.training.config import DistillConfig
 from molsaki.training.probe import Plan, Probe
 
-STREAMED = 256  # examples of a stream that are looked at
+STREAMED = 256  # examples of a stream that are read
 
 
 def dry_run_distill(config: DistillConfig) -> Found:

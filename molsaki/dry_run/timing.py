@@ -13,8 +13,8 @@ from molsaki.dry_run.counts import Found
 from molsaki.measuring import peak_of_process, synchronize
 
 TYPICAL = 2  # batches that are timed after the longest; as in molsaki.training.probe
-BY_PROCESS = "the most that this process had, the longest batch included"
-BY_DEVICE = "the most that PyTorch had allocated on the GPU, the longest batch included"
+BY_PROCESS = "the peak memory of this process, including the longest batch"
+BY_DEVICE = "the peak that PyTorch allocated on the GPU, including the longest batch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def timed(run: Callable[[Sequence[int]], Any], groups: Sequence[tuple[list[int],
 def time_decoding(
     run: Callable[[Sequence[int], int], int], groups: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[int, float]:
-    """Decode one token of the longest prompts, for the memory, then one typical batch as long as its replies are.
+    """Decode one token of the longest prompts, for the memory, then one typical batch to the end of its replies.
 
     Returns:
         The tokens that each reply of that batch took, the longest included, and the seconds.

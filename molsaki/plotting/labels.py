@@ -56,5 +56,5 @@ def clean(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """A key word or token of spaces and line ends as signs."""
+    """Make spaces and line ends of a key word or token visible."""
     return text if text.strip() or not text else text.replace("\r", "").replace("\n", "↵").replace(" ", "␣")

@@ -21,7 +21,7 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 
 Array = np.ndarray[Any, Any]
-PAGE = 10.0  # inches: of more, panels stand one above the other, so that letters stay readable at a page's width
+PAGE = 10.0  # inches: wider pictures stack their panels, so that letters stay readable at a page's width
 STEP_CHARS, STEP_LINES, WORD_CHARS = 30, 2, 14  # longest step (per line) and word of a label
 LABELLED_STEPS, LABELLED_WORDS = 40, 40  # with more, a map is an overview of all cells and a cut-out with all labels
 TOP_STEPS, TOP_WORDS = 16, 24  # rows and columns of the cut-out
@@ -44,8 +44,8 @@ def plot_map(
 ) -> Path:
     """Stepwise maps of one text as heatmaps on one colour scale, such as the teacher's beside the student's (Eq. 6).
 
-    Up to `LABELLED_STEPS` steps and `LABELLED_WORDS` words, every row and column has its text. Of a larger map there is
-    an overview of all cells, and below it, with texts, the `TOP_STEPS` rows and `TOP_WORDS` columns with the largest
+    Up to `LABELLED_STEPS` steps and `LABELLED_WORDS` words, every row and column has its text. A larger map has an
+    overview of all cells and, below it, with texts, the `TOP_STEPS` rows and `TOP_WORDS` columns with the largest
     sums over all maps. Of more than `DRAWN_STEPS` steps or `DRAWN_WORDS` words, several neighbours share a row or
     column of the overview, and its cell shows the largest of their values. Cells that are not a finite number are grey
     and hatched.

@@ -76,7 +76,7 @@ def plot_accuracy(
     *,
     formats: Sequence[str] = (),
 ) -> Path:
-    """Accuracy along the way: each method's mean over seeds, and the range of its seeds as a band.
+    """Accuracy during training: each method's mean over seeds, and the range of its seeds as a band.
 
     Args:
         points: by method and training step, the accuracies of its seeds in per cent.

@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 TEACHER, STUDENT, OTHER = "#1f5a99", "#d1672c", "#d9d9d9"
 # Lines differ in hue and in lightness, so that they can be told apart with every kind of colour blindness and in grey;
-# each also has a dash pattern and a marker of its own. tests/distill/test_plots.py measures the distances.
+# each also has its own dash pattern and marker. tests/distill/test_plots.py measures the distances.
 COLOURS = (TEACHER, STUDENT, "#2a0a12", "#1fa592", "#8f55ea", "#7d1a08")
 DASHES: tuple[Any, ...] = (
     "-",
@@ -136,7 +136,10 @@ FONTS = (
 
 @functools.lru_cache(maxsize=64)
 def _fonts(characters: frozenset[str]) -> list[str]:
-    """DejaVu Sans and, of the installed fonts above, those with further characters; warn of what none has."""
+    """DejaVu Sans and, of the installed fonts above, those with further characters.
+
+    Warns about characters that no font has.
+    """
     families = ["DejaVu Sans"]
     ignored = ("Cc", "Cf", "Cs", "Cn", "Mn", "Zl", "Zp")
     missing = {ord(c) for c in characters if unicodedata.category(c) not in ignored}
@@ -163,7 +166,7 @@ def _codes(family: str) -> frozenset[int]:
 
 
 def save(figure: Figure, path: str | Path, title: str, description: str, formats: Sequence[str] = ()) -> Path:
-    """Write the figure to ``path``, and with each suffix of ``formats``, without what differs from day to day."""
+    """Write the figure to ``path``, and with each suffix of ``formats``, without metadata that changes between runs."""
     path = Path(path)
     first = path.suffix.removeprefix(".") or "png"
     if title:
@@ -178,7 +181,7 @@ def save(figure: Figure, path: str | Path, title: str, description: str, formats
     for suffix in dict.fromkeys((first, *formats)):
         buffer = io.BytesIO()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # `_fonts` has said so
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # `_fonts` has warned already
             figure.savefig(buffer, format=suffix, dpi=DPI, metadata=metadata.get(suffix))
         data = buffer.getvalue()
         if suffix == "svg":

@@ -62,7 +62,7 @@ class Parts:
 
 
 def model_or_name(value: Any, argument: str, config: DistillConfig, field: str) -> PreTrainedModel | None:
-    """A model that was given; a name is written into the config's field, by which the model is loaded."""
+    """The given model. A name is written into the config's field, by which the model is loaded."""
     if isinstance(value, (str, os.PathLike)):
         _set_name(field, os.fspath(value), config, argument)
         return None
@@ -73,7 +73,7 @@ def model_or_name(value: Any, argument: str, config: DistillConfig, field: str) 
 
 
 def store_or_folder(value: Any, config: DistillConfig) -> Store | None:
-    """A store that was given; a folder is written into the config, by which the store is opened."""
+    """The given store. A folder is written into the config, by which the store is opened."""
     if isinstance(value, (str, os.PathLike)):
         _set_name("store", os.fspath(value), config)
         return None
@@ -210,8 +210,8 @@ def _choose_packing(config: DistillConfig, objective: Objective, student: PreTra
     sharing = objective.explain_texts and packing and config.share_question is not False and can_share_prefix(student)
     if config.share_question and not sharing:
         raise ValueError(
-            f"--share_question: {type(student).__name__} gives other results if the shared prefix is not computed "
-            "again; use --share_question false"
+            f"--share_question: {type(student).__name__} gives different results if the shared prefix is not "
+            "recomputed; use --share_question false"
         )
     return packing, sharing
 

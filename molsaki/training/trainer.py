@@ -132,7 +132,9 @@ class DistillTrainer(Trainer):
         self._idle = IdleLoss(learns_router, unit)
         self._is_in_checkpoint = False
         distiller: Any = Distiller(parts.student, parts.mixture, config)
-        if config.neftune_noise_alpha is not None:  # only then: accelerate's FSDP would shard the embedding apart
+        if (
+            config.neftune_noise_alpha is not None
+        ):  # only if set, since accelerate's FSDP would shard the embedding separately
             distiller.get_input_embeddings = parts.student.get_input_embeddings
         super().__init__(
             model=distiller,
@@ -212,7 +214,7 @@ class DistillTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         training, self._means = self._means, ExampleMeans()
-        beta, self.model.beta = self.model.beta, self.args.beta  # a loss that can be compared over the training
+        beta, self.model.beta = self.model.beta, self.args.beta  # so that eval_loss is comparable over the training
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:
@@ -226,7 +228,7 @@ class DistillTrainer(Trainer):
         return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def _accuracy(self, data: DistillDataset) -> float:
-        """The share of right replies to the first ``eval_accuracy`` examples, which the processes divide."""
+        """The share of right replies to the first ``eval_accuracy`` examples, divided among the processes."""
         config, accelerator = self.args, self.accelerator
         chosen = [data.examples[int(number)] for number in data.used[: config.eval_accuracy]]
         options = EvaluateConfig(
@@ -246,7 +248,9 @@ class DistillTrainer(Trainer):
                 "expected others, or eval_accuracy_mode answer"
             )
         if asked < len(chosen) and self.is_world_process_zero():
-            logger.warning("eval_accuracy: of %d of %d examples; the others could not be asked", asked, len(chosen))
+            logger.warning(
+                "eval_accuracy: computed on %d of %d examples; the others could not be asked", asked, len(chosen)
+            )
         return float(right / asked)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -261,7 +265,7 @@ class DistillTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The distiller's forward, after what the teacher has to add to the batch."""
+        """The distiller's forward on the batch with the teacher's part added."""
         mixture, teacher, live = self.model.mixture, self.teacher, batch.teacher
         if mixture is not None and batch.teacher_layers is not None:
             weights, mixed = mixture.teacher(batch.teacher_layers.float(), batch.plan)
@@ -278,7 +282,7 @@ class DistillTrainer(Trainer):
                 weights, mixed = mixture.teacher(maps, live.plan)
                 batch = dataclasses.replace(batch, teacher_map=mixed, teacher_weights=weights)
             elif torch.equal(live.targets, batch.student[0].targets[: len(live.targets)]):
-                with torch.no_grad():  # a model may have more rows than there are tokens
+                with torch.no_grad():  # the logits may have more rows than the tokenizer has tokens
                     logits = label_logits(teacher, live)[:, : self._vocabulary]
                 batch = dataclasses.replace(batch, teacher_logits=logits)
             else:
@@ -293,7 +297,7 @@ class DistillTrainer(Trainer):
         return cast(dict[str, Tensor], model(dataclasses.replace(batch, teacher=None, teacher_layers=None)))
 
     def _save_bad(self, batch: Batch, out: dict[str, Tensor]) -> str:
-        """Save the batch whose loss is not finite; the error message."""
+        """Save the batch whose loss is not finite and return the error message."""
         path = self._folder / f"bad_batch_step{self.state.global_step}_rank{self.args.process_index}.pt"
         torch.save({"inputs": batch, "losses": out}, path)
         bad = [example for example, loss in zip(batch.ids, out["loss"], strict=True) if not torch.isfinite(loss)]
@@ -352,7 +356,7 @@ class DistillTrainer(Trainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As ``Trainer``'s, also of examples and dicts. No batch is dropped: every example counts once."""
+        """As in ``Trainer``, also for examples and dicts. No batch is dropped: every example counts once."""
         if not isinstance(eval_dataset, str):
             getattr(self, "_eval_dataloaders", {}).pop("eval", None)  # it may be of another data set
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -468,6 +472,6 @@ class DistillTrainer(Trainer):
         extra = sorted(load_result.unexpected_keys)
         if lacking or extra:
             raise ValueError(
-                f"resume_from_checkpoint: the checkpoint is of another student: it lacks {lacking[:3]} and also has "
-                f"{extra[:3]}; use the student and the LoRA options of that run, or another output_dir"
+                f"resume_from_checkpoint: the checkpoint belongs to another student: it lacks {lacking[:3]} and also "
+                f"has {extra[:3]}; use the student and the LoRA options of that run, or another output_dir"
             )

@@ -160,7 +160,7 @@ def _gradients_with_map(
             dlse = map_gradient.dlse if dlse is None else map_gradient.dlse + dlse
             upstream = OutputGradients(dout, dlse)
     result = _engine_gradients(upstream, inputs, served, attention, options, plan, engine)
-    # Folding dlse replaces a vanished dO by tiny numbers, which leave a trace in dv.
+    # Folding dlse replaces a vanished dO by tiny numbers, which slightly affect dv.
     dv = torch.zeros_like(inputs.v) if gradients.dout is None else result.dv
     if map_gradient is not None:
         map_gradient.add_to(result.dq, result.dk)
@@ -303,7 +303,7 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None) -> Any:
-        # With create_graph=True the operator is called, which has no derivative and says so.
+        # With create_graph=True the operator is called, which raises an error because it has no derivative.
         directly = not torch.is_grad_enabled() and runs_untraced(dout, dlse, dmaps)
         return *_differentiate_attention(ctx, dout, dlse, dmaps, directly), None
 

@@ -146,7 +146,7 @@ def test_resume_with_nothing_to_resume_starts(tmp_path):
 def test_a_checkpoint_of_another_student_is_refused(straight, tmp_path):
     other = trainer(tmp_path, student=tiny.model(3))
     shutil.copytree(Path(straight.args.output_dir, "checkpoint-3"), tmp_path / "checkpoint-3")
-    with pytest.raises(ValueError, match="^resume_from_checkpoint: the checkpoint is of another student"):
+    with pytest.raises(ValueError, match="^resume_from_checkpoint: the checkpoint belongs to another student"):
         other.train(resume_from_checkpoint=True)
 
 

@@ -425,7 +425,7 @@ def test_another_run_into_the_same_folder_is_refused(tmp_path):
     extract(config(tmp_path), TEACHER, OTHER)
     with pytest.raises(ValueError, match="another tau t"):
         extract(config(tmp_path, tau_t=0.3), TEACHER, OTHER)
-    with pytest.raises(ValueError, match="another data"):
+    with pytest.raises(ValueError, match="another data set"):
         extract(
             config(tmp_path, [{**r, "answer": "1", "rationale": "No 1."} for r in tiny.problems(11)]), TEACHER, OTHER
         )

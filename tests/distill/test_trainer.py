@@ -134,7 +134,9 @@ def test_sharing_that_a_student_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setattr("molsaki.training.setup.can_share_prefix", lambda model: False)
     collator = trainer(tmp_path).data_collator
     assert collator.packing and not collator.share_question
-    with pytest.raises(ValueError, match="--share_question: LlamaForCausalLM gives other results if the shared prefix"):
+    with pytest.raises(
+        ValueError, match="--share_question: LlamaForCausalLM gives different results if the shared prefix"
+    ):
         trainer(tmp_path, share_question=True)
     for options in ({"packing": False}, {"objective": "vanilla"}):
         with pytest.raises(ValueError, match="share_question: expected packing and an objective of both tasks, got"):
