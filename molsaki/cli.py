@@ -34,7 +34,7 @@ from molsaki.exits import (
 from molsaki.terminal import styled_help
 
 if TYPE_CHECKING:
-    from molsaki.command_help import Parser
+    from molsaki.command_parser import Parser
 
 FLAG = re.compile(r"--[A-Za-z][\w-]*(?=\Z|=)")
 
@@ -151,7 +151,7 @@ def parsers(inherited: bool = False) -> dict[str, Parser]:
 
 def parser_of_command(command: str, inherited: bool = False) -> Parser:
     """The parser of one command; see `parsers`."""
-    from molsaki.command_help import config_of, parser_of
+    from molsaki.command_parser import config_of, parser_of
 
     if command not in CONFIGURED:
         return parser_of(command, COMMANDS[command], fill=ARGUMENTS[command])

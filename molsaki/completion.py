@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from molsaki.command_help import Parser
+from molsaki.command_parser import Parser
 from molsaki.extras import require
 
 FILES, FOLDERS = ("FILE",), ("FOLDER", "MODEL")  # metavars whose values are files, or folders

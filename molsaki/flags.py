@@ -77,7 +77,7 @@ def build(config_class: type[Config], values: Mapping[str, Any], where: str) -> 
 
 
 def _parser(config_class: type[Config], prog: str | None = None, has_dry_run: bool = False) -> tuple[Any, list[str]]:
-    """A parser whose errors are ValueErrors, and the names of its flags. `molsaki.command_help` shows their help."""
+    """A parser whose errors are ValueErrors, and the names of its flags. `molsaki.command_parser` shows their help."""
     from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
     class Parser(HfArgumentParser):

@@ -14,8 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from molsaki.batches.dataset import Item, check_stored
 from molsaki.batches.tokenized import LeftOut, Tokenization, TokenizedExample, all_left_out
 from molsaki.store.map_store import Store
-from molsaki.text.examples import Example, example_of, id_prefixes, stream_records
+from molsaki.text.examples import Example, example_of, id_prefixes
 from molsaki.text.formats import AUTO
+from molsaki.text.json_records import stream_records
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,14 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from molsaki.batches.shared_prefix import SharedPrefix
 from molsaki.modeling.chunked_attention import chunked_attention
-from molsaki.modeling.compact_mask import CompactMask, active_record, attention_mask
+from molsaki.modeling.compact_mask import CompactMask
+from molsaki.modeling.mask_function import active_record, attention_mask
 from molsaki.modeling.masked_attention import masked_attention, suffix_attention
 from molsaki_kernels import StepPlan, stepwise_attention
 from molsaki_kernels.masking import visible
 
 if TYPE_CHECKING:
-    from molsaki.modeling.capture import Record
+    from molsaki.modeling.record import Record
 
 NAME = "molsaki"
 SPARSE = frozenset({"block_indices", "indices"})  # the keys or blocks of keys that each query sees

@@ -8,7 +8,7 @@ import torch
 def refuse_sequence_parallelism() -> None:
     """Raise a ValueError under PyTorch's or accelerate's context parallelism, or DeepSpeed's Ulysses."""
     from accelerate.state import AcceleratorState
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # late, as in compact_mask.py
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # late, as in mask_function.py
 
     kind = None
     sdpa = torch.nn.functional.scaled_dot_product_attention

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from molsaki.functions import is_named, named_function
 from molsaki.method.layer_pairs import MIXTURE_NAMES, Pairing
 from molsaki.method.mixture import MixtureOfLayers
-from molsaki.modeling.capture import Record, capture
+from molsaki.modeling.capture import capture
+from molsaki.modeling.record import Record
 from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki_kernels import StepPlan
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import collections
 import dataclasses
 import json
 import logging
 import math
-import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -20,6 +18,7 @@ import numpy as np
 from molsaki.text.answers import gold_choice, kind_of, same_answer
 from molsaki.text.conversations import Turn, checked_context, turns_of
 from molsaki.text.formats import AUTO, EARLIER, FORMATS, Fields, check_case, format_of, to_fields
+from molsaki.text.json_records import parse_record, records_in, state_of
 from molsaki.text.spans import Span, checked_key_spans
 from molsaki.text.tables import as_json_lines
 from molsaki.text.thinking import with_opening
@@ -72,9 +71,9 @@ class Examples(Sequence[Example]):
         with_reply: bool = True,
     ):
         self._options = data_format, names, with_reply
-        self._tables, self._table_states = paths, [_state(path) for path in paths]
+        self._tables, self._table_states = paths, [state_of(path) for path in paths]
         self._paths = [as_json_lines(path) for path in paths]
-        self._states = [_state(path) for path in self._paths]
+        self._states = [state_of(path) for path in self._paths]
         self._index, self.left_out = index, left_out
 
     def __len__(self) -> int:
@@ -98,8 +97,8 @@ class Examples(Sequence[Example]):
         entry = self._index[index]
         path, table = self._paths[entry["file"]], self._tables[entry["file"]]
         with path.open("rb") as file:
-            is_same = _state(file.fileno()) == self._states[entry["file"]]
-            if not is_same or (table is not path and _state(table) != self._table_states[entry["file"]]):
+            is_same = state_of(file.fileno()) == self._states[entry["file"]]
+            if not is_same or (table is not path and state_of(table) != self._table_states[entry["file"]]):
                 raise ValueError(f"{table}: has changed since it was opened; run again")
             file.seek(entry["offset"])
             return cast(Fields, json.loads(file.read(entry["length"])))
@@ -138,10 +137,10 @@ def read_examples(path: str | Path | Sequence[str | Path], rationale: bool = Tru
         formats: collections.Counter[str] = collections.Counter()
         if not one.is_file():
             raise FileNotFoundError(f"{one}: no such file")
-        for line, offset, data in _records(as_json_lines(one)):
+        for line, offset, data in records_in(as_json_lines(one)):
             fields: Fields = {}
             try:
-                fields = _parse(data)
+                fields = parse_record(data)
                 example = example_of(
                     fields, f"{names[number]}{line}", rationale, not rationale, data_format, with_reply=rationale
                 )
@@ -187,24 +186,6 @@ def id_prefixes(paths: Sequence[Path]) -> list[str]:
     return [f"{path if names.count(path.name) > 1 else path.name}:" for path in paths]
 
 
-def stream_records(path: Path) -> Iterator[tuple[int, Fields | ValueError]]:
-    """The records of a file with their line numbers, read lazily. A record that is not a JSON object is replaced by an
-    error whose arguments are the reason and the place.
-
-    Raises:
-        ValueError: the file holds none, or is an array that is not valid JSON, or a table that cannot be read.
-    """
-    is_empty = True
-    for line, _, data in _records(as_json_lines(path)):
-        is_empty = False
-        try:
-            yield line, _parse(data)
-        except ValueError as error:
-            yield line, ValueError("not a JSON object", f"{path}:{line}: {error}")
-    if is_empty:
-        raise ValueError(f"{path}: holds no examples")
-
-
 def _named(left_out: Sequence[str]) -> str:
     """The first example that was left out for each reason, and the number of others."""
     groups: dict[str, list[str]] = {}
@@ -216,57 +197,6 @@ def _named(left_out: Sequence[str]) -> str:
     ]
     more = sum(len(found) for found in list(groups.values())[NAMED:])
     return "; ".join(named[:NAMED]) + (f"; and {more} more" if more else "")
-
-
-def _records(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """The number, from 1, the byte offset and the bytes of each line that is not blank, or of each array element."""
-    with path.open("rb") as file:
-        offset = 3 * (file.read(3) == codecs.BOM_UTF8)
-        file.seek(offset)
-        start = file.read(1 << 16).lstrip()
-        file.seek(offset)
-        if start.startswith(b"["):
-            yield from _elements(path, file.read(), offset)
-            return
-        for line, data in enumerate(file, 1):
-            if data.strip():
-                yield line, offset, data
-            offset += len(data)
-
-
-def _elements(path: Path, data: bytes, offset: int) -> Iterator[tuple[int, int, bytes]]:
-    """The elements of the JSON array that is the whole of a file from ``offset`` on, as `_records` gives them."""
-    decoder, between = json.JSONDecoder(), re.compile(r"\s*([\[,\]])\s*")
-    try:
-        text = data.decode()
-        number = at = 0
-        while (mark := between.match(text, at)) and mark[1] != "]" and not text.startswith("]", mark.end()):
-            offset += len(text[at : mark.end()].encode())
-            at = decoder.raw_decode(text, mark.end())[1]
-            number, element = number + 1, text[mark.end() : at].encode()
-            yield number, offset, element
-            offset += len(element)
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON, or not UTF-8: {error}") from None
-    if mark is None or text[mark.end() :].strip(" \r\n\t]"):
-        raise ValueError(f"{path}: not valid JSON: expected , or ] after element {number} of the array")
-
-
-def _state(file: Path | int) -> tuple[int, int]:
-    found = os.stat(file)
-    return found.st_size, found.st_mtime_ns
-
-
-def _parse(data: bytes) -> Fields:
-    try:
-        fields = json.loads(data)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start + 1}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-    return fields
 
 
 def example_of(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from molsaki.config import MixtureOptions, check_options
 from molsaki.method import losses
 from molsaki.method.mixture import MixtureOfLayers
-from molsaki.modeling.capture import Record, capture
+from molsaki.modeling.capture import capture
+from molsaki.modeling.record import Record
 from molsaki.modeling.unwrap import input_device
 from molsaki.store.fingerprints import describe_mixture
 from molsaki.store.map_store import Store

@@ -13,8 +13,9 @@ from molsaki.batches.batch import Batch, TextBatch
 from molsaki.method import losses
 from molsaki.method.mixture import MixtureOfLayers
 from molsaki.method.objectives import Prediction, StudentMaps, StudentOutput, objective_of
-from molsaki.modeling.capture import Record, capture
+from molsaki.modeling.capture import capture
 from molsaki.modeling.lm_head import Head, label_logits, use_fused
+from molsaki.modeling.record import Record
 from molsaki.modeling.unwrap import causal_model
 from molsaki.training.config import DistillConfig
 from molsaki_kernels import StepPlan

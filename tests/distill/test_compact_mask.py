@@ -8,7 +8,8 @@ import transformers
 from transformers import StaticCache
 
 import molsaki
-from molsaki.modeling.compact_mask import CompactMask, attention_mask
+from molsaki.modeling.compact_mask import CompactMask
+from molsaki.modeling.mask_function import attention_mask
 from molsaki_kernels import StepPlan
 from tests.helpers.architectures import TRANSFORMERS, batch, eager, five, make, relative
 
