@@ -53,6 +53,13 @@ PAIRINGS: dict[str, Callable[..., Pairs]] = {
     "random": _random,
 }
 MIXTURE_NAMES = ("mixture", "matched", *PAIRINGS)
+# The mixtures whose teacher's map is the same for every student, and the options that it depends on.
+TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "mixture": ("tau_t", "teacher_scale"),
+    "matched": ("teacher_layers",),
+    "single": ("teacher_layer",),
+    "last": (),
+}
 
 
 def layer_pairs(

@@ -11,6 +11,7 @@ import torch
 
 from molsaki.functions import is_named, source
 from molsaki.io import digest, hash64
+from molsaki.method.layer_pairs import TEACHER_OPTIONS
 from molsaki.text.spans import Spans
 
 if TYPE_CHECKING:
@@ -112,16 +113,19 @@ def describe_mixture(
             f"mixture: {options.mixture} needs a store of every layer (extract --all_layers), since a mixed one does "
             "not say which layers your function paired"
         )
-    if not all_layers:
-        found["mixture"] = options.mixture
-        if options.mixture == "mixture":
-            found |= {"tau_t": options.tau_t, "teacher_scale": options.teacher_scale}
-        elif options.mixture == "single":
-            found["teacher_layer"] = options.teacher_layer % teacher_layers
-        elif options.mixture == "matched":
-            found["teacher_layers"] = [layer % teacher_layers for layer in options.teacher_layers]
-        elif options.mixture != "last":
-            if student_layers is None:
-                raise ValueError(f"--student: required: mixture={options.mixture} depends on the student's depth")
-            found |= {"student_layers": student_layers, "mixture_seed": options.mixture_seed}
-    return found
+    if all_layers:
+        return found
+    found["mixture"] = options.mixture
+    names = TEACHER_OPTIONS.get(options.mixture)
+    if names is not None:
+        return found | {name: _from_the_front(getattr(options, name), teacher_layers) for name in names}
+    if student_layers is None:
+        raise ValueError(f"--student: required: mixture={options.mixture} depends on the student's depth")
+    return found | {"student_layers": student_layers, "mixture_seed": options.mixture_seed}
+
+
+def _from_the_front(value: Any, layers: int) -> Any:
+    """A layer, or a list of layers, counted from the front; other values as they are."""
+    if isinstance(value, list):
+        return [_from_the_front(one, layers) for one in value]
+    return value % layers if isinstance(value, int) else value

@@ -38,6 +38,7 @@ from molsaki.batches.tokenized import (
     spans_of,
 )
 from molsaki.config import ExtractConfig, require
+from molsaki.method.layer_pairs import TEACHER_OPTIONS
 from molsaki.method.mixture import MixtureOfLayers
 from molsaki.modeling.attention_hook import NAME
 from molsaki.modeling.loading import context_length, load_for_command, load_tokenizer
@@ -177,7 +178,7 @@ def prepare_extraction(
     maps, layers, _ = probe(teacher.base_model, map_heads=config.map_heads)
     limit = config.teacher_max_length or context_length(teacher.config)
     spec = TokenizerSpec(tokenizer, config.teacher_template, limit)
-    pairs_all = config.mixture not in ("mixture", "matched", "single", "last")
+    pairs_all = config.mixture not in TEACHER_OPTIONS
     if config.map_heads == "each" and pairs_all and not config.all_layers:
         raise ValueError(
             f"map_heads: each needs --all_layers with mixture={config.mixture}, which pairs the heads of both sides"
@@ -201,7 +202,17 @@ def prepare_extraction(
     pairs = maps if mixture is None else mixture.pairs
     entry_bytes = pairs * (2 if mixture is None else 4)
     shard_size = _shard_size(examples, config, entry_bytes, Path(folder))
-    return Extraction(folder, examples, teacher, specs, mixture, packing, description, entry_bytes, shard_size)
+    return Extraction(
+        folder=folder,
+        examples=examples,
+        teacher=teacher,
+        specs=specs,
+        mixture=mixture,
+        packing=packing,
+        description=description,
+        entry_bytes=entry_bytes,
+        shard_size=shard_size,
+    )
 
 
 def _shard_size(examples: Sequence[Example], config: ExtractConfig, entry_bytes: int, folder: Path) -> int:
