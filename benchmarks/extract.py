@@ -76,7 +76,7 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
             entries_of(examples, range(len(examples)), config, specs, teacher, mixture, packing), maxlen=0
         )
 
-    def plain(packing: bool, attention: str) -> Callable[[], object]:
+    def without_maps(packing: bool, attention: str) -> Callable[[], object]:
         batches = batches_of(examples, range(len(examples)), config, specs, packing)
         inputs = [texts.to(device).model_inputs() for _, texts in batches if texts is not None]
 
@@ -89,9 +89,9 @@ def contenders(arguments: argparse.Namespace) -> tuple[dict[str, Callable[[], ob
 
         return run
 
-    found = {BASE: plain(False, "sdpa"), "extract, padded": extraction(False)}
+    found = {BASE: without_maps(False, "sdpa"), "extract, padded": extraction(False)}
     if can_pack(teacher):
-        found |= {"plain, packed": plain(True, NAME), "extract": extraction(True)}
+        found |= {"plain, packed": without_maps(True, NAME), "extract": extraction(True)}
     batches = batches_of(examples, range(len(examples)), config, specs, False)
     lengths = [item.tokens for pending, _ in batches for item in pending]
     return found, sum(length > 0 for length in lengths), sum(lengths)

@@ -58,7 +58,7 @@ class RunRecord(TrainerCallback):
             "folder": os.getcwd(),
             "examples": len(self.data) if hasattr(self.data, "__len__") else None,
             "versions": versions(),
-            "machine": machine(args),
+            "machine": machine_of(args),
         }
         self._write(state, False)
 
@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(args: TrainingArguments) -> dict[str, str | int]:
+def machine_of(args: TrainingArguments) -> dict[str, str | int]:
     """The system, its processor and the device of the training."""
     device = args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

@@ -70,7 +70,7 @@ def _integer_facts(value: int, specialized: bool) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class _Signature:
     """The positions of the arguments of each kind, for one tuple of argument types, and the kernels compiled for it.
 
     Attributes:
@@ -114,42 +114,42 @@ class Kernel(JITFunction):  # type: ignore[misc]
             and self.params[: len(self.runtime_params)] == self.runtime_params
             and not any(p.annotation or p.do_not_specialize_on_alignment for p in self.runtime_params)
         )
-        self.layouts: dict[tuple[type, ...], _Layout | None] = {}
+        self.signatures_of_types: dict[tuple[type, ...], _Signature | None] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return functools.partial(self.launch, grid)
 
     def launch(self, grid: tuple[int, ...], *args: Any, **keywords: Any) -> Any:
         """Launch the kernel and return it, as ``triton.jit`` functions do."""
-        layout = self.layout(args)
-        if layout is None or _is_observed() or self.pre_run_hooks:
+        signature = self.signature_of(args)
+        if signature is None or _is_observed() or self.pre_run_hooks:
             return self.run(*args, grid=grid, warmup=False, **keywords)
         active = driver.active
         device = active.get_current_device()
-        key, addresses = layout.key(args, keywords, device)
-        found = layout.compiled.get(key)
+        key, addresses = signature.key(args, keywords, device)
+        found = signature.compiled.get(key)
         if found is None:
             kernel = self.run(*args, grid=grid, warmup=False, **keywords)
-            self._remember(layout, key, device, kernel, keywords)
+            self._remember(signature, key, device, kernel, keywords)
             return kernel
         kernel, constexprs = found
         x, y, z = (*grid, 1, 1)[:3]
         kernel.run(
             x, y, z, active.get_current_stream(device), kernel.function, kernel.packed_metadata, None, None, None,
-            *layout.with_addresses((*args, *addresses)), *constexprs,
+            *signature.with_addresses((*args, *addresses)), *constexprs,
         )  # fmt: skip
         return kernel
 
-    def layout(self, args: Arguments) -> _Layout | None:
-        """The layout of the arguments, or None if their types need Triton's own launch."""
+    def signature_of(self, args: Arguments) -> _Signature | None:
+        """The signature of the arguments, or None if their types need Triton's own launch."""
         types = tuple(map(type, args))
         try:
-            return self.layouts[types]
+            return self.signatures_of_types[types]
         except KeyError:
-            layout = self.layouts[types] = self._new_layout(types)
-            return layout
+            signature = self.signatures_of_types[types] = self._new_signature(types)
+            return signature
 
-    def _new_layout(self, types: tuple[type, ...]) -> _Layout | None:
+    def _new_signature(self, types: tuple[type, ...]) -> _Signature | None:
         if not self.has_short_way or len(types) != len(self.runtime_params):
             return None
         order = list(range(len(types)))
@@ -165,18 +165,20 @@ class Kernel(JITFunction):  # type: ignore[misc]
                 specialized.append(not parameter.do_not_specialize)
             elif kind is not float and kind is not NoneType:
                 return None
-        return _Layout(_picker(tensors), _picker(integers), _IntegerFacts(specialized), _picker(order))
+        return _Signature(_picker(tensors), _picker(integers), _IntegerFacts(specialized), _picker(order))
 
-    def _remember(self, layout: _Layout, key: Hashable, device: int, kernel: Any, keywords: dict[str, Any]) -> None:
+    def _remember(
+        self, signature: _Signature, key: Hashable, device: int, kernel: Any, keywords: dict[str, Any]
+    ) -> None:
         """Keep a compiled kernel, unless it is launched in another way than the one above."""
         if (
             isinstance(kernel, self.CompiledKernel)
             and self.device_caches[device][2].backend == "cuda"
             and set(keywords) - OPTIONS == set(self.constexpr_names)
         ):
-            if len(layout.compiled) >= MAX_ENTRIES:
-                layout.compiled.clear()
-            layout.compiled[key] = kernel, tuple(keywords[name] for name in self.constexpr_names)
+            if len(signature.compiled) >= MAX_ENTRIES:
+                signature.compiled.clear()
+            signature.compiled[key] = kernel, tuple(keywords[name] for name in self.constexpr_names)
 
 
 def _picker(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -137,9 +137,9 @@ def test_equal_facts_are_equal_keys(function, choose):
             args = likely_arguments(kernel, rng)
         keywords = {name: rng.choice((16, 32)) for name in kernel.constexpr_names[:1]}
         keywords |= {name: 7 for name in kernel.constexpr_names[1:]} | {"num_warps": rng.choice((4, 8))}
-        layout = kernel.layout(tuple(args))
-        assert layout is not None
-        facts, addresses = layout.key(tuple(args), keywords, 0)
+        signature = kernel.signature_of(tuple(args))
+        assert signature is not None
+        facts, addresses = signature.key(tuple(args), keywords, 0)
         try:
             _, specialization, options = binder(*args, **keywords)
         except OverflowError:  # no integer type holds the number
@@ -149,7 +149,7 @@ def test_equal_facts_are_equal_keys(function, choose):
         repeated += facts in key_of_facts
         assert key_of_facts.setdefault(facts, key) == key, args
         expected = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
-        assert list(layout.with_addresses((*args, *addresses))) == expected
+        assert list(signature.with_addresses((*args, *addresses))) == expected
     assert choose == "any" or repeated > 20
 
 
@@ -295,6 +295,6 @@ def test_full_dictionaries_are_emptied(compiled, monkeypatch):
         for warps in (1, 2, 4, 8, 16):
             kernel[(1,)](x, x, 5, stride, 5, 2.0, BLOCK=16, FLAG=True, num_warps=warps)
     if launch.KNOWN:
-        (layout,) = kernel.layouts.values()
-        assert len(layout.compiled) <= 4 and len(layout.integer_facts) <= 4
+        (signature,) = kernel.signatures_of_types.values()
+        assert len(signature.compiled) <= 4 and len(signature.integer_facts) <= 4
     assert compiled.launches == 190
