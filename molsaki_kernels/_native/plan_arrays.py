@@ -92,7 +92,18 @@ def _compute(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> PlanA
     batch = torch.zeros(N, dtype=torch.int64, device=_CPU) if bounds else torch.arange(N, device=_CPU)
     tasks = torch.tensor(rows, dtype=torch.int64, device=_CPU).reshape(-1, 5).T.contiguous()
     return PlanArrays(
-        columns, longest, total, task_steps, batch, begin, length, is_token.sum(1), tokens, words, step_of_row, tasks
+        columns=columns,
+        longest=longest,
+        total=total,
+        task_steps=task_steps,
+        batch=batch,
+        begin=begin,
+        length=length,
+        tokens_used=is_token.sum(1),
+        tokens=tokens,
+        word_of_token=words,
+        step_of_row=step_of_row,
+        tasks=tasks,
     )
 
 

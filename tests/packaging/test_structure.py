@@ -1,9 +1,10 @@
-"""Checks which modules import which others, and the number of positional parameters of every function."""
+"""Checks which modules import which others, and how many parameters and arguments are positional."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def imported(tree: ast.AST, known: set[str]) -> set[str]:
 
 KERNELS = modules("molsaki_kernels")
 EVERYTHING = KERNELS | modules("molsaki")
+BENCHMARKS = modules("benchmarks")
 
 
 def test_kernels_never_import_the_training_layer():
@@ -95,8 +97,20 @@ def test_no_import_cycle():
         visit(name, ())
 
 
-def is_jit(node: ast.FunctionDef) -> bool:
+def is_jit(node: ast.AST) -> bool:
+    if not isinstance(node, ast.FunctionDef):
+        return False
     return any("jit" in ast.dump(d) or "kernel" in ast.dump(d) for d in node.decorator_list)
+
+
+def outside_kernels(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a module, without those of jit kernels."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if not is_jit(node):
+            yield node
+            todo += ast.iter_child_nodes(node)
 
 
 # transformers determines the parameters of its attention functions.
@@ -105,15 +119,43 @@ FIXED_BY_TRANSFORMERS = {"molsaki.modeling.attention_hook.attention"}
 
 def test_positional_parameters():
     """At most eight, except for jit kernels and functions whose parameters transformers determines."""
-    for name, tree in EVERYTHING.items():
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.FunctionDef)
-                and not is_jit(node)
-                and f"{name}.{node.name}" not in FIXED_BY_TRANSFORMERS
-            ):
+    for name, tree in (EVERYTHING | BENCHMARKS).items():
+        for node in outside_kernels(tree):
+            if isinstance(node, ast.FunctionDef) and f"{name}.{node.name}" not in FIXED_BY_TRANSFORMERS:
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
                 assert len(names) <= MAX_POSITIONAL, f"{name}.{node.name}: {len(names)} positional parameters"
+
+
+def is_launch(call: ast.Call) -> bool:
+    """Whether a call launches a jit kernel: ``kernel[grid](...)``, or a compiled kernel's ``run``."""
+    return isinstance(call.func, ast.Subscript) or ast.unparse(call.func) == "kernel.run"
+
+
+def test_positional_arguments():
+    """At most eight, except for launches of jit kernels and for PyTorch's operators, which take them by position."""
+    found = [
+        f"{name}:{node.lineno}: {ast.unparse(node.func)}"
+        for name, tree in (EVERYTHING | BENCHMARKS).items()
+        for node in outside_kernels(tree)
+        if isinstance(node, ast.Call) and len(node.args) > MAX_POSITIONAL
+        if not is_launch(node) and not ast.unparse(node.func).startswith("aten.")
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("source", "counted"),
+    [
+        ("f(1, 2)", 1),
+        ("kernel[2, 3](1, 2)", 0),
+        ("@triton.jit\ndef kernel(x):\n    f(1, 2)", 0),
+        ("@kernel(heuristics={})\ndef forward(x):\n    f(1, 2)", 0),
+        ("def g(x):\n    return [f(y, 2) for y in x]", 1),
+    ],
+)
+def test_which_calls_are_counted(source, counted):
+    calls = [node for node in outside_kernels(ast.parse(source)) if isinstance(node, ast.Call)]
+    assert sum(ast.unparse(call.func) == "f" and not is_launch(call) for call in calls) == counted
 
 
 @pytest.mark.parametrize("package", ["molsaki_kernels", "molsaki"])
