@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,103 @@ def imported(tree: ast.AST, known: set[str]) -> set[str]:
 KERNELS = modules("molsaki_kernels")
 EVERYTHING = KERNELS | modules("molsaki")
 BENCHMARKS = modules("benchmarks")
+
+
+# The groups of molsaki_kernels: their files, which shell patterns name, and the groups that they may import. A file
+# belongs to the first group that names it without a "*", else to the first whose pattern matches. From the top down.
+FOLDERS = "{attention,attention_map,value_pooling}"
+GROUPS: dict[str, tuple[str, str]] = {
+    "entry": ("__init__.py", "api selection plan"),
+    "api": ("api.py", "selection validation operators tables dispatch plan spec"),
+    "selection": ("engine_selection.py", "tables engines widened shared _native support spec"),
+    "validation": ("validation.py", "plan spec"),
+    "operators": ("ops/*.py", "operators tables widened shared dispatch support spec"),
+    "tables": (f"{FOLDERS}/__init__.py", "engines shared spec"),
+    "engines": (f"{FOLDERS}/*.py", "engines shared _native _triton support spec"),
+    "widened": ("widened_values.py", "shared _triton dispatch support spec"),
+    "shared": (
+        "attention/{protocol,defaults,lse_gradient,sinks}.py attention_map/protocol.py",
+        "shared _native _triton support spec",
+    ),
+    "aot": ("aot.py", "_triton"),
+    "_native": ("_native/*.py", "_native support spec"),
+    "_triton": ("_triton/*.py", "_triton support spec"),
+    "dispatch": ("direct_call.py", "-"),
+    "support": ("{_capability,_compile,_plan_cache,_workspace}.py {masking,strides}.py", "support spec"),
+    "spec": ("spec.py", "-"),
+    "oracle": ("reference.py", "plan"),
+    "plan": ("plan.py", "-"),
+}
+
+
+def expanded(pattern: str) -> list[str]:
+    """A pattern with ``{a,b}`` as the patterns that it stands for."""
+    before, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    names, _, after = rest.partition("}")
+    return [before + name + after for name in names.split(",")]
+
+
+def group_of(name: str) -> str:
+    """The group of a module of molsaki_kernels."""
+    path = name.replace(".", "/").removeprefix("molsaki_kernels").lstrip("/")
+    path = f"{path}/__init__.py".lstrip("/") if (ROOT / "molsaki_kernels" / path).is_dir() else f"{path}.py"
+    patterns = [(p, group) for group, (files, _) in GROUPS.items() for one in files.split() for p in expanded(one)]
+    exact = [group for pattern, group in patterns if pattern == path]
+    matching = [group for pattern, group in patterns if "*" in pattern and fnmatch.fnmatchcase(path, pattern)]
+    assert len(exact) <= 1 and (exact or len(matching) == 1), (name, exact, matching)
+    return (exact or matching)[0]
+
+
+def edges() -> dict[tuple[str, str], list[str]]:
+    """The imports between groups: for each pair, the modules. A package's own parents do not count."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, tree in KERNELS.items():
+        for other in imported(tree, set(KERNELS)) - {name}:
+            if not name.startswith(f"{other}."):
+                found.setdefault((group_of(name), group_of(other)), []).append(f"{name} imports {other}")
+    return found
+
+
+def test_imports_of_the_groups():
+    """Nothing that the table does not allow, and nothing allowed that no file needs."""
+    allowed = {(group, other) for group, (_, others) in GROUPS.items() for other in others.split() if other != "-"}
+    found = edges()
+    assert not {pair: modules for pair, modules in found.items() if pair not in allowed}
+    assert allowed == found.keys()
+
+
+def test_nothing_imports_upward():
+    order = list(GROUPS)
+    assert [pair for pair in edges() if order.index(pair[1]) < order.index(pair[0])] == []
+
+
+def test_every_pattern_names_files():
+    for files, _ in GROUPS.values():
+        for pattern in (p for one in files.split() for p in expanded(one)):
+            assert list((ROOT / "molsaki_kernels").glob(pattern)), pattern
+
+
+def test_the_design_page_has_the_table_of_imports():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    block = page.split("### Allowed imports\n")[1].split("```")[1].strip("\n")
+    heading, *lines = block.splitlines()
+    assert heading.split() == ["group", "files", "imports"]
+    starts = [heading.index(word) for word in ("files", "imports")]
+    found: dict[str, tuple[str, str]] = {}
+    for line in lines:
+        group, files, imports = (
+            line[: starts[0]].strip(),
+            line[starts[0] : starts[1]].strip(),
+            line[starts[1] :].strip(),
+        )
+        if group:
+            found[group] = files, imports
+        else:  # more files of the group above
+            last = list(found)[-1]
+            found[last] = f"{found[last][0]} {files}", found[last][1]
+    assert list(found.items()) == list(GROUPS.items())
 
 
 def test_kernels_never_import_the_training_layer():
