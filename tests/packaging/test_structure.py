@@ -1,10 +1,12 @@
-"""Checks which modules import which others, and how many parameters and arguments are positional."""
+"""Checks imports between modules, the number of positional parameters and arguments, and files that texts name."""
 
 from __future__ import annotations
 
 import ast
 import fnmatch
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -276,3 +278,39 @@ def test_the_design_page_names_every_file_once(package):
     assert sorted(named) == sorted(set(named))
     assert set(named) <= files
     assert {name for name in files - set(named) if not name.endswith("/__init__.py")} == set()
+
+
+def named_tests(path: Path) -> set[str]:
+    """The files of tests/ that a text names: the comments and docstrings of a Python file, all of another one."""
+    text = path.read_text(encoding="utf-8")
+    named = re.compile(r"(?<![\w/.])tests/[\w/-]+\.\w+")
+    if path.suffix != ".py" or not named.search(text):
+        return set(named.findall(text))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    found = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found += [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+    return set(named.findall("\n".join(found)))
+
+
+def test_tests_that_are_named_exist():
+    """In docstrings, comments and documents."""
+    folders = ("molsaki_kernels", "molsaki", "benchmarks", "tests", "docs", "examples", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
+    kinds = (".py", ".md", ".c", ".h", ".sh", ".toml", ".yml", ".yaml")
+    found = {
+        path: names
+        for path in files
+        if path.is_file() and (path.suffix in kinds or path.name == "Makefile") and (names := named_tests(path))
+    }
+    assert len(found) > 10
+    missing = {(path.name, name) for path, names in found.items() for name in names if not (ROOT / name).exists()}
+    assert not missing
+
+
+def test_which_names_are_found(tmp_path):
+    source = '"""See ``tests/a/b.py``, run/tests/c.py."""\nx = "tests/d.py"  # tests/e_f.json, tests/g'
+    (tmp_path / "module.py").write_text(source)
+    assert named_tests(tmp_path / "module.py") == {"tests/a/b.py", "tests/e_f.json"}
+    (tmp_path / "page.md").write_text("[a](../tests/a.py), `tests/b.py`.")
+    assert named_tests(tmp_path / "page.md") == {"tests/b.py"}
