@@ -142,8 +142,17 @@ def main(argv: list[str] | None = None) -> int:
         built.add(build_key(shape))
         seconds = timing_seconds(shape, device, arguments.seconds)
         chosen_modes = [mode for mode in modes(shape, device) if mode in arguments.modes]
-        few = select(shape)
-        records += measured(shape, device, backward, seconds, arguments.memory, machine, failed, few, chosen_modes)
+        records += measured(
+            shape,
+            device,
+            backward,
+            seconds,
+            machine,
+            failed,
+            memory=arguments.memory,
+            chosen=select(shape),
+            chosen_modes=chosen_modes,
+        )
         done.add((shape.name, pass_name(backward)))
         for path, write in ((arguments.csv, write_csv), (arguments.json, write_json)):
             if path:
@@ -158,9 +167,10 @@ def measured(
     device: torch.device,
     backward: bool,
     seconds: float,
-    memory: bool,
     machine: dict,
     failed: list[str],
+    *,
+    memory: bool = False,
     chosen: list[Contender] | None = None,
     chosen_modes: Sequence[str] | None = None,
 ) -> list[dict]:

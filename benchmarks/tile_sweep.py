@@ -22,7 +22,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -73,7 +73,7 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
     tile = _usual(kernel, shape)
     key = kernel in FLASH
 
-    def tiles(*sizes: tuple[int, ...], **more: int) -> Iterator[dict[str, int]]:
+    def tiles(sizes: Sequence[tuple[int, ...]], **more: int) -> Iterator[dict[str, int]]:
         for size in sizes:
             names = ("rows", "columns", *(("key_columns",) if key else ()), "warps", "stages")
             yield dict(zip(names, size, strict=True)) | more
@@ -84,54 +84,54 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
     # stages the first level is not prefetched, and the second is waited for right after its start; with 3 the first is
     # prefetched; only from 5 on is a whole block of the second in flight during the products.
     if kernel == "map_dq":
-        found += tiles((64, 32, 4, 2), (64, 32, 8, 3), (64, 32, 8, 5), (64, 32, 4, 3), (64, 32, 4, 5), (64, 32, 8, 2))
+        found += tiles([(64, 32, 4, 2), (64, 32, 8, 3), (64, 32, 8, 5), (64, 32, 4, 3), (64, 32, 4, 5), (64, 32, 8, 2)])
         if few:
-            found += tiles((64, 32, 4, 1), (128, 32, 8, 1), (128, 32, 4, 1), (64, 16, 4, 2), (64, 16, 4, 5),
-                           (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 2, 1))  # fmt: skip
+            found += tiles([(64, 32, 4, 1), (128, 32, 8, 1), (128, 32, 4, 1), (64, 16, 4, 2), (64, 16, 4, 5),
+                           (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 2, 1)])  # fmt: skip
         else:
-            found += tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (64, 64, 8, 5),
-                           (128, 32, 8, 3), (128, 32, 8, 5), (128, 64, 8, 5), (32, 32, 4, 5))  # fmt: skip
+            found += tiles([(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (64, 64, 8, 5),
+                           (128, 32, 8, 3), (128, 32, 8, 5), (128, 64, 8, 5), (32, 32, 4, 5)])  # fmt: skip
     elif kernel == "map_dlse":
-        found += tiles((64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 5))
+        found += tiles([(64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 5)])
         if few:
             found += [{"heads": heads} for heads in (1, 2, 3, 5, 9)]
-            found += tiles((32, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2), (128, 32, 8, 1), heads=1)
-            found += tiles((32, 32, 4, 2), (64, 32, 4, 3), heads=3)
+            found += tiles([(32, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2), (128, 32, 8, 1)], heads=1)
+            found += tiles([(32, 32, 4, 2), (64, 32, 4, 3)], heads=3)
         else:
-            found += tiles((64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (64, 64, 8, 5),
+            found += tiles([(64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (64, 64, 8, 5),
                            (128, 64, 8, 3), (128, 64, 8, 5), (128, 32, 8, 3), (128, 32, 8, 5),
-                           (32, 64, 4, 5))  # fmt: skip
+                           (32, 64, 4, 5)])  # fmt: skip
     elif kernel == "map_partials":
-        found += tiles((64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4), resident=2)
+        found += tiles([(64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4)], resident=2)
         if few:
             found += [{"heads": heads} for heads in (1, 2, 3, 5, 9)]
-            found += tiles((64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), heads=1)
-            found += tiles((32, 64, 4, 2), heads=3)
+            found += tiles([(64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2)], heads=1)
+            found += tiles([(32, 64, 4, 2)], heads=3)
         else:
             found += [{"heads": heads} for heads in (1, 4, 8, 16)] + [{"resident": 2}, {"stages": 3}, {"stages": 1}]
-            found += tiles((32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3), resident=1)
-            found += tiles((64, 64, 4, 2), heads=4) if shape.words > 64 else tiles((64, 128, 8, 2), resident=2)
+            found += tiles([(32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3)], resident=1)
+            found += tiles([(64, 64, 4, 2)], heads=4) if shape.words > 64 else tiles([(64, 128, 8, 2)], resident=2)
     elif kernel == "map_dk":
         found += [{"resident": n} for n in (1, 3, 4, 6, 8, 12)]
-        found += tiles((32, 64, 4, 3), (32, 64, 4, 5), resident=2)
-        found += tiles((32, 64, 4, 3), (32, 64, 4, 5), (64, 64, 4, 2), (64, 64, 8, 3), (64, 64, 8, 5), (32, 64, 8, 5),
-                       (16, 64, 4, 3), (16, 64, 4, 5), resident=4)  # fmt: skip
-        found += tiles((32, 64, 4, 5), resident=8)
+        found += tiles([(32, 64, 4, 3), (32, 64, 4, 5)], resident=2)
+        found += tiles([(32, 64, 4, 3), (32, 64, 4, 5), (64, 64, 4, 2), (64, 64, 8, 3), (64, 64, 8, 5), (32, 64, 8, 5),
+                       (16, 64, 4, 3), (16, 64, 4, 5)], resident=4)  # fmt: skip
+        found += tiles([(32, 64, 4, 5)], resident=8)
         if not few:
-            found += tiles((64, 128, 8, 3), (32, 128, 8, 5), (32, 32, 4, 5), resident=4)
+            found += tiles([(64, 128, 8, 3), (32, 128, 8, 5), (32, 32, 4, 5)], resident=4)
     elif kernel == "flash_forward":
         found += [{"stages": n} for n in (2, 3, 4)] + [{"key_columns": 32}]
-        found += tiles((128, 128, 128, 8, 2), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 32, 32, 8, 4))
-        found += tiles((64, 32, 32, 4, 3)) if large else tiles((128, 64, 64, 4, 2), (128, 64, 128, 8, 3))
-        found += tiles((128, 128, 128, 8, 3))
+        found += tiles([(128, 128, 128, 8, 2), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 32, 32, 8, 4)])
+        found += tiles([(64, 32, 32, 4, 3)]) if large else tiles([(128, 64, 64, 4, 2), (128, 64, 128, 8, 3)])
+        found += tiles([(128, 128, 128, 8, 3)])
     elif kernel == "flash_dq":
         found += [{"stages": n} for n in (1, 2, 3, 4)] + [{"key_columns": n} for n in (16, 64)]
-        found += tiles((128, 32, 32, 8, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3))
-        found += tiles((128, 128, 32, 8, 2), (64, 64, 32, 8, 2))
+        found += tiles([(128, 32, 32, 8, 3), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)])
+        found += tiles([(128, 128, 32, 8, 2), (64, 64, 32, 8, 2)])
     elif kernel == "flash_dkv":
         found += [{"stages": n} for n in (2, 3, 4)]
-        found += tiles((128, 64, 16, 8, 2), (128, 64, 16, 8, 3), (128, 32, 16, 8, 2), (64, 64, 16, 4, 2))
-        found += tiles((64, 32, 16, 4, 2), (64, 32, 16, 4, 3), (64, 64, 16, 8, 2), (64, 64, 16, 8, 3))
+        found += tiles([(128, 64, 16, 8, 2), (128, 64, 16, 8, 3), (128, 32, 16, 8, 2), (64, 64, 16, 4, 2)])
+        found += tiles([(64, 32, 16, 4, 2), (64, 32, 16, 4, 3), (64, 64, 16, 8, 2), (64, 64, 16, 8, 3)])
     unique: dict[Candidate, None] = {}
     for fields in found:
         differing = {name: n for name, n in fields.items() if getattr(tile, name, None) != n}

@@ -19,7 +19,8 @@ from molsaki_kernels import widened_values
 from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import pytorch_is_faster_in_bfloat16
 from molsaki_kernels.attention import ENGINES, flash_attn
-from molsaki_kernels.attention.protocol import Engine, as_served
+from molsaki_kernels.attention.defaults import with_defaults
+from molsaki_kernels.attention.protocol import RequiredNames, as_served
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest
 from molsaki_kernels.value_pooling import POOLING_ENGINES
@@ -79,15 +80,17 @@ MEASURED: tuple[Measured, ...] = (
 )
 
 
-def register_engine(engine: Engine, first_on: Sequence[str] = ()) -> None:
+def register_engine(engine: RequiredNames, first_on: Sequence[str] = ()) -> None:
     """Add an attention engine of your own, which ``engine=`` then takes by its ``NAME``.
 
     Args:
-        engine: a module, or an object, with the names of :class:`~molsaki_kernels.attention.protocol.Engine`.
+        engine: a module, or an object, with the names of :class:`~molsaki_kernels.attention.protocol.RequiredNames`.
+            The optional names of ``protocol.Engine`` that it lacks are added to it.
         first_on: types of devices, such as ``("cuda",)``, on which "auto" tries it before all other engines.
 
     Raises:
-        TypeError: the engine lacks a name of the protocol, or ``first_on`` is a str.
+        TypeError: a required name is missing, or ``first_on`` is a text.
+        AttributeError: an optional name is missing, and the object does not take attributes.
         ValueError: another engine has this name.
     """
     missing = [name for name in REQUIRED if not hasattr(engine, name)]
@@ -97,7 +100,7 @@ def register_engine(engine: Engine, first_on: Sequence[str] = ()) -> None:
         raise TypeError(f'first_on: expected types of devices such as ("cuda",), got {first_on!r}')
     if engine.NAME == "auto" or ENGINES.get(engine.NAME, engine) is not engine:
         raise ValueError(f"engine: expected a NAME that no other engine has, got {engine.NAME!r}")
-    ENGINES[engine.NAME] = engine
+    ENGINES[engine.NAME] = with_defaults(engine)
     for device, names in list(FIRST.items()):
         FIRST[device] = tuple(name for name in names if name != engine.NAME)
     for device in first_on:
@@ -117,7 +120,7 @@ def choose_engine(engine: str, request: AttentionRequest, map_engine: str = "aut
     for name in names:
         if name not in ENGINES:
             raise ValueError(f'engine: expected "auto" or one of {sorted(ENGINES)}, got {engine!r}')
-        fits = request.value_dim is None and not request.head_dim % getattr(ENGINES[name], "HEAD_DIM_MULTIPLE", 1)
+        fits = request.value_dim is None and not request.head_dim % ENGINES[name].HEAD_DIM_MULTIPLE
         served = request if fits else as_served(ENGINES[name], request)
         reason = ENGINES[name].why_not(served) or ENGINES[name].available()
         if reason is not None and served is not request:

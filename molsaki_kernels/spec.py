@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+BoundsRead = dict[Tensor, tuple[int, ...]]  # the numbers of a cu_seqlens; empty before they were read
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
@@ -24,6 +26,8 @@ class AttentionInputs:
             ``takes_value_dim`` says so.
         sinks: ``(Hq,)`` logits in the softmax's denominator, or None.
         cu_seqlens: ``(N + 1,)`` int32 boundaries of packed sequences (then B is 1 and M is their total), or None.
+        bounds_read: what :attr:`bounds` has read; inputs derived from these (``dataclasses.replace``,
+            :meth:`map_inputs`) share it.
     """
 
     q: Tensor
@@ -31,11 +35,19 @@ class AttentionInputs:
     v: Tensor
     sinks: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    bounds_read: BoundsRead = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def bounds(self) -> tuple[int, ...]:
-        """Where each sequence begins and the last one ends, on the host; reading it waits for cu_seqlens' device."""
-        return (0, self.q.shape[2]) if self.cu_seqlens is None else tuple(self.cu_seqlens.tolist())
+        """Where each sequence begins and the last one ends, on the host.
+
+        Reading it waits for the device of cu_seqlens, once for all inputs that are derived from one another.
+        """
+        if self.cu_seqlens is None:
+            return 0, self.q.shape[2]
+        if (found := self.bounds_read.get(self.cu_seqlens)) is None:
+            found = self.bounds_read[self.cu_seqlens] = tuple(self.cu_seqlens.tolist())
+        return found
 
     def request(self, options: AttentionOptions) -> AttentionRequest:
         """Return the properties of a call with these tensors, by which its engine is chosen."""
@@ -60,7 +72,7 @@ class AttentionInputs:
 
     def map_inputs(self, lse: Tensor) -> MapInputs:
         """Return the inputs of the map of this attention, whose log-sum-exp is ``lse``."""
-        inputs = MapInputs(self.q, self.k, lse, self.cu_seqlens)
+        inputs = MapInputs(self.q, self.k, lse, self.cu_seqlens, self.bounds_read)
         if "bounds" in self.__dict__:
             inputs.__dict__["bounds"] = self.bounds
         return inputs
@@ -73,18 +85,23 @@ class MapInputs:
     Attributes:
         q: ``(B, Hq, M, D)``. k: ``(B, Hkv, M, D)``.
         lse: ``(B, Hq, M)`` float32 (float64 for float64 inputs), natural logarithm, sinks counted.
-        cu_seqlens: as in :class:`AttentionInputs`.
+        cu_seqlens, bounds_read: as in :class:`AttentionInputs`.
     """
 
     q: Tensor
     k: Tensor
     lse: Tensor
     cu_seqlens: Tensor | None = None
+    bounds_read: BoundsRead = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def bounds(self) -> tuple[int, ...]:
         """As :attr:`AttentionInputs.bounds`."""
-        return (0, self.q.shape[2]) if self.cu_seqlens is None else tuple(self.cu_seqlens.tolist())
+        if self.cu_seqlens is None:
+            return 0, self.q.shape[2]
+        if (found := self.bounds_read.get(self.cu_seqlens)) is None:
+            found = self.bounds_read[self.cu_seqlens] = tuple(self.cu_seqlens.tolist())
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

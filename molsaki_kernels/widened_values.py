@@ -145,10 +145,7 @@ def calls(inputs: AttentionInputs, plan: PlanTensors, chosen: Widths) -> Iterato
             wide = _appended(v, words)
         else:
             wide = words.expand(-1, v.shape[1], -1, -1).contiguous()
-        call = AttentionInputs(q, k, wide, inputs.sinks, inputs.cu_seqlens)
-        if "bounds" in inputs.__dict__:
-            call.__dict__["bounds"] = inputs.bounds
-        yield call, extra.no_map
+        yield dataclasses.replace(inputs, q=q, k=k, v=wide), extra.no_map
 
 
 def _appended(x: Tensor, more: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ from molsaki_kernels._native import compile as compilation
 from molsaki_kernels._native.compile import compiler as compiler
 from molsaki_kernels._native.structs import (
     FLOAT32,
+    HEAD_DIM_MULTIPLE,
     MAX_HEAD_DIM,
     TILES_BF16,
     VECTORS_BF16,
     AttentionCall,
-    Bytes,
+    AttentionMemory,
     LseGradientCall,
     MapCall,
     mismatch,
@@ -51,7 +52,7 @@ def why_not_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
         return f"it takes CPU tensors, not {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}"
-    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+    if head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
         return f"it takes head_dim in multiples of 16 up to {MAX_HEAD_DIM}, not {head_dim}"
     return None
 
@@ -123,7 +124,12 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 _FUNCTIONS = {
     "molsaki_units": (ctypes.c_int64,),
-    "molsaki_attention_memory": (None, ctypes.POINTER(AttentionCall), ctypes.c_int64, ctypes.POINTER(Bytes)),
+    "molsaki_attention_memory": (
+        None,
+        ctypes.POINTER(AttentionCall),
+        ctypes.c_int64,
+        ctypes.POINTER(AttentionMemory),
+    ),
     "molsaki_attention_forward": (None, ctypes.POINTER(AttentionCall)),
     "molsaki_attention_backward": (None, ctypes.POINTER(AttentionCall)),
     "molsaki_map_forward": (None, ctypes.POINTER(MapCall)),

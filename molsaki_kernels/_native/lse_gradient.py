@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molsaki_kernels._native.build import library, why_not
-from molsaki_kernels._native.structs import LseGradientCall
+from molsaki_kernels._native.structs import HEAD_DIM_MULTIPLE, LseGradientCall
 
 _NAMES = ("out", "dout", "folded", "dlse")
 
@@ -27,7 +27,7 @@ def fold_in_one_pass(out: Tensor, dout: Tensor, dlse: Tensor, folded: Tensor, va
     for x in tensors:
         if x.dtype != torch.float32 or x.device.type != "cpu" or (x is not dlse and x.stride(-1) != 1):
             return False
-    if out.shape[-1] % 16 or out.numel() == 0 or why_not() is not None:
+    if out.shape[-1] % HEAD_DIM_MULTIPLE or out.numel() == 0 or why_not() is not None:
         return False
     call = LseGradientCall(threads=torch.get_num_threads(), vanished=vanished**2)
     call.batches, call.heads, call.rows, call.head_dim = out.shape

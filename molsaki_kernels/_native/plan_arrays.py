@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molsaki_kernels._native.structs import TASK_ROWS, Plan
+from molsaki_kernels._native.structs import COLUMN_MULTIPLE, NEVER, TASK_ROWS, Plan
 from molsaki_kernels._plan_cache import cached
 from molsaki_kernels.spec import AttentionInputs, MapInputs, PlanTensors
 
-NEVER = 2**31 - 1  # the position of a padding token, as in plan.h
 _CPU = torch.device("cpu")  # also where another default device is set
 _PLAN = ("batch", "begin", "length", "tokens_used", "tokens", "word_of_token", "step_of_row")
 _TASK = ("sequence", "row", "first", "count", "slot")
@@ -20,7 +19,7 @@ _TASK = ("sequence", "row", "first", "count", "slot")
 class PlanArrays(NamedTuple):
     """The arrays behind the struct ``Plan``; the names are those of its fields."""
 
-    columns: int  # the key tokens of the longest sequence, rounded up to a multiple of 16
+    columns: int  # the key tokens of the longest sequence, rounded up to a multiple of COLUMN_MULTIPLE
     longest: int
     total: int  # tokens of all sequences
     task_steps: int  # the steps that each task touches, summed over the tasks
@@ -60,7 +59,7 @@ def plan_arrays(inputs: AttentionInputs | MapInputs, plan: PlanTensors) -> tuple
 
 def _compute(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> PlanArrays:
     N, C = plan.tokens.shape
-    columns = -(-C // 16) * 16
+    columns = -(-C // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     begin = torch.tensor(bounds[:-1] if bounds else [0] * N, dtype=torch.int64, device=_CPU)
     length = torch.tensor(bounds, device=_CPU).diff() if bounds else torch.full((N,), M, device=_CPU)
     _check(plan, M, bounds, length)
@@ -93,7 +92,18 @@ def _compute(plan: PlanTensors, M: int, bounds: tuple[int, ...] | None) -> PlanA
     batch = torch.zeros(N, dtype=torch.int64, device=_CPU) if bounds else torch.arange(N, device=_CPU)
     tasks = torch.tensor(rows, dtype=torch.int64, device=_CPU).reshape(-1, 5).T.contiguous()
     return PlanArrays(
-        columns, longest, total, task_steps, batch, begin, length, is_token.sum(1), tokens, words, step_of_row, tasks
+        columns=columns,
+        longest=longest,
+        total=total,
+        task_steps=task_steps,
+        batch=batch,
+        begin=begin,
+        length=length,
+        tokens_used=is_token.sum(1),
+        tokens=tokens,
+        word_of_token=words,
+        step_of_row=step_of_row,
+        tasks=tasks,
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+# Constants of csrc/plan.h and csrc/simd.h.
 TASK_ROWS = 192  # rows per task of a plan
+MAP_TILE_ROWS = 24  # rows per tile of the map alone
+COLUMN_MULTIPLE = 16  # the lists of key tokens are padded to a multiple of it
+HEAD_DIM_MULTIPLE = 16
 MAX_HEAD_DIM = 256
+NEVER = 2**31 - 1  # the position of a padding token
 
 # ``Unit`` of csrc/attention.h: what computes the products of an attention call.
 FLOAT32, VECTORS_BF16, TILES_BF16 = range(3)
 
 Strides = ctypes.c_int64 * 3  # batch, head and row strides of a tensor (B, H, M, D), in elements
-
-MEMORY = ("work", "packed", "parts")  # fields of AttentionCall, in the order of molsaki_attention_memory
-Bytes = ctypes.c_int64 * len(MEMORY)
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -48,6 +50,12 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
+class AttentionMemory(ctypes.Structure):
+    """``AttentionMemory`` of csrc/attention.h: bytes for the fields of these names of :class:`AttentionCall`."""
+
+    _fields_ = _fields(ctypes.c_int64, "work packed parts")
+
+
 class MapCall(ctypes.Structure):
     """``MapCall`` of csrc/stepwise_map.c, which describes the fields."""
 
@@ -76,8 +84,9 @@ class LseGradientCall(ctypes.Structure):
 
 def mismatch(library: ctypes.CDLL) -> str | None:
     """The first difference between a struct or constant here and in the library, or None."""
-    expected = {struct.__name__: _layout(struct) for struct in (Plan, AttentionCall, MapCall, LseGradientCall)}
-    expected["constants"] = {"TASK_ROWS": (TASK_ROWS, 0), "MAX_HEAD_DIM": (MAX_HEAD_DIM, 0)}
+    structs = (Plan, AttentionCall, AttentionMemory, MapCall, LseGradientCall)
+    expected = {struct.__name__: _layout(struct) for struct in structs}
+    expected["constants"] = {name: (value, 0) for name, value in constants().items()}
     for struct, python in expected.items():
         try:
             c = dict(_exported(library, f"molsaki_layout_{struct}"))
@@ -88,6 +97,21 @@ def mismatch(library: ctypes.CDLL) -> str | None:
                 name = f"{struct}.{field}" if field else struct
                 return f"{name}: expected (offset, size) {python.get(field)} as in Python, got {c.get(field)} in C"
     return None
+
+
+def constants() -> dict[str, int]:
+    """The constants that the C sources and this package both have. In the table they are offsets, with size 0."""
+    return {
+        "TASK_ROWS": TASK_ROWS,
+        "MAP_TILE_ROWS": MAP_TILE_ROWS,
+        "COLUMN_MULTIPLE": COLUMN_MULTIPLE,
+        "HEAD_DIM_MULTIPLE": HEAD_DIM_MULTIPLE,
+        "MAX_HEAD_DIM": MAX_HEAD_DIM,
+        "NEVER": NEVER,
+        "FLOAT32": FLOAT32,
+        "VECTORS_BF16": VECTORS_BF16,
+        "TILES_BF16": TILES_BF16,
+    }
 
 
 class _Entry(ctypes.Structure):

@@ -45,6 +45,7 @@ from molsaki_kernels.strides import aligned, empty_out, with_contiguous_head_dim
 NAME = "flash_attn"
 COMPUTES_MAP = False
 DIFFERENTIABLE = False
+FUSED_MAP = "triton"
 PACKAGES = {
     4: ("flash-attn-4", "flash_attn.cute.interface"),
     2: ("flash-attn", "flash_attn.flash_attn_interface"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from molsaki_kernels._native.build import bf16_unit, library, why_not_for
 from molsaki_kernels._native.build import why_not as available
 from molsaki_kernels._native.plan_arrays import plan_arrays
-from molsaki_kernels._native.structs import FLOAT32, MEMORY, AttentionCall, Bytes, Plan
+from molsaki_kernels._native.structs import FLOAT32, HEAD_DIM_MULTIPLE, AttentionCall, AttentionMemory, Plan
 from molsaki_kernels._workspace import workspace
 from molsaki_kernels.attention.sinks import sinks_gradient
 from molsaki_kernels.spec import (
@@ -35,7 +35,6 @@ __all__ = [
 NAME = "native"
 COMPUTES_MAP = True
 DIFFERENTIABLE = False
-HEAD_DIM_MULTIPLE = 16
 SMALLEST_SCALE = 1e-6  # for products in bfloat16, whose scores are scaled later: the maximum is in units of the scale
 TASKS_PER_THREAD = 16  # in the forward pass, so that threads finish at about the same time
 _CPU = torch.device("cpu")  # also where another default device is set
@@ -156,10 +155,10 @@ def _call(
         sinks=None if sinks is None else sinks.data_ptr(),
     )
     kept = [lse, sinks]
-    sizes = Bytes()
-    library().molsaki_attention_memory(ctypes.byref(call), backward, sizes)
-    for name, size in zip(MEMORY, sizes, strict=True):
-        if size:
+    sizes = AttentionMemory()
+    library().molsaki_attention_memory(ctypes.byref(call), backward, ctypes.byref(sizes))
+    for name, *_ in AttentionMemory._fields_:
+        if size := getattr(sizes, name):
             memory = workspace(f"attention {name}", (size,), torch.uint8, _CPU)
             setattr(call, name, memory.data_ptr())
             kept.append(memory)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+from torch import Tensor
+
 from molsaki_kernels.spec import (
     AttentionInputs,
     AttentionOptions,
@@ -16,8 +18,8 @@ from molsaki_kernels.spec import (
 )
 
 
-class Engine(Protocol):
-    """One implementation of attention.
+class RequiredNames(Protocol):
+    """What every engine has to define.
 
     Attributes:
         NAME: the name that ``engine=`` takes.
@@ -25,16 +27,6 @@ class Engine(Protocol):
             map is computed from lse by one of :data:`molsaki_kernels.attention_map.MAP_ENGINES`, ``backward`` gets its
             gradient as part of dlse, and the plan is ignored.
         DIFFERENTIABLE: autograd differentiates ``forward``, lse included, and ``backward`` is never called.
-
-    An engine that folds dlse into out (``lse_gradient.py``) may also have ``folds_dlse(inputs) -> bool``. Where it
-    returns True and the map has a gradient, ``backward`` gets O' and dO' instead of out and dout, and no dlse. The
-    map's implementation can then fold dlse in the pass that computes it.
-
-    An engine whose backward can take the key columns of the Triton map in its own passes may have
-    ``why_not_fused(inputs, options, plan) -> str | None``, the reason why it cannot in a call, and
-    ``backward_with_map``, which has the arguments of ``backward`` and is called instead of it, with dmaps.
-
-    An engine may have ``HEAD_DIM_MULTIPLE``: the caller pads q, k and v to multiples of it.
     """
 
     NAME: str
@@ -65,13 +57,47 @@ class Engine(Protocol):
         """Compute the gradients of q, k and v; ``gradients.dout`` is None only for engines that compute the map."""
 
 
+class Engine(RequiredNames, Protocol):
+    """One implementation of attention: the required names, and those that it may leave to ``defaults.py``.
+
+    Attributes:
+        HEAD_DIM_MULTIPLE: the caller pads q, k and v to multiples of it.
+        FUSED_MAP: the name of the map engine whose gradient ``backward_with_map`` computes, or None.
+    """
+
+    HEAD_DIM_MULTIPLE: int
+    FUSED_MAP: str | None
+
+    def gradient_strides(self, x: Tensor) -> tuple[int, ...]:
+        """Return the strides that the gradient of ``x``, one of q, k and v, gets. ``backward`` should return it with
+        these, because it is copied otherwise."""
+
+    def folds_dlse(self, inputs: AttentionInputs) -> bool:
+        """Return whether ``backward`` takes O' and dO' in place of out and dout, and no dlse, where the map has a
+        gradient (``lse_gradient.py``): the map's implementation may fold in the pass that computes dlse."""
+
+    def why_not_fused(self, inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> str | None:
+        """Return the reason why ``backward_with_map`` cannot serve a call, or None. It is asked only where the map is
+        that of ``FUSED_MAP``."""
+
+    def backward_with_map(
+        self,
+        gradients: OutputGradients,
+        inputs: AttentionInputs,
+        outputs: AttentionOutputs,
+        options: AttentionOptions,
+        plan: PlanTensors,
+    ) -> InputGradients:
+        """Compute the gradients of attention and map in the engine's own passes; called in place of ``backward``."""
+
+
 def as_served(engine: Engine, request: AttentionRequest) -> AttentionRequest:
     """Return the request as the engine gets it, with q, k and v padded with zeros, which changes no score.
 
     They are padded to multiples of the engine's ``HEAD_DIM_MULTIPLE``, and to one width if the engine does not support
     a v whose width differs from that of q and k.
     """
-    multiple = getattr(engine, "HEAD_DIM_MULTIPLE", 1)
+    multiple = engine.HEAD_DIM_MULTIPLE
     D, Dv = request.head_dim, request.value_dim
     if Dv is None and not D % multiple:
         return request

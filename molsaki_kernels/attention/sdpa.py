@@ -38,7 +38,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
-from molsaki_kernels.strides import aligned, match_strides
+from molsaki_kernels.strides import aligned, dense_strides, match_strides
 
 NAME = "sdpa"
 COMPUTES_MAP = False
@@ -99,6 +99,14 @@ def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
 def folds_dlse(inputs: AttentionInputs) -> bool:
     """Return whether backward takes O' and dO': on CUDA, where they are as wide as O."""
     return inputs.q.device.type != "cpu" and inputs.q.dtype != torch.float16
+
+
+def gradient_strides(x: Tensor) -> tuple[int, ...]:
+    """Return the strides of x's gradient: the CPU operator returns ``(B, M, H, D)`` in memory."""
+    if x.device.type == "cpu":
+        B, H, M, D = x.shape
+        return M * H * D, D, H * D, 1
+    return x.stride() if x.is_contiguous() else dense_strides(x)
 
 
 def forward(inputs: AttentionInputs, options: AttentionOptions, plan: PlanTensors) -> AttentionOutputs:

@@ -8,4 +8,5 @@ from __future__ import annotations
 from molsaki_kernels.attention_map import native, torch, triton
 from molsaki_kernels.attention_map.protocol import MapEngine
 
+SERVES_EVERY_CALL = torch.NAME
 MAP_ENGINES: dict[str, MapEngine] = {engine.NAME: engine for engine in (triton, native, torch)}

@@ -10,14 +10,13 @@ from torch import Tensor
 from molsaki_kernels._native.build import library, why_not_for
 from molsaki_kernels._native.build import why_not as unavailable
 from molsaki_kernels._native.plan_arrays import plan_arrays
-from molsaki_kernels._native.structs import MapCall, Plan
+from molsaki_kernels._native.structs import MAP_TILE_ROWS, MapCall, Plan
 from molsaki_kernels._workspace import workspace
 from molsaki_kernels.attention_map.protocol import MapGradient, both_phases
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 from molsaki_kernels.strides import with_contiguous_head_dim
 
 NAME = "native"
-BACKWARD_ROWS = 24  # queries per tile; the queries of a task are a multiple of it
 TASKS_PER_THREAD = 16  # in the backward pass, so that threads finish at about the same time
 LARGEST_KEPT = 4 << 20  # elements of dq kept from the first phase of the gradient to the second; more are recomputed
 _CPU = torch.device("cpu")  # also where another default device is set
@@ -74,9 +73,9 @@ class Gradient(MapGradient):
         call = _call(struct, inputs, options, plan)
         N, C = arrays.tokens.shape
         Hq, D, Hkv = inputs.q.shape[1], inputs.q.shape[3], inputs.k.shape[1]
-        tiles = -(-arrays.longest // BACKWARD_ROWS)
+        tiles = -(-arrays.longest // MAP_TILE_ROWS)
         chunks = min(tiles, -(-TASKS_PER_THREAD * call.threads // (N * Hq)))
-        call.chunk_rows = -(-tiles // chunks) * BACKWARD_ROWS
+        call.chunk_rows = -(-tiles // chunks) * MAP_TILE_ROWS
         call.chunks = -(-arrays.longest // call.chunk_rows)
         sizes = dict(
             packed=N * Hkv * D * C,

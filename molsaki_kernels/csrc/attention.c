@@ -23,7 +23,7 @@ enum {
     PANELS = ROWS / PANEL,
     VECTORS = ROWS / LANES,
     KEYS = 96, /* a multiple of STRIP and GROUP */
-    WIDEST = MAX_D + 16 /* of the copied rows; an odd number of cache lines */
+    WIDEST = MAX_HEAD_DIM + 16 /* of the copied rows; an odd number of cache lines */
 };
 
 #define F(field) FIELD(Plan, field)
@@ -48,12 +48,21 @@ const Layout molsaki_layout_AttentionCall[] = {
 };
 #undef F
 
-const Layout molsaki_layout_constants[] = {{"TASK_ROWS", TASK_ROWS, 0}, {"MAX_HEAD_DIM", MAX_D, 0}, END};
+#define F(field) FIELD(AttentionMemory, field)
+const Layout molsaki_layout_AttentionMemory[] = {WHOLE(AttentionMemory), F(work), F(packed), F(parts), END};
+#undef F
+
+const Layout molsaki_layout_constants[] = {
+    CONSTANT(TASK_ROWS), CONSTANT(MAP_TILE_ROWS), CONSTANT(COLUMN_MULTIPLE), CONSTANT(HEAD_DIM_MULTIPLE),
+    CONSTANT(MAX_HEAD_DIM), CONSTANT(NEVER), CONSTANT(FLOAT32), CONSTANT(VECTORS_BF16), CONSTANT(TILES_BF16),
+    END,
+};
+_Static_assert(HEAD_DIM_MULTIPLE % LANES == 0 && COLUMN_MULTIPLE % LANES == 0, "rows are whole vectors");
 
 /* Working memory of one thread: its copies of a block's inputs, and the results. Too large for the stack. */
 typedef struct {
     float q[ROWS * WIDEST], dout[ROWS * WIDEST], k[KEYS * WIDEST], v[KEYS * WIDEST];
-    float q_panel[ROWS * MAX_D], dout_panel[ROWS * MAX_D];
+    float q_panel[ROWS * MAX_HEAD_DIM], dout_panel[ROWS * MAX_HEAD_DIM];
     float result[ROWS * WIDEST]; /* out or dq */
     float weights[KEYS][ROWS], dscores[KEYS][ROWS]; /* `weights` holds the scores first */
     float slopes[STRIP][ROWS];                      /* derivative of the softcap; dscores are multiplied by it */
@@ -83,11 +92,11 @@ static int64_t part_size(const AttentionCall *c) { /* in numbers */
     return c->plan.longest * (c->head_dim + c->value_dim);
 }
 
-/* Write the bytes that a call needs for `work`, `packed` and `parts`. It reads no pointer of the call. */
-void molsaki_attention_memory(const AttentionCall *c, int64_t backward, int64_t bytes[3]) {
-    bytes[0] = c->threads * work_size(c);
-    bytes[1] = TAKES_BF16(c) ? bf16_packed(c, backward) : 0;
-    bytes[2] = backward ? (TAKES_BF16(c) ? 2 : 1) * c->threads * part_size(c) * sizeof(float) : 0;
+/* Write the bytes of memory that a call needs. It reads no pointer of the call. */
+void molsaki_attention_memory(const AttentionCall *c, int64_t backward, AttentionMemory *bytes) {
+    bytes->work = c->threads * work_size(c);
+    bytes->packed = TAKES_BF16(c) ? bf16_packed(c, backward) : 0;
+    bytes->parts = backward ? (TAKES_BF16(c) ? 2 : 1) * c->threads * part_size(c) * sizeof(float) : 0;
 }
 
 static void *own_work(const AttentionCall *c) {
@@ -480,7 +489,7 @@ INLINE void read_delta(const AttentionCall *c, Block *b, int64_t batch, int64_t 
         b->lse[r] = c->lse[at_row + r];
         double exact = 0;
         if (c->dout) {
-            float out[MAX_D];
+            float out[MAX_HEAD_DIM];
             read_row(c->out, at(c->out_strides, batch, b->h, row + r), c->is_bf16, Dv, out);
             if (c->delta)
                 for (int64_t d = 0; d < Dv; d++) exact += (double)dout[r * width + d] * out[d];

@@ -11,7 +11,7 @@ enum { ROWS = TASK_ROWS };
 #define HIDDEN -INFINITY /* the score of a key that the row cannot see */
 #define FIRST_MAX -FLT_MAX /* the initial maximum */
 
-/* What computes the products of an attention call. */
+/* What computes the products of an attention call. Bit u of molsaki_units stands for unit u. */
 typedef enum {
     FLOAT32, /* vectors of float32, also for bfloat16 inputs */
     VECTORS_BF16, /* AVX-512 BF16 */
@@ -44,6 +44,11 @@ typedef struct {
     int64_t *part_of; /* per thread: the sequence and key head of its part, n * kv_heads + g, or -1; then, with such a
                          unit, also of the key head that it began last */
 } AttentionCall;
+
+/* What molsaki_attention_memory returns: bytes for the fields of these names of a call. */
+typedef struct {
+    int64_t work, packed, parts;
+} AttentionMemory;
 
 INLINE int64_t at(const int64_t *strides, int64_t b, int64_t h, int64_t row) {
     return b * strides[0] + h * strides[1] + row * strides[2];

@@ -40,7 +40,7 @@ int bf16_has_tiles(void) { return 0; }
 enum {
     PANELS = ROWS / SIDE, /* of a block, and squares of keys of a task */
     KEY_SQUARES = 3,      /* squares of keys whose scores are in the cache together */
-    WIDTH = MAX_D / 32,
+    WIDTH = MAX_HEAD_DIM / 32,
     HALF = 16 /* rows of a vector */
 };
 
@@ -153,12 +153,12 @@ const uint16_t *bf16_pack_head(const AttentionCall *c, int64_t n, int64_t g, int
     for (int64_t row = 0; row < p->length[n]; row += ROWS)
         pack_task(c, g, first_task + row / ROWS, 1, packed + row / SIDE * square_size(c, 1));
     for (int64_t j = 0; j < used && c->dmaps; j += SIDE, to += 2 * width * TILE) {
-        uint16_t rows[SIDE * MAX_D];
+        uint16_t rows[SIDE * MAX_HEAD_DIM];
         const int64_t count = int_min(SIDE, used - j);
         for (int64_t i = 0; i < count; i++)
-            memcpy(rows + i * MAX_D, rows_of(c, c->k, c->k_strides, n, g, tokens[j + i], c->head_dim).first,
+            memcpy(rows + i * MAX_HEAD_DIM, rows_of(c, c->k, c->k_strides, n, g, tokens[j + i], c->head_dim).first,
                    c->head_dim * sizeof(uint16_t));
-        pack_left((Rows){rows, MAX_D, count, c->head_dim}, width, to);
+        pack_left((Rows){rows, MAX_HEAD_DIM, count, c->head_dim}, width, to);
     }
     return packed;
 }

@@ -1,4 +1,5 @@
-/* Tables of where C puts the fields of each struct. `../_native/structs.py` compares them with ctypes when it loads. */
+/* Tables of where C puts the fields of each struct, and of the constants that Python relies on. `../_native/structs.py`
+ * compares them with its own when the library is loaded. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -10,4 +11,5 @@ typedef struct {
 
 #define WHOLE(structure) {"", 0, sizeof(structure)}
 #define FIELD(structure, field) {#field, offsetof(structure, field), sizeof(((structure *)0)->field)}
+#define CONSTANT(name) {#name, name, 0}
 #define END {0, 0, 0}

@@ -1,6 +1,7 @@
 /* O' = O - dlse / |dO|^2 dO in one float32 pass, which adds the gradient of lse to a backward that ignores it. The
  * equation is explained in ../attention/lse_gradient.py. */
 #include "layout.h"
+#include "plan.h"
 
 typedef struct {
     int64_t batches, heads, rows, head_dim, threads;
@@ -21,9 +22,10 @@ const Layout molsaki_layout_LseGradientCall[] = {
 #undef F
 
 enum { ROWS = 32, LANES = 16 };
+_Static_assert(HEAD_DIM_MULTIPLE % LANES == 0, "rows are whole vectors");
 typedef float vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-/* head_dim is a multiple of LANES. Returns nonzero if dO vanishes in a row; the result is then not usable. */
+/* head_dim is a HEAD_DIM_MULTIPLE. Returns nonzero if dO vanishes in a row; the result is then not usable. */
 int64_t molsaki_lse_gradient(const LseGradientCall *c) {
     int64_t vanished = 0;
     const int64_t blocks = (c->rows + ROWS - 1) / ROWS;

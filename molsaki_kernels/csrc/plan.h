@@ -4,12 +4,18 @@
 
 #define NEVER INT32_MAX /* the position of a padding token */
 
-enum { TASK_ROWS = 192 };
+enum {
+    TASK_ROWS = 192,        /* rows of a task */
+    MAP_TILE_ROWS = 24,     /* rows of a tile of the map alone */
+    COLUMN_MULTIPLE = 16,   /* the caller pads the lists of key tokens to a multiple of it */
+    HEAD_DIM_MULTIPLE = 16, /* the caller refuses, or pads, head dimensions that are no multiple of it */
+};
+_Static_assert(TASK_ROWS % MAP_TILE_ROWS == 0, "a tile is part of one task");
 
 /* Built by `../_native/plan_arrays.py`. A row is a query position within its sequence. */
 typedef struct {
     int64_t sequences;
-    int64_t columns; /* key tokens of the longest list, rounded up to a multiple of 16 */
+    int64_t columns; /* key tokens of the longest list, rounded up to a COLUMN_MULTIPLE */
     int64_t longest; /* rows of the longest sequence */
     int64_t tasks;
     const int64_t *batch, *begin, *length, *tokens_used; /* (sequences): batch index, first row, rows, key tokens */

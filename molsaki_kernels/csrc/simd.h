@@ -10,7 +10,7 @@ enum { LANES = 16, STRIP = 12, DEEP = 4 };
 enum { LANES = 8, STRIP = 6, DEEP = 2 };
 #endif
 /* What fits the registers: STRIP x 2 vectors of scores, or GROUP x DEEP vectors along the head dimension. */
-enum { GROUP = 6, MAX_D = 256 };
+enum { GROUP = 6, MAX_HEAD_DIM = 256 };
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));

@@ -13,9 +13,9 @@
 #include "simd.h"
 
 enum {
-    ROWS = 24,           /* rows of q per tile */
-    STRIDE = MAX_D + 16, /* of the copied rows; an odd number of cache lines */
-    COLUMNS = 256,       /* columns of a tile of dS */
+    ROWS = MAP_TILE_ROWS,       /* rows of q per tile */
+    STRIDE = MAX_HEAD_DIM + 16, /* of the copied rows; an odd number of cache lines */
+    COLUMNS = 256,              /* columns of a tile of dS */
     TILE = COLUMNS + 16,
     TERMS = 32 /* products per partial sum of a score: partial sums halve the rounding error of wide heads */
 };
@@ -109,7 +109,7 @@ static void pack_keys(const MapCall *c, int64_t n, int64_t g) {
     const int32_t *tokens = c->plan.tokens + n * C;
     float *packed = c->packed + (n * c->kv_heads + g) * D * C;
     float *keys = c->keys ? c->keys + (n * c->kv_heads + g) * D * C : 0;
-    float row[MAX_D];
+    float row[MAX_HEAD_DIM];
     for (int64_t j = 0; j < C; j++) {
         if (j < used) {
             const int64_t token = c->plan.begin[n] + tokens[j];

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from molsaki_kernels import widened_values
-from molsaki_kernels.attention import ENGINES, sdpa
+from molsaki_kernels.attention import ENGINES
 from molsaki_kernels.attention.protocol import as_served
 from molsaki_kernels.attention.sinks import sinks_gradient
-from molsaki_kernels.attention_map import MAP_ENGINES
+from molsaki_kernels.attention_map import MAP_ENGINES, SERVES_EVERY_CALL
 from molsaki_kernels.direct_call import runs_untraced, without_autocast
 from molsaki_kernels.ops.attention_map import run_map
 from molsaki_kernels.ops.flat import (
@@ -69,7 +69,7 @@ def _run_widened(
 ) -> AttentionOutputs:
     """Compute attention and its map by calls of the engine with v widened, and a segmented sum."""
     implementation = ENGINES[engine]
-    usual = "" if implementation.COMPUTES_MAP else "torch"
+    usual = "" if implementation.COMPUTES_MAP else SERVES_EVERY_CALL
     if plan.is_empty(inputs.q):
         return run_attention(inputs, options, plan, engine, usual)
     widths = widened_values.widths(implementation, inputs.request(options), plan.num_words)
@@ -93,7 +93,7 @@ def _attention(
 ) -> AttentionOutputs:
     with without_autocast(inputs.q):
         q, value_dim = inputs.q, inputs.v.shape[3]
-        fits = q.shape[3] == value_dim and not value_dim % getattr(ENGINES[engine], "HEAD_DIM_MULTIPLE", 1)
+        fits = q.shape[3] == value_dim and not value_dim % ENGINES[engine].HEAD_DIM_MULTIPLE
         served = inputs if fits else _padded(inputs, options, engine)
         outputs = ENGINES[engine].forward(served, options, plan)
         out = outputs.out if outputs.out.shape[3] == value_dim else outputs.out[..., :value_dim]
@@ -121,11 +121,12 @@ def _attention_gradients(
         else:
             result = _gradients_with_map(gradients, inputs, outputs, options, plan, engine, map_engine)
         dq, dk, dv = result.dq, result.dk, result.dv
-        if dq.stride() != (strides := _gradient_strides(inputs.q, engine)):
+        strides_of = ENGINES[engine].gradient_strides
+        if dq.stride() != (strides := strides_of(inputs.q)):
             dq = match_strides(dq, strides)
-        if dk.stride() != (strides := _gradient_strides(inputs.k, engine)):
+        if dk.stride() != (strides := strides_of(inputs.k)):
             dk = match_strides(dk, strides)
-        if dv.stride() != (strides := _gradient_strides(inputs.v, engine)):
+        if dv.stride() != (strides := strides_of(inputs.v)):
             dv = match_strides(dv, strides)
         return InputGradients(dq, dk, dv, result.dsinks)
 
@@ -140,12 +141,11 @@ def _gradients_with_map(
     map_engine: str,
 ) -> InputGradients:
     """Compute the gradients by an engine that does not compute the map: the map's gradient passes through dlse."""
-    module: Any = ENGINES[engine]  # three of its functions are optional
+    implementation = ENGINES[engine]
     served = _padded(inputs, options, engine, backward=True)
-    may_fuse = gradients.dmaps is not None and map_engine == "triton" and hasattr(module, "why_not_fused")
-    if may_fuse and served is inputs and module.why_not_fused(inputs, options, plan) is None:
-        fused: InputGradients = module.backward_with_map(gradients, inputs, outputs, options, plan)
-        return fused
+    may_fuse = gradients.dmaps is not None and map_engine == implementation.FUSED_MAP and served is inputs
+    if may_fuse and implementation.why_not_fused(inputs, options, plan) is None:
+        return implementation.backward_with_map(gradients, inputs, outputs, options, plan)
     dlse = gradients.dlse
     dout = torch.zeros_like(outputs.out) if gradients.dout is None else gradients.dout
     upstream, attention = OutputGradients(dout, dlse), outputs
@@ -153,7 +153,7 @@ def _gradients_with_map(
     if gradients.dmaps is not None:
         map_inputs = inputs.map_inputs(outputs.lse)
         map_gradient = MAP_ENGINES[map_engine].Gradient(gradients.dmaps, map_inputs, options, plan)
-        if hasattr(module, "folds_dlse") and module.folds_dlse(served):
+        if implementation.folds_dlse(served):
             folded_out, folded_dout, dlse = map_gradient.fold(outputs.out, dout, dlse)
             upstream, attention = OutputGradients(folded_dout), AttentionOutputs(folded_out, outputs.lse)
         else:
@@ -195,7 +195,7 @@ def _engine_gradients(
 def _padded(inputs: AttentionInputs, options: AttentionOptions, engine: str, backward: bool = False) -> AttentionInputs:
     """Return the inputs as the engine's forward or backward gets them: see :func:`as_served`."""
     width = inputs.q.shape[3]
-    if width == inputs.v.shape[3] and not width % getattr(ENGINES[engine], "HEAD_DIM_MULTIPLE", 1):
+    if width == inputs.v.shape[3] and not width % ENGINES[engine].HEAD_DIM_MULTIPLE:
         return inputs
     request = dataclasses.replace(inputs.request(options), backward=backward)
     served = as_served(ENGINES[engine], request)
@@ -209,14 +209,6 @@ def _padded(inputs: AttentionInputs, options: AttentionOptions, engine: str, bac
 def _with_width(x: Tensor, width: int) -> Tensor:
     """Return ``x (B, H, M, D)`` with zeros appended up to ``width`` columns."""
     return x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
-
-
-def _gradient_strides(x: Tensor, engine: str) -> tuple[int, ...]:
-    """Return the strides of x's gradient: those of x, but the CPU flash operator returns ``(B, M, H, D)``."""
-    if engine == sdpa.NAME and x.device.type == "cpu":
-        B, H, M, D = x.shape
-        return M * H * D, D, H * D, 1
-    return x.stride() if x.is_contiguous() else dense_strides(x)
 
 
 def _attention_operator(*flat: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -244,7 +236,8 @@ def _attention_backward_fake(
     dout: Tensor | None, dlse: Tensor | None, dmaps: Tensor | None, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs, _, _, engine, _ = call_of(flat)
-    dq, dk, dv = (x.new_empty_strided(x.shape, _gradient_strides(x, engine)) for x in (inputs.q, inputs.k, inputs.v))
+    strides_of = ENGINES[engine].gradient_strides
+    dq, dk, dv = (x.new_empty_strided(x.shape, strides_of(x)) for x in (inputs.q, inputs.k, inputs.v))
     return dq, dk, dv, inputs.q.new_empty(0) if inputs.sinks is None else torch.empty_like(inputs.sinks)
 
 

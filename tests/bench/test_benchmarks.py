@@ -212,7 +212,7 @@ def test_modes_graph_and_compile(monkeypatch):
     monkeypatch.setattr(layer, "captured", capture)
     monkeypatch.setattr(layer, "compiled", lambda contender: machinery(contender, "aot_eager"))
     failed = []
-    records = layer.measured(SMALL, CPU_DEVICE, True, 0.01, False, MACHINE, failed)
+    records = layer.measured(SMALL, CPU_DEVICE, True, 0.01, MACHINE, failed)
     kinds = {mode: [r["kind"] for r in records if r["mode"] == mode] for mode in ("eager", "graph", "compile")}
     without_it = [c.kind for i, c in enumerate(everything) if i != first_map]
     compiled = [c.kind for c in everything if c.kind in ("plain", "map")]

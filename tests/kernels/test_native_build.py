@@ -138,10 +138,11 @@ def test_the_libraries_of_a_wheel(monkeypatch, tmp_path, quick):
     has = set(build._processor().split())
     best = next(name for name, variant in compile.VARIANTS.items() if variant.needs <= has)
     assert reason is None and opened == [f"molsaki-{best}.so"] and not (tmp_path / "cache").exists()
-    call, sizes = structs.AttentionCall(head_dim=64, value_dim=64, threads=2), (structs.Bytes(), structs.Bytes())
-    for one, bytes_ in zip((library, build.library()), sizes, strict=True):
-        one.molsaki_attention_memory(ctypes.byref(call), True, bytes_)
-    assert list(sizes[0]) == list(sizes[1]) and sizes[0][0] > 0
+    call, sizes = structs.AttentionCall(head_dim=64, value_dim=64, threads=2), []
+    for one in (library, build.library()):
+        sizes.append(structs.AttentionMemory())
+        one.molsaki_attention_memory(ctypes.byref(call), True, ctypes.byref(sizes[-1]))
+    assert bytes(sizes[0]) == bytes(sizes[1]) and sizes[0].work > 0
     bf16, wide, narrow = (tmp_path / "_native" / f"molsaki-{name}.so" for name in compile.VARIANTS)
     assert "zmm" in disassembled(wide, "zmm") and "zmm" not in disassembled(narrow, "")
     assert "tmm" in disassembled(bf16, "tmm") and "tmm" not in disassembled(wide, "")
@@ -214,6 +215,10 @@ BROKEN_LAYOUTS = {
         "AttentionCall", lambda fields: [*fields, ("more", ctypes.c_int64)],
         "AttentionCall.more: expected (offset, size) (608, 8) as in Python, got None in C",
     ),
+    "two sizes of memory swapped": (
+        "AttentionMemory", lambda fields: [fields[1], fields[0], fields[2]],
+        "AttentionMemory.packed: expected (offset, size) (0, 8) as in Python, got (8, 8) in C",
+    ),
     "a field that only C has": (
         "Plan", lambda fields: fields[:-1],
         "Plan: expected (offset, size) (0, 120) as in Python, got (0, 128) in C",
@@ -233,9 +238,53 @@ def test_a_struct_that_differs_from_c_is_named(monkeypatch, name):
 
 
 @needs_library
-def test_a_constant_that_differs_from_c_is_named(monkeypatch):
-    monkeypatch.setattr(structs, "TASK_ROWS", 96)
-    assert "constants.TASK_ROWS: expected (offset, size) (96, 0)" in reason_with(monkeypatch)
+@pytest.mark.parametrize("name", structs.constants())
+def test_a_constant_that_differs_from_c_is_named(monkeypatch, name):
+    value = getattr(structs, name)
+    monkeypatch.setattr(structs, name, value + 1)
+    assert reason_with(monkeypatch) == (
+        f"the library does not fit this package: constants.{name}: "
+        f"expected (offset, size) ({value + 1}, 0) as in Python, got ({value}, 0) in C"
+    )
+
+
+CHANGES_IN_C = {
+    "TASK_ROWS": ("plan.h", "TASK_ROWS = 192", "TASK_ROWS = 384"),
+    "MAP_TILE_ROWS": ("plan.h", "MAP_TILE_ROWS = 24", "MAP_TILE_ROWS = 12"),
+    "COLUMN_MULTIPLE": ("plan.h", "COLUMN_MULTIPLE = 16", "COLUMN_MULTIPLE = 32"),
+    "HEAD_DIM_MULTIPLE": ("plan.h", "HEAD_DIM_MULTIPLE = 16", "HEAD_DIM_MULTIPLE = 32"),
+    "MAX_HEAD_DIM": ("simd.h", "MAX_HEAD_DIM = 256", "MAX_HEAD_DIM = 512"),
+    "NEVER": ("plan.h", "NEVER INT32_MAX", "NEVER (INT32_MAX - 1)"),
+    "FLOAT32": ("attention.h", "FLOAT32, /* vectors", "FLOAT32 = 5, /* vectors"),
+    "VECTORS_BF16": ("attention.h", "VECTORS_BF16, /* AVX", "VECTORS_BF16 = 7, /* AVX"),
+    "TILES_BF16": ("attention.h", "TILES_BF16 /* AMX", "TILES_BF16 = 6 /* AMX"),
+    "AttentionMemory": ("attention.h", "work, packed, parts;\n", "parts, packed, work;\n"),
+}
+
+
+@needs_library
+def test_the_table_follows_the_sources(monkeypatch, tmp_path, quick):
+    """All constants and the order of the memory's sizes are changed in the sources, and each is found to differ."""
+    assert CHANGES_IN_C.keys() - {"AttentionMemory"} == structs.constants().keys()
+    for source in (*compile.SOURCES, *compile.HEADERS):
+        text = source.read_text()
+        for name, (file, before, after) in CHANGES_IN_C.items():
+            if file == source.name:
+                assert text.count(before) == 1, name
+                text = text.replace(before, after)
+        (tmp_path / source.name).write_text(text)
+    monkeypatch.setattr(compile, "SOURCES", [tmp_path / source.name for source in compile.SOURCES])
+    compile.compile_library(compile.compiler(), ("-march=x86-64-v3",), tmp_path / "changed.so")
+    library = ctypes.CDLL(str(tmp_path / "changed.so"))
+    assert structs.mismatch(library).startswith("AttentionMemory.work: ")
+    found = dict(structs._exported(library, "molsaki_layout_constants"))
+    assert not [name for name, value in structs.constants().items() if found[name] == (value, 0)]
+
+
+@needs_library
+def test_the_sizes_of_memory_are_for_fields_of_a_call():
+    fields = {name for name, *_ in structs.AttentionCall._fields_}
+    assert {name for name, *_ in structs.AttentionMemory._fields_} <= fields
 
 
 @needs_library

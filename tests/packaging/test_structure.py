@@ -1,9 +1,13 @@
-"""Checks which modules import which others, and the number of positional parameters of every function."""
+"""Checks imports between modules, the number of positional parameters and arguments, and files that texts name."""
 
 from __future__ import annotations
 
 import ast
+import fnmatch
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +46,104 @@ def imported(tree: ast.AST, known: set[str]) -> set[str]:
 
 KERNELS = modules("molsaki_kernels")
 EVERYTHING = KERNELS | modules("molsaki")
+BENCHMARKS = modules("benchmarks")
+
+
+# The groups of molsaki_kernels: their files, which shell patterns name, and the groups that they may import. A file
+# belongs to the first group that names it without a "*", else to the first whose pattern matches. From the top down.
+FOLDERS = "{attention,attention_map,value_pooling}"
+GROUPS: dict[str, tuple[str, str]] = {
+    "entry": ("__init__.py", "api selection plan"),
+    "api": ("api.py", "selection validation operators tables dispatch plan spec"),
+    "selection": ("engine_selection.py", "tables engines widened shared _native support spec"),
+    "validation": ("validation.py", "plan spec"),
+    "operators": ("ops/*.py", "operators tables widened shared dispatch support spec"),
+    "tables": (f"{FOLDERS}/__init__.py", "engines shared spec"),
+    "engines": (f"{FOLDERS}/*.py", "engines shared _native _triton support spec"),
+    "widened": ("widened_values.py", "shared _triton dispatch support spec"),
+    "shared": (
+        "attention/{protocol,defaults,lse_gradient,sinks}.py attention_map/protocol.py",
+        "shared _native _triton support spec",
+    ),
+    "aot": ("aot.py", "_triton"),
+    "_native": ("_native/*.py", "_native support spec"),
+    "_triton": ("_triton/*.py", "_triton support spec"),
+    "dispatch": ("direct_call.py", "-"),
+    "support": ("{_capability,_compile,_plan_cache,_workspace}.py {masking,strides}.py", "support spec"),
+    "spec": ("spec.py", "-"),
+    "oracle": ("reference.py", "plan"),
+    "plan": ("plan.py", "-"),
+}
+
+
+def expanded(pattern: str) -> list[str]:
+    """A pattern with ``{a,b}`` as the patterns that it stands for."""
+    before, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    names, _, after = rest.partition("}")
+    return [before + name + after for name in names.split(",")]
+
+
+def group_of(name: str) -> str:
+    """The group of a module of molsaki_kernels."""
+    path = name.replace(".", "/").removeprefix("molsaki_kernels").lstrip("/")
+    path = f"{path}/__init__.py".lstrip("/") if (ROOT / "molsaki_kernels" / path).is_dir() else f"{path}.py"
+    patterns = [(p, group) for group, (files, _) in GROUPS.items() for one in files.split() for p in expanded(one)]
+    exact = [group for pattern, group in patterns if pattern == path]
+    matching = [group for pattern, group in patterns if "*" in pattern and fnmatch.fnmatchcase(path, pattern)]
+    assert len(exact) <= 1 and (exact or len(matching) == 1), (name, exact, matching)
+    return (exact or matching)[0]
+
+
+def edges() -> dict[tuple[str, str], list[str]]:
+    """The imports between groups: for each pair, the modules. A package's own parents do not count."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, tree in KERNELS.items():
+        for other in imported(tree, set(KERNELS)) - {name}:
+            if not name.startswith(f"{other}."):
+                found.setdefault((group_of(name), group_of(other)), []).append(f"{name} imports {other}")
+    return found
+
+
+def test_imports_of_the_groups():
+    """Nothing that the table does not allow, and nothing allowed that no file needs."""
+    allowed = {(group, other) for group, (_, others) in GROUPS.items() for other in others.split() if other != "-"}
+    found = edges()
+    assert not {pair: modules for pair, modules in found.items() if pair not in allowed}
+    assert allowed == found.keys()
+
+
+def test_nothing_imports_upward():
+    order = list(GROUPS)
+    assert [pair for pair in edges() if order.index(pair[1]) < order.index(pair[0])] == []
+
+
+def test_every_pattern_names_files():
+    for files, _ in GROUPS.values():
+        for pattern in (p for one in files.split() for p in expanded(one)):
+            assert list((ROOT / "molsaki_kernels").glob(pattern)), pattern
+
+
+def test_the_design_page_has_the_table_of_imports():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    block = page.split("### Allowed imports\n")[1].split("```")[1].strip("\n")
+    heading, *lines = block.splitlines()
+    assert heading.split() == ["group", "files", "imports"]
+    starts = [heading.index(word) for word in ("files", "imports")]
+    found: dict[str, tuple[str, str]] = {}
+    for line in lines:
+        group, files, imports = (
+            line[: starts[0]].strip(),
+            line[starts[0] : starts[1]].strip(),
+            line[starts[1] :].strip(),
+        )
+        if group:
+            found[group] = files, imports
+        else:  # more files of the group above
+            last = list(found)[-1]
+            found[last] = f"{found[last][0]} {files}", found[last][1]
+    assert list(found.items()) == list(GROUPS.items())
 
 
 def test_kernels_never_import_the_training_layer():
@@ -95,8 +197,20 @@ def test_no_import_cycle():
         visit(name, ())
 
 
-def is_jit(node: ast.FunctionDef) -> bool:
+def is_jit(node: ast.AST) -> bool:
+    if not isinstance(node, ast.FunctionDef):
+        return False
     return any("jit" in ast.dump(d) or "kernel" in ast.dump(d) for d in node.decorator_list)
+
+
+def outside_kernels(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a module, without those of jit kernels."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if not is_jit(node):
+            yield node
+            todo += ast.iter_child_nodes(node)
 
 
 # transformers determines the parameters of its attention functions.
@@ -105,15 +219,43 @@ FIXED_BY_TRANSFORMERS = {"molsaki.modeling.attention_hook.attention"}
 
 def test_positional_parameters():
     """At most eight, except for jit kernels and functions whose parameters transformers determines."""
-    for name, tree in EVERYTHING.items():
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.FunctionDef)
-                and not is_jit(node)
-                and f"{name}.{node.name}" not in FIXED_BY_TRANSFORMERS
-            ):
+    for name, tree in (EVERYTHING | BENCHMARKS).items():
+        for node in outside_kernels(tree):
+            if isinstance(node, ast.FunctionDef) and f"{name}.{node.name}" not in FIXED_BY_TRANSFORMERS:
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
                 assert len(names) <= MAX_POSITIONAL, f"{name}.{node.name}: {len(names)} positional parameters"
+
+
+def is_launch(call: ast.Call) -> bool:
+    """Whether a call launches a jit kernel: ``kernel[grid](...)``, or a compiled kernel's ``run``."""
+    return isinstance(call.func, ast.Subscript) or ast.unparse(call.func) == "kernel.run"
+
+
+def test_positional_arguments():
+    """At most eight, except for launches of jit kernels and for PyTorch's operators, which take them by position."""
+    found = [
+        f"{name}:{node.lineno}: {ast.unparse(node.func)}"
+        for name, tree in (EVERYTHING | BENCHMARKS).items()
+        for node in outside_kernels(tree)
+        if isinstance(node, ast.Call) and len(node.args) > MAX_POSITIONAL
+        if not is_launch(node) and not ast.unparse(node.func).startswith("aten.")
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("source", "counted"),
+    [
+        ("f(1, 2)", 1),
+        ("kernel[2, 3](1, 2)", 0),
+        ("@triton.jit\ndef kernel(x):\n    f(1, 2)", 0),
+        ("@kernel(heuristics={})\ndef forward(x):\n    f(1, 2)", 0),
+        ("def g(x):\n    return [f(y, 2) for y in x]", 1),
+    ],
+)
+def test_which_calls_are_counted(source, counted):
+    calls = [node for node in outside_kernels(ast.parse(source)) if isinstance(node, ast.Call)]
+    assert sum(ast.unparse(call.func) == "f" and not is_launch(call) for call in calls) == counted
 
 
 @pytest.mark.parametrize("package", ["molsaki_kernels", "molsaki"])
@@ -160,3 +302,39 @@ def test_folders_of_the_training_layer_import_downwards():
             ):
                 upwards += [(name, other)] if target in height else []
     assert not upwards
+
+
+def named_tests(path: Path) -> set[str]:
+    """The files of tests/ that a text names: the comments and docstrings of a Python file, all of another one."""
+    text = path.read_text(encoding="utf-8")
+    named = re.compile(r"(?<![\w/.])tests/[\w/-]+\.\w+")
+    if path.suffix != ".py" or not named.search(text):
+        return set(named.findall(text))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    found = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found += [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+    return set(named.findall("\n".join(found)))
+
+
+def test_tests_that_are_named_exist():
+    """In docstrings, comments and documents."""
+    folders = ("molsaki_kernels", "molsaki", "benchmarks", "tests", "docs", "examples", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
+    kinds = (".py", ".md", ".c", ".h", ".sh", ".toml", ".yml", ".yaml")
+    found = {
+        path: names
+        for path in files
+        if path.is_file() and (path.suffix in kinds or path.name == "Makefile") and (names := named_tests(path))
+    }
+    assert len(found) > 10
+    missing = {(path.name, name) for path, names in found.items() for name in names if not (ROOT / name).exists()}
+    assert not missing
+
+
+def test_which_names_are_found(tmp_path):
+    source = '"""See ``tests/a/b.py``, run/tests/c.py."""\nx = "tests/d.py"  # tests/e_f.json, tests/g'
+    (tmp_path / "module.py").write_text(source)
+    assert named_tests(tmp_path / "module.py") == {"tests/a/b.py", "tests/e_f.json"}
+    (tmp_path / "page.md").write_text("[a](../tests/a.py), `tests/b.py`.")
+    assert named_tests(tmp_path / "page.md") == {"tests/b.py"}
