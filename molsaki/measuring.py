@@ -31,8 +31,8 @@ def peak_of_process() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def resident() -> int:
-    """The memory that this process has resident now, in bytes; 0 where the system does not tell."""
+def resident() -> int | None:
+    """The memory that this process has resident now, in bytes; None where the system does not tell."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as file:
         return 1024 * int(next(line for line in file if line.startswith("VmRSS")).split()[1])
-    return 0
+    return None
