@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import importlib.util
 import itertools
 import json
 import os
@@ -152,12 +151,15 @@ def parsers(inherited: bool = False) -> dict[str, Parser]:
 def parser_of_command(command: str, inherited: bool = False) -> Parser:
     """The parser of one command; see `parsers`."""
     from molsaki.command_parser import config_of, parser_of
+    from molsaki.extras import require
 
     if command not in CONFIGURED:
         return parser_of(command, COMMANDS[command], fill=ARGUMENTS[command])
     module, name, _ = CONFIGURED[command]
     if command == "distill" and not inherited:  # TrainingArguments take seconds to import
         module, name = "molsaki.config", "DistillOptions"
+    elif command == "distill":
+        require("train")
     return parser_of(command, COMMANDS[command], config_of(module, name), inherited)
 
 
@@ -348,10 +350,9 @@ def _completion_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _completion(args: argparse.Namespace) -> int:
     from molsaki.completion import script
-    from molsaki.extras import MODULES
+    from molsaki.extras import missing
 
-    has_training = all(importlib.util.find_spec(name) is not None for name in MODULES["train"])
-    print(script(args.shell, parsers(inherited=has_training), COMMANDS))
+    print(script(args.shell, parsers(inherited=not missing("train")), COMMANDS))
     return 0
 
 

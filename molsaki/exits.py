@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import linecache
 import logging
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from molsaki import logs
+from molsaki.extras import MissingExtra
 from molsaki.terminal import styled
 
 NEGATIVE, USER_ERROR, CRASH, INTERRUPTED = 1, 2, 70, 128  # the last one plus the number of the signal
@@ -63,12 +65,14 @@ def of_the_user(error: Exception) -> Exception:
 def is_user_error(error: Exception) -> bool:
     """Whether an exception is caused by the user's input, and not by a fault of the program.
 
-    Files and packages that are missing are; so is a value that a ``raise`` statement of ours or of a library refused.
-    An error that Python itself raised in the middle of an expression is not.
+    Missing files and missing extras are; so is a value or a package that a ``raise`` statement of ours or of a library
+    refused. An error that Python itself raised in the middle of an expression is not, nor is an import that failed.
     """
-    if isinstance(error, (_OfTheUser, OSError, ImportError, MemoryError)) or _is_out_of_memory(error):
+    if isinstance(error, (_OfTheUser, OSError, MissingExtra, MemoryError)) or _is_out_of_memory(error):
         return True
-    return isinstance(error, (ValueError, TypeError, ArithmeticError)) and _is_deliberate(error)
+    if isinstance(error, ImportError) and isinstance(error.__cause__, Exception):  # transformers' lazy imports
+        return is_user_error(error.__cause__)
+    return isinstance(error, (ValueError, TypeError, ArithmeticError, ImportError)) and _is_deliberate(error)
 
 
 def refuse(command: str, message: str) -> int:
@@ -126,6 +130,8 @@ def interrupted(command: str, argv: Sequence[str], error: KeyboardInterrupt) -> 
 def _is_deliberate(error: BaseException) -> bool:
     """Whether the statement that raised an exception is a ``raise``; also if its source is not there to look."""
     frames = traceback.extract_tb(error.__traceback__)
+    while frames and (frames[-1].filename == importlib.__file__ or frames[-1].filename.startswith("<frozen importlib")):
+        frames.pop()  # Python's own, below `importlib.import_module`
     if not frames:
         return True
     line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()

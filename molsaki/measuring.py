@@ -31,8 +31,8 @@ def peak_of_process() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def resident() -> int:
-    """The resident memory of this process, in bytes; 0 if the system does not report it."""
+def resident() -> int | None:
+    """The resident memory of this process, in bytes; None if the system does not report it."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="utf-8") as file:
         return 1024 * int(next(line for line in file if line.startswith("VmRSS")).split()[1])
-    return 0
+    return None

@@ -16,11 +16,13 @@ from molsaki.annotation.journal import Answer
 from molsaki.annotation.teacher import FILTERED, TOO_LONG
 from molsaki.config import AnnotateConfig
 from molsaki.evaluation.generate import Reply
+from molsaki.extras import require
 
 try:
     import httpx
-except ImportError as error:
-    raise ImportError("--endpoint: needs the package httpx; run pip install httpx") from error
+except ImportError:
+    require("train", "httpx", by="--endpoint:")
+    raise
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import regex
-
 from molsaki.annotation.prompts import SECOND, PromptFormat
 from molsaki.evaluation.generate import Reply
 from molsaki.evaluation.scoring import score
+from molsaki.extras import regex
 from molsaki.text.answers import kind_of
 from molsaki.text.examples import Example
 from molsaki.text.thinking import state_of, with_opening

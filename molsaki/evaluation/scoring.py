@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import regex
-
+from molsaki.extras import regex
 from molsaki.text.answers import (
     TRUTHS,
     final_answer,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from molsaki.extras import require
 from molsaki.modeling.capture import capture
 from molsaki.modeling.unwrap import evaluation_mode, input_device
 from molsaki.text.alignment import encode, prompt
@@ -59,6 +60,7 @@ class AttentionMap:
 
     def to_pandas(self) -> pandas.DataFrame:
         """A frame with a column per word or token, and a row per layer, head (if there is one per head) and step."""
+        require("notebook", by="to_pandas:")
         import pandas
 
         levels: list[Sequence[Any]] = [self.layers, self.rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from typing import Any, Literal, cast
@@ -18,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from molsaki import extras
 from molsaki.config import require
 
 
@@ -64,8 +64,7 @@ def load_model(
             raise ValueError(f"--device_map: expected a name or JSON, got {device_map!r}: {error}") from None
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "device_map": device_map}
     if quantize != "none":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(f"--quantize: {quantize} needs the package bitsandbytes, which is not installed")
+        extras.require("quantize", by=f"--quantize: {quantize}")
         compute = torch.bfloat16 if dtype == "auto" else options["dtype"]
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
         bits = {"load_in_8bit": True} if quantize == "8bit" else four

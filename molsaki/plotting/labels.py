@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-import regex
+from molsaki.extras import regex
 
 
 def shorten(text: str, width: int, lines: int = 1) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-import regex
-
+from molsaki.extras import regex
 from molsaki.text import expressions
 from molsaki.text.key_words import WIDTHS, find_keywords, normalized
 from molsaki.text.numbers import find_numbers, parse_number

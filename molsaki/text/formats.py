@@ -10,8 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import regex
-
+from molsaki.extras import regex
 from molsaki.text.answers import CALCULATOR, final_answer, stated_answer
 from molsaki.text.conversations import Turn, checked_context, split_turns, turns_of
 from molsaki.text.numbers import find_numbers

@@ -16,8 +16,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import regex
-
+from molsaki.extras import regex
 from molsaki.functions import is_named, named_function
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import Span, check_str

@@ -6,8 +6,7 @@ import functools
 import unicodedata
 from fractions import Fraction
 
-import regex
-
+from molsaki.extras import regex
 from molsaki.text.spans import LINE_ENDS, Span
 
 _VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"

@@ -4,7 +4,6 @@ paragraph, after a number of words, by the package sentencex, or by a user-defin
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import operator
 import re
@@ -12,8 +11,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 
-import regex
-
+from molsaki.extras import regex, require
 from molsaki.functions import is_named, named_function
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import LINE_ENDS, shown
@@ -214,8 +212,7 @@ def _own_splitter(name: str) -> Callable[[str], Iterator[int]]:
             raise ValueError(f"splitter: expected words:N with N of at least 1, got {name!r}")
         return functools.partial(_every, int(budget))
     if name.startswith(SENTENCEX):
-        if importlib.util.find_spec("sentencex") is None:
-            raise ImportError(f"splitter: {name} needs the package sentencex, which is not installed")
+        require("languages", by=f"splitter: {name}")
         language = name.removeprefix(SENTENCEX)
         if not re.fullmatch("[a-z]{2,3}", language):
             raise ValueError(f"splitter: expected sentencex:LANGUAGE with a code such as de, got {name!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import getpass
-import importlib.util
 import json
 import os
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from molsaki.extras import require
 from molsaki.io import digest
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -96,8 +96,7 @@ def _cell(value: str) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(f"{path}: Parquet needs the package pyarrow, which is not installed")
+    require("parquet", by=f"{path}: Parquet")
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from molsaki.config import DistillOptions, MixtureOptions, check_options
+from molsaki.extras import require
 from molsaki.method.objectives import objective_of
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class DistillConfig(DistillOptions, TrainingArguments):
             for callback in get_reporting_integration_callbacks(self.report_to):  # type: ignore[no-untyped-call]
                 callback()
         except (RuntimeError, ValueError) as error:
+            if "tensorboard" in (self.report_to or ()):
+                require("train", "tensorboard", by="report_to: tensorboard")
             raise ValueError(f"report_to: {error}") from error
 
     def choose_objective(self, has_teacher: bool) -> str:

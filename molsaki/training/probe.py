@@ -122,15 +122,15 @@ class Probe(DistillTrainer):
         self.optimizer_seconds = statistics.fmean(after for _, after in timed)
         return sum(self._tokens[1:]) / sum(before for before, _ in timed)
 
-    def parts(self, before: int) -> dict[str, int]:
+    def parts(self, before: int | None) -> dict[str, int]:
         """Bytes of weights, gradients, optimizer and activations in this process.
 
         Args:
-            before: of the process without them; used on a CPU.
+            before: of the process without them, used on a CPU; None if it is not known.
         """
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         state = [v for one in cast(Any, self.optimizer).state.values() for v in one.values()]
-        found = {"program": before} if self.args.device.type == "cpu" else {}
+        found = {"program": before} if before is not None and self.args.device.type == "cpu" else {}
         found["student"] = bytes_of(self.model)
         if self.teacher is not None:
             found["teacher"] = bytes_of(self.teacher)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molsaki.extras import require
 from molsaki.modeling.unwrap import causal_model
 from molsaki.training.config import DistillConfig
 
@@ -18,7 +19,8 @@ def add_adapters(model: PreTrainedModel, config: DistillConfig, peft_config: Any
     try:
         from peft import LoraConfig, PeftConfig, get_peft_model
     except ImportError:
-        raise ImportError("--lora_rank, peft_config: need the package peft, which is not installed") from None
+        require("train", "peft", by="--lora_rank, peft_config: LoRA")
+        raise
     if is_peft(model):
         raise ValueError("model: expected one without adapters, since --lora_rank or peft_config adds some")
     if peft_config is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+NOT_SHIPPED = ROOT / "studies/models"  # in an sdist; MANIFEST.in says why
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
 
 
@@ -28,6 +29,8 @@ def test_links(document):
             continue
         name, _, heading = target.partition("#")
         file = document.parent / name if name else document
+        if file.resolve() == NOT_SHIPPED.resolve() and not (ROOT / ".git").exists():
+            continue
         assert file.exists(), f"{document.name}: {target}"
         assert not heading or heading in headings(file), f"{document.name}: {target}"
 

@@ -103,6 +103,14 @@ def test_the_sdist_contains_all_that_its_tests_need(source, unpacked):
     assert int(re.search(r"(\d+) tests collected", collected).group(1)) > 500
 
 
+def test_the_links_of_the_sdists_documents(unpacked):
+    """Its own test of them, in a process that imports the packages from there."""
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}
+    program = ["pytest", "-q", "-p", "no:cacheprovider", "tests/bench/test_documents.py"]
+    done = run(sys.executable, "-m", *program, cwd=unpacked, env=environment)
+    assert int(re.search(r"(\d+) passed", done).group(1)) > 40 and "skipped" not in done
+
+
 @needs_compiler
 def test_the_wheel_contains_the_engine(wheel):
     assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
@@ -281,3 +289,9 @@ def test_a_missing_extra_is_named_in_a_clean_environment(clean, environment, tmp
     program = "from molsaki.extras import require; require('train')"
     done = subprocess.run([clean, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].endswith('run pip install "molsaki-kernels[train]"')
+
+
+@needs_compiler
+def test_the_help_of_every_command_in_a_clean_environment(clean, environment, tmp_path):
+    program = "from molsaki.cli import COMMANDS, main\nassert not any(main([name, '--help']) for name in COMMANDS)"
+    assert run(clean, "-c", program, cwd=tmp_path, env=environment).count("usage: molsaki ") == 11
