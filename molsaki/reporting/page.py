@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from molsaki.config import DistillOptions
+from molsaki.extras import MissingExtra
 from molsaki.method.objectives import OBJECTIVES
 from molsaki.reporting.predictions import Predictions
 from molsaki.reporting.run_logs import RunLogs, base_name, curves_of, meaning_of, weights_of
@@ -273,7 +274,7 @@ def default_options() -> dict[str, list[Any]]:
         found[field.name] = [json.loads(json.dumps(default, default=str))]
     try:
         completed = json.loads(DistillConfig(output_dir="run").to_json_string())  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, MissingExtra, OSError) as error:
         logger.warning("report: the default options cannot be completed here: %s", error)
         completed = {}
     for name, value in completed.items():
