@@ -116,10 +116,12 @@ def test_packed_batches_hold_no_padding(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / name).mkdir()
         batches: list[TextBatch] = []
-        run = extract_module._run
-        monkeypatch.setattr(extract_module, "_run", lambda *args, b=batches, run=run: b.append(args[2]) or run(*args))
+        run = extract_module.mixed_maps
+        monkeypatch.setattr(
+            extract_module, "mixed_maps", lambda *args, b=batches, run=run: b.append(args[2]) or run(*args)
+        )
         result = extract(config(tmp_path / name, records, batch_tokens=1000, shard_size=40), TEACHER, OTHER)
-        monkeypatch.setattr(extract_module, "_run", run)
+        monkeypatch.setattr(extract_module, "mixed_maps", run)
         runs.append([texts.cu_seq_lens_q.diff().tolist() for texts in batches])
         assert all(texts.input_ids.shape == (1, texts.cu_seq_lens_q[-1]) for texts in batches)
     assert runs[0] == runs[1] and sum(map(len, runs[0])) == 40
@@ -224,7 +226,7 @@ def test_a_teacher_that_cannot_pack_is_padded(tmp_path):
 
 def test_the_next_texts_are_cut_while_the_teacher_runs(tmp_path, monkeypatch):
     """Each forward pass waits until the texts of the next one are tokenized, except for the last of a shard."""
-    run, cut_ids, seen, runs = extract_module._run, [], threading.Condition(), []
+    run, cut_ids, seen, runs = extract_module.mixed_maps, [], threading.Condition(), []
 
     def watched(example, *args):
         with seen:
@@ -239,7 +241,7 @@ def test_the_next_texts_are_cut_while_the_teacher_runs(tmp_path, monkeypatch):
         return run(teacher, mixture, texts, map_heads)
 
     monkeypatch.setattr(extract_module, "cut", watched)
-    monkeypatch.setattr(extract_module, "_run", waiting)
+    monkeypatch.setattr(extract_module, "mixed_maps", waiting)
     extract(config(tmp_path, tiny.problems(10), shard_size=10), TEACHER, OTHER)
     assert len(runs) > 2 and sum(runs) == 10
     assert [id for id, _ in cut_ids] == [f"p{n}" for n in range(10)]
@@ -313,7 +315,7 @@ def test_interrupted_and_continued(tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     whole.mkdir()
     extract(config(whole), TEACHER, OTHER)
-    run, shards = extract_module._run, []
+    run, shards = extract_module.mixed_maps, []
 
     def interrupt(*args):
         shards.append(1)
@@ -321,14 +323,14 @@ def test_interrupted_and_continued(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return run(*args)
 
-    monkeypatch.setattr(extract_module, "_run", interrupt)
+    monkeypatch.setattr(extract_module, "mixed_maps", interrupt)
     with pytest.raises(KeyboardInterrupt):
         extract(config(tmp_path), TEACHER, OTHER)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("shard-*")}
     assert 0 < len(kept) < 3
     with pytest.raises(FileNotFoundError, match="not finished"):
         Store(tmp_path / "store")
-    monkeypatch.setattr(extract_module, "_run", run)
+    monkeypatch.setattr(extract_module, "mixed_maps", run)
     result = extract(config(tmp_path), TEACHER, OTHER)
     assert result["shards_written"] == 3 - len(kept)
     assert all((tmp_path / "store" / name).stat().st_mtime_ns == time for name, time in kept.items())
@@ -521,13 +523,13 @@ def test_no_room_for_a_shard(tmp_path):
 
 def test_data_that_changes_while_it_is_read(tmp_path, monkeypatch):
     options = config(tmp_path)
-    run = extract_module._run
+    run = extract_module.mixed_maps
 
     def change(*args):
         tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(12))
         return run(*args)
 
-    monkeypatch.setattr(extract_module, "_run", change)
+    monkeypatch.setattr(extract_module, "mixed_maps", change)
     with pytest.raises(ValueError, match=r"train.jsonl: has changed since it was opened"):
         extract(options, TEACHER, OTHER)
 

@@ -435,7 +435,7 @@ def test_own_scores_and_seeds_that_are_missing(copy, capsys):
         ),
         ({"primary": {"test": "test", "arms": ["dss"]}}, "primary: arms: expected some of paper, got 'dss'"),
         ({"primary": {"test": "test"}}, "primary: arms: expected a list of different arms, got None"),
-        ({"primary": {"test": "test", "arms": ["paper"]}, "baseline": None}, "primary: expected a baseline beside it"),
+        ({"primary": {"test": "test", "arms": ["paper"]}, "baseline": None}, "primary: expected a baseline as well"),
         ({"score": "nowhere:f"}, "score: expected module:name that can be imported, got 'nowhere:f'"),
     ],
 )
