@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from molsaki import presets
 from molsaki.config import MixtureOptions
-from molsaki.extras import MissingExtra
+from molsaki.exits import is_user_error
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -73,7 +73,9 @@ def build(config_class: type[Config], values: Mapping[str, Any], where: str) -> 
     argv = _flags(parser, preset | given, where)
     try:
         return cast(Config, parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0])
-    except (ValueError, TypeError, MissingExtra) as error:
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, ImportError) and not is_user_error(error):
+            raise
         raise ValueError(f"{where}: {error}") from error
 
 

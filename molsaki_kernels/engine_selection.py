@@ -19,7 +19,7 @@ from molsaki_kernels import widened_values
 from molsaki_kernels._compile import constant_when_compiled
 from molsaki_kernels._native.build import pytorch_is_faster_in_bfloat16
 from molsaki_kernels.attention import ENGINES, flash_attn
-from molsaki_kernels.attention.defaults import with_defaults
+from molsaki_kernels.attention.defaults import defines, with_defaults
 from molsaki_kernels.attention.protocol import RequiredNames, as_served
 from molsaki_kernels.attention_map import MAP_ENGINES
 from molsaki_kernels.spec import AttentionOptions, AttentionRequest
@@ -89,11 +89,11 @@ def register_engine(engine: RequiredNames, first_on: Sequence[str] = ()) -> None
         first_on: types of devices, such as ``("cuda",)``, on which "auto" tries it before all other engines.
 
     Raises:
-        TypeError: a required name is missing, or ``first_on`` is a text.
+        TypeError: a required name is missing, some of FUSED_MAP and its two functions are, or ``first_on`` is a str.
         AttributeError: an optional name is missing, and the object does not take attributes.
         ValueError: another engine has this name.
     """
-    missing = [name for name in REQUIRED if not hasattr(engine, name)]
+    missing = [name for name in REQUIRED if not defines(engine, name)]
     if missing:
         raise TypeError(f"engine: expected {', '.join(missing)} as in molsaki_kernels.attention.protocol, got none")
     if isinstance(first_on, str):

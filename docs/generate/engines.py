@@ -115,7 +115,7 @@ def ask(
 ) -> str | None:
     """The reason that an engine gives, or None."""
     facts = {name: changes.pop(name) for name in ("sinks", "packed") if name in changes}
-    multiple = getattr(engine, "HEAD_DIM_MULTIPLE", 1)
+    multiple = engine.HEAD_DIM_MULTIPLE
     request = AttentionRequest(
         device=torch.device(platform.device), dtype=DTYPES[dtype], batch=2, q_heads=4, kv_heads=2, length=128,
         head_dim=-(-head_dim // multiple) * multiple, backward=backward,
@@ -143,7 +143,7 @@ def head_dims(platform: Platform) -> str:
     first, *others = dtypes(platform)
     forward = widths(platform, first, False)
     text = in_words(forward)
-    multiple = getattr(ENGINES[platform.engine], "HEAD_DIM_MULTIPLE", 1)
+    multiple = ENGINES[platform.engine].HEAD_DIM_MULTIPLE
     text += f" (padded to multiples of {multiple})" if multiple > 1 else ""
     backward = widths(platform, first, True)
     if not backward:

@@ -9,6 +9,7 @@ from molsaki.config.distill import DistillOptions as DistillOptions
 from molsaki.config.evaluate import EvaluateConfig as EvaluateConfig
 from molsaki.config.extract import ExtractConfig as ExtractConfig
 from molsaki.config.keys import KeysConfig as KeysConfig
+from molsaki.config.options import COT_TEMPLATE as COT_TEMPLATE
 from molsaki.config.options import OR_YOUR_OWN as OR_YOUR_OWN
 from molsaki.config.options import PREDICT_TEMPLATE as PREDICT_TEMPLATE
 from molsaki.config.options import DataOptions as DataOptions

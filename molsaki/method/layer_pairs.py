@@ -74,6 +74,8 @@ def layer_pairs(
         seed: the seed of ``random``.
     """
     if not callable(kind):
+        if kind not in PAIRINGS:
+            raise ValueError(f"kind: expected one of {', '.join(PAIRINGS)}, or a function, got {kind!r}")
         options = {"teacher_layer": teacher_layer, "student_layer": student_layer, "seed": seed}
         return PAIRINGS[kind](teacher, student, **options)
     found = kind(teacher, student)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from molsaki.config import DistillOptions
-from molsaki.extras import MissingExtra
+from molsaki.exits import is_user_error
 from molsaki.method.objectives import OBJECTIVES
 from molsaki.reporting.predictions import Predictions
 from molsaki.reporting.run_logs import RunLogs, base_name, curves_of, meaning_of, weights_of
@@ -274,7 +274,9 @@ def default_options() -> dict[str, list[Any]]:
         found[field.name] = [json.loads(json.dumps(default, default=str))]
     try:
         completed = json.loads(DistillConfig(output_dir="run").to_json_string())  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, MissingExtra, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, ImportError) and not is_user_error(error):
+            raise
         logger.warning("report: the default options cannot be completed here: %s", error)
         completed = {}
     for name, value in completed.items():

@@ -118,14 +118,14 @@ def describe_mixture(
     found["mixture"] = options.mixture
     names = TEACHER_OPTIONS.get(options.mixture)
     if names is not None:
-        return found | {name: _from_the_front(getattr(options, name), teacher_layers) for name in names}
+        return found | {name: _counted(name, getattr(options, name), teacher_layers) for name in names}
     if student_layers is None:
         raise ValueError(f"--student: required: mixture={options.mixture} depends on the student's depth")
     return found | {"student_layers": student_layers, "mixture_seed": options.mixture_seed}
 
 
-def _from_the_front(value: Any, layers: int) -> Any:
-    """A layer, or a list of layers, counted from the front; other values as they are."""
-    if isinstance(value, list):
-        return [_from_the_front(one, layers) for one in value]
-    return value % layers if isinstance(value, int) else value
+def _counted(name: str, value: Any, layers: int) -> Any:
+    """The value of an option; numbers of layers count from the front."""
+    if name == "teacher_layers":
+        return [layer % layers for layer in value]
+    return value % layers if name == "teacher_layer" else value

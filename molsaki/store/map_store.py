@@ -31,7 +31,11 @@ DESCRIPTION, INDEX = "store.json", "index.safetensors"
 NEEDED = {"version", "examples", "shard_size", "num_layers", "all_layers"}  # keys of every description
 # The values of keys that older descriptions lack.
 ABSENT = {"map_heads": "mean", "key_of": "all", "key_occurrence": "all", "max_key_words": 0}
-NAMES = {"examples": "number of examples", "data": "data set"}  # of keys, in messages
+NAMES = {
+    "examples": "number of examples",
+    "data": "data set",
+    "teacher_layers": "list of teacher layers",
+}  # of keys, in messages
 OPEN_SHARDS = 128  # kept open for random access; each holds a file descriptor
 REMEDY = "run molsaki extract again with the same options to repair it"
 

@@ -16,7 +16,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from molsaki.extras import regex
+from molsaki.extras import regex, require
 from molsaki.functions import is_named, named_function
 from molsaki.text.numbers import find_numbers
 from molsaki.text.spans import Span, check_str
@@ -91,10 +91,7 @@ def selector_of(key: str, number_words: bool = False, option: str = "key") -> Se
         ValueError: there is no such selector, the pattern is invalid, the function cannot be imported, or
             ``number_words`` is set for a selector that does not follow it. The message begins with ``option``.
     """
-    try:
-        selector = KEY_WORDS[key] if key in KEY_WORDS else _own_selector(key)
-    except (ValueError, TypeError) as error:
-        raise type(error)(option + str(error).removeprefix("key")) from None
+    selector = KEY_WORDS[key] if key in KEY_WORDS else _own_selector(key, option)
     if number_words and not selector.number_words:
         needed = " or ".join(f'{option}="{name}"' for name, one in KEY_WORDS.items() if one.number_words)
         raise ValueError(f"number_words: needs {needed}, got {key}")
@@ -102,39 +99,42 @@ def selector_of(key: str, number_words: bool = False, option: str = "key") -> Se
 
 
 @functools.lru_cache
-def _own_selector(key: str) -> Selector:
+def _own_selector(key: str, option: str) -> Selector:
     if key.startswith(PATTERN):
+        require("train", "regex")
         try:
             pattern = regex.compile(key.removeprefix(PATTERN))
         except regex.error as error:
-            raise ValueError(f"key: {key!r} is not a regular expression: {error}") from None
+            raise ValueError(f"{option}: {key!r} is not a regular expression: {error}") from None
         group = min(pattern.groups, 1)
 
         def matches(text: str) -> list[Span]:
             found = (match.span(group) for match in pattern.finditer(text))
-            return _checked_spans(key, [(start, stop) for start, stop in found if stop > start], text)
+            return _checked_spans(option, key, [(start, stop) for start, stop in found if stop > start], text)
 
         return Selector(f"the matches of {key}", lambda keywords, number_words: matches)
     if not is_named(key):
-        raise ValueError(f"key: expected one of {', '.join(KEY_WORDS)}, {PATTERN}PATTERN or module:name, got {key!r}")
-    function = named_function("key", key)
+        raise ValueError(
+            f"{option}: expected one of {', '.join(KEY_WORDS)}, {PATTERN}PATTERN or module:name, got {key!r}"
+        )
+    function = named_function(option, key)
 
     def find(text: str) -> list[Span]:
         try:
             found = [(operator.index(start), operator.index(stop)) for start, stop in function(text)]
         except (TypeError, ValueError) as error:
-            raise TypeError(f"key: expected pairs of ints (start, stop) from {key}: {error}") from error
-        return _checked_spans(key, found, text)
+            raise TypeError(f"{option}: expected pairs of ints (start, stop) from {key}: {error}") from error
+        return _checked_spans(option, key, found, text)
 
     return Selector(f"the spans of {key}", lambda keywords, number_words: find)
 
 
-def _checked_spans(key: str, found: list[Span], text: str) -> list[Span]:
+def _checked_spans(option: str, key: str, found: list[Span], text: str) -> list[Span]:
     end = 0
     for start, stop in found:
         if not end <= start < stop <= len(text):
             raise ValueError(
-                f"key: expected ascending, disjoint spans within 0 to {len(text)} that are not empty from {key}, "
+                f"{option}: expected ascending, disjoint spans within 0 to {len(text)} that are not empty from {key}, "
                 f"got {found[:10]}"
             )
         end = stop

@@ -30,7 +30,8 @@ def export(
 ) -> None:
     """Write the student, its tokenizer, the options and, into a checkpoint, the router.
 
-    A student with adapters is exported whole, and its adapters in the folder ``adapter``. A checkpoint has these.
+    A student with adapters is exported whole, and its adapters in the folder ``adapter``; a checkpoint has the adapters
+    only.
 
     Args:
         state_dict: the weights of the distiller where they are sharded: gathered, tied weights in it twice.

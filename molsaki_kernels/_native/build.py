@@ -53,7 +53,7 @@ def why_not_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     if dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}"
     if head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
-        return f"it takes head_dim in multiples of 16 up to {MAX_HEAD_DIM}, not {head_dim}"
+        return f"it takes head_dim in multiples of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}, not {head_dim}"
     return None
 
 

@@ -21,7 +21,7 @@ def fold_in_one_pass(out: Tensor, dout: Tensor, dlse: Tensor, folded: Tensor, va
         vanished: dlse is not folded along a row of dO whose norm is smaller than this.
 
     Returns:
-        False if nothing was written: a row of dO vanishes, or the library does not support these tensors.
+        False if ``folded`` is not usable: a row of dO vanishes, or the library does not support these tensors.
     """
     tensors = (out, dout, folded, dlse)
     for x in tensors:

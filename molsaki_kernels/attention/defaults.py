@@ -55,15 +55,27 @@ OPTIONAL: dict[str, object] = {
     "why_not_fused": why_not_fused,
     "backward_with_map": backward_with_map,
 }
+FUSING = ("FUSED_MAP", "why_not_fused", "backward_with_map")
 
 
 def with_defaults(engine: RequiredNames) -> Engine:
     """Add the optional names that ``engine`` does not define to it, and return it.
 
     Raises:
-        AttributeError: it lacks one and does not take attributes.
+        TypeError: it defines some of FUSED_MAP, why_not_fused and backward_with_map only.
+        AttributeError: it lacks a name and does not take attributes.
     """
+    fusing = [name for name in FUSING if defines(engine, name)]
+    if fusing and len(fusing) < len(FUSING):
+        raise TypeError(f"engine: expected all or none of {', '.join(FUSING)}, got {', '.join(fusing)}")
     for name, default in OPTIONAL.items():
-        if not hasattr(engine, name):
+        if not defines(engine, name):
             setattr(engine, name, default)
     return cast(Engine, engine)
+
+
+def defines(engine: object, name: str) -> bool:
+    """Return whether ``engine`` has the name, other than the protocol's own function, which a subclass inherits."""
+    found = getattr(engine, name, None)
+    inherited = getattr(Engine, name, None)
+    return hasattr(engine, name) and (inherited is None or getattr(found, "__func__", found) is not inherited)

@@ -134,7 +134,7 @@ def takes_value_dim(request: AttentionRequest, value_dim: int) -> bool:
 
 
 def folds_dlse(inputs: AttentionInputs) -> bool:
-    """Return whether backward takes O' and dO'."""
+    """Return whether backward takes O' and dO': with flash-attn 2, except in float16."""
     return not _takes_dlse(inputs.q) and inputs.q.dtype != torch.float16
 
 

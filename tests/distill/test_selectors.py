@@ -13,6 +13,7 @@ from molsaki.batches.tokenized import spans_of
 from molsaki.config import ExtractConfig, TextOptions
 from molsaki.teacher.extract import extract
 from molsaki.text.examples import read_examples
+from molsaki.text.key_words import selector_of
 from molsaki.text.segment import segment
 from tests.helpers import tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
@@ -278,3 +279,15 @@ def test_they_are_parts_of_a_stores_identity(tmp_path, mine):
     extract(plain, teacher, OTHER)
     description = json.loads((tmp_path / "old/store.json").read_text())
     assert description["max_key_words"] == 0 and "source_of_key" not in description
+
+
+def test_an_error_in_the_module_of_a_selector_is_raised_as_it_is(tmp_path, monkeypatch):
+    """It is the traceback that the author needs; an error of the option begins with the option's name."""
+    (tmp_path / "failing_selector.py").write_text("x = 1 + 'a'\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="^unsupported operand"):
+        selector_of("failing_selector:f", option="among")
+    with pytest.raises(ValueError, match="^among: expected module:name that can be imported, got 'nowhere:f'"):
+        selector_of("nowhere:f", option="among")
+    with pytest.raises(ValueError, match="^among: 'regex:[(]' is not a regular expression"):
+        selector_of("regex:(", option="among")

@@ -91,3 +91,45 @@ def test_the_operators_know_no_engine_by_name():
                 "molsaki_kernels.attention", "molsaki_kernels.attention_map", "molsaki_kernels.value_pooling"
             ):  # fmt: skip
                 assert not names & {alias.name for alias in node.names}, path
+
+
+class Inheriting(protocol.Engine):
+    """An engine that is written as a subclass of the protocol, and computes by engine "eager"."""
+
+    NAME, COMPUTES_MAP, DIFFERENTIABLE = "inheriting", False, False
+    available = staticmethod(eager.available)
+    why_not = staticmethod(eager.why_not)
+    takes_value_dim = staticmethod(eager.takes_value_dim)
+    forward = staticmethod(eager.forward)
+    backward = staticmethod(eager.backward)
+
+
+def test_a_subclass_of_the_protocol_gets_the_defaults(monkeypatch):
+    """It inherits the protocol's own functions, which return None; a required one that it does not define is missed."""
+    for table in (ENGINES, engine_selection.FIRST):
+        for name, value in dict(table).items():
+            monkeypatch.setitem(table, name, value)  # the tables are as before afterwards
+    monkeypatch.setitem(ENGINES, "inheriting", engine := Inheriting())
+    engine_selection.register_engine(engine)
+    q, k, v = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(3))
+    out, maps = mk.stepwise_attention(q, k, v, mk.StepPlan.from_spans([[(2, 5)]], [[[0], [1]]]), engine="inheriting")
+    (out.sum() + maps.sum()).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+
+    class Incomplete(protocol.Engine):
+        NAME, COMPUTES_MAP, DIFFERENTIABLE = "incomplete", False, False
+
+    with pytest.raises(TypeError, match="engine: expected available, why_not, .*forward, backward"):
+        engine_selection.register_engine(Incomplete())
+
+
+@pytest.mark.parametrize("names", [["FUSED_MAP"], ["why_not_fused", "backward_with_map"]])
+def test_an_engine_that_fuses_the_map_has_all_its_names(registered, names):
+    values = {"FUSED_MAP": "triton", "why_not_fused": lambda *_: None, "backward_with_map": eager.backward}
+    engine = types.SimpleNamespace(
+        NAME="partly", COMPUTES_MAP=False, DIFFERENTIABLE=False, available=eager.available, why_not=eager.why_not,
+        takes_value_dim=eager.takes_value_dim, forward=eager.forward, backward=eager.backward,
+        **{name: values[name] for name in names},
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="engine: expected all or none of FUSED_MAP, why_not_fused, backward_with_map"):
+        engine_selection.register_engine(engine)
