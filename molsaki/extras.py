@@ -29,7 +29,7 @@ MODULES = {  # the extras that molsaki and molsaki_kernels import; a test compar
     "completion": ("shtab",),
     "notebook": ("pandas",),
 }  # fmt: skip
-FOR_ONE_OPTION = ("httpx", "peft", "tensorboard")  # of the extra train; a command without that option runs without them
+FOR_ONE_OPTION = ("peft", "tensorboard")  # of the extra train; a command without that option runs without them
 
 
 class MissingExtra(ImportError):
