@@ -25,7 +25,7 @@ from molsaki_kernels.spec import (
     OutputGradients,
     PlanTensors,
 )
-from molsaki_kernels.strides import empty_out
+from molsaki_kernels.strides import empty_out, with_contiguous_head_dim
 
 __all__ = [
     "COMPUTES_MAP", "DIFFERENTIABLE", "HEAD_DIM_MULTIPLE", "NAME", "available", "backward", "forward",
@@ -84,9 +84,8 @@ def backward(
 ) -> InputGradients:
     """Compute dq, dk and dv in the dtypes and layouts of q, k and v, and dsinks; the map's part is included."""
     q, sinks, lse = inputs.q, inputs.sinks, outputs.lse
-    tensors = {"dq": q, "dk": inputs.k, "dv": inputs.v}
     if q.numel() == 0:
-        dq, dk, dv = (torch.zeros_like(x) for x in tensors.values())
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, inputs.k, inputs.v))
         return InputGradients(dq, dk, dv, None if sinks is None else torch.zeros_like(sinks))
     arrays, struct = plan_arrays(inputs, plan)
     covered = arrays.total == q.shape[0] * q.shape[2]
@@ -96,7 +95,7 @@ def backward(
     dout, dlse, dmaps = gradients.dout, gradients.dlse, gradients.dmaps
     if dout is not None:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        call.dout, call.dout_strides[:] = dout.data_ptr(), dout.stride()[:3]
+        call.dout, call.dout_strides = dout.data_ptr(), dout.stride()[:3]
     if dlse is not None:
         dlse = dlse.float().contiguous()
         call.dlse = dlse.data_ptr()
@@ -106,15 +105,14 @@ def backward(
     if sinks is not None:
         delta = torch.zeros(lse.shape, dtype=torch.float64, device=_CPU)
         call.delta = delta.data_ptr()
-    results, dtype = [], torch.float32 if call.unit == FLOAT32 else torch.bfloat16
-    for name, x in tensors.items():
-        result = _result(x, x.shape[3], covered, dtype)
-        setattr(call, name, result.data_ptr())
-        getattr(call, f"{name}_strides")[:] = result.stride()[:3]
-        results.append(result)
+    dtype = torch.float32 if call.unit == FLOAT32 else torch.bfloat16
+    dq = _result(q, q.shape[3], covered, dtype)
+    dk = _result(inputs.k, inputs.k.shape[3], covered, dtype)
+    dv = _result(inputs.v, inputs.v.shape[3], covered, dtype)
+    call.dq, call.dk, call.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    call.dq_strides, call.dk_strides, call.dv_strides = dq.stride()[:3], dk.stride()[:3], dv.stride()[:3]
     library().molsaki_attention_backward(ctypes.byref(call))
     del memory  # the call used it until here
-    dq, dk, dv = results
     if q.dtype != dtype:
         dq, dk, dv = dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     return InputGradients(dq, dk, dv, None if sinks is None else sinks_gradient(sinks, lse, delta))
@@ -129,9 +127,11 @@ def _call(
     backward: bool,
 ) -> tuple[AttentionCall, object]:
     """Return the struct of a call and the tensors it points to that have to be kept while it is used."""
-    q, k, sinks = inputs.q, inputs.k, inputs.sinks
+    q, k, v, out = inputs.q, inputs.k, inputs.v, outputs.out
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == out.stride(-1) == 1:
+        q, k, v, out = map(with_contiguous_head_dim, (q, k, v, out))
     lse = outputs.lse.contiguous()
-    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    sinks = None if inputs.sinks is None else inputs.sinks.detach().float().contiguous()
     in_bf16 = q.dtype == torch.bfloat16 and options.scale >= SMALLEST_SCALE
     call = AttentionCall(
         plan=struct,
@@ -139,7 +139,7 @@ def _call(
         q_heads=q.shape[1],
         kv_heads=k.shape[1],
         head_dim=q.shape[3],
-        value_dim=inputs.v.shape[3],
+        value_dim=v.shape[3],
         steps=plan.steps.shape[1],
         words=plan.num_words,
         causal=options.causal,
@@ -151,10 +151,18 @@ def _call(
         scale=options.scale,
         softcap=options.softcap or 0,
         word_weight=1 if options.per_head else 1 / q.shape[1],
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=out.data_ptr(),
         lse=lse.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),
+        q_strides=q.stride()[:3],
+        k_strides=k.stride()[:3],
+        v_strides=v.stride()[:3],
+        out_strides=out.stride()[:3],
     )
-    kept = [lse, sinks]
+    kept = [q, k, v, out, lse, sinks]
     sizes = AttentionMemory()
     library().molsaki_attention_memory(ctypes.byref(call), backward, ctypes.byref(sizes))
     for name, *_ in AttentionMemory._fields_:
@@ -162,11 +170,6 @@ def _call(
             memory = workspace(f"attention {name}", (size,), torch.uint8, _CPU)
             setattr(call, name, memory.data_ptr())
             kept.append(memory)
-    for name, x in (("q", q), ("k", k), ("v", inputs.v), ("out", outputs.out)):
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        setattr(call, name, x.data_ptr())
-        getattr(call, f"{name}_strides")[:] = x.stride()[:3]
-        kept.append(x)
     return call, kept
 
 
