@@ -220,7 +220,7 @@ def test_maps_of_single_heads(tmp_path, mixture, all_layers):
         if all_layers and "map_heads" not in wrong or mixture != "matched" and "map_heads" not in wrong:
             continue
         options = config(tmp_path / "wrong", store=store, **heads | wrong)
-        with pytest.raises(ValueError, match="this store was written with another (map heads|teacher layers)"):
+        with pytest.raises(ValueError, match="this store was written with another (map heads|list of teacher layers)"):
             DistillTrainer(args=options, model=tiny.model(2), processing_class=TOKENIZER, train_dataset=examples())
 
 

@@ -117,10 +117,10 @@ def test_examples_are_the_same_kept_or_not(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
-    """18 bytes per example, where a tokenized one would be 1 KB."""
+    """18 bytes per example, where a tokenized one would be 1 KB; the examples that are kept differ by some KB."""
     monkeypatch.setattr(dataset_module, "KEPT", 20)
     used = []
-    for count in (60, 260):
+    for count in (60, 660):
         path = tiny.write_jsonl(tmp_path / f"{count}.jsonl", tiny.problems(count))
         prepare(read_examples(path)[:30], TextOptions(), student())  # warms up caches
         tracemalloc.start()
@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
         assert sum(len(row.predict.input_ids) > 0 for row, _ in (data[n] for n in range(0, count, 7))) == count // 7 + 1
         used.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert used[1] - used[0] < 60 * 200
+    assert used[1] - used[0] < 50 * 600
 
 
 @pytest.mark.parametrize("template", ["{question}", "{answer} {question}", "{question} {answer"])

@@ -149,7 +149,7 @@ def test_accuracy_of_what_cannot_be_asked(tmp_path, caplog):
     options = {"objective": "dss", "eval_accuracy": 4, "max_steps": 1, **PLAIN}
     t = trainer(tmp_path / "a", **options)
     assert 0 <= t.evaluate(data)["eval_accuracy"] <= 1
-    assert "eval_accuracy: of 3 of 4 examples; the others could not be asked" in caplog.text
+    assert "eval_accuracy: computed on 3 of 4 examples; the others could not be asked" in caplog.text
     assert "eval_accuracy: not computed, since there is no evaluation data" in caplog.text
     short = trainer(tmp_path / "b", student=tiny.model(2, max_position_embeddings=250), **options,
                     eval_accuracy_mode="rationale")  # fmt: skip
