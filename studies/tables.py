@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -232,7 +233,8 @@ def _read(path: Path) -> Rows:
 
 
 def _mean(rows: Rows, name: str) -> float:
-    return sum(float(row[name]) for row in rows) / len(rows) if rows else float("nan")
+    # Not sum(): since Python 3.12 it rounds otherwise, and a table would depend on the version.
+    return math.fsum(float(row[name]) for row in rows) / len(rows) if rows else float("nan")
 
 
 def _interval(row: dict[str, str], prefix: str = "", form: str = ".1f") -> str:

@@ -50,6 +50,17 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_record_is_left():
+    """A record that stayed active would be taken for that of the next forward of this thread."""
+    yield
+    module = sys.modules.get("molsaki.modeling.mask_function")
+    record = module and module._active.record
+    if module:
+        module._active.record = None  # only this test is to fail
+    assert record is None
+
+
 @pytest.fixture
 def without_native(monkeypatch):
     """Disables the C library, as on a machine without a C compiler."""

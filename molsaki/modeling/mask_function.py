@@ -7,6 +7,7 @@ in chunks, right-padded) become a `CompactMask`. All others are the additive mas
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -175,10 +176,13 @@ def _visible_everywhere(*_: Any) -> bool:
 
 
 def _masking_utils() -> Any:
-    """transformers' module, imported late: importing transformers imports this module (registration.py)."""
-    from transformers import masking_utils
+    """transformers' module, imported late: importing transformers imports this module (registration.py).
 
-    return masking_utils
+    It is imported by one of its names: torch.compile of PyTorch 2.11 refuses to trace an import from the package
+    ``transformers`` itself, which is a lazy module."""
+    from transformers.masking_utils import causal_mask_function
+
+    return sys.modules[causal_mask_function.__module__]
 
 
 def _enclosed(function: Any) -> dict[str, Any]:

@@ -185,7 +185,8 @@ class Record:
         self._layers, self._maps, self._values = [], [], []
 
     def stop(self) -> None:
-        if active_record() is self:
+        # In a compiled graph no record is active, but what `start` set there stays set after it.
+        if torch.compiler.is_compiling() or active_record() is self:
             set_active_record(self._outer)
         self._is_open = False
         self.cu_seqlens = self.shared_prefix = self._outer = None

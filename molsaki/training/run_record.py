@@ -103,11 +103,11 @@ def read_attempts(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages that results depend on."""
+    """The versions of Python and of the installed packages that results depend on; PyTorch's with its build."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     if torch.version.cuda or torch.version.hip:

@@ -358,7 +358,10 @@ def test_on_the_stand_in(tmp_path):
     done, keys = stand_in(tmp_path, "--dry", "benchmarks", *arguments, "--compare", "none")
     assert done.returncode == 0, done.stdout
     names = {r["contender"] for r in layer.read_records(out)}
-    assert {"molsaki, triton", "molsaki, sdpa", "sdpa, aten flash", "eager with weights"} <= names, done.stdout
+    expected = {"molsaki, triton", "molsaki, sdpa"}
+    if torch.version.cuda is None:  # a CUDA build has PyTorch's own kernels, which need a driver
+        expected |= {"sdpa, aten flash", "eager with weights"}
+    assert expected <= names, done.stdout
     assert keys
 
 

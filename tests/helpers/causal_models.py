@@ -292,7 +292,7 @@ def _message(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
     if is_refusal(error):
         return text
-    return f"{type(error).__name__}: {text} ({'/'.join(Path(last.filename).parts[-2:])}:{last.lineno})"
+    return f"{type(error).__name__}: {text} ({'/'.join(Path(last.filename).parts[-2:])})"
 
 
 def check(name: str) -> Outcome:
