@@ -211,7 +211,9 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
         # 128 x 64 in 4 warps: 64 registers per thread each for accumulator and scores. Two or three blocks fit on a
         # multiprocessor, so that one block's exponentials overlap another's products. Compiled: the softcap's
         # polynomial spills in 4 warps, and so does everything on Blackwell.
-        if softcap or arch == "sm100":
+        if arch == "sm100":  # 128 key columns spill 8 registers under Triton 3.6
+            return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=3)
+        if softcap:
             return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=3)
         # 64 key columns would fill a warpgroup's wgmma, but Triton 3.6's assembler then gives the product that sums the
         # rows of a step wrong descriptors, and the map is wrong (docs/engines.md). 32 are as fast (measured).
@@ -222,7 +224,7 @@ def flash_forward(arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
         # spill under Triton 3.9.
         if arch == "sm90":
             return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=3 if softcap else 4)
-        return FlashTile(rows=128, columns=64, key_columns=128, warps=8, stages=2)
+        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=2)  # as above
     # Compiled: 64 columns spill seven times as much.
     return FlashTile(rows=128, columns=32, key_columns=32, warps=8, stages=2)
 
@@ -239,7 +241,9 @@ def flash_dq(arch: str, dtype: torch.dtype, head_dim: int) -> FlashTile:
     if head_dim <= 64:
         if arch == "sm90":  # measured: 0.76 of the time of 128 rows in 8 warps at 16 x 256 tokens
             return FlashTile(rows=64, columns=64, key_columns=32, warps=4, stages=2)
-        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=1 if arch == "sm86" else 3)
+        if arch == "sm86":  # compiled: 128 rows of 64 columns spill one or two registers under Triton 3.6
+            return FlashTile(rows=64, columns=32, key_columns=32, warps=4, stages=2)
+        return FlashTile(rows=128, columns=64, key_columns=32, warps=8, stages=3)
     if arch in ("sm80", "sm86"):
         return FlashTile(rows=64, columns=32, key_columns=16, warps=8, stages=2 if head_dim <= 128 else 1)
     if head_dim <= 128:  # measured: a third stage takes 0.76 to 0.86 of the time
