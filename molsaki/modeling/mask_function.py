@@ -179,10 +179,11 @@ def _masking_utils() -> Any:
     """transformers' module, imported late: importing transformers imports this module (registration.py).
 
     It is imported by one of its names: torch.compile of PyTorch 2.11 refuses to trace an import from the package
-    ``transformers`` itself, which is a lazy module."""
-    from transformers.masking_utils import causal_mask_function
+    ``transformers`` itself, which is a lazy module.
+    """
+    from transformers.masking_utils import __name__ as name
 
-    return sys.modules[causal_mask_function.__module__]
+    return sys.modules[name]
 
 
 def _enclosed(function: Any) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = torch.__version__ if name == "torch" else importlib.metadata.version(name)
+            found[name] = str(torch.__version__) if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     if torch.version.cuda or torch.version.hip:

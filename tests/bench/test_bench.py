@@ -359,7 +359,7 @@ def test_on_the_stand_in(tmp_path):
     assert done.returncode == 0, done.stdout
     names = {r["contender"] for r in layer.read_records(out)}
     expected = {"molsaki, triton", "molsaki, sdpa"}
-    if torch.version.cuda is None:  # a CUDA build has PyTorch's own kernels, which need a driver
+    if torch.version.cuda is None:  # seen with a CUDA build: flash attention asks for a device, eager for values
         expected |= {"sdpa, aten flash", "eager with weights"}
     assert expected <= names, done.stdout
     assert keys

@@ -11,6 +11,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 import molsaki
+from molsaki.modeling import mask_function
 from molsaki_kernels import StepPlan
 from tests.helpers.architectures import (
     SMALL,
@@ -141,6 +142,24 @@ def test_blocks_in_blocks_and_in_threads():
         thread.join()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_traced_end_of_the_block_leaves_no_active_record(monkeypatch):
+    """A compiled graph sees no active record, but the one that it makes active stays so after the graph."""
+    model = make("Llama")
+    inputs, plan = batch()
+    with molsaki.capture(model, plan) as record:
+
+        def stop(*_):
+            assert mask_function.active_record() is record
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda: True)
+                record.stop()
+            assert mask_function.active_record() is None
+
+        handle = model.register_forward_hook(stop, prepend=True)
+        model(**inputs)
+        handle.remove()
 
 
 def test_each_part_gets_its_own_implementation_back():
