@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bench_table import Row, table
 from .measure import paired
-from .step import BATCHES, CUDA_BATCHES, DTYPES, OURS, TARGETS, Batch, Setup, default_dtype, peak_memory
+from .step import BATCHES, CUDA_BATCHES, DTYPES, OURS, Batch, Setup, default_dtype, peak_memory
 
 CONTENDERS = ("dss", "dss, sdpa", OURS, "molsaki, live teacher", "eager")
 # Contenders whose losses agree before the first update (tests/bench/test_step_benchmark.py), up to rounding.
@@ -92,7 +92,8 @@ def measured(
     for name, found in times.items():
         row, quantities = _row(name, found, times, peaks.get(name))
         rows.append(row)
-        records += _records(setup, name, {"loss": losses[name], **quantities}, machine)
+        for quantity, value in {"loss": losses[name], **quantities}.items():
+            records.append(setup.record(name, quantity, value, machine))
     return records, [*table(title, "x dss", rows, missing), _sentence(setup, {r.name: r for r in rows})], failures
 
 
@@ -147,22 +148,6 @@ def _row(
         quantities |= {"peak MiB of a step": peak[0], "peak MiB with weights and optimizer": peak[1]}
     row = Row(name, 1e3 * median, ratio, low_ratio, high_ratio, None if peak is None else peak[0])
     return row, quantities
-
-
-def _records(setup: Setup, name: str, quantities: dict[str, float], machine: dict[str, str]) -> list[dict]:
-    common = {
-        "teacher": Path(setup.teacher).name,
-        "student": Path(setup.student).name,
-        "batch": setup.batch.name,
-        **{field: getattr(setup.batch, field) for field in ("tokens", "words", "steps")},
-        "dtype": DTYPES[setup.dtype],
-        "compiled": setup.compiled,
-        "contender": name,
-    }
-    return [
-        {**common, "quantity": q, "value": float(f"{value:.5g}"), "target": TARGETS.get((name, q)), **machine}
-        for q, value in quantities.items()
-    ]
 
 
 def _sentence(setup: Setup, rows: dict[str, Row]) -> str:

@@ -120,6 +120,9 @@ def small_case(
 
 def plans(device: torch.device) -> dict[str, float]:
     """Return medians over new lengths, in this order, so that the first pays for loading cuDNN."""
+    if torch.cuda.get_device_name(device).startswith("stand-in"):
+        print("plans: skipped, the stand-in has no cuDNN", flush=True)
+        return {}
     found: dict[str, list[float]] = {}
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         for rows in (512, 520, 528, 536, 544):

@@ -83,21 +83,24 @@ def prepare(kit: Path, home: Path, flash4: bool, scripts: list[str]) -> None:
     """Fill the caches in ``home`` and pack them into ``kit``. Existing content of ``home`` is reused.
 
     Raises:
-        ValueError: the versions are not those of the machine that the kit is for, or a half is too large.
+        ValueError: the versions are not those of the machine that the kit is for, a half is too large, or a rehearsal
+            failed; the kit is written then, and may lack kernels.
     """
     check_versions()
     home.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHON": sys.executable, "KIT_HOME": str(home)}
     if flash4:
         install_flash4(home / FLASH4_SITE)
+    failed = []
     for mode in ("fill", "dry"):
         begin, keys = time.monotonic(), []
         for script in scripts:
             out = home / f"rehearsal-{mode}-{script}"
             shutil.rmtree(out, ignore_errors=True)
             command = ["bash", f"benchmarks/gpu_{script}.sh"]
-            # A rehearsal's exit status is that of its tests, which need values that the stand-in does not have.
-            subprocess.run(command, env=environment | {"OUT": str(out), "REHEARSE": mode}, stdout=subprocess.DEVNULL)
+            options = environment | {"OUT": str(out), "REHEARSE": mode}
+            if subprocess.run(command, env=options, stdout=subprocess.DEVNULL, check=False).returncode:
+                failed.append(f"{mode} {script}")
             keys += read_keys(out / "keys.jsonl")
             print(*(f"  {mode} {script}: {line}" for line in (out / "status.txt").read_text().splitlines()), sep="\n")
         print(f"{mode}: {count_keys(keys)}, {time.monotonic() - begin:.0f} s", flush=True)
@@ -129,6 +132,8 @@ def prepare(kit: Path, home: Path, flash4: bool, scripts: list[str]) -> None:
         if size > LIMIT:
             raise ValueError(f"{kit / half} is larger than {LIMIT >> 20} MiB")
     print(f"{len(matched)} of {facts['keys']} keys match; triton_key {facts['triton_key'][:16]}")
+    if failed:
+        raise ValueError(f"the kit is written, but rehearsals failed: {', '.join(failed)}; their logs are in {home}")
 
 
 def check_versions() -> None:

@@ -289,7 +289,7 @@ def resources(
 
 
 def prediction(shape: Shape, device: str, name: str, kind: str, backward: bool) -> tuple[float, float] | None:
-    """Return seconds, and the ratio to the fastest plain attention; None for a device unknown to ``predict.py``."""
+    """Return seconds, and the ratio to the fastest plain attention; None for what ``predict.py`` does not know."""
     try:
         from .predict import predicted
         from .roofline import gpu_named
@@ -440,14 +440,14 @@ def stage(name: str, before: Sequence[str]) -> str:
 
 
 def predicted_kernels(shape: Shape, device: str, contender: str) -> dict[str, float]:
-    """Return the predicted seconds of each of the project's kernels; empty for a device unknown to ``predict.py``."""
+    """Return the predicted seconds of each of the project's kernels; empty for what ``predict.py`` does not know."""
     try:
-        from .predict import Work
+        from .predict import Work, known
         from .roofline import gpu_named
     except ImportError:  # it reads the configs of the Triton kernels
         return {}
     gpu = gpu_named(device)
-    if gpu is None:
+    if gpu is None or not known(shape):
         return {}
     return {k.name: k.seconds(gpu) for made in Work(shape, gpu).layers() for k in made.kernels(True)}
 

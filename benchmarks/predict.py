@@ -5,25 +5,33 @@
 The time of a launch is modelled in ``roofline.py``. The tiles, groups and splits are those of
 ``molsaki_kernels._triton.configs``. ``--targets`` prints designs that do not exist yet beside those that do.
 
-Every constant has its source beside it: :data:`roofline.GPUS`, the constants here and there, :data:`COMPILED`. Times
-are those of the GPU; a slower host adds its own (compare the measured modes "eager" and "graph").
+Every constant has its source beside it: :data:`roofline.GPUS`, the constants here and there. What the map's kernels are
+compiled to is in ``compiled/now.csv``; ``compiled/dd1fa4c.csv`` is of the kernels that were timed on an H200. The first
+has to be written anew, with Triton 3.6, when a kernel or its tile changes:
+
+    python -m molsaki_kernels.aot --target cuda:80 cuda:90 --csv benchmarks/compiled/now.csv \\
+        --filter '^(map_.*|fa4_preprocess)-bf16-d(64|128)(-c(64|256))?$|^map_reduce-g'
+
+Times are those of the GPU; a slower host adds its own (compare the measured modes "eager" and "graph").
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from molsaki_kernels import aot
-from molsaki_kernels._triton import configs
+from molsaki_kernels._triton import configs, fa4_preprocess
+from molsaki_kernels._triton.lse_gradient import tile as fold_tile
 
 from .layer import write_csv
-from .roofline import COLUMN_SHARE, GPU, GPUS, Grid, Kernel, Layer, Loop
+from .roofline import COLUMN_SHARE, GPU, GPUS, Compiled, Grid, Kernel, Layer, Loop
 from .shapes import Shape, cuda_grid
 
 PREDICTED = "prediction"
@@ -41,113 +49,44 @@ EAGER_BYTES = (66, 174)  # per weight, forward and both passes: counted per oper
 PLAIN_LAUNCHES = (1, 3)
 PLAIN_LAUNCH = 3e-6
 
-# Registers per thread and bytes of shared memory of the map's kernels, the instructions of a warp in one trip of their
-# loop, and the warps of a program, for which alone the instructions hold: ``python -m molsaki_kernels.aot --target
-# cuda:90`` with Triton 3.6 and cuobjdump -sass, by head_dim up to 64 and up to 128. Commit c81408b; map_fold,
-# map_dk_tables and map_dq_tables (see MAPS): a78a560. Other targets are taken to be alike.
-COMPILED = {
-    ("map_partials", 64): (253, 35072, 520, 4),
-    ("map_partials", 128): (250, 50304, 500, 4),
-    ("map_partials_wide", 64): (249, 51456, 520, 8),  # more than 64 key tokens
-    ("map_partials_wide", 128): (255, 100608, 571, 8),
-    ("map_reduce", 64): (168, 512, 150, 4),
-    ("map_reduce", 128): (168, 512, 150, 4),
-    ("map_dlse", 64): (96, 12288, 783, 4),
-    ("map_dlse", 128): (103, 24576, 849, 4),
-    ("map_dq", 64): (145, 14336, 823, 4),
-    ("map_dq", 128): (213, 26624, 862, 4),
-    ("map_dk", 64): (202, 41216, 1192, 4),
-    ("map_dk", 128): (174, 41088, 639, 4),
-    ("map_dk_add", 64): (40, 0, 60, 4),
-    ("map_dk_add", 128): (64, 0, 60, 4),
-    ("map_fold", 64): (145, 32768, 736, 4),
-    ("map_fold", 128): (128, 57344, 778, 4),
-    ("map_fold_one", 64): (128, 24832, 245, 4),  # at most 32 key tokens
-    ("map_fold_one", 128): (128, 49408, 309, 4),
-    ("map_dk_tables", 64): (136, 24704, 613, 4),
-    ("map_dk_tables", 128): (174, 41088, 646, 4),
-    ("map_dq_tables", 64): (127, 21632, 483, 4),
-    ("map_dq_tables", 128): (128, 38016, 475, 8),
-    # Commit f4b8eb8, the tiles that an H200 chose: of sm90 only.
-    ("map_partials_one_stage", 128): (248, 34816, 494, 4),
-    ("map_dq_4_warps", 128): (164, 38016, 517, 4),
-}
+
+def _compiled(name: str) -> dict[tuple[str, str], Compiled]:
+    """Return what ``aot`` printed of the map's kernels, by target and name; see the head of this file."""
+    with (Path(__file__).parent / "compiled" / f"{name}.csv").open(newline="") as file:
+        return {
+            (r["target"], r["name"]): Compiled(
+                *(int(r[n]) for n in ("registers", "shared", "warps", "straight")),
+                tuple(map(int, r["loops"].split())),
+                int(r["stages"]),
+            )
+            for r in csv.DictReader(file)
+        }
 
 
-@dataclasses.dataclass(frozen=True)
-class Design:
-    """How the map's kernels work; the fields are what changes between versions.
-
-    Attributes:
-        tables: the step of each row, the ranges of each tile and the key tokens come from tables, computed once per
-            plan; else each program searches the plan.
-        one_fold: dlse and its folding into O are one kernel.
-        pipelined_dq: map_dq's gather of keys runs ahead of its use, and the map's gradient is spread over the rows by a
-            product.
-        full_waves: heads per program and splits of the rows fill whole waves.
-        preprocess: a kernel replaces flash-attn 4's preprocess; it computes dlse and writes the map's dq as the start
-            of the accumulator.
-    """
-
-    tables: bool = False
-    one_fold: bool = False
-    pipelined_dq: bool = False
-    full_waves: bool = False
-    preprocess: bool = False
+COMPILED = _compiled("now")
+TIMED = _compiled("dd1fa4c")
+LOADS = 1  # dependent trips to L2 in a loop without a pipeline
 
 
-class FirstTiles:
-    """The tiles of commit c81408b, as far as they were changed since; the others are those of configs."""
-
-    map_reduce = staticmethod(configs.map_reduce)
-    map_dk_add, num_tiles = staticmethod(configs.map_dk_add), staticmethod(configs.num_tiles)
-    flash_forward, flash_dq = staticmethod(configs.flash_forward), staticmethod(configs.flash_dq)
-
-    @staticmethod
-    def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
-        if arch != "sm90" or head_dim > 128:
-            return configs.map_forward(arch, dtype, head_dim, key_tokens)
-        if key_tokens <= 64:
-            return configs.MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2, resident=2)
-        return configs.MapTile(rows=64, columns=128, warps=8, stages=2)
-
-    @staticmethod
-    def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
-        if head_dim > 128:
-            return configs.MapTile(rows=32, columns=64, warps=8, stages=1 if arch == "gfx942" else 2)
-        return configs.MapTile(64 if head_dim <= 64 else 32, 64, warps=4, stages=1 if arch == "gfx942" else 2)
-
-    @staticmethod
-    def row_splits(arch: str, programs: int, max_splits: int, rows: int) -> int:
-        return max(1, min(max_splits, 32, -(-2 * configs.MULTIPROCESSORS[arch] // programs)))
-
-    @staticmethod
-    def map_dq(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
-        return configs.MapTile(rows=64 if head_dim <= 128 else 32, columns=32, warps=4, stages=1)
-
-    @staticmethod
-    def map_dlse(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> configs.MapTile:
-        return FirstTiles.map_dq(arch, dtype, head_dim, key_tokens)
-
-    @staticmethod
-    def heads_per_program(arch: str, heads: int, programs: int) -> int:
-        groups = min(heads, -(-4 * configs.MULTIPROCESSORS[arch] // programs))
-        return -(-heads // groups)
-
-
-FIRST = Design()  # commit c81408b
-MAPS = Design(tables=True, one_fold=True, pipelined_dq=True, full_waves=True)
-PREPROCESS = dataclasses.replace(MAPS, preprocess=True)
-TODAY = MAPS
+def timed_splits(programs: int, items: int, rows: int) -> int:
+    """Return the splits of the rows in map_dk at commit dd1fa4c, of sm90: three programs per multiprocessor."""
+    slots = 3 * configs.MULTIPROCESSORS["sm90"]
+    return max(1, min(items, 32, max(slots // programs, min(rows // 700, 4 * slots // programs))))
 
 
 class Work:
     """The bytes, FLOPs and programs of every kernel for one shape; causal, bf16, evenly spread key tokens."""
 
-    def __init__(self, shape: Shape, gpu: GPU, design: Design | None = None, tiles: Any = configs) -> None:
+    def __init__(self, shape: Shape, gpu: GPU, preprocess: bool = False, timed: bool = False) -> None:
+        """
+        Args:
+            preprocess: a kernel of ours replaces flash-attn 4's preprocess (MOLSAKI_FA4_PREPROCESS).
+            timed: the map's kernels are those of commit dd1fa4c, which were timed on an H200, not today's.
+        """
+        self.table = TIMED if timed else COMPILED
+        self.equal_shares = not timed  # of the rows in map_dk
         self.shape, self.gpu, self.dtype = shape, gpu, getattr(torch, shape.dtype)
-        self.design = TODAY if design is None else design
-        self.tiles = FirstTiles if self.design == FIRST else tiles
+        self.own_preprocess = preprocess
         self.size = self.dtype.itemsize
         rows = shape.batch * shape.tokens
         self.q = rows * shape.q_heads * shape.head_dim * self.size
@@ -159,7 +98,19 @@ class Work:
         self.ramp = shape.tokens / (shape.tokens + RAMP)
         narrow = TRITON_NARROW if shape.head_dim <= 64 else 1.0
         self.triton = gpu.triton * narrow * self.ramp
-        self.bucket = 64 if shape.head_dim <= 64 else 128
+        self.width = 64 if shape.head_dim <= 64 else 128
+        self.one_block = shape.words <= configs.ONE_BLOCK
+
+    def compiled(self, name: str, tile: configs.MapTile | None = None) -> Compiled:
+        """Return what a kernel was compiled to, and check that it was compiled with this tile."""
+        suffix = "" if name.startswith("map_reduce") else f"-bf16-d{self.width}"
+        if name == "map_partials":
+            suffix += "-c64" if self.shape.words <= 64 else "-c256"
+        found = self.table[self.gpu.target, name + suffix]
+        made, wanted = (found.warps, found.stages), (tile and tile.warps, tile and tile.stages)
+        if self.table is COMPILED and tile is not None and made != wanted:
+            raise ValueError(f"{name}: compiled/now.csv has {made} warps and stages, configs has {wanted}")
+        return found
 
     def kernel(self, name: str, flops: float, memory: float, l2: float = 0.0, grid: Grid | None = None) -> Kernel:
         """Return one of the map's kernels. If q and the keys fit in half of the L2, it reads what the previous kernel
@@ -196,14 +147,12 @@ class Work:
         """Return the fastest plain attention with the map's kernels, and ``fold`` unless its backward takes dlse."""
         plain = self.plain()
         name = "engine with dlse + map kernels" if lse_gradient else "engine + map kernels"
-        if self.design.preprocess and lse_gradient:
+        if self.own_preprocess and lse_gradient:
             extra = (self.preprocess(), *self.map_gradient()[1:])
         elif lse_gradient:
             extra = (self.map_dlse(), *self.map_gradient())
-        elif self.design.one_fold:
-            extra = (self.map_fold(), *self.map_gradient())
         else:
-            extra = (self.map_dlse(), self.fold(), *self.map_gradient())
+            extra = (self.map_fold(), *self.map_gradient())
         return Layer(name, plain.forward + self.map_alone(), plain.backward + extra)
 
     def widened(self, equal_widths: bool = False) -> Layer:
@@ -247,7 +196,7 @@ class Work:
         return Layer("fused", forward, (self.flash_dq(), self.map_dk(direct=False), self.flash_dkv()))
 
     def map_only(self) -> Layer:
-        return Layer("map alone", self.map_alone(), (self.map_dq("map_dq", 2), *self.map_gradient()[1:]))
+        return Layer("map alone", self.map_alone(), (self.map_dq(), *self.map_gradient()[1:]))
 
     def eager(self) -> Layer:
         """Return eager attention: bound by the passes over the weights, one launch per operator."""
@@ -282,163 +231,186 @@ class Work:
         return self.shape.batch * touched, self.shape.batch * sum(visible)
 
     def map_alone(self) -> tuple[Kernel, Kernel]:
+        tile, groups = self._partials()
+        share = self._partial_bytes(tile, groups)
+        return self.partials(), self.kernel("map_reduce", 0, share + self.maps, 0, self._reduce(groups, tile.rows))
+
+    def _partials(self) -> tuple[configs.MapTile, int]:
+        """Return the tile of map_partials and the number of groups of heads."""
+        s, arch = self.shape, self.gpu.arch
+        tile = configs.map_forward(arch, self.dtype, s.head_dim, s.words)
+        tiles, blocks = configs.num_tiles(s.tokens, s.batch, False, tile.rows), -(-s.words // tile.columns)
+        per_program = configs.heads_per_program(arch, s.q_heads, tiles * (blocks + 1) / 2, tile.resident)
+        return tile, -(-s.q_heads // per_program)
+
+    def _partial_bytes(self, tile: Any, groups: int) -> float:
         s = self.shape
-        tile = self.tiles.map_forward(self.gpu.arch, self.dtype, s.head_dim, s.words)
-        tiles, blocks = self.tiles.num_tiles(s.tokens, s.batch, False, tile.rows), -(-s.words // tile.columns)
-        which = "map_partials_wide" if tile.columns > 64 else "map_partials"
-        if tile.stages == 1 and tile.columns == 64 and self.gpu.arch == "sm90":
-            which = "map_partials_one_stage"
-        compiled = COMPILED[which, self.bucket]
-        # A program of the tile t and the block b exists if the tile sees a token of the block; it walks its heads.
-        seen = [v > b * tile.columns for v in self.visible(tile.rows) for b in range(blocks)]
-        per_program = self._heads_per_program(tiles * blocks, sum(seen) * s.batch, tile.warps, compiled)
-        groups = -(-s.q_heads // per_program)
-        share = groups * (tiles + s.batch * s.steps) * s.words / 2 * 4  # half of the columns are hidden
+        slots = configs.num_tiles(s.tokens, s.batch, False, tile.rows) + s.batch * s.steps
+        return groups * slots * s.words / 2 * 4  # half of the columns are hidden
+
+    def partials(self) -> Kernel:
+        s = self.shape
+        tile, groups = self._partials()
+        compiled = self.compiled("map_partials", tile)
         flops, keys = self._column_flops(tile.rows, tile.columns, 1), self._keys(tile)
-        again = flops / (2 * s.head_dim + 4 * configs.STEP_BLOCK) / tile.columns * s.head_dim * self.size  # q per block
-        area = tile.rows * tile.columns
+        per_column = 2 * s.head_dim + 4 * configs.STEP_BLOCK
+        again = flops / per_column / tile.columns * s.head_dim * self.size  # q per block of key tokens
+        of_step, of_head = compiled.loops
         loop = Loop(
-            loads=0 if tile.stages > 1 else 2,
-            barriers=8,
-            flops=area * (2 * s.head_dim + 4 * configs.STEP_BLOCK),
+            of_head,
+            loads=0 if compiled.stages > 1 else LOADS,
+            flops=tile.rows * tile.columns * per_column,
             bytes=(tile.rows + tile.columns) * s.head_dim * self.size,
         )
-        rounds = max(1.0, s.steps * tile.rows / s.tokens / configs.STEP_BLOCK)
-        trips = tuple(rounds * s.q_heads / groups for used in seen if used)
-        head = 3 if self.design.tables else 4  # (steps, step of each row, key tokens) then q and keys
-        grid = Grid(compiled, tile.warps, trips, groups * s.batch, head, 1, loop)
-        partials = self.kernel("map_partials", flops, self.q + self.lse + share, again + keys, grid)
-        reduce = self.tiles.map_reduce(groups, s.words)
-        # Per step and block of words: the plan, its tiles' partial sums one after the other, in rounds of groups.
-        passes = (s.tokens / s.steps / tile.rows + 1) * -(-groups // reduce.groups)
-        chains = passes * -(-min(s.words, reduce.words) // reduce.columns)
-        sums = Loop(1, 1, 0.0, 0.0)
-        programs = (float(chains),) * (s.steps * -(-s.words // reduce.words))
-        steps = Grid(COMPILED["map_reduce", self.bucket], reduce.warps, programs, s.batch, 3, 0, sums)
-        return partials, self.kernel("map_reduce", 0, share + self.maps, 0, steps)
+        # A program of the tile t and the block b exists if the tile sees a token of the block; it walks its heads.
+        seen = [v > b * tile.columns for v in self.visible(tile.rows) for b in range(-(-s.words // tile.columns))]
+        rounds = self._rounds(tile)
+        trips = tuple(float(rounds * -(-s.q_heads // groups)) for used in seen if used)
+        grid = Grid(compiled, trips, groups * s.batch, loop, once=compiled.straight + rounds * of_step)
+        memory = self.q + self.lse + self._partial_bytes(tile, groups)
+        return self.kernel("map_partials", flops, memory, again + keys, grid)
 
-    def _heads_per_program(self, programs: int, used: int, warps: int, compiled: tuple[int, int, int, int]) -> int:
-        heads = self.shape.q_heads
-        if not self.design.full_waves:
-            return self.tiles.heads_per_program(self.gpu.arch, heads, programs)
-        blocks, _ = aot.occupancy(aot.TARGETS[self.gpu.target], warps, *compiled[:2])
-        slots = max(blocks, 1) * self.gpu.multiprocessors
-        waves = {n: -(-used * -(-heads // n) // slots) * (n + 1) for n in range(1, heads + 1)}
-        return min(waves, key=lambda n: waves[n])
+    def _reduce(self, groups: int, rows: int) -> Grid:
+        """Return a program per step and block of words: the sums of its tiles, one after the other, by groups."""
+        s = self.shape
+        tile = configs.map_reduce(groups, s.words)
+        compiled = self.compiled("map_reduce-g1-c32" if self.one_block else "map_reduce-g32-c256")
+        blocks, of_tile, of_groups = compiled.loops[:3]
+        columns = -(-min(s.words, tile.words) // tile.columns)
+        tiles = math.ceil(s.tokens / s.steps / rows + 0.5) * columns
+        once = compiled.straight + columns * blocks + tiles * of_tile
+        trips = (float(tiles * -(-groups // tile.groups)),) * (s.steps * -(-s.words // tile.words))
+        return Grid(compiled, trips, s.batch, Loop(of_groups, loads=1), once)
+
+    def _rounds(self, tile: configs.MapTile) -> int:
+        """Return the blocks of steps that a tile of rows touches."""
+        return max(1, math.ceil(self.shape.steps * tile.rows / self.shape.tokens / configs.STEP_BLOCK))
 
     def flash_forward(self) -> tuple[Kernel, ...]:
         """Return the kernel with the map in its epilogue and the reduction; for many partial sums, the map alone."""
         s = self.shape
-        tile = self.tiles.flash_forward(self.gpu.arch, self.dtype, s.head_dim, False)
-        slots = self.tiles.num_tiles(s.tokens, s.batch, False, tile.rows) + s.batch * s.steps
+        tile = configs.flash_forward(self.gpu.arch, self.dtype, s.head_dim, False)
         bytes_ = 2 * self.q + 2 * self.kv + self.lse
-        if s.q_heads * slots * s.words * 4 > self.q:
+        share = self._partial_bytes(tile, s.q_heads)
+        if 2 * share > self.q:
             return self._flash("flash_forward", 2 * self.product, bytes_, 0, 1.0), *self.map_alone()
-        share = s.q_heads * slots * s.words / 2 * 4
         epilogue = self._column_flops(tile.rows, tile.key_columns, 1) * self.triton / COLUMN_SHARE
         return (
             self._flash("flash_forward", 2 * self.product + epilogue, bytes_ + share, self._keys(tile), 1.0),
-            self.kernel("map_reduce", 0, share + self.maps),
+            self.kernel("map_reduce", 0, share + self.maps, 0, self._reduce(s.q_heads, tile.rows)),
         )
 
     def _flash(self, name: str, flops: float, memory: float, l2: float, share: float) -> Kernel:
         """Return a kernel of engine triton, with the ramp of plain attention's."""
         return Kernel(name, flops, memory, l2, self.triton * share, launch=PLAIN_LAUNCH)
 
-    def _dq_tile(self, has_dq: bool) -> Any:
-        s = self.shape
-        if not has_dq:
-            return self.tiles.map_dlse(self.gpu.arch, self.dtype, s.head_dim, s.words)
-        return self.tiles.map_dq(self.gpu.arch, self.dtype, s.head_dim, s.words)
+    def map_dq_add(self) -> Kernel:
+        """Return the kernel that adds the map's dq to an engine's."""
+        return self._dq("map_dq_add", "map_dq_add_one" if self.one_block else "map_dq_add", 3)
 
-    def map_dq(self, name: str, passes: int) -> Kernel:
-        """Return map_dlse with one pass over q, or the kernel of dq with two, or three where it is added to."""
-        s, has_dq, new = self.shape, passes > 1, self.design.pipelined_dq
-        tile = self._dq_tile(has_dq)
-        touched, _ = self.columns(tile.rows, tile.columns)
-        products = 2 if has_dq else 1
-        flops = 2 * products * touched * s.q_heads * s.head_dim
-        area = tile.rows * tile.columns
-        loop = Loop(
-            loads=1 if new else 3,  # of the token, its key, the map's gradient, each from the one before
-            barriers=(33 if has_dq else 13) if new else 24,
-            flops=2 * products * area * s.head_dim + (4 * area * configs.STEP_BLOCK if new else 0),
-            bytes=tile.columns * s.head_dim * self.size,
-        )
-        trips = tuple(float(-(-v // tile.columns)) for v in self.visible(tile.rows))
-        searches = 1 if self.design.tables else 2 + -(-s.words // 128)
-        which = "map_dq" if has_dq else "map_dlse"
-        if new:
-            which = "map_dq_tables" if has_dq else "map_fold" if tile.columns > 32 else "map_fold_one"
-            if has_dq and self.bucket > 64 and tile.warps == 4:
-                which = "map_dq_4_warps"
-        memory_loads = 2 if passes > 2 else 1
-        grid = Grid(COMPILED[which, self.bucket], tile.warps, trips, s.batch * s.q_heads, searches, memory_loads, loop)
-        return self.kernel(name, flops, passes * self.q + 2 * self.lse, self._keys(tile), grid)
+    def map_dq(self) -> Kernel:
+        """Return the kernel that writes dq and dlse."""
+        return self._dq("map_dq", "map_dq", 2)
+
+    def _dq(self, name: str, variant: str, passes: int) -> Kernel:
+        tile = configs.map_dq(self.gpu.arch, self.dtype, self.shape.head_dim, self.shape.words)
+        compiled = self.compiled(variant, tile)
+        return self._key_blocks(name, tile, compiled, products=2, memory=passes * self.q + 2 * self.lse)
 
     def map_dlse(self) -> Kernel:
-        return self.map_dq("map_dlse", 1)
+        """Return the kernel that only writes dlse."""
+        return self._dlse("map_dlse", False)
 
     def map_fold(self) -> Kernel:
         """Return dlse and its folding in one kernel: O and dO are read and written beside q."""
-        dlse = self.map_dlse()
-        assert dlse.grid is not None
-        grid = dataclasses.replace(dlse.grid, memory_loads=dlse.grid.memory_loads + 1)
-        return self.kernel("map_fold", dlse.flops, 5 * self.q + 2 * self.lse, 0, grid)
+        return self._dlse("map_fold", True)
+
+    def _dlse(self, name: str, fold: bool) -> Kernel:
+        s, gpu = self.shape, self.gpu
+        tile = configs.map_dlse(gpu.arch, self.dtype, s.head_dim, s.words)
+        memory = (5 if fold else 1) * self.q + 2 * self.lse
+        compiled = self.compiled(name + ("_one" if self.one_block else ""), tile)
+        parts = -(-tile.rows // fold_tile(s.head_dim)[0]) if fold else 0
+        of_part = compiled.loops[-1] * parts
+        if not self.one_block:
+            return self._key_blocks(name, tile, compiled, 1, memory, of_part)
+        # What does not depend on the head is loaded once, then a program walks its heads.
+        tiles = configs.num_tiles(s.tokens, s.batch, False, tile.rows)
+        heads = configs.heads_per_program(gpu.arch, s.q_heads, tiles, tile.resident)
+        flops = 2 * tiles * tile.rows * tile.columns * s.q_heads * s.head_dim
+        loop = Loop(
+            compiled.loops[1], 0, flops / tiles / s.q_heads, (tile.rows + tile.columns) * s.head_dim * self.size
+        )
+        once = compiled.straight + self._rounds(tile) * compiled.loops[0]
+        grid = Grid(compiled, (float(heads),) * tiles, -(-s.q_heads // heads), loop, once, heads * of_part)
+        return self.kernel(name, flops, memory, self._keys(tile), grid)
+
+    def _key_blocks(
+        self, name: str, tile: Any, compiled: Compiled, products: int, memory: float, streaming: float = 0.0
+    ) -> Kernel:
+        """Return a kernel whose programs, one per tile of rows and head, walk the blocks of visible key tokens."""
+        s = self.shape
+        touched, _ = self.columns(tile.rows, tile.columns)
+        loop = Loop(
+            compiled.loops[0],
+            loads=0 if compiled.stages > 1 else LOADS,
+            flops=tile.rows * tile.columns * (2 * products * s.head_dim + 4 * configs.STEP_BLOCK),
+            bytes=tile.columns * s.head_dim * self.size,
+        )
+        rounds = self._rounds(tile)
+        trips = tuple(float(rounds * -(-v // tile.columns)) for v in self.visible(tile.rows))
+        grid = Grid(compiled, trips, s.batch * s.q_heads, loop, compiled.straight, streaming)
+        return self.kernel(name, 2 * products * touched * s.q_heads * s.head_dim, memory, self._keys(tile), grid)
 
     def preprocess(self) -> Kernel:
         """Return dlse and dq in one pass over q, O and dO, less flash-attn 4's own preprocess and its zeroed dq."""
-        both = self.map_dq("map_dq", 2)
-        assert both.grid is not None
-        grid = dataclasses.replace(both.grid, memory_loads=3)
+        compiled = self.compiled("fa4_preprocess")
+        layout = fa4_preprocess.accumulator(self.shape.head_dim, causal=True, windowed=False)
+        rows = 64 if layout is None else layout.rows
+        tile = configs.MapTile(rows, fa4_preprocess.COLUMNS, warps=compiled.warps, stages=compiled.stages)
+        *searches, loop = compiled.loops
+        compiled = compiled._replace(straight=compiled.straight + sum(searches), loops=(loop,))
         own = 2 * self.q + 2 * self.q  # what the package's preprocess reads and zeroes anyway: O, dO, float32 dq
-        return self.kernel("preprocess", both.flops, 3 * self.q + 2 * self.q + 2 * self.lse - own, 0, grid)
+        memory = 3 * self.q + 2 * self.q + 2 * self.lse - own
+        return self._key_blocks("preprocess", tile, compiled, 2, memory)
 
     def map_gradient(self) -> tuple[Kernel, ...]:
         """Return the kernels after an engine's backward; with a single split of the rows dk is added directly."""
         s = self.shape
         splits = self._splits()
         rows = s.batch * s.kv_heads * s.words * s.head_dim
-        loop = Loop(1, 0, 0.0, 0.0)
-        blocks = -(-s.words // self.tiles.map_dk_add(s.head_dim).columns)
-        grid = Grid(COMPILED["map_dk_add", self.bucket], 4, (1.0,) * (blocks * s.kv_heads), s.batch, 2, 1, loop)
+        blocks = -(-s.words // configs.map_dk_add(s.head_dim).columns)
+        compiled = self.compiled("map_dk_add")
+        loop = Loop(compiled.loops[0], loads=2)  # a trip to memory: the parts were written a moment ago, by all
+        grid = Grid(compiled, (float(splits),) * (blocks * s.kv_heads), s.batch, loop, compiled.straight, 0.0, 3)
         add = self.kernel("map_dk_add", 0, splits * rows * 4 + 2 * rows * self.size, 0, grid)
-        return self.map_dq("map_dq_add", 3), self.map_dk(), *((add,) if splits > 1 else ())
-
-    def _dk(self) -> tuple[Any, tuple[int, int, int, int]]:
-        """Return the tile of map_dk and how it was compiled."""
-        s = self.shape
-        tile = self.tiles.map_dk(self.gpu.arch, self.dtype, s.head_dim, s.words)
-        return tile, COMPILED["map_dk_tables" if self.design.pipelined_dq else "map_dk", self.bucket]
+        return self.map_dq_add(), self.map_dk(), *((add,) if splits > 1 else ())
 
     def map_dk(self, direct: bool = True) -> Kernel:
         s = self.shape
-        tile, compiled = self._dk()
+        tile, splits = self._dk_tile(), self._splits()
+        direct = direct and splits == 1
+        compiled = self.compiled("map_dk_direct" if direct else "map_dk", tile)
         blocks = -(-s.words // tile.columns)
         rows = [s.tokens * (1 - b * tile.columns / s.words) for b in range(blocks)]
         walked = sum(rows) * s.batch * s.q_heads
-        splits = self._splits()
-        result = s.batch * s.kv_heads * s.words * s.head_dim * (2 * self.size if direct and splits == 1 else 4 * splits)
+        result = s.batch * s.kv_heads * s.words * s.head_dim * (2 * self.size if direct else 4 * splits)
         flops = 4 * walked * tile.columns * s.head_dim
         area = tile.rows * tile.columns
-        loop = Loop(
-            loads=2,  # the step of each row, then the map's gradient at it; q runs ahead
-            barriers=7,
-            flops=4 * area * s.head_dim,
-            bytes=tile.rows * s.head_dim * self.size,
-        )
+        loop = Loop(compiled.loops[0], flops=4 * area * s.head_dim, bytes=tile.rows * s.head_dim * self.size)
         group = s.q_heads // s.kv_heads
-        trips = tuple(-(-(-(-r // tile.rows) * group) // splits) * 1.0 for r in rows)
-        searches = 1 if self.design.tables else 2
-        grid = Grid(compiled, tile.warps, trips, s.batch * s.kv_heads * splits, 1 + searches, 1, loop)
+        items = [math.ceil(r / tile.rows) * group for r in rows]
+        if self.equal_shares:
+            share = math.ceil(items[0] / splits)
+            trips = tuple(float(max(min(share, n - i * share), 0)) for i in range(splits) for n in items)
+        else:
+            trips = tuple(float(math.ceil(n / splits)) for _ in range(splits) for n in items)
+        grid = Grid(compiled, trips, s.batch * s.kv_heads, loop, compiled.straight)
         return self.kernel("map_dk", flops, self.q + self.lse + result, walked * s.head_dim * self.size, grid)
-
-    def fold(self) -> Kernel:
-        return self.kernel("fold", 0, 4 * self.q + self.lse)
 
     def flash_dq(self) -> Kernel:
         s = self.shape
-        tile = self.tiles.flash_dq(self.gpu.arch, self.dtype, s.head_dim)
+        tile = configs.flash_dq(self.gpu.arch, self.dtype, s.head_dim)
         touched, _ = self.columns(tile.rows, tile.key_columns)
         flops = 3 * self.product + 4 * touched * s.q_heads * s.head_dim
         return self._flash("flash_dq", flops, 4 * self.q + 2 * self.kv + 2 * self.lse, self._keys(tile), 1.0)
@@ -459,26 +431,35 @@ class Work:
         _, read = self.columns(tile.rows, 1)
         return read * self.shape.q_heads * self.shape.head_dim * self.size
 
+    def _dk_tile(self) -> configs.MapTile:
+        return configs.map_dk(self.gpu.arch, self.dtype, self.shape.head_dim, self.shape.words)
+
     def _splits(self) -> int:
-        s = self.shape
-        tile, compiled = self._dk()
-        programs = s.batch * -(-s.words // tile.columns) * s.kv_heads
-        limit = -(-s.tokens // tile.rows) * (s.q_heads // s.kv_heads)
-        rows, resident = s.tokens * (s.q_heads // s.kv_heads), ()
-        if self.design.full_waves:
-            resident = (aot.occupancy(aot.TARGETS[self.gpu.target], tile.warps, *compiled[:2])[0],)
-        splits: int = self.tiles.row_splits(self.gpu.arch, programs, limit, rows, *resident)
-        return splits
+        s, tile = self.shape, self._dk_tile()
+        group, sequences = s.q_heads // s.kv_heads, s.batch * s.kv_heads
+        blocks, items = -(-s.words // tile.columns), -(-s.tokens // tile.rows) * group
+        if not self.equal_shares:
+            return timed_splits(sequences * blocks, items, s.tokens * group)
+        split_bytes = sequences * s.words * s.head_dim * 4
+        return configs.row_splits(self.gpu.arch, blocks, sequences, items, split_bytes, tile.resident)
+
+
+def known(shape: Shape) -> bool:
+    """Return whether ``compiled/`` has the shape's kernels; those of float16 are bfloat16's."""
+    return shape.dtype in ("bfloat16", "float16") and shape.head_dim <= 128
 
 
 def predicted(shape: Shape, gpu: GPU | None, contender: str, kind: str, backward: bool) -> tuple[float, float] | None:
-    """Return the seconds of a contender and the ratio to the fastest plain attention; None without a known GPU."""
-    if gpu is None:
+    """Return the seconds of a contender and the ratio to the fastest plain attention.
+
+    None without a known GPU, and for a shape whose kernels are not in ``compiled/``.
+    """
+    if gpu is None or not known(shape):
         return None
     work = Work(shape, gpu)
     plain = work.plain().seconds(gpu, backward)
     if "own preprocess" in contender:
-        work = Work(shape, gpu, PREPROCESS)
+        work = Work(shape, gpu, preprocess=True)
     if kind == "map" and "widened" in contender:
         # Which engines take v wider than q and k differs by width (widened_values.py); one width is the usual case.
         layer = work.widened(equal_widths=True)
@@ -545,13 +526,11 @@ AIMS = (
 def designs(shape: Shape, gpu: GPU) -> dict[str, Layer]:
     """Return the layers that compete for a shape, by the names in the table of ``--targets``."""
     return {
-        "first": Work(shape, gpu, FIRST).engine(False),
-        "first, dlse": Work(shape, gpu, FIRST).engine(True),
-        "maps": Work(shape, gpu, MAPS).engine(False),
-        "maps, dlse": Work(shape, gpu, MAPS).engine(True),
-        "preprocess": Work(shape, gpu, PREPROCESS).engine(True),
-        "widened": Work(shape, gpu, MAPS).widened(),
-        "widened, equal": Work(shape, gpu, MAPS).widened(equal_widths=True),
+        "engine": Work(shape, gpu).engine(False),
+        "engine, dlse": Work(shape, gpu).engine(True),
+        "own preprocess": Work(shape, gpu, preprocess=True).engine(True),
+        "widened": Work(shape, gpu).widened(),
+        "widened, equal": Work(shape, gpu).widened(equal_widths=True),
     }
 
 
@@ -582,7 +561,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", default="H200", choices=GPUS)
     parser.add_argument("--csv", type=Path, help="write every record to this file")
     parser.add_argument("--only", default="", help="only shapes whose name contains this text")
-    parser.add_argument("--targets", action="store_true", help="print designs against the targets, and no records")
+    parser.add_argument("--targets", action="store_true", help="print what competes for each target, and no records")
     arguments = parser.parse_args(argv)
     if arguments.targets:
         print_targets()
@@ -601,7 +580,7 @@ def main(argv: list[str] | None = None) -> None:
         layers = {r["name"]: r for r in of_shape if r["pass"] == "forward+backward"}
         plain, *rest = layers.values()
         work = Work(shape, GPUS[arguments.gpu])
-        costs = work.map_alone() + (work.map_dlse(), work.fold(), *work.map_gradient())
+        costs = work.map_alone() + (work.map_fold(), *work.map_gradient())
         costs = sorted(((k.seconds(work.gpu), k) for k in costs), key=lambda pair: -pair[0])[:3]
         print(
             f"{shape.name:36s}{plain['predicted_ms']:10.3f}"

@@ -3,8 +3,13 @@
 The time of a launch is a fixed time to start and drain, plus the longest of: its products at a share of the tensor
 cores' peak, its bytes from memory, its bytes from L2, and the time that its programs need on the multiprocessors. The
 last one is the sum of the waves: programs that fit on the GPU at once (registers and shared memory, as ``aot.py``
-reports them) run side by side, and each takes as long as its chain of dependent loads, barriers and products, or as its
-share of the multiprocessor's throughput, whichever is longer.
+reports them) run side by side. Each takes as long as its warps need to execute their instructions one after the other,
+or as the multiprocessor needs for those of all resident programs, whichever is longer.
+
+Both rates were measured on an H200 (``results/ncu-h200.csv``, "Warp Cycles Per Issued Instruction"): two warps per
+scheduler execute an instruction each in 5.1 cycles, and four in 9.5, so that a scheduler issues at most 0.42 per cycle.
+With them, and without any constant that was fitted, the times of the 329 tiles of ``results/tiles-h200.csv`` are
+predicted within a factor of 1.8, four of five within 1.25 (a test).
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
+from typing import NamedTuple
 
 from molsaki_kernels import aot
 from molsaki_kernels._triton import configs
@@ -33,7 +39,8 @@ class GPU:
     plain_backward: float
     triton: float
     clock: float  # cycles, those at which the peak holds
-    issue: float  # instructions per cycle and multiprocessor, of warps
+    issue: float  # instructions per cycle and multiprocessor, of all its warps, in loops with products
+    stall: float  # cycles from an instruction of a warp to its next
     port: float  # bytes per cycle from L2 to one multiprocessor
     l2_trip: float  # a load that hits L2, until its value is used
     memory_trip: float  # the same from memory
@@ -44,14 +51,14 @@ class GPU:
 
 
 GPUS = {
-    # Vendors' datasheets for peaks (NVIDIA H100, H200 and A100 SXM; AMD Instinct MI300X). L2: read bandwidths that
-    # microbenchmarks publish (Chips and Cheese: H100 5.5 to 5.7 TB/s, MI300X's Infinity Cache 11.9), an A100's from its
-    # 5,120 bytes per clock at two thirds. Latencies from the same and from "Dissecting the NVIDIA Hopper Architecture"
-    # (arXiv 2402.13499): about 270 cycles for L2 and 600 for memory on an idle H100, rounded up; every scheduler issues
-    # one instruction per cycle, and 64 bytes per cycle arrive from L2. A launch: 1.5 us, the duration that profilers
-    # report of an empty kernel. Plain shares on Hopper, for causal bf16 with 48 heads of 128 and batch 4:
+    # Vendors' datasheets for peaks (H100, H200 and A100 SXM). L2: read bandwidths that microbenchmarks publish (Chips
+    # and Cheese: H100 5.5 to 5.7 TB/s), an A100's from its 5,120 bytes per clock at two thirds. Latencies from the same
+    # and from "Dissecting the NVIDIA Hopper Architecture" (arXiv 2402.13499): about 270 cycles for L2 and 600 for
+    # memory on an idle H100, rounded up; 64 bytes per cycle arrive from L2. Instructions: measured on an H200, see
+    # above; those of the others are taken to be the same. A launch: 1.5 us, the duration that profilers report of an
+    # empty kernel. Plain shares on Hopper, for causal bf16 with 48 heads of 128 and batch 4:
     # FlashAttention-3 reaches 667 TFLOP/s forward and 444 backward at 4,096 tokens (tritonbench#1267); with fewer
-    # heads, less: 600 and 440. On an A100: the paper of FlashAttention-2 (arXiv 2307.08691); for the MI300X a guess.
+    # heads, less: 600 and 440. On an A100: the paper of FlashAttention-2 (arXiv 2307.08691).
     # Triton's shares: a guess from its tutorial's kernel, which has no warp specialisation.
     "H200": GPU(
         "H200",
@@ -66,7 +73,8 @@ GPUS = {
         plain_backward=0.51,
         triton=0.465,
         clock=1.83e9,
-        issue=4,
+        issue=1.68,
+        stall=5.1,
         port=64,
         l2_trip=0.16e-6,
         memory_trip=0.35e-6,
@@ -84,7 +92,8 @@ GPUS = {
         plain_backward=0.51,
         triton=0.465,
         clock=1.83e9,
-        issue=4,
+        issue=1.68,
+        stall=5.1,
         port=64,
         l2_trip=0.16e-6,
         memory_trip=0.35e-6,
@@ -102,81 +111,72 @@ GPUS = {
         plain_backward=0.55,
         triton=0.5,
         clock=1.41e9,
-        issue=4,
+        issue=1.68,
+        stall=5.1,
         port=64,
         l2_trip=0.16e-6,
         memory_trip=0.4e-6,
-    ),
-    "MI300X": GPU(
-        "MI300X",
-        "gfx942",
-        "hip:gfx942",
-        flops=1307e12,
-        memory=5.3e12,
-        l2=11.9e12,
-        cache=256e6,
-        launch=4e-6,
-        plain_forward=0.4,
-        plain_backward=0.3,
-        triton=0.3,
-        clock=2.1e9,
-        issue=4,
-        port=64,
-        l2_trip=0.25e-6,
-        memory_trip=0.7e-6,
     ),
 }
 MEMORY_SHARE = 0.875  # of the peak that a large copy reaches
 COLUMN_SHARE = 0.405  # the map's own products: short loops
 LOOP_SHARE = 0.65  # of the peak that products reach while they run: that of Triton's long matrix products
-BARRIER = 27  # cycles of a barrier of 4 to 8 warps
-ONCE_BARRIERS = 4  # per search in the plan before the loop (counted in the PTX)
-ONCE_INSTRUCTIONS = 150  # per warp and search
+PEAK_ISSUE = 4  # instructions per cycle and multiprocessor, which loops without products reach
+
+
+class Compiled(NamedTuple):
+    """What a kernel was compiled to, see ``aot.py``."""
+
+    registers: int  # per thread
+    shared: int  # bytes
+    warps: int
+    straight: int  # instructions of a warp outside of all loops
+    loops: tuple[int, ...]  # and in one trip of each loop
+    stages: int  # of the pipeline
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """One trip of a program's loop."""
+    """One trip of a program's main loop."""
 
-    loads: int  # dependent trips to L2; 0 where the pipeline's cp.async run ahead
-    barriers: int
-    flops: float
-    bytes: float  # from L2
+    instructions: float  # of a warp
+    loads: int = 0  # dependent trips to L2; 0 where the pipeline's cp.async run ahead
+    flops: float = 0.0
+    bytes: float = 0.0  # from L2
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """The programs of a launch."""
 
-    compiled: tuple[int, int, int, int]  # a value of COMPILED
-    warps: int
-    trips: tuple[float, ...]  # of the loop, in order of launch; those of one head
+    compiled: Compiled
+    trips: tuple[float, ...]  # of the main loop, in order of launch; those of one head
     heads: int  # how often the launch repeats them
-    searches: int  # in the plan, before the loop; each is a dependent trip to L2
-    memory_loads: int  # dependent trips to memory, before and after it
     loop: Loop
+    once: float  # instructions of a warp beside those of the main loop
+    streaming: float = 0.0  # more of them, in loops without products
+    memory_loads: float = 2  # dependent trips to memory, before and after the loop: tables, then rows
 
     @property
     def bytes(self) -> float:
         return sum(self.trips) * self.heads * self.loop.bytes
 
     def seconds(self, gpu: GPU) -> float:
-        """The time of all programs, of which as many run side by side as registers and shared memory allow.
-
-        A trip takes as long as its chain of loads, barriers and products, or as the multiprocessor needs for the trips
-        of all resident programs.
-        """
-        blocks = max(aot.occupancy(aot.TARGETS[gpu.target], self.warps, *self.compiled[:2])[0], 1)
+        """The time of all programs, of which as many run side by side as registers and shared memory allow."""
+        compiled, loop = self.compiled, self.loop
+        blocks = max(aot.occupancy(aot.TARGETS[gpu.target], compiled.warps, *compiled[:2])[0], 1)
         resident = min(blocks, -(-len(self.trips) * self.heads // gpu.multiprocessors))
-        products = self.loop.flops * gpu.multiprocessors / (LOOP_SHARE * gpu.flops)
-        issue = self.warps / gpu.issue / gpu.clock  # of an instruction
-        chain = self.loop.loads * gpu.l2_trip + self.loop.barriers * BARRIER / gpu.clock + products
-        instructions = self.compiled[2] * issue
-        shared = max(products, instructions, self.loop.bytes / (gpu.port * gpu.clock))
-        trip = max(chain, resident * shared)
-        once = self.searches * (gpu.l2_trip + ONCE_BARRIERS * BARRIER / gpu.clock)
-        once = max(once, resident * self.searches * ONCE_INSTRUCTIONS * issue) + self.memory_loads * gpu.memory_trip
-        return makespan(tuple(once + n * trip for n in self.trips), self.heads, gpu.multiprocessors * blocks)
+        shared = max(loop.flops * gpu.multiprocessors / (LOOP_SHARE * gpu.flops), loop.bytes / (gpu.port * gpu.clock))
+
+        def duration(trips: float) -> float:
+            inner = self.once + trips * loop.instructions
+            chain = (inner + self.streaming) * gpu.stall / gpu.clock
+            chain += trips * loop.loads * gpu.l2_trip + self.memory_loads * gpu.memory_trip
+            issued = compiled.warps * (inner / gpu.issue + self.streaming / PEAK_ISSUE) / gpu.clock
+            return max(chain, resident * issued, resident * trips * shared)
+
+        durations = {trips: duration(trips) for trips in set(self.trips)}
+        return makespan(tuple(durations[n] for n in self.trips), self.heads, gpu.multiprocessors * blocks)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -73,6 +74,21 @@ ACCEPT(cuTensorMapEncodeTiled) ACCEPT(cuLaunchKernelEx) ACCEPT(cuLaunchKernel)
 """
 
 
+# Tests that compare values which the stand-in does not have. They run, because their kernels belong to the kit.
+NEED_VALUES = (
+    "tests/gpu/test_triton_hardware.py::test_tf32_only_if_asked",
+    "tests/kernels/triton/test_lse_gradient.py::test_gradient_of_the_scores",
+    "tests/kernels/triton/test_value_pooling.py::test_empty",
+)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Let these tests fail, where this module is a plugin of pytest."""
+    for item in items:
+        if item.nodeid.partition("[")[0] in NEED_VALUES:
+            item.add_marker(sys.modules["pytest"].mark.xfail(reason="the stand-in has no values"))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stand_in", description=__doc__.splitlines()[0])
     parser.add_argument("--keys", type=Path, help="append a line for each kernel to this file")
@@ -83,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     with stand_in():
         observe_compiler(arguments.keys, arguments.dry)
         skip_comparisons(arguments.arguments)
-        sys.argv = [arguments.program, *arguments.arguments]
+        plugin = ["-p", "benchmarks.stand_in"] if arguments.program == "pytest" else []
+        sys.argv = [arguments.program, *plugin, *arguments.arguments]
         try:
             runpy.run_module(arguments.program, run_name="__main__", alter_sys=True)
         except SystemExit as stop:
@@ -217,13 +234,20 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     silent = ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode", "_sleep",
               "manual_seed", "manual_seed_all", "set_device")  # fmt: skip
     on_cuda |= dict.fromkeys(silent, _nothing)
+    of_random = {  # checkpoints hold the states
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state": _nothing,
+        "set_rng_state_all": _nothing,
+    }
 
     class Generator(generator):  # type: ignore[misc, valid-type]
         def __new__(cls, device: Any = "cpu") -> Any:
             return generator("cpu")
 
     return [
-        *((torch.cuda, name, value) for name, value in on_cuda.items()),
+        *((torch.cuda, name, value) for name, value in (on_cuda | of_random).items()),
+        *((torch.cuda.random, name, value) for name, value in of_random.items()),
         (torch, "Generator", Generator),
         (torch.autograd, "grad", _grad),
         (torch.Tensor, "backward", _backward),
@@ -410,30 +434,35 @@ def skip_comparisons(arguments: Sequence[str]) -> None:
     kernel_cases.map_oracle = lambda *_: {}
     kernel_cases.check = kernel_cases.check_widened = _nothing
     hardware_cases.walk = lambda *_: {}
-    if any("test_models" in argument for argument in arguments):
-        shadow_models()  # which has values, and compares them
+    for name in ("test_models_hardware", "test_training_hardware"):
+        if any(name in argument for argument in arguments):
+            shadow(name)  # which has values, and compares them
     budget.assert_within_budget = _nothing
 
 
-def shadow_models() -> None:
-    """Run the tests of models on the CPU, and every attention call of theirs on the stand-in too.
+def shadow(name: str) -> None:
+    """Run the tests of this module of tests/gpu on the CPU, and every attention call of theirs on the stand-in too.
 
-    The models, and the check of their masks, need values.
+    Models, the check of their masks, and training need values. Float64 is the reference's; no kernel computes it.
     """
     from molsaki.modeling import attention_hook
-    from tests.gpu import test_models_hardware
 
     attention = attention_hook.stepwise_attention
 
     def shadowed(q: Any, k: Any, v: Any, plan: Any, **options: Any) -> Any:
-        there = [x.detach().to("cuda").requires_grad_() for x in (q, k, v)]
-        moved = {name: x.to("cuda") if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        results = attention(*there, plan.to("cuda"), **moved)
-        torch.autograd.grad(results, there, [torch.empty_like(x) for x in results])
+        if q.dtype != torch.float64:
+            has_gradient = torch.is_grad_enabled()
+            # Operators of the CPU round under its autocast; for "cuda" they do so only under that of "cuda".
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            there = [x.detach().to("cuda", dtype).requires_grad_(has_gradient) for x in (q, k, v)]
+            moved = {name: x.to("cuda") if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+            results = attention(*there, plan.to("cuda"), **moved)
+            if has_gradient:
+                torch.autograd.grad(results, there, [torch.empty_like(x) for x in results])
         return attention(q, k, v, plan, **options)
 
     attention_hook.stepwise_attention = shadowed
-    test_models_hardware.DEVICE = "cpu"
+    importlib.import_module(f"tests.gpu.{name}").DEVICE = "cpu"
 
 
 if __name__ == "__main__":

@@ -226,6 +226,22 @@ class Setup:
     device: str
     dtype: str
 
+    def record(self, name: str, quantity: str, value: float, machine: dict) -> dict:
+        """One measured quantity of contender ``name``, with five digits, as the CSV files hold it."""
+        return {
+            "teacher": Path(self.teacher).name,
+            "student": Path(self.student).name,
+            "batch": self.batch.name,
+            **{field: getattr(self.batch, field) for field in ("tokens", "words", "steps")},
+            "dtype": DTYPES[self.dtype],
+            "compiled": self.compiled,
+            "contender": name,
+            "quantity": quantity,
+            "value": float(f"{value:.5g}"),
+            "target": TARGETS.get((name, quantity)),
+            **machine,
+        }
+
     def step(self, name: str) -> Callable[[], Tensor]:
         """Load what contender ``name`` needs; return its step, which returns the loss."""
         torch.manual_seed(0)
@@ -355,19 +371,10 @@ def eager_loss(
 
 def measured(measure: str, setup: Setup, names: list[str], seconds: float, machine: dict) -> list[dict]:
     """Measure one batch; return records of contender, quantity and value."""
-    common = {
-        "teacher": Path(setup.teacher).name,
-        "student": Path(setup.student).name,
-        "batch": setup.batch.name,
-        **{field: getattr(setup.batch, field) for field in ("tokens", "words", "steps")},
-        "dtype": DTYPES[setup.dtype],
-        "compiled": setup.compiled,
-    }
     records = []
     for name, quantity, value in MEASURES[measure](setup, names, seconds):
-        target = TARGETS.get((name, quantity))
-        value = float(f"{value:.5g}")
-        records.append(common | {"contender": name, "quantity": quantity, "value": value, "target": target} | machine)
+        records.append(setup.record(name, quantity, value, machine))
+        value, target = records[-1]["value"], records[-1]["target"]
         print(
             f"{setup.batch.name:14s} {name:22s} {quantity:60s} {value:10.4f}"
             + (f"  (target {target})" if target else "")

@@ -63,7 +63,7 @@ WARM_UP = 0.6  # of the limit, at most
 FIELDS = ("rows", "columns", "key_columns", "warps", "stages", "resident", "heads", "splits")
 COLUMNS = (
     *("kernel", "shape", *FIELDS, "configured", "us", "fastest_us", "ratio", "difference", "registers", "spills"),
-    *("shared", "blocks", "limit", "programs", "error"),
+    *("shared", "straight", "loops", "blocks", "limit", "programs", "error"),
 )
 Candidate = tuple[tuple[str, int], ...]  # what differs from the configured tile
 
@@ -89,8 +89,9 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
             found += tiles([(64, 32, 4, 1), (128, 32, 8, 1), (128, 32, 4, 1), (64, 16, 4, 2), (64, 16, 4, 5),
                            (32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 2, 1)])  # fmt: skip
         else:
-            found += tiles([(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (64, 64, 8, 5),
-                           (128, 32, 8, 3), (128, 32, 8, 5), (128, 64, 8, 5), (32, 32, 4, 5)])  # fmt: skip
+            found += tiles([(64, 32, 4, 1), (128, 64, 8, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 5),
+                           (64, 64, 8, 3), (64, 64, 8, 5), (128, 32, 8, 3), (128, 32, 8, 5), (128, 64, 8, 5),
+                           (32, 32, 4, 5)])  # fmt: skip
     elif kernel == "map_dlse":
         found += tiles([(64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 5)])
         if few:
@@ -98,8 +99,8 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
             found += tiles([(32, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2), (128, 32, 8, 1)], heads=1)
             found += tiles([(32, 32, 4, 2), (64, 32, 4, 3)], heads=3)
         else:
-            found += tiles([(64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3), (64, 64, 8, 5),
-                           (128, 64, 8, 3), (128, 64, 8, 5), (128, 32, 8, 3), (128, 32, 8, 5),
+            found += tiles([(64, 64, 4, 1), (128, 64, 8, 1), (64, 64, 4, 3), (64, 64, 4, 5), (64, 64, 8, 3),
+                           (64, 64, 8, 5), (128, 64, 8, 3), (128, 64, 8, 5), (128, 32, 8, 3), (128, 32, 8, 5),
                            (32, 64, 4, 5)])  # fmt: skip
     elif kernel == "map_partials":
         found += tiles([(64, 64, 4, 2), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 4)], resident=2)
@@ -114,6 +115,7 @@ def candidates(kernel: str, shape: Shape) -> list[Candidate]:
     elif kernel == "map_dk":
         found += [{"resident": n} for n in (1, 3, 4, 6, 8, 12)]
         found += tiles([(32, 64, 4, 3), (32, 64, 4, 5)], resident=2)
+        found += tiles([(32, 64, 4, 1), (16, 64, 4, 1), (32, 128, 8, 1)], resident=3)
         found += tiles([(32, 64, 4, 3), (32, 64, 4, 5), (64, 64, 4, 2), (64, 64, 8, 3), (64, 64, 8, 5), (32, 64, 8, 5),
                        (16, 64, 4, 3), (16, 64, 4, 5)], resident=4)  # fmt: skip
         found += tiles([(32, 64, 4, 5)], resident=8)
@@ -370,7 +372,9 @@ def configured(kernel: str, candidate: Candidate) -> Iterator[None]:
             stack.enter_context(mock.patch.object(configs, "heads_per_program", lambda *_: heads))
         if splits is not None:
             stack.enter_context(
-                mock.patch.object(configs, "row_splits", lambda _arch, _programs, most, *_: max(1, min(most, splits)))
+                mock.patch.object(
+                    configs, "row_splits", lambda _arch, _blocks, _n, items, *_: max(1, min(items, splits))
+                )
             )
         yield
 
@@ -394,7 +398,11 @@ def usage(compiled: Any, warps: int, real: bool) -> dict[str, Any]:
     except Exception as reason:
         return {"shared": shared, "limit": _first_line(reason)[:40]}
     blocks, limit = aot.occupancy(aot.TARGETS["cuda:90"], warps, registers, shared)
-    return {"registers": registers, "spills": spills, "shared": shared, "blocks": blocks, "limit": limit}
+    found = {"registers": registers, "spills": spills, "shared": shared, "blocks": blocks, "limit": limit}
+    if not real:  # it takes a fifth of a second; the same compiler gives the same code without a GPU
+        straight, loops = aot.count_instructions(aot._cuobjdump(compiled, "-sass"))
+        found |= {"straight": straight, "loops": " ".join(map(str, loops))}
+    return found
 
 
 def difference(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:

@@ -45,7 +45,7 @@ def main(student: str, teacher: str, train_file: str, store: str, output_dir: st
             print(f"process {rank}: wrote {process['shards_written']} of the store's files; "
                   f"sum of the trained weights {process['weights']:.9f}")  # fmt: skip
         print(json.dumps(found))
-    trainer.accelerator.end_training()
+    trainer.end_training()
     return found
 
 

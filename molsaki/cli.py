@@ -392,7 +392,8 @@ def _print(result: Mapping[str, Any] | Iterable[Any]) -> None:
         print(*result, sep="\n")
         return
     for name, value in result.items():
-        print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        shown = f"{value:.6g}" if isinstance(value, float) else "none" if value in ({}, []) else value
+        print(f"{name}: {shown}")
 
 
 if __name__ == "__main__":

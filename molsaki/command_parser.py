@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from molsaki.command_help import CONFIG, DRY_RUN, HELP, HELP_ALL, LOG_FORMAT, OTHERS, PRESET, TRAINING, Help
+from molsaki.flags import raise_error
 from molsaki.terminal import styled_help
 
 
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     color: bool
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise_error(message)
 
     def print_help(self, file: Any = None) -> None:
         file = sys.stdout if file is None else file

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def _parser(config_class: type[Config], prog: str | None = None, has_dry_run: bo
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise ValueError(message)
+            raise_error(message)
 
     parser = Parser(cast(Any, config_class), prog=prog, allow_abbrev=False, add_help=False)
     parser.add_argument("--config")
@@ -97,6 +98,17 @@ def _parser(config_class: type[Config], prog: str | None = None, has_dry_run: bo
         parser.add_argument("--dry_run", nargs="?", const=True, type=string_to_bool)
         names.append("dry_run")
     return parser, names
+
+
+def raise_error(message: str) -> NoReturn:
+    """Raise argparse's error with the flag in one spelling, and with the cure where a value seems to be missing."""
+    flag, colon, what = message.removeprefix("argument ").partition(": ")
+    if not message.startswith("argument --") or not colon:
+        raise ValueError(message)
+    flag = flag.partition("/")[0]
+    if re.fullmatch("expected (one|at least one) argument", what):
+        raise ValueError(f"{flag}: expected a value; one that begins with a dash is written {flag}=VALUE")
+    raise ValueError(f"{flag}: {what}")
 
 
 def read_yaml(path: Path, flag: str = "") -> dict[Any, Any]:

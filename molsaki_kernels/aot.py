@@ -10,6 +10,8 @@ The columns and their sources:
     matrix      matrix instructions in the code: wgmma (Hopper), tcgen05 (Blackwell), mma, mfma (AMD) or none
     products    how many of them; a loop's body counts once
     copies      cp.async instructions, by which the pipeline loads tiles ahead of their use
+    straight    instructions outside of all loops (NVIDIA); a warp executes them once
+    loops       instructions in one trip of each loop, without those of a loop inside it, in order of address
     warps       per program, as configured; so are the stages of the pipeline
     blocks      programs that fit on a multiprocessor (a compute unit) at once, see :func:`occupancy`
     resident    their warps, in percent of the most that a multiprocessor holds
@@ -129,6 +131,8 @@ class Report:
     matrix: str | None = None  # matrix instructions: wgmma, tcgen05, mma, mfma or none
     products: int | None = None
     copies: int | None = None
+    straight: int | None = None
+    loops: str | None = None
     warps: int | None = None
     stages: int | None = None
     blocks: int | None = None
@@ -143,7 +147,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", required=True, nargs="+", choices=TARGETS, help="one or several")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
-    parser.add_argument("--filter", default="", metavar="NAME", help="only the variants whose name contains NAME")
+    parser.add_argument(
+        "--filter",
+        default="",
+        metavar="NAME",
+        help="only the variants whose name matches (a regular expression, anywhere in it)",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiler processes")
     args = parser.parse_args(argv)
     # For the compiler processes, which import Triton again; Triton reads this variable at import.
@@ -158,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"FAILED {report.name}: {failure}", file=sys.stderr, flush=True)
         reports.append(report)
     if not reports:
-        print(f"no variant's name contains {args.filter!r}", file=sys.stderr)
+        print(f"no variant's name matches {args.filter!r}", file=sys.stderr)
         return 1
     if args.csv:
         write_csv(args.csv, reports)
@@ -172,10 +181,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compile_all(targets: Sequence[str], name: str = "", jobs: int = 1) -> Iterator[Report]:
-    """Compile the variants whose name contains ``name``, for all targets, in ``jobs`` new processes."""
+    """Compile the variants whose name matches ``name``, for all targets, in ``jobs`` new processes."""
     with _pool(jobs) as pool:
         variants = [(target, pool.submit(variant_names, target)) for target in targets]
-        chosen = [(target, n) for target, names in variants for n in names.result() if name in n]
+        chosen = [(target, n) for target, names in variants for n in names.result() if re.search(name, n)]
         pending = [(target, n, pool.submit(compile_variant, target, n)) for target, n in chosen]
         for target, n, future in pending:
             try:
@@ -233,6 +242,8 @@ def compile_variant(target: str, name: str) -> Report:
     shared = compiled.metadata.shared
     matrix, products = _matrix_instructions(compiled)
     blocks, limit = occupancy(chip, variant.num_warps, registers, shared)
+    sass = "" if chip.backend == "hip" else _cuobjdump(compiled, "-sass")
+    straight, loops = count_instructions(sass) if sass else (None, None)
     report = dataclasses.replace(
         report,
         registers=registers,
@@ -242,13 +253,15 @@ def compile_variant(target: str, name: str) -> Report:
         matrix=matrix,
         products=products,
         copies=len(re.findall(r"\bcp\.async\.c[ag]\.", compiled.asm.get("ptx", ""))),
+        straight=straight,
+        loops=None if loops is None else " ".join(map(str, loops)),
         blocks=blocks,
         resident=round(100 * blocks * variant.num_warps / chip.warps),
         limit=limit,
         seconds=round(time.perf_counter() - begin, 2),
     )
     failures = _failures(report, variant, chip)
-    if matrix == "wgmma" and (wrong := wrong_descriptors(compiled.asm["ptx"], _cuobjdump(compiled, "-sass"))):
+    if matrix == "wgmma" and (wrong := wrong_descriptors(compiled.asm["ptx"], sass)):
         failures.append(f"{len(wrong)} wgmma descriptors are wrong, ptxas miscompiled it: {wrong[0]}")
     return dataclasses.replace(report, failures=tuple(failures))
 
@@ -309,9 +322,32 @@ def _matrix_instructions(compiled: Any) -> tuple[str, int]:
     return "none", 0
 
 
+def count_instructions(sass: str) -> tuple[int, list[int]]:
+    """The instructions outside of all loops, and those of one trip of each loop, in order of address.
+
+    An instruction in several loops counts in the innermost. A loop is what lies between a branch backwards and its
+    target; the padding at the end of a kernel is not counted.
+
+    Args:
+        sass: as ``cuobjdump -sass`` prints it.
+    """
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", sass)]
+    ends: dict[int, int] = {}
+    for address, text in code:
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if target and (start := int(target[1], 16)) < address:
+            ends[start] = address
+    counts = dict.fromkeys([-1, *sorted(ends)], 0)
+    for address, text in code:
+        if not text.startswith("NOP"):
+            counts[max((start for start, end in ends.items() if start <= address <= end), default=-1)] += 1
+    straight, *loops = counts.values()
+    return straight, loops
+
+
 COLUMNS = (
-    *("target", "name", "registers", "spills", "shared", "matrix", "products", "copies", "warps", "stages"),
-    *("blocks", "resident", "limit"),
+    *("target", "name", "registers", "spills", "shared", "matrix", "products", "copies", "straight", "loops", "warps"),
+    *("stages", "blocks", "resident", "limit"),
 )
 
 
@@ -319,7 +355,7 @@ def _line(report: Report | None = None) -> str:
     """A report as a line of the table, or the table's header."""
     columns = (*COLUMNS, "seconds")
     cells = columns if report is None else ["-" if (x := getattr(report, c)) is None else str(x) for c in columns]
-    return f"{cells[0]:<12}{cells[1]:<36}" + "".join(f"{cell:>10}" for cell in cells[2:])
+    return f"{cells[0]:<12}{cells[1]:<36}" + "".join(f" {cell:>9}" for cell in cells[2:])
 
 
 if __name__ == "__main__":

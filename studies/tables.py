@@ -65,6 +65,7 @@ SETS = {
 DOSES = ("paper", "sum", "heads", "pointer", "decider")
 LOOKS = ["whole", "whole_taught", "before", "before_taught", "before_right", "before_wrong", "divergence"]
 TESTS = ["test", "distractors", "hops", "templates"]
+REAL = ("real", "real-gpu")  # the check with a real model: its small and its large form
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -76,6 +77,7 @@ def tables(folder: Path) -> dict[str, str]:
     found = {}
     for name, listed in SETS.items():
         found |= {f"{name}-{table}": text for table, text in _of_set(folder / name, listed).items()}
+    found |= {name: _real(folder / name) for name in REAL}
     return found | {"all": _all_sets([_read(folder / name / "results.csv") for name in SETS])}
 
 
@@ -177,17 +179,45 @@ def _curves(rows: Rows, listed: Listed) -> str:
     return _markdown(["arm", *(f"{step} steps" for step in steps)], lines)
 
 
+SHARES = ["share of the gradient, %: median (least to largest)", "`beta`"]
+
+
 def _shares(rows: Rows) -> str:
+    return _markdown(["arm", *SHARES], [[f"`{arm}`", *cells] for arm, cells in _shares_of_arms(rows).items()])
+
+
+def _shares_of_arms(rows: Rows) -> dict[str, list[str]]:
     """The measured share of the gradient and beta, of the logged steps after the first 50."""
-    lines = []
+    found = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm and row.get("attention_share") and int(row["step"]) > 50]
         if of_arm:
             shares = [100 * float(row["attention_share"]) for row in of_arm]
             betas = [float(row["beta"]) for row in of_arm]
-            cells = [f"{statistics.median(one):.3g} ({min(one):.3g} to {max(one):.3g})" for one in (shares, betas)]
-            lines.append([f"`{arm}`", *cells])
-    return _markdown(["arm", "share of the gradient, %: median (least to largest)", "`beta`"], lines)
+            found[arm] = [_range(shares), _range(betas)]
+    return found
+
+
+def _range(values: Sequence[float]) -> str:
+    median, least, most = (f"{one:.3g}" for one in (statistics.median(values), min(values), max(values)))
+    return median if least == most else f"{median} ({least} to {most})"
+
+
+def _real(folder: Path) -> str:
+    """Every arm of a check with a real model; the first test is the primary one."""
+    compared, shares = _read(folder / "comparisons.csv"), _shares_of_arms(_read(folder / "curves.csv"))
+    tests = list(dict.fromkeys(row["test"] for row in compared))
+    accuracies = {(row["test"], row["arm"]): f"{100 * float(row['accuracy']):.1f}" for row in compared}
+    corrected = "p_holm_primary" if any(row.get("p_holm_primary") for row in compared) else "p_holm"
+    lines = []
+    for row in compared:
+        if row["test"] == tests[0]:
+            arm, p = row["arm"], row.get(corrected)
+            others = [accuracies.get((test, arm), "") for test in tests[1:]]
+            cells = [f"`{arm}`", row["seeds"], _interval(row), _difference(row), _p(p), *others]
+            lines.append([*cells, *shares.get(arm, ["", ""])])
+    columns = ["arm", "seeds", "accuracy, %", "difference to `dss`, points", "p (Holm)"]
+    return _markdown([*columns, *(f"`{test}`, %" for test in tests[1:]), *SHARES], lines)
 
 
 def _all_sets(sets: Sequence[Rows]) -> str:

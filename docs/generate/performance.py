@@ -234,11 +234,15 @@ def h200_memory() -> str:
     return table([*head, "eager with weights"], rows)
 
 
-MAP_KERNELS = ("map_partials", "map_reduce", "map_dlse", "map_dq", "map_dk", "map_dk_add")
+# And their names in predictions: dlse is folded into O and dO here, and dq added to the attention's.
+MAP_KERNELS = {"map_partials": "map_partials", "map_reduce": "map_reduce", "map_dlse": "map_fold"}
+MAP_KERNELS |= {"map_dq": "map_dq_add", "map_dk": "map_dk", "map_dk_add": "map_dk_add"}
 
 
 def h200_kernels() -> str:
-    """The map's kernels beside cuDNN: before and after the tiles were chosen on the GPU."""
+    """The map's kernels beside cuDNN, before and after the tiles were chosen on the GPU, and predictions."""
+    from benchmarks import predict  # which imports Triton
+
     long, short = SHORT_ROWS[2][0], SHORT_ROWS[0][0]
 
     def times(shape: str, commit: str) -> dict[str, Record]:
@@ -246,16 +250,23 @@ def h200_kernels() -> str:
         found = [one for one in read("kernels-h200.csv") if (one["shape"], one["contender"], one["commit"]) == wanted]
         return {one["kernel"].removesuffix("_kernel"): one for one in found}
 
-    before, after, small = times(long, "b103b36"), times(long, "f4b8eb8"), times(short, "f4b8eb8")
+    def predictions(shape: str, timed: bool) -> dict[str, float]:
+        gpu = predict.GPUS["H200"]
+        (wanted,) = (one for one, _ in predict.AIMS if one.name == shape)
+        kernels = predict.Work(wanted, gpu, timed=timed).engine(False).kernels(True)
+        return {k.name: k.seconds(gpu) * 1e6 for k in kernels}
+
+    before = times(long, "b103b36")
+    after = [(times(s, "dd1fa4c"), predictions(s, True), predictions(s, False)) for s in (long, short)]
     rows = []
-    for name in MAP_KERNELS:
+    for name, predicted_name in MAP_KERNELS.items():
         cells = [f"`{name}`", f"{float(before[name]['us']):.1f}"]
-        for one in (after[name], small[name]):
-            us, predicted = float(one["us"]), float(one["predicted_us"])
-            cells += [f"{us:.1f}", f"{predicted:.1f}", f"{us / predicted:.1f}"]
+        for found, predicted, now in after:
+            us, of = float(found[name]["us"]), predicted[predicted_name]
+            cells += [f"{us:.1f}", f"{of:.1f}", f"{us / of:.2f}", f"{now[predicted_name]:.1f}"]
         rows.append(cells)
-    head = ["kernel", "1 x 4,096: before", "after", "predicted", "after / predicted"]
-    return table([*head, "16 x 256: after", "predicted", "ratio"], rows)
+    head = ["kernel", "1 x 4,096: before", "after", "predicted", "after / predicted", "now, predicted"]
+    return table([*head, "16 x 256: after", "predicted", "ratio", "now, predicted"], rows)
 
 
 def h200_step() -> str:

@@ -13,9 +13,11 @@ started=$SECONDS
 bf16=false
 if grep -qs avx512_bf16 /proc/cpuinfo || nvidia-smi >/dev/null 2>&1; then bf16=true; fi
 
-say() { printf '\n[%d s] %s\n' $((SECONDS - started)) "$*"; }
+stage=0 stages=8
+say() { printf '\n[%d of %d, %d s] %s\n' $((++stage)) $stages $((SECONDS - started)) "$*"; }
 
 if [ "$teacher" = "$out/teacher" ]; then
+  stages=9
   say "The teacher: SmolLM2-135M-Instruct, from its PyPI package"
   python $scripts/make_teacher.py "$teacher"
 fi
@@ -49,7 +51,7 @@ say "Pictures"
 molsaki plot --config $scripts/plot.yaml --teacher "$teacher" --student "$out/distilled" --run "$out/distilled" \
   --data_file "$out/data/test.jsonl" --output_dir "$out/plots"
 
-say "All files but the report:"
+printf '\nAll files but the report:\n'
 find "$out" -type f -not -path '*/.*' -not -path '*/checkpoint-*' | sort
 
 say "The report, to be opened in a browser:"

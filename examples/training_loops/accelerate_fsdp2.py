@@ -8,6 +8,7 @@ Student and teacher may have different tokenizers. TRAIN_FILE has objects with `
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -59,6 +60,9 @@ def main(student_name: str, teacher_name: str, train_file: str, output_dir: str)
     if accelerator.is_main_process:
         accelerator.unwrap_model(student).save_pretrained(output_dir, state_dict=state)
         tokenizer.save_pretrained(output_dir)
+    # The wrapped student goes before the process group: in the other order DDP can wait forever for gloo's threads.
+    student, optimizer, loader = accelerator.free_memory(student, optimizer, loader)
+    gc.collect()
     accelerator.end_training()
     return logged
 

@@ -55,4 +55,4 @@ class Counts:
 
 def count_examples(examples: Any, counts: Counts) -> Found:
     found: Found = {"used": counts.used, "left_out": counts.left_out}
-    return found | {"not_usable": len(getattr(examples, "left_out", ()))}
+    return found | {"not_read": len(getattr(examples, "left_out", ()))}

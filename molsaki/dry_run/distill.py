@@ -53,7 +53,7 @@ def dry_run_distill(config: DistillConfig) -> Found:
     if is_streamed:
         examples["note"] = f"of the first {counts.used} of a stream, which is not counted"
     else:
-        examples["not_usable"] = len(getattr(data.examples, "left_out", ()))
+        examples["not_read"] = len(getattr(data.examples, "left_out", ()))
         examples["without_key_words"] = data.without_words
     return {
         "examples": examples,

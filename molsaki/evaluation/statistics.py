@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy  # scipy.stats is loaded when it is used: training imports this module and does not use it
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Over = Literal["seeds and problems", "problems"]
 
@@ -83,7 +83,7 @@ def accuracy(right: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> Acc
     mean = float(values.mean())
     variance, freedom = _variance(values)
     trials = mean * (1 - mean) / variance if variance else values.shape[1]
-    t = stats.t.ppf(0.975, freedom)
+    t = scipy.stats.t.ppf(0.975, freedom)
     scale = 1 + t * t / trials
     center = (mean + t * t / (2 * trials)) / scale
     half = t / scale * math.sqrt(mean * (1 - mean) / trials + (t / (2 * trials)) ** 2)
@@ -114,11 +114,11 @@ def difference(right: ArrayLike, baseline: ArrayLike, *, resamples: int = 10_000
         raise ValueError(f"baseline: expected the shape of right, {values.shape}, got {other.shape}")
     changes, problems = values - other, values.shape[1]
     mean, (variance, freedom) = float(changes.mean()), _variance(changes)
-    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-    p_value = float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)) if variance else float(mean == 0)
+    half = float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    p_value = float(2 * scipy.stats.t.sf(abs(mean) / math.sqrt(variance), freedom)) if variance else float(mean == 0)
     seeds: tuple[float | None, float | None, float | None] = (None, None, None)
     if len(set(changes.sum(1))) > 1:
-        test = stats.ttest_rel(values.sum(1) / problems, other.sum(1) / problems)
+        test = scipy.stats.ttest_rel(values.sum(1) / problems, other.sum(1) / problems)
         interval = test.confidence_interval(0.95)
         seeds = float(interval.low), float(interval.high), float(test.pvalue)
     resampled = _bootstrap(changes, resamples, seed)
@@ -143,7 +143,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def wilson(right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's confidence interval of a proportion."""
-    interval = stats.binomtest(right, total).proportion_ci(confidence, method="wilson")
+    interval = scipy.stats.binomtest(right, total).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -157,7 +157,7 @@ def paired_test(right: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
         raise ValueError(f"other: expected {len(right)} results for a paired test, got {len(other)}")
     wins = sum(a and not b for a, b in zip(right, other, strict=True))
     losses = sum(b and not a for a, b in zip(right, other, strict=True))
-    p_value = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    p_value = float(scipy.stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return {"only_this": wins, "only_other": losses, "p_value": p_value}
 
 

@@ -507,11 +507,15 @@
       return lines.join("\n");
     }
 
+    const labelOf = (s) => `${s + 1}  ${shorten(texts[s], 200)}`;
     function layout(one) {
       const room = Math.max(figures.clientWidth / (innerWidth <= 760 ? 1 : Number(state.columns(view))) - 24, 200);
-      one.lw = Math.round(clamp(room * 0.3, 76, 190));
-      const fitted = (room - one.lw - 2) / Math.max(W, 1), tall = 520 / Math.max(S, 1);
-      const size = state.size;
+      const size = state.size, tall = 520 / Math.max(S, 1);
+      const sentence = 6 * Math.max(0, ...texts.map((_, s) => labelOf(s).length)) + 12;
+      const least = clamp(room * 0.3, 76, 190), isFixed = size !== "auto" && size !== "fit";
+      // Few words leave room for whole sentences: cells of 36 pixels are large enough.
+      one.lw = Math.round(Math.max(least, Math.min(sentence, room - 2 - W * (isFixed ? Number(size) : 36))));
+      const fitted = (room - one.lw - 2) / Math.max(W, 1);
       if (size === "auto") [one.cw, one.ch] = [clamp(fitted, 7, 46), clamp(tall, 9, 26)];
       else if (size === "fit") [one.cw, one.ch] = [clamp(fitted, 0.5, 46), clamp(tall, 0.5, 26)];
       else [one.cw, one.ch] = [Number(size), Number(size)];
@@ -541,7 +545,7 @@
       const skip = Math.ceil(12 / one.ch);
       for (let s = 0; s < S; s += skip) {
         left.fillStyle = s >= view.rationale ? ink : soft;
-        const name = `${s + 1}  ${shorten(texts[s], 200)}`, y = clamp((s + 0.5) * one.ch, 6, Math.max(height - 6, 6));
+        const name = labelOf(s), y = clamp((s + 0.5) * one.ch, 6, Math.max(height - 6, 6));
         let most = name.length;
         while (most > 3 && left.measureText(name.slice(0, most) + "…").width > one.lw - 8) most--;
         left.fillText(most < name.length ? name.slice(0, most) + "…" : name, 4, y);

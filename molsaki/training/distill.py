@@ -45,11 +45,11 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             metrics = trainer.train().metrics
     except TrainingStopped:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bar and trackers
-        trainer.accelerator.end_training()
+        trainer.end_training()
         raise
     trainer.save_model()
     trainer.save_state()
-    trainer.accelerator.end_training()
+    trainer.end_training()
     counts: dict[str, Any] = {}
     if isinstance(data, DistillDataset):
         counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}

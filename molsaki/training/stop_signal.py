@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self._before = {}
         self._trainer.remove_callback(self)
+        if isinstance(error[1], TrainingStopped):  # its frames hold the wrapped model: `DistillTrainer.end_training`
+            traceback.clear_frames(error[1].__traceback__)
 
     def _handle(self, number: int, frame: Any) -> None:
         now = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -420,6 +421,19 @@ class DistillTrainer(Trainer):
             step = run_files.step_of(resume) if resume else 0
             checkpoints.cut_weights_log(self._folder / run_files.WEIGHTS_LOG, step)
         return super().train(resume or None, **kwargs)
+
+    def end_training(self) -> None:
+        """Free the student's DDP wrapper, then leave the process group.
+
+        Call it last, after ``save_model()``, in place of ``trainer.accelerator.end_training()``, and keep no reference
+        of your own to ``trainer.model_wrapped``. If the group is destroyed first, the process can wait forever:
+        freeing DDP then waits, holding Python's lock, for a thread of gloo that needs this lock (seen with torch
+        2.13). ``trainer.model`` stays usable, except under FSDP and DeepSpeed.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()  # free_memory collects before it drops its own references
+        self.accelerator.end_training()
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """As ``Trainer``'s, which saves after an evaluation only the best with save_strategy best, or when stopping."""

@@ -24,6 +24,8 @@ STEP_BLOCK = 16
 # Key tokens up to which the map's first backward pass keeps their positions, words and upstream gradient in registers
 # for all heads of a program.
 ONE_BLOCK = 32
+PROLOGUE = 2
+BYTES_PER_ITEM = 2.5e6  # written and read again in the time of an item of map_dk: 1.4 us on an H200
 
 MULTIPROCESSORS = {"sm80": 108, "sm86": 84, "sm90": 132, "sm100": 148, "gfx942": 304, "cpu": 2}
 
@@ -89,16 +91,34 @@ def heads_per_program(arch: str, heads: int, programs: float, resident: int = 1)
 
 
 @functools.lru_cache
-def row_splits(arch: str, programs: int, max_splits: int, rows: int, resident: int = 2) -> int:
-    """Splits of the rows in dk of the key tokens: as many as fit the GPU at once, at most 32 (memory).
+def row_splits(
+    arch: str, blocks: int, sequences: int, items: int, split_bytes: int, resident: int = 2, equal_shares: bool = True
+) -> int:
+    """Splits of the rows in dk of the key tokens, at most 32 (memory): those with the shortest predicted time.
 
-    More where a program has more than 700 of its ``rows`` (those of all heads of a group), up to four times as many:
-    with causality the first key tokens have the most rows, and small programs balance that. Measured at 1 x 4,096
-    tokens with 256 key tokens and 32 heads of 128: 2 splits take 124 us, 6 take 96, 12 take 93; but adding up 10 of
-    them takes 26 us, of 2 it takes 5.
+    The unit of time is an item, a tile of rows of one head. A program's prologue and epilogue take about PROLOGUE of
+    them; each split is written and read again.
+
+    Args:
+        blocks: of key tokens. sequences: times the key heads; each has a program per block and split. items: of a
+            block that every row sees, which is the first with causality; then, in even steps, the next ones have fewer.
+        split_bytes: of the results of one split.
+        resident: programs that a multiprocessor holds.
+        equal_shares: with causality; each program has ``items / splits``, so that later blocks use fewer splits. Else
+            each block is split into ``splits``.
     """
-    at_once = resident * MULTIPROCESSORS[arch]
-    return max(1, min(max_splits, 32, max(at_once // programs, min(rows // 700, 4 * at_once // programs))))
+    slots = resident * MULTIPROCESSORS[arch]
+    of_block = [items * (1 - b / blocks) if equal_shares else items for b in range(blocks)]
+
+    def time(splits: int) -> float:
+        share = cdiv(items, splits)
+        programs = sequences * sum(math.ceil(n / share) for n in of_block)  # without those that have no row
+        longest = share + PROLOGUE
+        work = sequences * sum(of_block) + programs * PROLOGUE
+        filled = longest if programs <= slots else max(longest, work / slots + longest / 2)
+        return filled + (splits > 1) * splits * split_bytes / BYTES_PER_ITEM
+
+    return min(range(1, max(min(items, 32), 1) + 1), key=time)
 
 
 @functools.lru_cache
@@ -120,8 +140,11 @@ def map_forward(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -
         return MapTile(rows=64, columns=64, warps=4, stages=2 if head_dim <= 64 else 1, resident=2)
     # Compiled: 64 rows with 64 columns of 128 dimensions spill under Triton 3.6; 128 columns need 8 warps.
     if key_tokens <= 64:
-        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=2, resident=2)
-    return MapTile(rows=64 if head_dim <= 64 else 32, columns=128, warps=8, stages=2)
+        stages = 1 if arch == "sm100" and head_dim > 64 else 2  # compiled: two stages spill 2 registers there
+        return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=stages, resident=2)
+    # Compiled: two stages of 64 rows spill two registers on sm86 without a causal mask or with packing.
+    rows = 64 if head_dim <= 64 else 32
+    return MapTile(rows=rows, columns=128, warps=8, stages=1 if arch == "sm86" and rows == 64 else 2)
 
 
 @functools.lru_cache
@@ -139,7 +162,8 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> Map
     if arch == "cpu":
         return MapTile(rows=32, columns=16, warps=4, stages=1)
     if dtype == torch.float32:
-        return MapTile(rows=16, columns=16, warps=8, stages=1)
+        # Compiled: 8 warps of 64 dimensions spill one or two registers on sm80 and sm86.
+        return MapTile(rows=16, columns=16, warps=4 if arch in ("sm80", "sm86") and head_dim <= 64 else 8, stages=1)
     # Limited by bandwidth (a read of q, a read and a write of dq) and by the latency of the gather of keys: loads run
     # ahead, and many warps are resident (16 on Hopper).
     if head_dim > 128:
@@ -148,11 +172,11 @@ def map_dq(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> Map
         return MapTile(rows=64, columns=32, warps=4, stages=1)
     if arch in ("sm80", "sm86"):
         return MapTile(rows=64, columns=16, warps=4, stages=2)  # compiled: 32 columns leave room for two programs
-    # Measured: 4 warps take 0.65 to 0.73 of the time of 8, and 0.74 without a pipeline where there is one block.
-    one_block = arch == "sm90" and key_tokens <= ONE_BLOCK
-    return MapTile(
-        rows=64, columns=32, warps=8 if head_dim > 64 and arch != "sm90" else 4, stages=1 if one_block else 2
-    )
+    # Measured: 4 warps take 0.65 to 0.73 of the time of 8; without a pipeline 0.74 where there is one block. For more
+    # blocks that was measured of map_dlse only, and predicted here: 51 us, not 57, at 1 x 4,096.
+    if arch == "sm90":
+        return MapTile(rows=64, columns=32, warps=4, stages=1)
+    return MapTile(rows=64, columns=32, warps=8 if head_dim > 64 else 4, stages=2)
 
 
 @functools.lru_cache
@@ -181,10 +205,10 @@ def map_dk(arch: str, dtype: torch.dtype, head_dim: int, key_tokens: int) -> Map
     if arch == "gfx942":
         return MapTile(rows=64 if head_dim <= 64 else 32, columns=64, warps=4, stages=1, resident=2)
     # Compiled: 64 rows leave room for half as many warps, and those of 128 dimensions spill. On Hopper 8 warps would
-    # keep twice as many resident at 128 dimensions, but execute 1.6 times the instructions (predicted: 73 us, not 47).
+    # keep twice as many resident at 128 dimensions, but execute 1.6 times the instructions.
     if head_dim > 64:
         return MapTile(rows=32, columns=64, warps=4, stages=2, resident=3)
-    return MapTile(rows=32, columns=64, warps=4, stages=2, resident=3 if arch == "sm90" else 2)
+    return MapTile(rows=32, columns=64, warps=4, stages=2, resident=4 if arch == "sm90" else 2)
 
 
 @functools.lru_cache

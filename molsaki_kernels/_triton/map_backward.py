@@ -31,6 +31,7 @@ from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out, fold_rows
 from molsaki_kernels._triton.lse_gradient import tile as fold_tile
 from molsaki_kernels._triton.plan_tables import PlanTables, load_keys, load_tile, plan_tables, tiles_of_keys
 from molsaki_kernels._triton.tiles import (
+    FAR,
     column_weights,
     dot,
     gather_keys,
@@ -40,11 +41,14 @@ from molsaki_kernels._triton.tiles import (
     score_factors,
     score_flags,
     store_rows,
+    two_parts,
     weighted_upstream,
 )
 from molsaki_kernels._triton.variants import Variant, cases, variant
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 from molsaki_kernels.strides import with_contiguous_head_dim
+
+LARGE = 1 << 31  # numbers of a map, whose offsets do not fit in 32 bits
 
 
 @jit
@@ -55,20 +59,23 @@ def upstream_of_steps(dmaps, s0, S, step, word, W, weight, g, BS: tl.constexpr, 
     addresses than reading them for each row.
     """
     s = s0 + tl.arange(0, BS)
-    p = dmaps + s.to(tl.int64)[:, None] * W + word[None, :]
-    b_g = tl.load(p, mask=(s < S)[:, None] & (word >= 0)[None, :], other=0.0) * weight  # [BS, BC]
+    inside = (s < S)[:, None]
+    if EXACT:  # compiled: without this mask a kernel spills
+        inside = inside & (word >= 0)[None, :]
+    p = dmaps + ((s.to(tl.int64) * W)[:, None] + tl.maximum(word, 0)[None, :])
+    b_g = tl.load(p, mask=inside, other=0.0) * weight  # [BS, BC]
     e = one_hot(step - s0, BS, EXACT)  # [BM, BS]
     if EXACT:
         return dot(e, b_g, g, "ieee")
     else:
-        high = b_g.to(tl.bfloat16)
+        high, low = two_parts(b_g)
         g = dot(e, high, g, "ieee")
-        return dot(e, (b_g - high.to(tl.float32)).to(tl.bfloat16), g, "ieee")
+        return dot(e, low, g, "ieee")
 
 
 @jit
 def stream_key_tokens(
-    q, lse, dq, step, rows, p_k, stride_km, key_table, i_n, s_lo, s_hi, c_lo, c_hi, dmaps, S, C, W,
+    q, lse, dq, step, m0, p_k, stride_km, key_table, i_n, s_lo, s_hi, c_lo, c_hi, dmaps, S, C, W,
     weight, factor, inner, window,
     BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, HAS_DQ: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -79,12 +86,16 @@ def stream_key_tokens(
     """
     EXACT: tl.constexpr = q.dtype == tl.float32
     dlse = tl.zeros([BM], tl.float32)
+    rows = m0 + tl.arange(0, BM)
+    end = m0 + BM if CAUSAL else FAR  # no row of the tile sees a key from there on
     blocks = tl.cdiv(tl.maximum(c_hi - c_lo, 0), BC)
-    for i in tl.range(0, blocks * tl.cdiv(tl.maximum(s_hi - s_lo, 0), BS)):
-        token, word = load_keys(key_table, i_n, C, c_lo + i % blocks * BC + tl.arange(0, BC), c_hi)
-        b_k = gather_keys(p_k, stride_km, token, D, BD)  # [BC, BD]
+    c0 = c_lo
+    s0 = s_lo
+    for _ in tl.range(0, blocks * tl.cdiv(tl.maximum(s_hi - s_lo, 0), BS)):
+        token, word = load_keys(key_table, i_n, C, c0, BC)
+        b_k = gather_keys(p_k, stride_km, token, D, BD, end)  # [BC, BD]
         g = tl.zeros([BM, BC], tl.float32)
-        g = upstream_of_steps(dmaps, s_lo + i // blocks * BS, S, step, word, W, weight, g, BS, EXACT)
+        g = upstream_of_steps(dmaps, s0, S, step, word, W, weight, g, BS, EXACT)
         ds, t = weighted_upstream(
             q, b_k, lse, g, step, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
         )
@@ -93,6 +104,10 @@ def stream_key_tokens(
             if HAS_SOFTCAP:
                 ds *= 1.0 - t * t
             dq = dot(ds.to(b_k.dtype), b_k, dq, PRECISION)
+        # The next block of key tokens, or the first one with the next steps; a division would take more instructions.
+        c0 += BC
+        s0 += tl.where(c0 < c_hi, 0, BS)
+        c0 = tl.where(c0 < c_hi, c0, c_lo)
     return dq, dlse
 
 
@@ -104,7 +119,7 @@ def map_dlse_kernel(
     dmaps,  # (N, S, W) or, PER_HEAD, (N, Hq, S, W) float32
     step_of_row,  # (B, M), this and the next two as in plan_tables
     tile_table,  # (tiles, 8)
-    key_table,  # (N, 2, C)
+    key_table,  # (N, 2, C')
     dlse,  # (B, Hq, M) float32; with ADD_DLSE, the map's is added to it
     out,  # (B, Hq, M, D), or None: dlse is not folded
     dout,  # (B, Hq, M, D) or None
@@ -139,14 +154,15 @@ def map_dlse_kernel(
     p_row = i_b * heads * M + bos + rows
     dmaps += i_n.to(tl.int64) * (heads if PER_HEAD else 1) * S * W
     if ONE_BLOCK:
-        token, word = load_keys(key_table, i_n, C, c_lo + tl.arange(0, BC), c_hi)
+        token, word = load_keys(key_table, i_n, C, c_lo, BC)
         g = tl.zeros([BM, BC], tl.float32)
         for s0 in tl.range(s_lo, tl.where(c_lo < c_hi, s_hi, s_lo), BS, num_stages=1):
             g = upstream_of_steps(dmaps, s0, S, step, word, W, weight, g, BS, EXACT)
+        end = m0 + BM if CAUSAL else FAR  # no row of the tile sees a key from there on
         for head in tl.range(h_lo, h_hi):
             i_h = tl.cast(head, tl.int64)
             b_q = load_rows(p_q + i_h * stride_qh, rows, read, D, BD, True)  # [BM, BD]
-            b_k = gather_keys(p_k + tl.cast(head // group_size, tl.int64) * stride_kh, stride_km, token, D, BD)
+            b_k = gather_keys(p_k + tl.cast(head // group_size, tl.int64) * stride_kh, stride_km, token, D, BD, end)
             b_lse = tl.load(lse + p_row + i_h * M, mask=rows < read, other=float("inf"))
             ds, _t = weighted_upstream(
                 b_q, b_k, b_lse, g, step, token, rows, factor, inner, window,
@@ -158,7 +174,7 @@ def map_dlse_kernel(
         b_q = load_rows(p_q + i_h * stride_qh, rows, read, D, BD, True)  # [BM, BD]
         b_lse = tl.load(lse + p_row + i_h * M, mask=rows < read, other=float("inf"))
         _dq, b_dlse = stream_key_tokens(
-            b_q, b_lse, tl.zeros([BM, BD], tl.float32), step, rows, p_k + (h_lo // group_size).to(tl.int64) * stride_kh,
+            b_q, b_lse, tl.zeros([BM, BD], tl.float32), step, m0, p_k + (h_lo // group_size).to(tl.int64) * stride_kh,
             stride_km, key_table, i_n, s_lo, s_hi, c_lo, c_hi, dmaps + i_h * S * W if PER_HEAD else dmaps, S, C, W,
             weight, factor, inner, window, BM, D, BD, BC, BS, False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
@@ -198,7 +214,7 @@ def map_dq_kernel(
     dmaps,  # (N, S, W) or, PER_HEAD, (N, Hq, S, W) float32
     step_of_row,  # (B, M), this and the next two as in plan_tables
     tile_table,  # (tiles, 8)
-    key_table,  # (N, 2, C)
+    key_table,  # (N, 2, C')
     dq,  # (B, Hq, M, D)
     dlse,  # (B, Hq, M) float32, or None: it is known
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_km, stride_dqb, stride_dqh, stride_dqm,
@@ -229,7 +245,7 @@ def map_dq_kernel(
     b_q = load_rows(p_q, rows, read, D, BD, True)  # [BM, BD]
     b_lse = tl.load(lse + p_row, mask=rows < read, other=float("inf"))
     b_dq, b_dlse = stream_key_tokens(
-        b_q, b_lse, tl.zeros([BM, BD], tl.float32), step, rows, p_k, stride_km, key_table, i_n, s_lo, s_hi, c_lo, c_hi,
+        b_q, b_lse, tl.zeros([BM, BD], tl.float32), step, m0, p_k, stride_km, key_table, i_n, s_lo, s_hi, c_lo, c_hi,
         dmaps, S, C, W, weight, factor, inner, window, BM, D, BD, BC, BS, True,
         CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
@@ -253,7 +269,7 @@ def map_dk_kernel(
     words,  # (N, C)
     step_of_row,  # (B, M) int32
     block_table,  # (N, C / BC, 2), this and the next as in plan_tables; None: they are computed from the plan
-    key_table,  # (N, 2, C) or None
+    key_table,  # (N, 2, C') or None
     partial,  # (splits, N, Hkv, C, D) float32, without the scale; None if DIRECT
     dk,  # (B, Hkv, M, D), added to in place if DIRECT, else None
     cu_seqlens,  # (N + 1,) or None
@@ -261,11 +277,13 @@ def map_dk_kernel(
     scale, factor, inner, weight, window, M, N, S, C, W, splits, heads, group_size,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PACKED: tl.constexpr,
-    PER_HEAD: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    PER_HEAD: tl.constexpr, LARGE_MAP: tl.constexpr, EQUAL_SHARES: tl.constexpr, DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(C, BC)
     i_n = tl.program_id(0) // blocks
-    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    c0 = tl.program_id(0) % blocks * BC
+    c = c0 + tl.arange(0, BC)
     i_kv = tl.program_id(1)
     i_split = tl.program_id(2)
     i_b = i_n
@@ -281,41 +299,65 @@ def map_dk_kernel(
         token, word = load_columns(tokens + i_n.to(tl.int64) * C, words + i_n.to(tl.int64) * C, c, C, length)
         steps += i_n.to(tl.int64) * S * 2
         lo, hi = tiles_of_keys(steps, S, token, word, length, window, BM, CAUSAL, HAS_WINDOW)
+        most = hi - lo
+        if EQUAL_SHARES:
+            first, first_word = load_columns(
+                tokens + i_n.to(tl.int64) * C, words + i_n.to(tl.int64) * C, tl.arange(0, BC), C, length
+            )
+            first_lo, first_hi = tiles_of_keys(steps, S, first, first_word, length, window, BM, CAUSAL, HAS_WINDOW)
+            most = tl.maximum(most, first_hi - first_lo)
     else:
-        token, word = load_keys(key_table, i_n, C, c, C)
+        token, word = load_keys(key_table, i_n, C, c0, BC)
         p_tiles = block_table + tl.program_id(0).to(tl.int64) * 2
         lo = tl.load(p_tiles)
         hi = tl.load(p_tiles + 1)
+        most = hi - lo
+        if EQUAL_SHARES:
+            p_first = block_table + i_n.to(tl.int64) * blocks * 2
+            most = tl.maximum(most, tl.load(p_first + 1) - tl.load(p_first))
     lo *= group_size
     hi *= group_size
-    share = tl.cdiv(tl.maximum(hi - lo, 0), splits)
+    # With causality the first block of key tokens has the most rows. With shares of its size, the others use fewer.
+    share = tl.cdiv(tl.maximum(most, 0) * group_size, splits)
     lo += i_split * share
     hi = tl.minimum(lo + share, hi)
 
     d = tl.arange(0, BD)
     h0 = i_kv * group_size
-    p_q = q + i_b.to(tl.int64) * stride_qb + bos.to(tl.int64) * stride_qm + d[None, :]
+    p_q = q + i_b.to(tl.int64) * stride_qb + bos.to(tl.int64) * stride_qm
     p_k = k + i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + bos.to(tl.int64) * stride_km
     b_k = gather_keys(p_k, stride_km, token, D, BD)  # [BC, BD]
     p_step = step_of_row + i_b.to(tl.int64) * M + bos
     p_lse = lse + i_b.to(tl.int64) * heads * M + bos
     b_dk = tl.zeros([BC, BD], tl.float32)
-    for i in tl.range(lo, hi):
-        i_h = h0 + i % group_size
-        rows = i // group_size * BM + tl.arange(0, BM)
+    r = tl.arange(0, BM)
+    at = r.to(tl.int64)[:, None] * stride_qm + d[None, :]
+    head = lo % group_size
+    m0 = lo // group_size * BM
+    for _ in tl.range(lo, hi):
+        i_h = h0 + head
+        rows = m0 + r
         step = tl.load(p_step + rows, mask=rows < length, other=-1)
         b_lse = tl.load(p_lse + tl.cast(i_h, tl.int64) * M + rows, mask=rows < length, other=float("inf"))
-        p_rows = p_q + tl.cast(i_h, tl.int64) * stride_qh + rows.to(tl.int64)[:, None] * stride_qm
-        b_q = load_rows(p_rows, rows, length, D, BD, True)  # [BM, BD]
+        p_rows = p_q + tl.cast(i_h, tl.int64) * stride_qh + m0.to(tl.int64) * stride_qm
+        b_q = load_rows(p_rows + at, rows, length, D, BD, True)  # [BM, BD]
         p, t = column_weights(
             b_k, b_q, b_lse, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
         )  # [BC, BM]
         i_map = i_n.to(tl.int64) * heads + i_h if PER_HEAD else i_n.to(tl.int64)
-        p_g = dmaps + (i_map * S + step)[None, :] * W + word[:, None]
-        ds = p * tl.load(p_g, mask=(step >= 0)[None, :] & (word >= 0)[:, None], other=0.0) * weight
+        offset = (step.to(tl.int64) if LARGE_MAP else step) * W  # 32 bits take two fifths of the instructions
+        p_g = dmaps + i_map * S * W + offset[None, :] + tl.maximum(word, 0)[:, None]
+        ds = p * tl.load(p_g, mask=(step >= 0)[None, :], other=0.0)
+        if b_q.dtype == tl.float16:  # whose range is small: before it is rounded
+            ds *= weight
         if HAS_SOFTCAP:
             ds *= 1.0 - t * t
         b_dk = dot(ds.to(b_q.dtype), b_q, b_dk, PRECISION)
+        head += 1
+        m0 += tl.where(head == group_size, BM, 0)
+        head = tl.where(head == group_size, 0, head)
+    if b_k.dtype != tl.float16:
+        b_dk *= weight
     if DIRECT:
         add_at_tokens(
             dk + i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh, stride_dkm, bos, token, word, d,
@@ -539,8 +581,9 @@ def dk_partials(
     arch = configs.arch_of(q)
     config = configs.map_dk(arch, q.dtype, D, C)
     blocks = cdiv(C, config.columns)
-    items = cdiv(M, config.rows) * (Hq // Hkv)
-    splits = configs.row_splits(arch, N * blocks * Hkv, items, M * (Hq // Hkv), config.resident)
+    items = cdiv(M if cu_seqlens is None else cdiv(M, N), config.rows) * (Hq // Hkv)  # of a packed sequence: the mean
+    equal_shares = options.causal and options.window is None and cu_seqlens is None
+    splits = configs.row_splits(arch, blocks, N * Hkv, items, C * N * Hkv * D * 4, config.resident, equal_shares)
     target = dk if splits == 1 else None
     partial = q.new_empty((splits, N, Hkv, C, D), dtype=torch.float32) if target is None else None
     factor, inner = score_factors(options.scale, options.softcap)
@@ -553,7 +596,8 @@ def dk_partials(
             options.scale, factor, inner, 1.0 if options.per_head else 1.0 / Hq, options.window or 0,
             M, N, S, C, W, splits, Hq, Hq // Hkv,
             BM=config.rows, BC=config.columns, **score_flags(q, options, cu_seqlens),
-            PER_HEAD=options.per_head, DIRECT=target is not None, num_warps=config.warps, num_stages=config.stages,
+            PER_HEAD=options.per_head, LARGE_MAP=S * W >= LARGE, EQUAL_SHARES=equal_shares,
+            DIRECT=target is not None, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return partial
 
@@ -594,7 +638,8 @@ def variants(arch: str) -> list[Variant]:
                 case.variant(f"map_{kind}-{name}", map_dlse_kernel, tile, flags, absent=absent, wants_wgmma=wgmma)
             )
         tile = configs.map_dk(arch, case.dtype, D, 256)
-        flags = dict(BM=tile.rows, BC=tile.columns, PER_HEAD=case.per_head, DIRECT=False)
+        flags = dict(BM=tile.rows, BC=tile.columns, PER_HEAD=case.per_head, LARGE_MAP=False, DIRECT=False)
+        flags |= dict(EQUAL_SHARES=case.causal and not case.window and not case.packed)
         found.append(case.variant(f"map_dk-{name}", map_dk_kernel, tile, flags, absent=("dk",)))
         if not case.feature:
             flags |= dict(DIRECT=True)

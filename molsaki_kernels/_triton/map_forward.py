@@ -50,7 +50,7 @@ def map_partials_kernel(
     lse,  # (B, Hq, M) float32
     step_of_row,  # (B, M), this and the next two as in plan_tables
     tile_table,  # (tiles, 8)
-    key_table,  # (N, 2, C)
+    key_table,  # (N, 2, C')
     partial,  # (groups, num_slots, C) float32
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_km,
     factor, inner, window, M, S, C, num_slots, heads, group_size, heads_per_program,
@@ -71,7 +71,7 @@ def map_partials_kernel(
     i_b = i_n * 0 if PACKED else i_n
 
     c = i_c * BC + tl.arange(0, BC)
-    token, _word = load_keys(key_table, i_n, C, c, C)
+    token, _word = load_keys(key_table, i_n, C, i_c * BC, BC)
     rows = m0 + tl.arange(0, BM)
     d = tl.arange(0, BD)
     step = tl.load(step_of_row + i_b.to(tl.int64) * M + bos + rows, mask=rows < length, other=-1)
@@ -79,21 +79,29 @@ def map_partials_kernel(
     h_hi = tl.minimum(h_lo + heads_per_program, heads)
     p_q = q + i_b.to(tl.int64) * stride_qb + (bos + rows).to(tl.int64)[:, None] * stride_qm + d[None, :]
     p_k = k + i_b.to(tl.int64) * stride_kb + bos.to(tl.int64) * stride_km
-    p_lse = lse + i_b.to(tl.int64) * heads * M + bos + rows
+    p_lse = lse + (i_b.to(tl.int64) * heads * M + bos + m0)
     partial += (i_group.to(tl.int64) * num_slots + i_g + i_n.to(tl.int64) * S) * C
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
     for s0 in tl.range(s_lo, s_hi, BS, num_stages=1):
         e = one_hot(step - s0, BS, EXACT)  # [BM, BS]
         sums = tl.zeros([BC, BS], tl.float32)
+        # The key head and the head's number in its group; a division in the loop would take more instructions.
+        i_kv = (h_lo // group_size).to(tl.int64)
+        i_of_group = h_lo % group_size
         for i_h in tl.range(h_lo, h_hi):
             b_q = load_rows(p_q + tl.cast(i_h, tl.int64) * stride_qh, rows, length, D, BD, True)  # [BM, BD]
-            b_k = gather_keys(p_k + tl.cast(i_h // group_size, tl.int64) * stride_kh, stride_km, token, D, BD)
-            b_lse = tl.load(p_lse + tl.cast(i_h, tl.int64) * M, mask=rows < length, other=float("inf"))
+            b_k = gather_keys(p_k + i_kv * stride_kh, stride_km, token, D, BD)
+            b_lse = tl.load(
+                p_lse + tl.cast(i_h, tl.int64) * M + tl.arange(0, BM), mask=rows < length, other=float("inf")
+            )
             p, _ = column_weights(
                 b_k, b_q, b_lse, token, rows, factor, inner, window, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PRECISION
             )
             sums = dot_one_hot(p, e, sums)
+            i_of_group += 1
+            i_kv += tl.where(i_of_group == group_size, 1, 0)
+            i_of_group = tl.where(i_of_group == group_size, 0, i_of_group)
         s = s0 + tl.arange(0, BS)
         p_partial = partial + s.to(tl.int64)[None, :] * C + c[:, None]
         tl.store(p_partial, sums, mask=(c < C)[:, None] & (s < s_hi)[None, :])

@@ -5,13 +5,15 @@ same for all heads, layers and passes, and finding each one takes several depend
 
     step_of_row (B, M)              the step that contains each row, -1 if none does
     tile_table (tiles, 8)           of each tile of rows: sequence n, first row, start and length of the sequence,
-                                    steps [lo, hi) with a row in the tile, key tokens [lo, hi) visible to a row of
-                                    it; lo >= hi for none, a length of 0 for a tile past the end of its sequence
+                                    steps [lo, hi) with a row in the tile, key tokens [lo, hi) with all that are
+                                    visible to a row of it, lo a multiple of 16; lo >= hi for none, a length of 0 for a
+                                    tile past the end of its sequence
     word_table (N, W / BW, 2)       the smallest range of key tokens that holds each block of words
     block_table (N, C / BC, 2)      of each block of key tokens: the range of tiles of KEY_ROWS rows that have a row in
                                     a step which sees one of them
-    key_table (N, 2, C)             the positions of the key tokens and their words; FAR and -1 for padding and past the
-                                    end of the sequence
+    key_table (N, 2, C')            the positions of the key tokens and their words; FAR and -1 for padding, past the
+                                    end of the sequence and in the columns after C, so that a block of up to KEY_PADDING
+                                    columns is read without a mask wherever it begins
 
 All are int32.
 """
@@ -33,6 +35,7 @@ from molsaki_kernels._triton.variants import Variant, variant
 from molsaki_kernels.spec import AttentionOptions, MapInputs, PlanTensors
 
 TILE_FIELDS = tl.constexpr(8)
+KEY_PADDING = tl.constexpr(128)
 
 
 @kernel
@@ -44,7 +47,7 @@ def plan_tables_kernel(
     tile_table,  # (tiles, 8)
     word_table,  # (N, W / BW, 2)
     block_table,  # (N, C / BC, 2)
-    key_table,  # (N, 2, C)
+    key_table,  # (N, 2, C')
     cu_seqlens,  # (N + 1,) or None
     window, M, N, S, C, W,
     BM: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, KEY_ROWS: tl.constexpr,
@@ -67,6 +70,7 @@ def plan_tables_kernel(
         first = tl.maximum(m0 - window + 1, 0) if HAS_WINDOW else m0 * 0
         last = stop - 1 if CAUSAL else length - 1
         c_lo, c_hi = columns_in(tokens, words, C, first, last)
+        c_lo = c_lo // 16 * 16
         c_hi = tl.where(s_hi > s_lo, c_hi, 0)
         p = tile_table + i.to(tl.int64) * TILE_FIELDS
         tl.store(p, i_n)
@@ -97,9 +101,14 @@ def plan_tables_kernel(
                 length = tl.load(cu_seqlens + i_n + 1).to(tl.int32) - tl.load(cu_seqlens + i_n).to(tl.int32)
             c = block * BC + tl.arange(0, BC)
             token, word = load_columns(tokens, words, c, C, length)
-            key_table += i_n.to(tl.int64) * 2 * C
+            width = table_width(C)
+            key_table += i_n.to(tl.int64) * 2 * width
             tl.store(key_table + c, token, mask=c < C)
-            tl.store(key_table + C + c, word, mask=c < C)
+            tl.store(key_table + width + c, word, mask=c < C)
+            if block == blocks - 1:
+                after = C + tl.arange(0, 2 * KEY_PADDING)
+                tl.store(key_table + after, after * 0 + FAR, mask=after < width)
+                tl.store(key_table + width + after, after * 0 - 1, mask=after < width)
             lo, hi = tiles_of_keys(steps, S, token, word, length, window, KEY_ROWS, CAUSAL, HAS_WINDOW)
             p = block_table + (i_n.to(tl.int64) * blocks + block) * 2
             tl.store(p, lo)
@@ -141,11 +150,18 @@ def tokens_of_words(words, C, w_lo, w_hi):
 
 
 @jit
-def load_keys(key_table, i_n, C, c, c_hi):
-    """Position and word of key tokens ``c`` of sequence ``i_n``; FAR and -1 from ``c_hi`` on."""
-    p = key_table + i_n.to(tl.int64) * 2 * C + c
-    token = tl.load(p, mask=c < c_hi, other=FAR)
-    return token, tl.load(p + C, mask=c < c_hi, other=-1)
+def table_width(C):
+    """C' of the key table, a multiple of 16: loads of four neighbours at once need aligned rows."""
+    return tl.cdiv(C, 16) * 16 + KEY_PADDING
+
+
+@jit
+def load_keys(key_table, i_n, C, c0, BC: tl.constexpr):
+    """Position and word of key tokens ``[c0, c0 + BC)`` of sequence ``i_n``; FAR and -1 for columns after C."""
+    width = table_width(C)
+    p = key_table + (i_n.to(tl.int64) * 2 * width + c0)  # one address, from which the others have fixed distances
+    c = tl.arange(0, BC)
+    return tl.load(p + c), tl.load(p + width + c)
 
 
 @jit
@@ -163,7 +179,8 @@ def load_tile(tile_table, i_g, M, ROWS: tl.constexpr, PACKED: tl.constexpr):
         m0 = i_g % tiles * ROWS
         bos = i_n * 0
         length = bos + M
-    return i_n, m0, bos, length, tl.load(p + 4), tl.load(p + 5), tl.load(p + 6), tl.load(p + 7)
+    c_lo = tl.multiple_of(tl.load(p + 6), 16)
+    return i_n, m0, bos, length, tl.load(p + 4), tl.load(p + 5), c_lo, tl.load(p + 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +213,7 @@ def plan_tables(inputs: MapInputs, options: AttentionOptions, plan: PlanTensors,
             tile_table=new((tiles, TILE_FIELDS.value), dtype=torch.int32),
             word_table=new((N, word_blocks, 2), dtype=torch.int32),
             block_table=new((N, blocks, 2), dtype=torch.int32),
-            key_table=new((N, 2, C), dtype=torch.int32),
+            key_table=new((N, 2, cdiv(C, 16) * 16 + KEY_PADDING.value), dtype=torch.int32),
         )
         with torch.cuda.device(q.get_device()):
             plan_tables_kernel[(tiles + N * max(word_blocks, blocks),)](

@@ -295,11 +295,11 @@ def load_columns(tokens, words, c, c_hi, length):
 
 
 @jit
-def gather_keys(p_k, stride_km, token, D: tl.constexpr, BD: tl.constexpr):
-    """The key vectors of the key tokens: ``[BC, BD]``, zeros for padding."""
+def gather_keys(p_k, stride_km, token, D: tl.constexpr, BD: tl.constexpr, end=FAR):
+    """The key vectors of the key tokens: ``[BC, BD]``, zeros for padding and from position ``end`` on."""
     d = tl.arange(0, BD)
     p = p_k + token.to(tl.int64)[:, None] * stride_km + d[None, :]
-    return tl.load(p, mask=(token < FAR)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(p, mask=(token < end)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @jit
@@ -313,13 +313,22 @@ def one_hot(index, BS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @jit
+def two_parts(x):
+    """Two bfloat16 numbers whose sum is the float32 x to 16 bits.
+
+    The first is x cut off after 8 bits, not rounded: a conversion and its inverse take more instructions.
+    """
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@jit
 def dot_one_hot(x, e, acc):
     """``acc + x @ e`` for float32 x and one-hot e. For a bfloat16 e, x is split into two bfloat16 parts (16 bits)."""
     if e.dtype == tl.float32:
         return dot(x, e, acc, "ieee")
     else:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = two_parts(x)
         acc = dot(high, e, acc, "ieee")
         return dot(low, e, acc, "ieee")
 
@@ -376,8 +385,11 @@ def weighted_upstream(
 ):  # fmt: skip
     """``P g [BM, BC]`` and the score tile. A row in no step has weights of 0, whatever its q and lse are."""
     t = capped(dot(q, tl.trans(k), None, PRECISION), inner, HAS_SOFTCAP)  # [BM, BC]
+    if CAUSAL:  # a row of -1 sees no key, which costs no test in the loop over key tokens
+        rows = tl.where(step >= 0, rows, -1)
     visible = is_key_token_visible(rows[:, None], token[None, :], window, CAUSAL, HAS_WINDOW)
-    visible = visible & (step >= 0)[:, None]
+    if not CAUSAL:
+        visible = visible & (step >= 0)[:, None]
     return weights(t, lse[:, None], factor, visible, q.dtype == tl.float32) * g, t
 
 

@@ -77,8 +77,7 @@ def test_keys_are_counted():
     assert text == "3 kernels (map_dq 2, fold 1), 1 of them in the cache, 4 CPU seconds to compile"
 
 
-@pytest.fixture
-def kit(tmp_path, monkeypatch):
+def prepare(tmp_path, monkeypatch, failing=()):
     """A kit made from an invented cache: a requested kernel, one of earlier code, a launcher, flash-attn 4."""
     home = tmp_path / "made"
     asked, earlier = "ab" * 32, "cd" * 32
@@ -91,10 +90,11 @@ def kit(tmp_path, monkeypatch):
     write(home / "flash-attn-4-cache/a.o", os.urandom(5000))
     key = {"kernel": "fold_kernel", "key": asked, "known": True, "seconds": 0.0}
 
-    def rehearse(command, env, stdout):
+    def rehearse(command, env, **_):
         write(Path(env["OUT"]) / "keys.jsonl", json.dumps(key).encode())
         write(Path(env["OUT"]) / "status.txt", b"small: passed, 1 s")
         assert env["REHEARSE"] in ("fill", "dry")
+        return subprocess.CompletedProcess(command, int(env["REHEARSE"] in failing))
 
     monkeypatch.setattr(gpu_kit.subprocess, "run", rehearse)
     monkeypatch.setattr(gpu_kit, "commit", lambda: "abc1234")
@@ -102,6 +102,17 @@ def kit(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(gpu_kit, "triton_key", lambda: "12" * 32)
     return tmp_path / "kit"
+
+
+@pytest.fixture
+def kit(tmp_path, monkeypatch):
+    return prepare(tmp_path, monkeypatch)
+
+
+def test_a_failed_rehearsal_is_an_error_after_the_kit_is_written(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="rehearsals failed: dry first, dry second; their logs are in"):
+        prepare(tmp_path, monkeypatch, failing=("dry",))
+    assert (tmp_path / "kit/first/triton.tar.xz").exists() and (tmp_path / "kit/second/flash4.2").exists()
 
 
 def write(path: Path, data: bytes) -> None:

@@ -170,7 +170,7 @@ def test_bad_options():
 
 @pytest.mark.slow
 def test_the_gradients_of_the_router_are_averaged_over_processes(tmp_path):
-    done = processes.torchrun("router_gradients", tmp_path / "found")
+    done = processes.ranks("router_gradients", tmp_path / "found")
     assert done.returncode == 0, done.stderr
     alone = [processes.gradients_of_a_router(number) for number in range(2)]
     assert any((alone[0][name] != alone[1][name]).any() for name in alone[0])
@@ -192,7 +192,7 @@ def models(tmp_path_factory):
 def test_a_loop_of_ones_own(models, tmp_path):
     """Two tokenizers; what is logged is finite, and the student is written."""
     argv = [models / "student", models / "teacher", models / "train.jsonl", tmp_path / "out"]
-    done = processes.python(processes.__file__, "example", "training_loops/plain_loop.py", tmp_path / "report", *argv)
+    done = processes.ranks("example", "training_loops/plain_loop.py", tmp_path / "report", *argv, processes=1)
     assert done.returncode == 0, done.stderr
     logged = json.loads(Path(f"{tmp_path / 'report'}.0").read_text())
     assert len(logged) == 2 and all(math.isfinite(x) for row in logged for x in row.values())
@@ -207,11 +207,11 @@ def test_accelerate_with_ddp_and_fsdp2(models, tmp_path):
     for kind in ("ddp", "fsdp2"):
         argv = [models / "student", models / "teacher", models / "train.jsonl", tmp_path / kind]
         words = ["example", "training_loops/accelerate_fsdp2.py", tmp_path / f"{kind}_report", *argv]
-        launch = ["accelerate.commands.launch", "--config_file", processes.ROOT / "examples/distributed/fsdp2.yaml"]
-        launch += ["--main_process_port", 0]
         if kind == "ddp":
-            launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-        done = processes.python("-m", *launch, processes.__file__, *words, ACCELERATE_USE_CPU="true")
+            done = processes.ranks(*words, ACCELERATE_USE_CPU="true")
+        else:
+            launch = ["accelerate.commands.launch", "--config_file", processes.FSDP, "--main_process_port", 0]
+            done = processes.python("-m", *launch, processes.__file__, *words, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stderr
         ranks = [json.loads(Path(f"{tmp_path / f'{kind}_report'}.{rank}").read_text()) for rank in range(2)]
         assert ranks[0] == ranks[1] and len(ranks[0]) == 2

@@ -19,7 +19,7 @@ from molsaki import cli, exits
 from molsaki.annotation import annotate as annotate_module
 from molsaki.cli import main
 from molsaki.evaluation import evaluate as evaluate_module
-from tests.helpers import tiny
+from tests.helpers import processes, tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,10 @@ def test_store_verify_finds_a_flipped_byte(work, tmp_path, capsys):
         (["plot", "--limit", "3"], "--limit: no such flag; did you mean --examples?"),
         (["distill", "--lr", "3"], "--lr: no such flag; did you mean --learning_rate?"),
         (["keys", "--data_files", "a"], "--data_files: no such flag; did you mean --data_file?"),
+        (["distill", "--learning_rate", "-1e-3"], "--learning_rate: expected a value; one that begins with a dash is"),
+        (["extract", "--data_files", "-a.jsonl"], "written --data_files=VALUE"),
+        (["study", "s.yaml", "--seeds"], "error: --seeds: expected a value"),
+        (["distill", "--learning-rate", "a"], "error: --learning_rate: invalid float value: 'a'"),
         (["evaluate", "stray"], "stray: no such flag"),
         (["study", "s.yaml", "--procesess", "3"], "--procesess: no such argument; did you mean --processes?"),
         (["study"], "the following arguments are required: FILE"),
@@ -300,9 +304,7 @@ def test_two_processes_are_one_with_twice_the_batch(work):
     """Two gloo processes under torchrun: the same losses, gradients and weights to rounding."""
     folder = work / "two"
     argv = [str(a) for a in [*distill(work), "--output_dir", folder, "--per_device_train_batch_size", 2]]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "molsaki.cli", *argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    process = subprocess.run(torchrun, cwd=ROOT, env=environment, capture_output=True, text=True)
+    process = processes.torchrun("command", *argv)
     assert process.returncode == 0, process.stderr
     names = ("loss", "loss_pre", "loss_exp", "loss_att", "entropy_teacher", "words_mean", "grad_norm")
     for a, b in zip(history(folder), history(work / "run"), strict=True):

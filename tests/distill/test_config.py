@@ -47,7 +47,7 @@ def test_defaults():
     ("lines", "message"),
     [
         ("alfa: 0.2\n", "c.yaml: alfa: no such key; did you mean alpha?"),
-        ("alpha: many\n", "c.yaml: argument --alpha: invalid float value: 'many'"),
+        ("alpha: many\n", "c.yaml: --alpha: invalid float value: 'many'"),
         ("objective: best\n", "objective: expected one of vanilla, cot, dss, mmi, logits, molsaki, or module:name"),
         ("- alpha\n", "expected `name: value` lines, got list"),
         ("alpha: [1\n", "c.yaml: not valid YAML"),

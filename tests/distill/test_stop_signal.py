@@ -19,33 +19,11 @@ from molsaki.run_files import checkpoints
 from molsaki.training import distill as distill_module
 from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
 from molsaki.training.trainer import DistillTrainer
-from tests.helpers import tiny
+from tests.helpers import processes, tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 from tests.helpers.training import LOSSES, OTHER, TOKENIZER, config, examples, logged, trainer
 
 ROOT = Path(__file__).parents[2]
-
-# Sends a signal to one of several processes in the middle of a step.
-SIGNALLED = """
-import os, signal, sys, torch
-from transformers import TrainerCallback
-from molsaki import cli
-from molsaki.training import distill, trainer
-
-class Send(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == 1 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-class Trainer(trainer.DistillTrainer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(Send())
-
-distill.DistillTrainer = Trainer
-torch.set_num_threads(1)
-sys.exit(cli.main(sys.argv[1:]))
-"""
 
 
 class Send(TrainerCallback):
@@ -65,7 +43,6 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signals")
     tiny.save(folder / "student", 2)
     tiny.write_jsonl(folder / "train.jsonl", tiny.problems(16))
-    (folder / "signalled.py").write_text(SIGNALLED)
     return folder
 
 
@@ -148,21 +125,15 @@ def test_a_checkpoint_without_optimizer_cannot_be_continued(work, run):
 
 @pytest.mark.slow
 def test_both_processes_stop_after_the_same_step(work):
-    """The signal reaches one of two processes under torchrun."""
+    """The signal reaches one of two processes."""
     folder = work / "two"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0", "PYTHONPATH": str(ROOT)}
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     words = argv_of(work, folder, "--per_device_train_batch_size", "2")
-    stopped = subprocess.run(
-        [*start, str(work / "signalled.py"), *words], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    stopped = processes.ranks("distill_but", "signal", 1, 1, *words[1:])
     assert stopped.returncode != 0
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"], stopped.stderr
     assert "To continue: torchrun --nproc_per_node 2 -m molsaki.cli distill" in stopped.stderr
     assert not (folder / "model.safetensors").exists()
-    resumed = subprocess.run(
-        [*start, "-m", "molsaki.cli", *words, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    resumed = processes.ranks("command", *words, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [entry[0] for entry in history(folder)] == [1, 2, 3, 4]
 

@@ -19,9 +19,7 @@ pytestmark = [
 def test_two_processes_equal_one(tmp_path, name):
     model = make(name, vocab_size=62)  # divisible by two processes
     model.save_pretrained(tmp_path / "model")
-    program = tensor_parallel.__file__
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, program]
-    run = processes.python(*launcher, tmp_path / "model", tmp_path / "found")
+    run = processes.ranks("tensor_parallel", tmp_path / "model", tmp_path / "found")
     assert run.returncode == 0, run.stderr[-3000:]
     for rank in range(2):
         found = torch.load(f"{tmp_path / 'found'}.{rank}")

@@ -182,7 +182,7 @@ def test_accuracy_in_two_processes(tmp_path):
         "save_strategy": "no", "disable_tqdm": True, "output_dir": tmp_path / "run", "logging_steps": 1,
     }  # fmt: skip
     argv = [f"--{name}={value}" for name, value in flags.items()] + ["--use_cpu"]
-    done = processes.torchrun("distill", tmp_path / "report", *argv)
+    done = processes.ranks("distill", tmp_path / "report", *argv)
     assert done.returncode == 0, done.stderr
     (found,) = re.findall(r"'eval_accuracy': '?([\d.]+)", done.stdout)
     assert float(found) == pytest.approx(expected, abs=1e-3) and expected > 0

@@ -3,7 +3,8 @@
 The blocks of a page run one after another in one folder, as a reader would run them:
 
 - ``python`` is executed; all blocks of a page share their names.
-- ``bash`` is run line by line. ``molsaki`` and ``python`` run in this process, since starting one takes seconds.
+- ``bash`` is run line by line. ``molsaki`` and ``python`` run in this process, since starting one takes
+  seconds; the two processes of ``torchrun`` are forked for the same reason.
 - A block whose first line is a comment with a file name, such as ``# mine.py``, is saved under this name.
 - The first ``text`` after such a block is its output: names of lines ``name: value`` have to be in the real one, too.
 - ``<!-- not run: reason -->`` on the line before a block excludes it.
@@ -31,7 +32,7 @@ from molsaki import cli
 from molsaki.annotation import local_teacher
 from molsaki.evaluation.generate import Reply
 from molsaki.io import read_json_lines
-from tests.helpers import completions, small_tokenizers, tiny
+from tests.helpers import completions, processes, small_tokenizers, tiny
 from tests.helpers.tiny import one_thread  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +158,10 @@ class Reader:
             self.copy_of_model(arguments)
         elif program == "python" and arguments[0].endswith(".py"):
             self.python(arguments)
+        elif words[:5] == ["torchrun", "--nproc_per_node", "2", "-m", "molsaki.cli"]:  # without the seconds of imports
+            done = processes.ranks("command", *words[5:])
+            assert done.returncode == 0, f"{shlex.join(words)}: {done.stdout[-1500:]} {done.stderr[-3000:]}"
+            print(done.stdout)
         else:
             result = subprocess.run(words, capture_output=True, text=True)
             assert result.returncode == 0, f"{shlex.join(words)}: {result.stdout[-1500:]} {result.stderr[-3000:]}"

@@ -38,9 +38,14 @@ def on_device(name: str, dtype: torch.dtype):
     return model.to(DEVICE)
 
 
-def results(model, run) -> dict[str, torch.Tensor]:
-    """The maps and the gradient of every weight."""
-    inputs, plan = batch()
+def results(model, run, batches: int = 1) -> dict[str, torch.Tensor]:
+    """The maps and the gradient of every weight, flat, for several batches one after the other."""
+    found = [results_of_a_batch(model, run, seed) for seed in range(1, batches + 1)]
+    return {name: torch.cat([one[name].flatten() for one in found]) for name in found[0]}
+
+
+def results_of_a_batch(model, run, seed: int) -> dict[str, torch.Tensor]:
+    inputs, plan = batch(seed=seed)
     inputs, plan = {name: t.to(DEVICE) for name, t in inputs.items()}, plan.to(DEVICE)
     maps, logits = run(model, inputs, plan)
     mask = inputs["attention_mask"]
@@ -66,9 +71,12 @@ def test_maps_and_weight_gradients(name, dtype):
     exact_model = copy.deepcopy(model).double()
     if name == "GptOss" and TRANSFORMERS > 4:
         exact_model.set_experts_implementation("eager")  # the grouped product does not support float64
-    exact = results(exact_model, eager)
-    by_eager = results(model, eager)
-    found = results(model, ours)
+    # The gradient of the sinks of a layer is four numbers, each a difference of large terms, in which the error of one
+    # batch is a matter of chance.
+    batches = 4 if any("sinks" in key for key, _ in model.named_parameters()) else 1
+    exact = results(exact_model, eager, batches)
+    by_eager = results(model, eager, batches)
+    found = results(model, ours, batches)
     assert found.keys() == exact.keys()
     groups = grouped(exact)
     typical = torch.stack([joined(exact, keys).double().norm() for keys in groups.values()]).median()
@@ -93,7 +101,7 @@ def grouped(results: dict) -> dict[str, list[str]]:
 
 
 def joined(results: dict, keys: list[str]) -> torch.Tensor:
-    return torch.cat([results[key].flatten() for key in keys])
+    return torch.cat([results[key] for key in keys])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

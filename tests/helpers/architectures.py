@@ -81,8 +81,8 @@ def skip_gpt2_before_transformers_5(request):
         pytest.skip("transformers 4's GPT-2 hands no extra keywords to its attention")
 
 
-def batch(lengths=(40, 29)):
-    torch.manual_seed(1)
+def batch(lengths=(40, 29), seed=1):
+    torch.manual_seed(seed)
     M = max(lengths)
     ids = torch.randint(3, 61, (len(lengths), M))
     mask = torch.zeros_like(ids)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -41,8 +39,3 @@ def main(folder: str, report: str) -> None:
     found["query_rows"] = model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
     torch.save(found, f"{report}.{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(*sys.argv[1:])

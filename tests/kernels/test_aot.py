@@ -116,6 +116,27 @@ def test_a_launch_finds_the_compiled_variants():
     assert {"flash_forward-bf16-d64", "flash_dq-bf16-d64", "flash_dkv-bf16-d64", "fold-bf16-d64"} <= set(found)
 
 
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
+                                                                         /* 0x000e220000000800 */
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;               /* 0x0000000102027810 */
+        /*0020*/               @P0 BRA 0x50 ;                            /* 0x0000000000000947 */
+        /*0030*/                   IADD3 R3, R3, 0x1, RZ ;               /* 0x0000000103037810 */
+        /*0040*/              @!P1 BRA 0x30 ;                            /* 0xfffffffc00f08947 */
+        /*0050*/                   ISETP.NE.AND P2, PT, R2, R4, PT ;     /* 0x000000040200720c */
+        /*0060*/               @P2 BRA 0x10 ;                            /* 0xfffffffc00e82947 */
+        /*0070*/                   EXIT ;                                /* 0x000000000000794d */
+        /*0080*/                   BRA 0x80 ;                            /* 0xfffffffc00fc7947 */
+        /*0090*/                   NOP ;                                 /* 0x0000000000007918 */
+"""
+
+
+def test_instructions_are_counted_by_loop():
+    """A branch forward is no loop, and neither is the branch to itself behind the end of every kernel."""
+    straight, loops = aot.count_instructions(SASS)
+    assert (straight, loops) == (3, [4, 2])  # LDC, EXIT and the last branch; then the outer loop and the inner one
+
+
 def test_nothing_to_compile():
     result = run("-m", "molsaki_kernels.aot", *ARGUMENTS, "--filter", "no such kernel")
     assert result.returncode == 1 and "no such kernel" in result.stderr

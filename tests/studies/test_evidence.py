@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -110,7 +112,21 @@ def test_tables_by_hand(tmp_path):
         "world,test,sum-1,1,0.4999,0.41,0.61,problems,dss,1,-0.0001,-0.02,0.04,problems,0.0004,0.0005,\n"
         "world,test,paper-10,8,0.5,0.4,0.6,both,dss,8,0.0,,,,,,\n"
     )
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "comparisons.csv").write_text(
+        f"{columns},difference_over,p,p_holm,p_holm_primary\n"
+        "svamp,problems,dss,2,0.5,0.4,0.6,both,,,,,,,,,\n"
+        "svamp,problems,paper,2,0.51,0.41,0.61,both,dss,2,0.01,-0.02,0.04,both,0.4,0.5,0.6\n"
+        "svamp,other,dss,2,0.25,0.2,0.3,both,,,,,,,,,\n"
+    )
+    (tmp_path / "real" / "curves.csv").write_text(
+        "arm,step,beta,attention_share\ndss,60,,\npaper,50,9,9\npaper,60,1,0.01\npaper,70,1,0.02\npaper,80,1,0.05\n"
+    )
     found = tables.tables(tmp_path)
+    assert found["real"].splitlines()[2:] == [
+        "| `dss` | 2 | 50.0 [40.0, 60.0] |  |  | 25.0 |  |  |",
+        "| `paper` | 2 | 51.0 [41.0, 61.0] | +1.0 [-2.0, +4.0] | 0.600 |  | 2 (1 to 5) | 1 |",
+    ]
     assert found["first-main"].splitlines()[2:] == [
         "| `dss` | 8 | 50.0 [40.0, 60.0] |  |  |",
         "| `paper-10` | 8 | 50.0 [40.0, 60.0] | +0.0 (no interval) |  |",
@@ -136,6 +152,17 @@ def test_tables_by_hand(tmp_path):
         tables.fill("<!-- table none -->\n<!-- end -->", found)
     with pytest.raises(ValueError, match="table all: expected <!-- end --> after it"):
         tables.fill("<!-- table all -->\n\nText.\n\n<!-- table second-few -->\n<!-- end -->", found)
+
+
+def test_make_study_runs_the_main_comparisons():
+    """And the third set, unless a part of the study is asked for."""
+    for words, arms, has_third in (([], tables.SETS["second"].main, True), (["ARMS=all"], None, True),
+                                   (["SEEDS=11"], tables.SETS["second"].main, False),
+                                   (["ARMS=dss pointer-30"], ("dss", "pointer-30"), False)):  # fmt: skip
+        done = subprocess.run(["make", "-n", "study", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        found = re.search(r"--arms (.*?) *(?:--seeds.*)?$", done.stdout, re.M)
+        assert (tuple(found[1].split()) if found else None) == arms
+        assert ("third.yaml" in done.stdout) == has_third
 
 
 def test_rationales_that_are_no_use_are_left_out(tmp_path):

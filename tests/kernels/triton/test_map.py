@@ -8,6 +8,7 @@ from triton.runtime import interpreter
 
 import molsaki_kernels as mk
 from molsaki_kernels import engine_selection
+from molsaki_kernels._triton import map_backward as backward_module
 from molsaki_kernels._triton.lse_gradient import fold_dlse_into_out
 from molsaki_kernels._triton.map_backward import add_map_gradients, map_backward, map_dlse
 from molsaki_kernels._triton.map_forward import map_forward
@@ -83,6 +84,70 @@ def test_adds_to_gradients_in_place(case, launched, monkeypatch):
     torch.testing.assert_close(sum_q, x.dout + dq)
     torch.testing.assert_close(sum_k, 1 + dk)
     torch.testing.assert_close(dlse, map_dlse(*arguments)[0])
+
+
+@pytest.mark.parametrize(
+    "case, splits, large",
+    [
+        (Case("causal", M=100, Hq=4, Hkv=2, plan="middle"), 8, True),
+        (Case("dense", M=70, plan="dense"), 3, False),  # every token is a key token: later blocks have ever fewer rows
+        (Case("full", M=70, causal=False), 3, False),
+        (Case("window", M=70, window=20, plan="dense"), 3, False),
+        (Case("packed", lengths=(40, 1, 26), plan="dense"), 3, False),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_dk_is_the_sum_over_any_number_of_splits(case, splits, large, monkeypatch):
+    """With more splits than a block has rows, or than the others need, the last ones add nothing."""
+    x = make(case)
+    lse = oracle(case, x, torch.float64, "out")["lse"].float()
+    arguments = x.dmaps, x.map_inputs(lse), case.options(), x.plan_tensors()
+    expected = map_backward(*arguments)[1]
+    monkeypatch.setattr(backward_module.configs, "row_splits", lambda *_: splits)
+    if large:
+        monkeypatch.setattr(backward_module, "LARGE", 1)
+    torch.testing.assert_close(map_backward(*arguments)[1], expected)
+
+
+def with_plan(case: Case, steps: list, words: list):
+    """The inputs of a case with one sequence and another plan."""
+    x = make(case)
+    plan = mk.StepPlan.from_spans([steps], [words])
+    return dataclasses.replace(x, plan=plan, dmaps=torch.randn(1, plan.num_steps, plan.num_words))
+
+
+def test_splits_share_the_rows_in_steps(monkeypatch):
+    """With steps in the last rows only, each split has some of them."""
+    monkeypatch.setattr(backward_module.configs, "row_splits", lambda *_: 2)
+    case = Case("answer", M=130)
+    x = with_plan(case, [(64, 130)], [[5], [40]])
+    inputs, plan = x.map_inputs(oracle(case, x, torch.float64, "out")["lse"].float()), x.plan_tensors()
+    tables = backward_module.plan_tables(inputs, case.options(), plan, 32)
+    for known in (tables, None):
+        partial = backward_module.dk_partials(x.dmaps, inputs, case.options(), plan, tables.step_of_row, tables=known)
+        assert [part.abs().sum().item() > 0 for part in partial] == [True, True]
+
+
+def test_splits_of_packed_sequences_are_those_of_their_mean_length(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backward_module.configs, "row_splits", lambda *arguments: asked.append(arguments) or 1)
+    case = Case("packed", lengths=(40, 40, 40, 40))
+    x = make(case)
+    map_backward(x.dmaps, x.map_inputs(torch.zeros(x.q.shape[:3])), case.options(), x.plan_tensors())
+    rows = backward_module.configs.map_dk("cpu", x.q.dtype, case.D, x.plan.tokens.shape[1]).rows
+    ((_, blocks, sequences, items, *_, equal_shares),) = asked
+    assert (sequences, items, equal_shares) == (4 * case.Hkv, -(-40 // rows) * case.Hq // case.Hkv, False)
+
+
+def test_keys_that_no_row_of_a_tile_sees_are_not_read():
+    """The block of key tokens of the first tile also holds one that is 8 rows after the tile, and infinite."""
+    case = Case("after", M=64)
+    x = with_plan(case, [(0, 64)], [[5], [40]])
+    lse = oracle(case, x, torch.float64, "out")["lse"].float()
+    finite = map_backward(x.dmaps, x.map_inputs(lse), case.options(), x.plan_tensors())
+    x.k[:, :, 40] = float("inf")
+    dq, _, dlse = map_backward(x.dmaps, x.map_inputs(lse), case.options(), x.plan_tensors())
+    assert torch.equal(dq[:, :, :32], finite[0][:, :, :32]) and torch.equal(dlse[..., :32], finite[2][..., :32])
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The tables of a plan: against their definitions, and when they are computed again."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
+from molsaki_kernels._triton import configs
 from molsaki_kernels._triton import plan_tables as module
-from molsaki_kernels._triton.plan_tables import plan_tables
+from molsaki_kernels._triton.plan_tables import KEY_PADDING, plan_tables
 from molsaki_kernels._triton.tiles import FAR
 from molsaki_kernels.spec import AttentionOptions, MapInputs
 from tests.helpers.kernel_cases import Case, make
@@ -76,11 +78,22 @@ def test_definitions(case):
             for c, t in enumerate(x.plan.tokens[n].tolist())
             if words[c] >= 0 and any((not case.causal or t <= r) and t > r - window for r in rows)
         ]
-        assert (c_lo, c_hi) == (visible[0], visible[-1] + 1) if visible and touched else c_lo >= c_hi
+        assert (c_lo, c_hi) == (visible[0] // 16 * 16, visible[-1] + 1) if visible and touched else c_lo >= c_hi
     assert seen == {(n, r) for n, (a, b) in enumerate(bounds) for r in range(0, b - a, ROWS)}
+    C = x.plan.tokens.shape[1]
     token, word = tables.key_table.unbind(1)
-    assert torch.equal(word.long(), x.plan.word_of_token)
-    assert torch.equal(token.long(), torch.where(x.plan.word_of_token >= 0, x.plan.tokens, FAR.value))
+    assert torch.equal(word[:, :C].long(), x.plan.word_of_token)
+    assert torch.equal(token[:, :C].long(), torch.where(x.plan.word_of_token >= 0, x.plan.tokens, FAR.value))
+    assert (token[:, C:] == FAR.value).all() and (word[:, C:] == -1).all()
+    assert token.shape[1] % 16 == 0 and token.shape[1] >= C + KEY_PADDING.value
+
+
+def test_no_block_of_key_tokens_ends_past_the_table():
+    """A block begins at a key token of the plan or, with a window, up to 15 before it."""
+    dtypes = (torch.bfloat16, torch.float32)
+    for arch, dtype, D, C in itertools.product(configs.MULTIPROCESSORS, dtypes, (64, 128, 256), (8, 60, 300)):
+        for tile in (configs.map_forward, configs.map_dlse, configs.map_dq, configs.map_dk):
+            assert tile(arch, dtype, D, C).columns <= KEY_PADDING.value
 
 
 def test_one_computation_for_all_layers_until_the_plan_changes(computed):
