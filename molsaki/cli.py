@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return refuse("", f"{command}: no such command; {hint}")
         else:
             with sigterm_raises():
-                code = _run(command, argv[1:])
+                try:
+                    code = _run(command, argv[1:])
+                except KeyboardInterrupt as error:
+                    return interrupted(command, given, error)
         sys.stdout.flush()  # so that what cannot be written is an error of this command, not of Python's end
         return code
     except KeyboardInterrupt as error:

@@ -38,10 +38,14 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, so that it ends a command as Ctrl-C does."""
+    """Raise `Terminated` on SIGTERM, so that it ends a command as Ctrl-C does.
+
+    A command that a signal already ends goes on ending: torchrun sends SIGTERM to all processes when one has ended.
+    """
 
     def terminate(number: int, frame: Any) -> None:
-        raise Terminated
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            raise Terminated
 
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

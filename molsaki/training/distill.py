@@ -45,6 +45,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             metrics = trainer.train().metrics
     except TrainingStopped:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bar and trackers
+        trainer.accelerator.wait_for_everyone()  # the first process has the trackers, and says what was saved
         trainer.end_training()
         raise
     trainer.save_model()

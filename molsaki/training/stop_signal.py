@@ -81,10 +81,16 @@ class StopOnSignal(TrainerCallback):
             self._received, self._time = number, now
             if os.environ.get("RANK", "0") == "0":
                 logger.warning("saving a checkpoint at the end of this step; Ctrl-C again stops at once")
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._time > SAME_SIGNAL:
+        elif not self._is_of_torchrun(number, now):
             error = KeyboardInterrupt()
             error.signal = number  # type: ignore[attr-defined]
             raise error
+
+    def _is_of_torchrun(self, number: int, now: float) -> bool:
+        """Whether torchrun sends a signal that no user does: once more to all, or because a process ended first."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return False
+        return now - self._time <= SAME_SIGNAL or (self._is_agreed and number == signal.SIGTERM)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -94,6 +100,7 @@ class StopOnSignal(TrainerCallback):
             numbers = accelerator.gather(torch.tensor([self._received], device=accelerator.device))
             self._received = int(numbers.max())
         if self._received:
+            self._time = self._time or time.monotonic()
             self._is_agreed = control.should_save = True
 
     @property
@@ -103,5 +110,6 @@ class StopOnSignal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._is_agreed:
+            self._trainer.accelerator.wait_for_everyone()  # torchrun ends all when one has: none before the seal
             folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
             raise TrainingStopped(self._received, folder, not args.save_only_model)

@@ -124,15 +124,19 @@ def test_a_checkpoint_without_optimizer_cannot_be_continued(work, run):
 
 
 @pytest.mark.slow
-def test_both_processes_stop_after_the_same_step(work):
-    """The signal reaches one of two processes."""
-    folder = work / "two"
+@pytest.mark.parametrize("slow", ["seal", "end_training", "interrupted"])
+def test_both_processes_stop_after_the_same_step(work, slow):
+    """The signal reaches one of two processes, and the other takes longer to stop."""
+    folder = work / slow
     words = argv_of(work, folder, "--per_device_train_batch_size", "2")
-    stopped = processes.ranks("distill_but", "signal", 1, 1, *words[1:])
-    assert stopped.returncode != 0
+    stopped = processes.ranks("distill_but", f"signal:{slow}", 1, 1, *words[1:])
+    assert stopped.returncode == 143
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"], stopped.stderr
+    assert (folder / "checkpoint-2/sealed.json").exists()
     assert "To continue: torchrun --nproc_per_node 2 -m molsaki.cli distill" in stopped.stderr
     assert not (folder / "model.safetensors").exists()
+    if slow != "seal":
+        return
     resumed = processes.ranks("command", *words, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [entry[0] for entry in history(folder)] == [1, 2, 3, 4]

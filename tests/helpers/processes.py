@@ -39,6 +39,7 @@ from transformers import TrainerCallback
 from molsaki import StepwiseAttentionLoss, capture, cli, plan, segment
 from molsaki.flags import parse
 from molsaki.teacher import extract as extract_module
+from molsaki.training import checkpoints
 from molsaki.training.config import DistillConfig
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import tensor_parallel
@@ -217,7 +218,15 @@ def distill(report: str, *argv: str) -> None:
 
 def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
     """Run ``molsaki distill`` with a fault in one process: it is killed (``lost``) or has NaN written into its weights
-    (``nan``) at the start of a step, or gets SIGTERM in the middle of it (``signal``)."""
+    (``nan``) at the start of a step, or gets SIGTERM in the middle of it (``signal``).
+
+    ``signal:seal``, ``signal:end_training`` and ``signal:interrupted`` in addition make one function take two seconds
+    in the first process: that which completes the checkpoint, leaves the process group, or says how to continue.
+    """
+    fault, _, slow = fault.partition(":")
+    if slow:
+        owner = {"seal": checkpoints, "end_training": DistillTrainer, "interrupted": cli}[slow]
+        setattr(owner, slow, _slow(getattr(owner, slow)))
 
     class Fault(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
@@ -239,6 +248,16 @@ def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
 
     DistillTrainer.__init__ = init
     return cli.main(["distill", *argv])
+
+
+def _slow(function):
+    @functools.wraps(function)
+    def later(*args, **kwargs):
+        if os.environ["RANK"] == "0":
+            time.sleep(2)
+        return function(*args, **kwargs)
+
+    return later
 
 
 def command(*argv: str) -> int:
