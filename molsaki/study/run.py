@@ -101,10 +101,16 @@ def study(
         context = multiprocessing.get_context("spawn")
         count = threads or max((os.cpu_count() or 1) // processes, 1)
         workers = [context.Process(target=_worker, args=(found, runs, earlier, count)) for _ in range(processes)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except KeyboardInterrupt:
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.terminate()  # SIGTERM may have reached this process alone, and Python's end waits for them
+            raise
         for worker in workers:
             if worker.exitcode:
                 logger.warning(

@@ -24,7 +24,8 @@ LEFT_OUT = "left_out.json"
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Train as the config says, and export the student to ``config.output_dir``.
 
-    SIGINT and SIGTERM save a checkpoint at the end of the step; `TrainingStopped` is then raised.
+    SIGINT and SIGTERM save a checkpoint at the end of the step; `TrainingStopped` is then raised. In the last step and
+    while the student is exported, they change nothing.
 
     Returns:
         The trainer's metrics (``train_runtime``, ``train_loss``, ...); ``examples``, ``without_words`` (key words) and
@@ -43,13 +44,13 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     try:
         with StopOnSignal(trainer):
             metrics = trainer.train().metrics
+            trainer.save_model()
+            trainer.save_state()
     except TrainingStopped:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bar and trackers
         trainer.accelerator.wait_for_everyone()  # the first process has the trackers, and says what was saved
         trainer.end_training()
         raise
-    trainer.save_model()
-    trainer.save_state()
     trainer.end_training()
     counts: dict[str, Any] = {}
     if isinstance(data, DistillDataset):

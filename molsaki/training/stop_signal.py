@@ -44,18 +44,20 @@ class StopOnSignal(TrainerCallback):
     """While it is entered as a context, SIGINT and SIGTERM stop a trainer at the end of its current step.
 
     ``train()`` then raises `TrainingStopped`, straight after the checkpoint was saved. A second signal raises
-    ``KeyboardInterrupt`` at once. Handlers are installed in the main thread only, and not for a signal that the process
+    ``KeyboardInterrupt`` at once. The first signal in the last step or after it changes nothing, so the result can be
+    saved in the same context. Handlers are installed in the main thread only, and not for a signal that the process
     ignores, as background processes of a shell script or nohup do.
 
     Example:
         >>> with StopOnSignal(trainer):
         ...     trainer.train()
+        ...     trainer.save_model()
     """
 
     def __init__(self, trainer: DistillTrainer):
         self._trainer = trainer
         self._received, self._time = 0, 0.0
-        self._is_agreed = False
+        self._is_agreed = self._is_complete = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -80,7 +82,10 @@ class StopOnSignal(TrainerCallback):
         if not self._received:
             self._received, self._time = number, now
             if os.environ.get("RANK", "0") == "0":
-                logger.warning("saving a checkpoint at the end of this step; Ctrl-C again stops at once")
+                if self._is_complete:
+                    logger.warning("the training is complete and its result is being saved; Ctrl-C again stops at once")
+                else:
+                    logger.warning("saving a checkpoint at the end of this step; Ctrl-C again stops at once")
         elif not self._is_of_torchrun(number, now):
             error = KeyboardInterrupt()
             error.signal = number  # type: ignore[attr-defined]
@@ -102,6 +107,11 @@ class StopOnSignal(TrainerCallback):
         if self._received:
             self._time = self._time or time.monotonic()
             self._is_agreed = control.should_save = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._is_complete = True
 
     @property
     def is_stopping(self) -> bool:

@@ -113,6 +113,22 @@ def test_a_signal_in_the_last_step_changes_nothing(work, run):
     assert (work / "last/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_student_is_exported_changes_nothing(work, run, monkeypatch, caplog, number):
+    original, folder = DistillTrainer.save_model, work / f"exported-{number}"
+
+    def save_model(self, *args, **kwargs):
+        os.kill(os.getpid(), number)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "save_model", save_model)
+    found, out, err = run(argv_of(work, folder, "--save_strategy", "no"))
+    assert found == 0 and str(folder) in out, err
+    assert "the training is complete and its result is being saved" in caplog.text
+    assert "at the end of this step" not in caplog.text
+    assert (folder / "model.safetensors").exists() and len(history(folder)) == 4
+
+
 def test_an_ignored_signal_stays_ignored(work, run):
     """A background process of a shell script ignores SIGINT, as it should."""
     assert run(argv_of(work, work / "ignored"), 2, signal.SIGINT, ignored=True)[0] == 0

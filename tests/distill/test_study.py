@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -335,16 +336,36 @@ def test_killed_and_resumed(finished, inputs, tmp_path):
         assert log(tmp_path, run) == log(finished, run)
 
 
+PROGRAM = "import sys\nfrom molsaki.cli import main\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))"
+
+
 def test_processes_run_every_run_once(inputs, tmp_path):
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
-    source = "import sys\nfrom molsaki.cli import main\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))"
-    done = python(source, "study", str(write(tmp_path)), "--processes", "2", "--threads", "1")
+    done = python(PROGRAM, "study", str(write(tmp_path)), "--processes", "2", "--threads", "1")
     assert done.returncode == 0, done.stderr
     started = [line.partition(":")[0] for line in done.stderr.splitlines() if line.startswith("world/")]
     assert sorted(started) == sorted(RUNS)
     assert len(contents(tmp_path)) == 4
     assert len(list((tmp_path / "results/stores").iterdir())) == 1
     assert len(table(tmp_path / "results/results.csv")) == 8
+
+
+def test_sigterm_to_the_command_alone_ends_its_processes(inputs, tmp_path):
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    words = ["study", str(write(tmp_path, options=STUDY["options"] | {"max_steps": 100_000})), "--processes", "2"]
+    env, log = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, tmp_path / "stderr"
+    with log.open("w") as stderr:
+        command = subprocess.Popen([sys.executable, "-c", PROGRAM, *words], cwd=ROOT, env=env, stderr=stderr)
+    try:
+        end = time.monotonic() + 120
+        while len(list(tmp_path.glob("results/world/*/0"))) < 2:  # both processes work
+            assert time.monotonic() < end and command.poll() is None, log.read_text()
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait(timeout=30) == 143
+    finally:
+        command.kill()
+    assert "molsaki study: terminated. All finished runs are kept. To continue: molsaki study" in log.read_text()
 
 
 def test_own_scores_and_seeds_that_are_missing(copy, capsys):
