@@ -43,9 +43,15 @@ def sigterm_raises() -> Iterator[None]:
     A command that a signal already ends goes on ending: torchrun sends SIGTERM to all processes when one has ended.
     """
 
+    outside = sys.exc_info()[1]
+
     def terminate(number: int, frame: Any) -> None:
-        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-            raise Terminated
+        error = sys.exc_info()[1]
+        while error is not None and error is not outside:
+            if isinstance(error, KeyboardInterrupt):
+                return
+            error = error.__context__
+        raise Terminated
 
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

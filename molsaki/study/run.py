@@ -106,7 +106,7 @@ def study(
                 worker.start()
             for worker in workers:
                 worker.join()
-        except KeyboardInterrupt:
+        except BaseException:
             for worker in workers:
                 if worker.pid is not None:
                     worker.terminate()  # SIGTERM may have reached this process alone, and Python's end waits for them

@@ -41,17 +41,19 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if trainer.is_world_process_zero() and isinstance(data, DistillDataset):
         write_json(Path(str(config.output_dir), LEFT_OUT), data.left_out, indent=1)
     log_in_place_of_printing(trainer)
-    try:
-        with StopOnSignal(trainer):
+    with StopOnSignal(trainer):
+        try:
             metrics = trainer.train().metrics
             trainer.save_model()
             trainer.save_state()
-    except TrainingStopped:
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes bar and trackers
-        trainer.accelerator.wait_for_everyone()  # the first process has the trackers, and says what was saved
+        except TrainingStopped:
+            try:  # closes bar and trackers
+                trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+            finally:  # only the first process has trackers, and the others wait for it
+                trainer.accelerator.wait_for_everyone()
+                trainer.end_training()
+            raise
         trainer.end_training()
-        raise
-    trainer.end_training()
     counts: dict[str, Any] = {}
     if isinstance(data, DistillDataset):
         counts = {"examples": len(data), "without_words": data.without_words, "left_out": dict(data.skipped)}

@@ -5,15 +5,18 @@ With several processes, all of them stop after the same step, even if the signal
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 import time
-import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
@@ -56,9 +59,11 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, trainer: DistillTrainer):
         self._trainer = trainer
-        self._received, self._time = 0, 0.0
-        self._is_agreed = self._is_complete = False
+        self._received, self._time = 0, 0.0  # by this process
+        self._agreed = 0  # what all processes stop for
+        self._is_complete = False
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> StopOnSignal:
         # First, so that everything done at a step that saves, such as logging, is also done at this step.
@@ -74,16 +79,16 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self._before = {}
         self._trainer.remove_callback(self)
-        if isinstance(error[1], TrainingStopped):  # its frames hold the wrapped model: `DistillTrainer.end_training`
-            traceback.clear_frames(error[1].__traceback__)
 
     def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a process that was forked here
         now = time.monotonic()
         if not self._received:
             self._received, self._time = number, now
-            if os.environ.get("RANK", "0") == "0":
-                if self._is_complete:
-                    logger.warning("the training is complete and its result is being saved; Ctrl-C again stops at once")
+            if os.environ.get("RANK", "0") == "0" and not self._agreed:
+                if self._is_complete or self._is_in_the_last_step():
+                    logger.warning("this is the last step or later: the student is saved; Ctrl-C again stops at once")
                 else:
                     logger.warning("saving a checkpoint at the end of this step; Ctrl-C again stops at once")
         elif not self._is_of_torchrun(number, now):
@@ -91,22 +96,29 @@ class StopOnSignal(TrainerCallback):
             error.signal = number  # type: ignore[attr-defined]
             raise error
 
+    def _is_in_the_last_step(self) -> bool:
+        state = self._trainer.state
+        return 0 < state.max_steps <= state.global_step + 1
+
     def _is_of_torchrun(self, number: int, now: float) -> bool:
         """Whether torchrun sends a signal that no user does: once more to all, or because a process ended first."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return False
-        return now - self._time <= SAME_SIGNAL or (self._is_agreed and number == signal.SIGTERM)
+        return now - self._time <= SAME_SIGNAL or (bool(self._agreed) and number == signal.SIGTERM)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._is_complete = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             return  # the training is complete
-        accelerator = self._trainer.accelerator
-        if accelerator.num_processes > 1:
-            numbers = accelerator.gather(torch.tensor([self._received], device=accelerator.device))
-            self._received = int(numbers.max())
-        if self._received:
-            self._time = self._time or time.monotonic()
-            self._is_agreed = control.should_save = True
+        accelerator, number = self._trainer.accelerator, self._received
+        if accelerator.num_processes > 1:  # a signal that arrives in between counts at the next step
+            number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+        if number:
+            self._agreed, control.should_save = number, True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,10 +128,39 @@ class StopOnSignal(TrainerCallback):
     @property
     def is_stopping(self) -> bool:
         """Whether all processes save a checkpoint now and stop."""
-        return self._is_agreed
+        return bool(self._agreed)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._is_agreed:
+        if self._agreed:
             self._trainer.accelerator.wait_for_everyone()  # torchrun ends all when one has: none before the seal
             folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
-            raise TrainingStopped(self._received, folder, not args.save_only_model)
+            raise TrainingStopped(self._agreed, folder, not args.save_only_model)
+
+
+def keep_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Let a loader's worker processes live through a signal to all processes, such as torchrun's, scancel's or Ctrl-C.
+
+    The step in which the training stops still needs their batches. They end at SIGTERM of their own parent.
+    """
+    base = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+    before = base.worker_init_fn
+    if not (isinstance(before, functools.partial) and before.func is _start_worker):
+        base.worker_init_fn = functools.partial(_start_worker, before=before)
+    return loader
+
+
+def _start_worker(number: int, before: Callable[[int], None] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # neither on macOS nor on Windows: there SIGTERM ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    if before is not None:
+        before(number)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent.pid:
+        pass
+    os._exit(0)

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import shutil
+import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +48,7 @@ from molsaki.training.example_means import ExampleMeans
 from molsaki.training.export import export, load_router
 from molsaki.training.run_record import RunRecord
 from molsaki.training.setup import Given, model_or_name, prepare, store_or_folder
-from molsaki.training.stop_signal import StopOnSignal
+from molsaki.training.stop_signal import StopOnSignal, keep_workers
 from molsaki.training.watch import IdleLoss, LayerWeightPictures
 
 logger = logging.getLogger(__name__)
@@ -346,7 +348,7 @@ class DistillTrainer(Trainer):
         return norm
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        loader = super().get_train_dataloader()
+        loader = keep_workers(super().get_train_dataloader())
         if isinstance(self.train_dataset, StreamedDataset):
             return loader
         if len(loader) == 0:
@@ -364,7 +366,7 @@ class DistillTrainer(Trainer):
         try:
             if eval_dataset is not None and not isinstance(eval_dataset, str):
                 eval_dataset = self._data.whole(eval_dataset, "eval_dataset")
-            return super().get_eval_dataloader(eval_dataset)
+            return keep_workers(super().get_eval_dataloader(eval_dataset))
         finally:
             self.args.dataloader_drop_last = drop
 
@@ -428,8 +430,12 @@ class DistillTrainer(Trainer):
         Call it last, after ``save_model()``, in place of ``trainer.accelerator.end_training()``, and keep no reference
         of your own to ``trainer.model_wrapped``. If the group is destroyed first, the process can wait forever:
         freeing DDP then waits, holding Python's lock, for a thread of gloo that needs this lock (seen with torch
-        2.13). ``trainer.model`` stays usable, except under FSDP and DeepSpeed.
+        2.13). ``trainer.model`` stays usable, except under FSDP and DeepSpeed. In an ``except`` block, the exception's
+        frames, which hold the wrapped model, lose their local variables.
         """
+        error = sys.exc_info()[1]
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
         self.model_wrapped = self.model
         self.accelerator.free_memory()
         gc.collect()  # free_memory collects before it drops its own references

@@ -210,6 +210,25 @@ def test_interruption_says_how_to_continue(monkeypatch, capsys):
     assert run("evaluate") == 143
     assert "molsaki evaluate: terminated. Run it again." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:  # not of this command
+        assert run("evaluate") == 143
+
+    def ends(config):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            try:
+                raise OSError
+            except OSError:
+                terminate(config)
+            raise
+
+    capsys.readouterr()
+    monkeypatch.setattr(evaluate_module, "evaluate", ends)
+    assert run("evaluate") == 130
+    assert "molsaki evaluate: interrupted. Run it again." in capsys.readouterr().err
     monkeypatch.setattr(annotate_module, "annotate", interrupt)
     assert run("annotate", "--teacher", "my model", "--limit", 3) == 130
     error = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -12,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from molsaki.cli import main
 from molsaki.run_files import checkpoints
 from molsaki.training import distill as distill_module
+from molsaki.training import stop_signal as signal_module
 from molsaki.training.stop_signal import StopOnSignal, TrainingStopped
 from molsaki.training.trainer import DistillTrainer
 from tests.helpers import processes, tiny
@@ -108,8 +111,9 @@ def test_a_second_signal_stops_at_once(work, run):
     assert "To continue from the last checkpoint, if there is one: molsaki distill" in err
 
 
-def test_a_signal_in_the_last_step_changes_nothing(work, run):
+def test_a_signal_in_the_last_step_changes_nothing(work, run, caplog):
     assert run(argv_of(work, work / "last"), 4, signal.SIGINT)[0] == 0
+    assert "this is the last step" in caplog.text and "at the end of this step" not in caplog.text
     assert (work / "last/model.safetensors").exists()
 
 
@@ -124,9 +128,90 @@ def test_a_signal_while_the_student_is_exported_changes_nothing(work, run, monke
     monkeypatch.setattr(DistillTrainer, "save_model", save_model)
     found, out, err = run(argv_of(work, folder, "--save_strategy", "no"))
     assert found == 0 and str(folder) in out, err
-    assert "the training is complete and its result is being saved" in caplog.text
-    assert "at the end of this step" not in caplog.text
+    assert "this is the last step or later" in caplog.text and "at the end of this step" not in caplog.text
     assert (folder / "model.safetensors").exists() and len(history(folder)) == 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="workers are kept where the system has sigwaitinfo")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_all_processes_of_a_data_loader(work, run, monkeypatch, number, code):
+    """As torchrun, scancel and a terminal send it."""
+
+    class ToAll(Send):
+        def __init__(self, step, *signals):
+            super().__init__(step)
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == self.step - 1:
+                everyone = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+                assert len(everyone) == 3
+                subprocess.run(["kill", f"-{int(number)}", *map(str, everyone)], check=True)
+
+    monkeypatch.setattr(f"{__name__}.Send", ToAll)
+    folder = work / f"workers-{code}"
+    found, _, err = run(argv_of(work, folder, "--dataloader_num_workers", "2"), 2)
+    assert found == code, err
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    assert multiprocessing.active_children() == []
+
+
+class TwoProcesses:
+    """What `StopOnSignal` uses of a trainer, in the first of two processes; ``other`` is what the second received."""
+
+    def __init__(self, other: int):
+        self.accelerator, self.callback_handler = self, self
+        self.num_processes, self.device, self.callbacks = 2, "cpu", []
+        self.remove_callback = self.callbacks.remove
+        self.state = TrainerState(global_step=1, max_steps=9)
+        self.other, self.during_gather, self.waited = other, lambda: None, 0
+
+    def wait_for_everyone(self):
+        self.waited += 1
+
+    def gather(self, tensor):
+        found = torch.cat([tensor, torch.tensor([self.other])])
+        self.during_gather()
+        return found
+
+    def step(self, stop) -> bool:
+        control = TrainerControl()
+        stop.on_step_end(None, self.state, control)
+        assert control.should_save == stop.is_stopping
+        return stop.is_stopping
+
+
+def test_no_process_goes_on_before_all_have_saved():
+    both, args = TwoProcesses(signal.SIGTERM), TrainingArguments("out")
+    with StopOnSignal(both) as stop:
+        assert both.step(stop)
+        with pytest.raises(TrainingStopped, match="saved out/checkpoint-1"):
+            stop.on_save(args, both.state, TrainerControl())
+    assert both.waited == 1
+
+
+def test_a_signal_while_processes_agree_stops_the_next_step():
+    both = TwoProcesses(0)
+    both.during_gather = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with StopOnSignal(both) as stop:
+        assert not both.step(stop)
+        both.during_gather = lambda: None
+        assert both.step(stop)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_reached_another_process_first(monkeypatch, number):
+    """The first one that reaches this process raises nothing; later ones do, but for torchrun's SIGTERM."""
+    both = TwoProcesses(number)
+    monkeypatch.setattr(signal_module, "SAME_SIGNAL", -1.0)
+    with StopOnSignal(both) as stop:
+        assert both.step(stop)
+        os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_an_ignored_signal_stays_ignored(work, run):
@@ -140,7 +225,7 @@ def test_a_checkpoint_without_optimizer_cannot_be_continued(work, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slow", ["seal", "end_training", "interrupted"])
+@pytest.mark.parametrize("slow", ["seal", "on_train_end", "end_training", "interrupted"])
 def test_both_processes_stop_after_the_same_step(work, slow):
     """The signal reaches one of two processes, and the other takes longer to stop."""
     folder = work / slow
@@ -149,6 +234,8 @@ def test_both_processes_stop_after_the_same_step(work, slow):
     assert stopped.returncode == 143
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"], stopped.stderr
     assert (folder / "checkpoint-2/sealed.json").exists()
+    if slow in ("seal", "on_train_end"):
+        assert "ended after it" in stopped.stderr
     assert "To continue: torchrun --nproc_per_node 2 -m molsaki.cli distill" in stopped.stderr
     assert not (folder / "model.safetensors").exists()
     if slow != "seal":
@@ -163,7 +250,7 @@ def test_torchrun_passes_a_signal_on(work):
     """SIGTERM to torchrun, and so to all of its processes: a checkpoint, and an end well before torchrun kills."""
     folder = work / "passed-on"
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "molsaki.cli"]
-    more = ["--max_steps", "100000", "--save_strategy", "no"]
+    more = ["--max_steps", "100000", "--save_strategy", "no", "--dataloader_num_workers", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     process = subprocess.Popen(
         [*words, *argv_of(work, folder, *more)], cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL,

@@ -35,6 +35,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
 from molsaki import StepwiseAttentionLoss, capture, cli, plan, segment
 from molsaki.flags import parse
@@ -220,13 +221,15 @@ def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
     """Run ``molsaki distill`` with a fault in one process: it is killed (``lost``) or has NaN written into its weights
     (``nan``) at the start of a step, or gets SIGTERM in the middle of it (``signal``).
 
-    ``signal:seal``, ``signal:end_training`` and ``signal:interrupted`` in addition make one function take two seconds
-    in the first process: that which completes the checkpoint, leaves the process group, or says how to continue.
+    With ``signal:NAME`` one function takes two seconds in the first process: that which completes the checkpoint
+    (``seal``), closes the trackers (``on_train_end``), leaves the process group (``end_training``), or says how to
+    continue (``interrupted``). The other process says whether this was over when it ended.
     """
     fault, _, slow = fault.partition(":")
+    over = Path(argv[argv.index("--output_dir") + 1] + ".over")
     if slow:
-        owner = {"seal": checkpoints, "end_training": DistillTrainer, "interrupted": cli}[slow]
-        setattr(owner, slow, _slow(getattr(owner, slow)))
+        owner = {"seal": checkpoints, "on_train_end": CallbackHandler, "end_training": DistillTrainer}.get(slow, cli)
+        setattr(owner, slow, _slow(getattr(owner, slow), over))
 
     class Fault(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
@@ -247,15 +250,21 @@ def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
         self.add_callback(Fault())
 
     DistillTrainer.__init__ = init
-    return cli.main(["distill", *argv])
+    code = cli.main(["distill", *argv])
+    if os.environ["RANK"] != "0":
+        print("ended after it" if over.exists() else "ended before it", file=sys.stderr)
+    return code
 
 
-def _slow(function):
+def _slow(function, over):
     @functools.wraps(function)
     def later(*args, **kwargs):
-        if os.environ["RANK"] == "0":
-            time.sleep(2)
-        return function(*args, **kwargs)
+        if os.environ["RANK"] != "0":
+            return function(*args, **kwargs)
+        time.sleep(2)
+        found = function(*args, **kwargs)
+        over.touch()
+        return found
 
     return later
 
