@@ -226,8 +226,8 @@ def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
     continue (``interrupted``). The other process says whether this was over when it ended.
     """
     fault, _, slow = fault.partition(":")
-    over = Path(argv[argv.index("--output_dir") + 1] + ".over")
     if slow:
+        over = Path(argv[argv.index("--output_dir") + 1] + ".over")
         owner = {"seal": checkpoints, "on_train_end": CallbackHandler, "end_training": DistillTrainer}.get(slow, cli)
         setattr(owner, slow, _slow(getattr(owner, slow), over))
 
@@ -251,7 +251,7 @@ def distill_but(fault: str, rank: str, step: str, *argv: str) -> int:
 
     DistillTrainer.__init__ = init
     code = cli.main(["distill", *argv])
-    if os.environ["RANK"] != "0":
+    if slow and os.environ["RANK"] != "0":
         print("ended after it" if over.exists() else "ended before it", file=sys.stderr)
     return code
 
