@@ -59,7 +59,16 @@ def argv_of(work: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def sigint():
+    """SIGINT as usual. A shell without job control starts what it puts into the background with SIGINT ignored: pytest
+    may have been."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, sigint):
     """The command in this process, which gets signals in a step: exit code, standard output and standard error."""
 
     def run(argv: list[str], step: int = 0, *signals: int, ignored: bool = False) -> tuple[int, str, str]:
@@ -69,13 +78,10 @@ def run(monkeypatch, capsys):
                 self.add_callback(Send(step, *signals))
 
         monkeypatch.setattr(distill_module, "DistillTrainer", Trainer)
-        # A shell without job control starts what it puts into the background with SIGINT ignored: pytest may have been.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         capsys.readouterr()
-        try:
-            code = main(argv)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        code = main(argv)
         return code, *capsys.readouterr()
 
     return run
@@ -199,7 +205,7 @@ def test_a_signal_while_processes_agree_stops_the_next_step():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_reached_another_process_first(monkeypatch, number):
+def test_a_signal_that_reached_another_process_first(sigint, monkeypatch, number):
     """The first one that reaches this process raises nothing; later ones do, but for torchrun's SIGTERM."""
     both = TwoProcesses(number)
     monkeypatch.setattr(signal_module, "SAME_SIGNAL", -1.0)
