@@ -61,7 +61,6 @@ class StopOnSignal(TrainerCallback):
         self._trainer = trainer
         self._received, self._time = 0, 0.0  # by this process
         self._agreed = 0  # what all processes stop for
-        self._is_complete = False
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -87,7 +86,7 @@ class StopOnSignal(TrainerCallback):
         if not self._received:
             self._received, self._time = number, now
             if os.environ.get("RANK", "0") == "0" and not self._agreed:
-                if self._is_complete or self._is_in_the_last_step():
+                if self._is_too_late():
                     logger.warning("this is the last step or later: the student is saved; Ctrl-C again stops at once")
                 else:
                     logger.warning("saving a checkpoint at the end of this step; Ctrl-C again stops at once")
@@ -96,20 +95,16 @@ class StopOnSignal(TrainerCallback):
             error.signal = number  # type: ignore[attr-defined]
             raise error
 
-    def _is_in_the_last_step(self) -> bool:
+    def _is_too_late(self) -> bool:
+        """Whether the training is in its last step or complete."""
         state = self._trainer.state
-        return 0 < state.max_steps <= state.global_step + 1
+        return self._trainer.control.should_training_stop or 0 < state.max_steps <= state.global_step + 1
 
     def _is_of_torchrun(self, number: int, now: float) -> bool:
         """Whether torchrun sends a signal that no user does: once more to all, or because a process ended first."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return False
         return now - self._time <= SAME_SIGNAL or (bool(self._agreed) and number == signal.SIGTERM)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._is_complete = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -119,11 +114,6 @@ class StopOnSignal(TrainerCallback):
             number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
         if number:
             self._agreed, control.should_save = number, True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._is_complete = True
 
     @property
     def is_stopping(self) -> bool:

@@ -123,9 +123,16 @@ def test_a_signal_in_the_last_step_changes_nothing(work, run, caplog):
     assert (work / "last/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_student_is_exported_changes_nothing(work, run, monkeypatch, caplog, number):
-    original, folder = DistillTrainer.save_model, work / f"exported-{number}"
+@pytest.mark.parametrize(("number", "steps"), [(signal.SIGINT, 4), (signal.SIGTERM, 4), (signal.SIGTERM, 2)])
+def test_a_signal_while_the_student_is_exported_changes_nothing(work, run, monkeypatch, caplog, number, steps):
+    """Also if a callback has ended the training early."""
+
+    class Early(Send):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = control.should_training_stop or state.global_step == steps
+
+    monkeypatch.setattr(f"{__name__}.Send", Early)
+    original, folder = DistillTrainer.save_model, work / f"exported-{number}-{steps}"
 
     def save_model(self, *args, **kwargs):
         os.kill(os.getpid(), number)
@@ -135,7 +142,7 @@ def test_a_signal_while_the_student_is_exported_changes_nothing(work, run, monke
     found, out, err = run(argv_of(work, folder, "--save_strategy", "no"))
     assert found == 0 and str(folder) in out, err
     assert "this is the last step or later" in caplog.text and "at the end of this step" not in caplog.text
-    assert (folder / "model.safetensors").exists() and len(history(folder)) == 4
+    assert (folder / "model.safetensors").exists() and len(history(folder)) == steps
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="workers are kept where the system has sigwaitinfo")
@@ -168,7 +175,7 @@ class TwoProcesses:
         self.accelerator, self.callback_handler = self, self
         self.num_processes, self.device, self.callbacks = 2, "cpu", []
         self.remove_callback = self.callbacks.remove
-        self.state = TrainerState(global_step=1, max_steps=9)
+        self.state, self.control = TrainerState(global_step=1, max_steps=9), TrainerControl()
         self.other, self.during_gather, self.waited = other, lambda: None, 0
 
     def wait_for_everyone(self):
